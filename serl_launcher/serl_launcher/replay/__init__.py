@@ -1,0 +1,1 @@
+"""Torch-free replay: journal (source of truth), assembler (step batches to episodes), ring (shared memory)."""

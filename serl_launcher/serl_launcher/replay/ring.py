@@ -1,0 +1,260 @@
+"""The replay ring: frames of finished episodes in shared memory, one writer (gateway), many readers (trainer ranks).
+
+    gateway ── append(episode) ─▶ [ evict whole episodes │ write frames │ write table row │ publish ]   RingWriter
+    trainer ── episodes() / gather(frames) ◀── committed counters, read before and after each copy      RingReader
+
+No lock: the writer moves `first_valid` past the episodes it is about to overwrite *before* it touches their frames,
+and a reader looks at `first_valid` again *after* its copy; what it copied is either whole or it raises Evicted.
+An episode of n ticks takes n+1 consecutive absolute frame numbers; slot = frame modulo capacity. In the last frame
+of an episode only the observation means anything. The counters are aligned 8-byte words, written once each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from serl_launcher.replay.ring_layout import (
+    COUNTERS_OFFSET,
+    EPISODE_COLUMNS,
+    HEADER_BYTES,
+    IMAGE_PREFIX,
+    MODES,
+    ArrayPlace,
+    RingError,
+    RingLayout,
+    choose_folder,
+    plan_layout,
+)
+
+# Counters, int64 each: absolute frame numbers, then absolute row numbers of the episode table.
+HEAD, FIRST_VALID, ROWS, FIRST_ROW = range(4)
+
+
+class Evicted(RuntimeError):  # noqa: N818  (the architecture's name: it is an event of normal operation)
+    """The writer overtook the reader: the frames are gone; list the episodes again and sample anew."""
+
+
+class HasShapes(Protocol):
+    """What the ring needs of a TaskSpec."""
+
+    cameras: Mapping[str, tuple[int, int]]
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeRow:
+    """One committed episode."""
+
+    ordinal: int  # journal ordinal, stable over restarts
+    first_frame: int  # absolute frame number of the first observation
+    n_ticks: int  # ticks; the observations are first_frame .. first_frame + n_ticks
+    mode: str  # demo | online
+    success: bool
+    interventions: int  # ticks the operator drove
+
+
+class _RingFile:
+    """The mapped file and its arrays; base of writer and reader."""
+
+    def __init__(self, path: Path, layout: RingLayout, access: int) -> None:
+        self.path = path
+        self.layout = layout
+        flags = os.O_RDWR if access == mmap.ACCESS_WRITE else os.O_RDONLY
+        fd = os.open(path, flags)
+        try:
+            self._map = mmap.mmap(fd, layout.total_bytes, access=access)
+        finally:
+            os.close(fd)
+        self._counters = np.frombuffer(self._map, np.int64, 4, COUNTERS_OFFSET)
+        self._arrays = {key: self._view(place) for key, place in layout.arrays.items()}
+        self._table = self._view(layout.table)
+
+    @property
+    def capacity(self) -> int:
+        """Observation slots."""
+        return self.layout.capacity
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys a frame holds."""
+        return tuple(self._arrays)
+
+    @property
+    def head(self) -> int:
+        """Absolute number of the next frame to be written."""
+        return int(self._counters[HEAD])
+
+    @property
+    def first_valid(self) -> int:
+        """Absolute number of the oldest frame that is still whole."""
+        return int(self._counters[FIRST_VALID])
+
+    def _view(self, place: ArrayPlace) -> np.ndarray:
+        count = int(np.prod(place.shape))
+        return np.frombuffer(self._map, place.dtype, count, place.offset).reshape(place.shape)
+
+
+class RingWriter(_RingFile):
+    """Appends whole episodes. One per ring file; the file is new each time the gateway starts.
+
+    spec: task spec (cameras, state_names, action_names). Raises RingError when no folder has room.
+    """
+
+    def __init__(self, spec: HasShapes, capacity_frames: int, run_dir: Path, shared: Path = Path("/dev/shm")) -> None:
+        layout = plan_layout(spec.cameras, len(spec.state_names), len(spec.action_names), capacity_frames)
+        remove_rings(run_dir, shared)
+        folder = choose_folder(layout.total_bytes, capacity_frames, run_dir, shared)
+        path = folder / f"{_ring_stem(run_dir)}-{os.getpid()}-{os.urandom(3).hex()}.ring"
+        _reserve(path, layout)
+        super().__init__(path, layout, mmap.ACCESS_WRITE)
+
+    def append(self, ordinal: int, mode: str, success: bool, arrays: Mapping[str, np.ndarray]) -> EpisodeRow:
+        """Copy one finished episode in and publish it, evicting the oldest ones it displaces.
+
+        arrays: the schema's keys; observations [n+1, ...], everything else [n, ...]. RingError when it cannot fit.
+        """
+        n = len(arrays["action"])
+        if n + 1 > self.capacity:
+            raise RingError(
+                f"episode {ordinal} has {n} ticks and needs {n + 1} frames, the ring holds {self.capacity}: "
+                "raise replay.capacity_frames"
+            )
+        first = self.head
+        self._evict_until(first + n + 1 - self.capacity)
+        slots = np.arange(first, first + n + 1) % self.capacity
+        for key, array in self._arrays.items():
+            rows = slots if key.startswith("observation.") else slots[:n]
+            array[rows] = arrays[key]
+        interventions = int(np.count_nonzero(arrays["intervention"]))
+        row = EpisodeRow(ordinal, first, n, mode, bool(success), interventions)
+        index = int(self._counters[ROWS])
+        self._table[index % self.layout.episode_rows] = (
+            ordinal, first, n, MODES.index(mode), int(success), interventions,
+        )  # fmt: skip
+        self._counters[HEAD] = first + n + 1
+        self._counters[ROWS] = index + 1  # last: this publishes the episode
+        return row
+
+    def close(self, unlink: bool = True) -> None:
+        """Forget the file. Readers that mapped it keep their view until they let go."""
+        if unlink:
+            self.path.unlink(missing_ok=True)
+
+    def _evict_until(self, oldest: int) -> None:
+        """Drop whole episodes until no committed frame is older than `oldest`."""
+        row, rows = int(self._counters[FIRST_ROW]), int(self._counters[ROWS])
+        valid = self.first_valid
+        while valid < oldest and row < rows:
+            _, first, n, *_ = self._table[row % self.layout.episode_rows]
+            valid, row = int(first) + int(n) + 1, row + 1
+        self._counters[FIRST_ROW] = row
+        self._counters[FIRST_VALID] = valid
+
+
+class RingReader(_RingFile):
+    """Read-only view of a ring by its path (the status document names it); make a new one when that path changes."""
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        try:
+            with path.open("rb") as file:
+                header = file.read(HEADER_BYTES)
+        except FileNotFoundError:
+            raise RingError(f"no replay ring at {path}: the gateway has replaced it; ask its status again") from None
+        super().__init__(path, RingLayout.from_header(header, path), mmap.ACCESS_READ)
+
+    def episodes(self, since_ordinal: int = 0) -> list[EpisodeRow]:
+        """Committed episodes with ordinal >= since_ordinal, oldest first."""
+        rows = int(self._counters[ROWS])
+        indices = np.arange(int(self._counters[FIRST_ROW]), rows)
+        table = self._table[indices % self.layout.episode_rows].copy()
+        still = indices >= int(self._counters[FIRST_ROW])  # read after the copy: older rows may be half overwritten
+        table = table[still]
+        return [
+            EpisodeRow(int(o), int(first), int(n), MODES[m], bool(s), int(i))
+            for o, first, n, m, s, i in table[table[:, 0] >= since_ordinal]
+        ]
+
+    def gather(
+        self, frames: np.ndarray, keys: Iterable[str] | None = None, out: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Copy slots: key -> array[len(frames), ...] (or frames' own shape in place of len(frames)).
+
+        frames: int64[...] absolute frame numbers; keys: all when None; out: buffers to fill instead of new ones.
+        Raises Evicted when any of the frames was overwritten before or during the copy; IndexError when one was
+        never written.
+        """
+        frames = np.asarray(frames, np.int64)
+        keys = self.keys if keys is None else tuple(keys)
+        if frames.size:
+            self._check_live(frames)
+        slots = frames % self.capacity
+        result: dict[str, np.ndarray] = {}
+        for key in keys:
+            source = self._array(key)
+            target = out[key] if out is not None else np.empty((*frames.shape, *source.shape[1:]), source.dtype)
+            # mode="clip" lets take write straight into the buffer ("raise" would copy twice); slots are in range.
+            np.take(source, slots, axis=0, out=target, mode="clip")
+            result[key] = target
+        if frames.size and int(frames.min()) < self.first_valid:
+            raise Evicted(f"frame {int(frames.min())} was overwritten during the copy (oldest is {self.first_valid})")
+        return result
+
+    def close(self) -> None:
+        """Let go of the mapping (arrays returned by gather are copies and stay valid)."""
+        self._arrays, self._table, self._counters = {}, None, None  # type: ignore[assignment]
+        self._map.close()
+
+    def _check_live(self, frames: np.ndarray) -> None:
+        low, high = int(frames.min()), int(frames.max())
+        if low < self.first_valid:
+            raise Evicted(f"frame {low} is gone (oldest is {self.first_valid})")
+        if high >= self.head:
+            raise IndexError(f"frame {high} was never written (next is {self.head})")
+
+    def _array(self, key: str) -> np.ndarray:
+        if key not in self._arrays:
+            raise KeyError(f"the ring holds no {key!r}; it holds {', '.join(self._arrays)}")
+        return self._arrays[key]
+
+
+def remove_rings(run_dir: Path, shared: Path = Path("/dev/shm")) -> None:
+    """Unlink the ring files earlier gateways of this run folder left behind (kill -9 leaves them)."""
+    for folder in (shared, run_dir):
+        if folder.is_dir():
+            for path in folder.glob(f"{_ring_stem(run_dir)}-*.ring"):
+                path.unlink(missing_ok=True)
+
+
+def _ring_stem(run_dir: Path) -> str:
+    return "flowserl-" + hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
+
+
+def _reserve(path: Path, layout: RingLayout) -> None:
+    """Create the file with every byte reserved: a later SIGBUS on a full filesystem is then impossible."""
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, layout.total_bytes)
+        os.pwrite(fd, layout.to_header(), 0)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise RingError(
+            f"cannot reserve {layout.total_bytes / 2**20:.0f} MiB for the replay ring at {path}: {error.strerror}. "
+            "Lower replay.capacity_frames or free some space."
+        ) from None
+    finally:
+        os.close(fd)
+
+
+__all__ = [
+    "EPISODE_COLUMNS", "IMAGE_PREFIX", "EpisodeRow", "Evicted", "RingError", "RingReader", "RingWriter", "remove_rings",
+]  # fmt: skip
