@@ -1,0 +1,1 @@
+"""Environments: one folder or file per robot or simulator, all answering `base.Environment`."""

@@ -1,0 +1,82 @@
+"""What an environment is to the actor loop: reset, step, close and a TaskSpec.
+
+Called by `actor.Actor`; implemented by each file of this folder. Observations flow out, executed actions flow in, both
+in physical units. In the spirit of dm_env and gymnasium, with one addition: success is told apart from termination.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from serl_transport.schema import Observation
+from serl_transport.specs import TaskSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one action led to.
+
+    Attributes:
+        observation: the observation after the action.
+        reward: the environment's own reward.
+        terminated: a success or failure state was reached (no bootstrap).
+        truncated: the time limit was reached (bootstrap).
+        success: the task is solved.
+    """
+
+    observation: Observation
+    reward: float
+    terminated: bool
+    truncated: bool
+    success: bool
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """A robot or a simulator. One episode at a time, one thread."""
+
+    @property
+    def spec(self) -> TaskSpec:
+        """Cameras, state and action names, limits and rate; must equal the task's yaml."""
+        ...
+
+    def reset(self, seed: int, *, actuator_noise: float = 0.0) -> Observation:
+        """Begin an episode.
+
+        Args:
+            seed: the whole episode start is a function of it.
+            actuator_noise: standard deviation of a disturbance that the robot adds to the translation when it executes
+                an action, in units of the action's range. The recorded action stays the commanded one, so that
+                demonstrations show recovery (DART, Laskey et al. 2017). A real robot refuses anything but 0.
+        """
+        ...
+
+    def step(self, action: np.ndarray) -> StepResult:
+        """Execute float32[ad] for one control tick; an action outside the limits is clipped."""
+        ...
+
+    def close(self) -> None:
+        """Release the renderer or the robot; idempotent."""
+        ...
+
+
+class Expert(Protocol):
+    """A scripted operator's skill: it may read the simulator's privileged state."""
+
+    def reset(self) -> None:
+        """Forget the phase; the next `act` may start from any state of an episode."""
+        ...
+
+    def act(self) -> np.ndarray:
+        """float32[ad], the action for the environment's current state."""
+        ...
+
+
+@runtime_checkable
+class ScriptedEnvironment(Environment, Protocol):
+    """An environment that comes with a scripted expert."""
+
+    def expert(self) -> Expert:
+        """A new expert that reads this environment."""
+        ...
