@@ -1,0 +1,1 @@
+"""Torch-free wire and contract between actors and the learner."""

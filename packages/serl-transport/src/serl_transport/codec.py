@@ -1,0 +1,254 @@
+"""Bodies to frames and back: msgpack for structure, raw bytes for arrays, nothing that can execute.
+
+Client, server, spool and journal call this. A body is a nested dict of str keys with None, bool, int, float, str,
+bytes, lists, dicts and numpy arrays. `pack` gives frame 0, a msgpack header in which every array is a descriptor
+(dtype name, shape, frame index), and one frame of little-endian bytes per array. `join` / `split` turn the frames
+into one blob and back, for files.
+"""
+
+import math
+import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from serl_transport.errors import BadFrame, TooLarge
+
+Buffer = bytes | bytearray | memoryview
+Frames = list[Any]  # buffers: bytes, memoryview or zmq.Frame
+
+DTYPES = {
+    name: np.dtype(name).newbyteorder("<")
+    for name in (
+        *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+        *("float16", "float32", "float64"),
+    )
+}
+_ARRAY = 1  # msgpack extension type of an array's descriptor
+_SCALARS = (bool, int, float, str, bytes)
+_BLOB = struct.Struct("<4sI")  # magic, number of frames; then u64 lengths, then the frames, each padded to 8 bytes
+_BLOB_MAGIC = b"SJB1"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds that both directions check; the same numbers on both sides."""
+
+    header_bytes: int = 1 << 20  # frame 0
+    frame_bytes: int = 256 << 20  # any other frame; also the socket's MAXMSGSIZE
+    total_bytes: int = 512 << 20  # all frames together
+    frames: int = 1024  # number of frames
+    depth: int = 16  # nesting of dicts and lists
+    rank: int = 8  # dims of an array
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def pack(body: dict[str, Any], limits: Limits = DEFAULT_LIMITS) -> Frames:
+    """Frames of `body`: `[header, array bytes, ...]`; array frames are views of the given arrays, not copies.
+
+    Numpy scalars become Python scalars and tuples lists. Raises TypeError for a value that has no form on the wire
+    (naming its path) and TooLarge above the limits.
+    """
+    if not isinstance(body, dict):
+        raise TypeError(f"a body is a dict, got {type(body).__name__}")
+    arrays: Frames = []
+    header = msgpack.packb(_encode(body, "body", 0, arrays, limits), use_bin_type=True)
+    frames = [header, *arrays]
+    check_sizes(frames, limits)
+    return frames
+
+
+def unpack(frames: Sequence[Any], limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
+    """The body of `frames`; arrays are read-only views of the frames. BadFrame or TooLarge for anything but a body."""
+    check_sizes(frames, limits)
+    body = _unpack_header(buffer_of(frames[0]), _Arrays(frames, limits))
+    if not isinstance(body, dict):
+        raise BadFrame(f"a body is a dict, got {type(body).__name__}")
+    _check_tree(body, limits.depth)
+    return body
+
+
+def check_sizes(frames: Sequence[Any], limits: Limits = DEFAULT_LIMITS) -> None:
+    """Raise BadFrame without frames, TooLarge when a count or size is above `limits`."""
+    if not frames:
+        raise BadFrame("a body has at least a header frame, got none")
+    if len(frames) > limits.frames:
+        raise TooLarge(f"{len(frames)} frames, the limit is {limits.frames}")
+    sizes = [nbytes(frame) for frame in frames]
+    if sizes[0] > limits.header_bytes:
+        raise TooLarge(f"a header of {sizes[0]} bytes, the limit is {limits.header_bytes}")
+    if max(sizes) > limits.frame_bytes:
+        raise TooLarge(f"a frame of {max(sizes)} bytes, the limit is {limits.frame_bytes}")
+    if sum(sizes) > limits.total_bytes:
+        raise TooLarge(f"a message of {sum(sizes)} bytes, the limit is {limits.total_bytes}")
+
+
+def join(frames: Sequence[Any]) -> bytes:
+    """One blob of `frames` for a file; every frame starts at a multiple of 8 bytes."""
+    sizes = [nbytes(frame) for frame in frames]
+    parts: list[Any] = [_BLOB.pack(_BLOB_MAGIC, len(sizes)), struct.pack(f"<{len(sizes)}Q", *sizes)]
+    for frame, size in zip(frames, sizes, strict=True):
+        parts += [buffer_of(frame), bytes(-size % 8)]
+    return b"".join(parts)
+
+
+def split(buffer: Buffer) -> list[memoryview]:
+    """The frames of a blob made by `join`, as views. BadFrame when a single byte is missing or left over."""
+    blob = memoryview(buffer).cast("B")
+    if len(blob) < _BLOB.size:
+        raise BadFrame(f"a blob of {len(blob)} bytes is shorter than its {_BLOB.size} byte head")
+    magic, count = _BLOB.unpack_from(blob)
+    if magic != _BLOB_MAGIC:
+        raise BadFrame(f"a blob starts with {_BLOB_MAGIC!r}, got {bytes(magic)!r}")
+    start = _BLOB.size + 8 * count
+    if start > len(blob):
+        raise BadFrame(f"a blob of {len(blob)} bytes cannot hold the lengths of {count} frames")
+    frames = []
+    for size in struct.unpack_from(f"<{count}Q", blob, _BLOB.size):
+        end = start + size + (-size % 8)
+        if end > len(blob):
+            raise BadFrame(f"a blob of {len(blob)} bytes ends inside frame {len(frames)}, which ends at {end}")
+        frames.append(blob[start : start + size])
+        start = end
+    if start != len(blob):
+        raise BadFrame(f"{len(blob) - start} bytes after a blob's last frame")
+    return frames
+
+
+def buffer_of(frame: Any) -> memoryview:
+    """The frame's bytes as a flat view, whether it is bytes, a memoryview or a zmq.Frame."""
+    view = memoryview(getattr(frame, "buffer", frame))
+    return view if view.ndim == 1 and view.format == "B" else view.cast("B")
+
+
+def nbytes(frame: Any) -> int:
+    """Size of a frame in bytes."""
+    return buffer_of(frame).nbytes
+
+
+def _encode(value: Any, path: str, depth: int, arrays: Frames, limits: Limits) -> Any:
+    if value is None or type(value) in _SCALARS:
+        return value
+    if isinstance(value, np.ndarray):
+        return _encode_array(value, path, arrays, limits)
+    if isinstance(value, np.generic):
+        return _encode(value.item(), path, depth, arrays, limits)
+    if depth >= limits.depth:
+        raise TooLarge(f"{path}: nested deeper than {limits.depth}")
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{path}: keys are texts, got {key!r}")
+        return {key: _encode(item, f"{path}.{key}", depth + 1, arrays, limits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item, f"{path}[{i}]", depth + 1, arrays, limits) for i, item in enumerate(value)]
+    raise TypeError(f"{path}: {type(value).__name__} has no form on the wire")
+
+
+def _encode_array(array: np.ndarray, path: str, arrays: Frames, limits: Limits) -> msgpack.ExtType:
+    wire = DTYPES.get(array.dtype.name)
+    if wire is None:
+        raise TypeError(f"{path}: dtype {array.dtype} is not allowed on the wire, use one of {list(DTYPES)}")
+    if array.ndim > limits.rank:
+        raise TooLarge(f"{path}: {array.ndim} dims, the limit is {limits.rank}")
+    # reshape first: ascontiguousarray would make a 0-d array 1-d
+    flat = np.ascontiguousarray(array.reshape(-1), dtype=wire)
+    arrays.append(flat.view(np.uint8).data if flat.size else b"")
+    descriptor = [array.dtype.name, list(array.shape), len(arrays)]
+    return msgpack.ExtType(_ARRAY, msgpack.packb(descriptor))
+
+
+def _unpack_header(header: memoryview, arrays: "_Arrays") -> Any:
+    try:
+        tree = msgpack.unpackb(
+            header, raw=False, strict_map_key=True, ext_hook=arrays.resolve, object_pairs_hook=_strict_map
+        )
+    except BadFrame:
+        raise
+    except (
+        Exception
+    ) as error:  # msgpack raises a zoo: ValueError, ExtraData, FormatError, StackError, UnicodeDecodeError
+        raise BadFrame(f"the header is not msgpack: {type(error).__name__}: {error}") from None
+    arrays.check_all_used()
+    return tree
+
+
+def _strict_map(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise BadFrame("a map names a key twice")
+    for key in result:
+        if type(key) is not str:
+            raise BadFrame(f"a map's keys are texts, got {type(key).__name__}")
+    return result
+
+
+def _check_tree(value: Any, depth: int) -> None:
+    if isinstance(value, dict | list):
+        if depth <= 0:
+            raise BadFrame("nested too deep")
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_tree(item, depth - 1)
+    elif not (value is None or isinstance(value, np.ndarray) or type(value) in _SCALARS):
+        raise BadFrame(f"a {type(value).__name__} is not allowed in a body")
+
+
+class _Arrays:
+    """Turns descriptors into views of the frames; every frame must be named exactly once."""
+
+    def __init__(self, frames: Sequence[Any], limits: Limits):
+        self._frames = frames
+        self._limits = limits
+        self._unused = set(range(1, len(frames)))
+
+    def resolve(self, code: int, data: bytes) -> np.ndarray:
+        """msgpack's ext_hook: the array that a descriptor names."""
+        dtype, shape, index = self._descriptor(code, data)
+        frame = buffer_of(self._frames[index])
+        expected = math.prod(shape) * dtype.itemsize
+        if frame.nbytes != expected:
+            raise BadFrame(f"{dtype.name}{shape} is {expected} bytes, frame {index} has {frame.nbytes}")
+        array = np.frombuffer(frame, dtype=dtype) if expected else np.empty(0, dtype)
+        array = array.reshape(shape)
+        if dtype.name == "bool" and expected and frame_max(array) > 1:
+            raise BadFrame(f"frame {index}: a bool is 0 or 1")
+        array.flags.writeable = False
+        return array if sys.byteorder == "little" else array.astype(dtype.newbyteorder("="))
+
+    def _descriptor(self, code: int, data: bytes) -> tuple[np.dtype, list[int], int]:
+        if code != _ARRAY:
+            raise BadFrame(f"unknown extension type {code}")
+        try:
+            fields = msgpack.unpackb(data, raw=False, strict_map_key=True)
+        except Exception as error:  # the same zoo as above
+            raise BadFrame(f"an array's descriptor is not msgpack: {type(error).__name__}") from None
+        if not isinstance(fields, list) or len(fields) != 3:
+            raise BadFrame("an array's descriptor is [dtype, shape, frame]")
+        name, shape, index = fields
+        dtype = DTYPES.get(name) if isinstance(name, str) else None
+        if dtype is None:
+            raise BadFrame(f"dtype {name!r} is not allowed")
+        if not isinstance(shape, list) or len(shape) > self._limits.rank:
+            raise BadFrame(f"a shape is a list of at most {self._limits.rank} sizes")
+        if not all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
+            raise BadFrame(f"a shape's sizes are whole numbers, got {shape}")
+        if type(index) is not int or index not in self._unused:
+            raise BadFrame(f"an array names frame {index!r}, which does not exist or is taken")
+        self._unused.discard(index)
+        return dtype, shape, index
+
+    def check_all_used(self) -> None:
+        """Raise BadFrame when a frame belongs to no array."""
+        if self._unused:
+            raise BadFrame(f"frame {min(self._unused)} belongs to no array")
+
+
+def frame_max(array: np.ndarray) -> int:
+    """Largest raw byte of an array; a bool array made of other bytes would make numpy misbehave."""
+    return int(array.reshape(-1).view(np.uint8).max())
