@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from serl_launcher.agents.acceptance import EpisodeColumns, Selection
+from serl_launcher.replay.acceptance import EpisodeColumns, Selection
 from serl_launcher.replay.ring import EpisodeRow, Evicted, RingReader
+from serl_transport.specs import TaskSpec
 
 COLUMNS = ("action", "next.reward", "intervention")
 
@@ -35,10 +36,11 @@ class ChunkBatch:
 class ChunkView:
     """The accepted ticks of a ring, as chunk starts."""
 
-    def __init__(self, rule: Callable[[EpisodeColumns], Selection], horizon: int, action_scale: np.ndarray, action_offset: np.ndarray) -> None:
-        """action_scale, action_offset: float32[ad], physical to the rule's [-1, 1] units."""
+    def __init__(self, rule: Callable[[EpisodeColumns], Selection], spec: TaskSpec, horizon: int) -> None:
+        low, high = np.float32(spec.action_low), np.float32(spec.action_high)
         self._rule, self._horizon = rule, horizon
-        self._scale, self._offset = action_scale, action_offset
+        self._offset, self._scale = (high + low) / 2, (high - low) / 2
+        self._cameras = tuple(spec.cameras)
         self._ring: RingReader | None = None
         self.clear()
 
@@ -70,7 +72,7 @@ class ChunkView:
             except Evicted:  # the writer lapped a reader that slept for a whole ring: that episode is gone for all
                 continue
         if rows:
-            self._drop_before(self._ring.first_frame())
+            self._drop_before(self._ring.first_valid)
         return len(rows)
 
     def _add(self, row: EpisodeRow) -> None:
@@ -111,17 +113,17 @@ class ChunkView:
             try:
                 return self._gather(rows)
             except Evicted:
-                self._drop_before(self._ring.first_frame())
+                self._drop_before(self._ring.first_valid)
 
     def _gather(self, rows: np.ndarray) -> ChunkBatch:
         frames = self._frames[rows]
-        cameras = [f"observation.images.{camera}" for camera in self._ring.spec.cameras]
-        first = self._ring.gather(frames[:, 0], [*cameras, "observation.state", "intervention"])
-        chunk = self._ring.gather(frames.reshape(-1), ["action"])["action"]
+        images = {camera: f"observation.images.{camera}" for camera in self._cameras}
+        first = self._ring.gather(frames[:, 0], [*images.values(), "observation.state", "intervention"])
+        chunk = self._ring.gather(frames, ["action"])["action"]
         return ChunkBatch(
-            images={camera: first[f"observation.images.{camera}"] for camera in self._ring.spec.cameras},
+            images={camera: first[key] for camera, key in images.items()},
             state=first["observation.state"],
-            action=chunk.reshape(*frames.shape, -1),
+            action=chunk,
             is_pad=self._is_pad[rows],
             demo=self._demo[rows],
             operator=first["intervention"],

@@ -1,0 +1,1 @@
+"""Learning rules: what is accepted, which loss, which tensors are published."""

@@ -1,0 +1,45 @@
+"""Flow-matching imitation of accepted ticks: the loss of `reject_sampling_*` and of `sft_*`.
+
+The learner calls `forward(batch, step)`; what differs between the two algorithms is the acceptance rule that filled
+the view, not the loss. All flow times are supervised (Hi-ORS, arXiv 2510.26406, section on intermediate steps).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from serl_launcher.policies.base import FlowPolicy, PolicyInput, flow_loss, sample_times, trainable
+from serl_launcher.replay.views import ChunkBatch
+
+
+class FlowMatchingAgent(nn.Module):
+    """E[ w · ‖v_θ(x_t, t, s) − (a − ε)‖² ] over accepted ticks, several (ε, t) per encoded observation."""
+
+    def __init__(self, policy: FlowPolicy, prompt: str, noise_samples: int = 4) -> None:
+        super().__init__()
+        self.policy = policy
+        self.prompt = prompt
+        self.noise_samples = noise_samples
+
+    def forward(self, batch: ChunkBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, a scalar with gradient, and metrics for the log (detached scalars)."""
+        k, b = self.noise_samples, len(batch)
+        prefix = self.policy.encode(PolicyInput(batch.images, batch.state, [self.prompt] * b)).repeat(k)
+        device = prefix.state.device
+        chunk = self.policy.normalise_actions(torch.as_tensor(batch.action, device=device)).repeat_interleave(k, 0)
+        is_pad = torch.as_tensor(batch.is_pad, device=device).repeat_interleave(k, 0)
+        noise, t = torch.randn_like(chunk), sample_times(b * k).to(device)
+        per_sample = flow_loss(self.policy, prefix, chunk, is_pad, torch.ones(b * k, device=device), noise, t)
+        demo = torch.as_tensor(batch.demo, device=device).repeat_interleave(k, 0)
+        metrics = {
+            "losses/flow": per_sample.mean().detach(),
+            "batch/demo_share": demo.float().mean(),
+            "batch/operator_share": torch.as_tensor(batch.operator, device=device).float().mean(),
+            "batch/pad_share": is_pad.float().mean(),
+        }
+        return per_sample.mean(), metrics
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """What the optimizer moves and what is published."""
+        return trainable(self.policy)

@@ -1,0 +1,1 @@
+"""The GPU box's entry: supervisor, trainer, parameters and checkpoints."""

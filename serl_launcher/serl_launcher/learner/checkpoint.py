@@ -1,0 +1,65 @@
+"""Checkpoints of the trainer: everything that resuming needs, published by a manifest that is written last.
+
+`runs/<name>/checkpoints/step_000900/` holds tensors.safetensors (parameters, average), optimizer.pt, state.json
+(counters, random states, stage progress, policy version) and manifest.json. Without its manifest a folder never existed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FILES = ("tensors.safetensors", "optimizer.pt", "state.json")
+
+
+def save(
+    root: Path, step: int, tensors: dict[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any], keep: int
+) -> Path:
+    """Write a checkpoint, then drop all but the newest `keep`. `state` must be JSON; returns the folder."""
+    folder = root / f"step_{step:06d}"
+    part = root / f".{folder.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, part / FILES[0])
+    torch.save(optimizer, part / FILES[1])
+    (part / FILES[2]).write_text(json.dumps(state))
+    manifest = {"step": step, "files": {name: (part / name).stat().st_size for name in FILES}}
+    for name in FILES:
+        _sync(part / name)
+    (part / "manifest.json").write_text(json.dumps(manifest))
+    _sync(part / "manifest.json")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+    for old in complete(root)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def complete(root: Path) -> list[Path]:
+    """Whole checkpoints, oldest first: the manifest is there and every file has the size it names."""
+    found = []
+    for folder in sorted(root.glob("step_*")):
+        manifest = folder / "manifest.json"
+        if manifest.exists():
+            sizes = json.loads(manifest.read_text())["files"]
+            if all((folder / name).exists() and (folder / name).stat().st_size == size for name, size in sizes.items()):
+                found.append(folder)
+    return found
+
+
+def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """tensors, optimizer state, state of a whole checkpoint."""
+    optimizer = torch.load(folder / FILES[1], weights_only=True)
+    return load_file(folder / FILES[0]), optimizer, json.loads((folder / FILES[2]).read_text())
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as f:
+        os.fsync(f.fileno())

@@ -1,0 +1,137 @@
+"""Published policy parameters on disk: one safetensors file a version, and the pointer to the newest.
+
+The trainer publishes; the policy server watches `latest.json` and swaps; the gateway hands the same file to actors
+with a local policy. Only trainable tensors travel, with a hash of the frozen rest: both sides know they share a base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from serl_launcher.policies.base import trainable
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What `latest.json` says of a version."""
+
+    version: int
+    step: int  # trainer step it was taken at
+    file: str  # name inside params/
+    bytes: int
+    sha256: str  # of the file
+    time: float  # unix seconds of publishing
+
+    @classmethod
+    def read(cls, params_dir: Path) -> Published | None:
+        """The newest version, or None before the first."""
+        try:
+            return cls(**json.loads((params_dir / "latest.json").read_text()))
+        except FileNotFoundError:
+            return None
+
+
+def base_sha256(policy: nn.Module) -> str:
+    """Hash over names, shapes and values of the tensors that are not published (frozen weights and buffers)."""
+    published = trainable(policy)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(policy.state_dict().items()):
+        if name not in published:
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def publish(
+    params_dir: Path,
+    tensors: dict[str, Tensor],
+    *,
+    version: int,
+    step: int,
+    base: str,
+    policy: str,
+    now: float,
+    keep: int,
+) -> Published:
+    """Write version `version` whole or not at all, then point at it; files older than the newest `keep` go."""
+    params_dir.mkdir(parents=True, exist_ok=True)
+    name = f"v{version:06d}.safetensors"
+    metadata = {"version": str(version), "step": str(step), "base_sha256": base, "policy": policy}
+    part = params_dir / f"{name}.part"
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=metadata)
+    data = part.read_bytes()
+    os.replace(part, params_dir / name)
+    entry = Published(version, step, name, len(data), hashlib.sha256(data).hexdigest(), now)
+    pointer = params_dir / "latest.json.part"
+    pointer.write_text(json.dumps(asdict(entry)))
+    os.replace(pointer, params_dir / "latest.json")
+    for old in sorted(params_dir.glob("v*.safetensors"))[:-keep]:
+        old.unlink()
+    return entry
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a published file."""
+    with safe_open(path, framework="pt") as f:
+        return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+
+
+@torch.no_grad()
+def load_into(policy: nn.Module, path: Path, base: str | None = None) -> dict[str, str]:
+    """Fill a policy's trainable tensors from a published file, strictly; returns the metadata.
+
+    Raises ValueError naming the tensors that do not fit, or both hashes when the frozen base differs.
+    """
+    tensors, metadata = read_tensors(path)
+    want = trainable(policy)
+    problems = describe_mismatch(want, tensors)
+    if problems:
+        raise ValueError(f"{path.name} does not fit this policy: " + "; ".join(problems))
+    if base is not None and metadata.get("base_sha256") != base:
+        theirs = metadata.get("base_sha256", "none")
+        raise ValueError(
+            f"{path.name} was trained on another frozen base: expected {base[:12]}, got {theirs[:12]}; "
+            "check policy.seed and checkpoint_path on both sides"
+        )
+    for name, p in want.items():
+        p.copy_(tensors[name])
+    return metadata
+
+
+def find_parameters(path: str | Path) -> Path:
+    """The parameters file that `checkpoint_path` means: a file, a run folder or its params/ folder.
+
+    Raises FileNotFoundError that says what was looked for.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    for folder in (path / "params", path):
+        latest = Published.read(folder)
+        if latest is not None:
+            return folder / latest.file
+    raise FileNotFoundError(
+        f"checkpoint_path={path}: no parameters there; "
+        "expected a *.safetensors file, or a run folder holding params/latest.json"
+    )
+
+
+def describe_mismatch(want: dict[str, Tensor], got: dict[str, Tensor], limit: int = 5) -> list[str]:
+    """What keeps `got` from filling `want`, in words; empty when it fits exactly and every value is finite."""
+    found = [f"missing {name}" for name in want if name not in got]
+    found += [f"unknown {name}" for name in got if name not in want]
+    for name in want.keys() & got.keys():
+        if want[name].shape != got[name].shape:
+            found.append(f"{name}: expected shape {tuple(want[name].shape)}, got {tuple(got[name].shape)}")
+        elif not torch.isfinite(got[name]).all():
+            found.append(f"{name}: holds NaN or Inf")
+    return found if len(found) <= limit else [*found[:limit], f"and {len(found) - limit} more"]

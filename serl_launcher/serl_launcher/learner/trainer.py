@@ -1,0 +1,228 @@
+"""The trainer role: follows the gateway's schedule, samples the ring, steps the learner, publishes and checkpoints.
+
+Started by the supervisor through `accelerate launch … -m serl_launcher.learner.trainer <run_dir>`.
+
+    gateway status ──▶ stage? ──train──▶ view.refresh ─▶ limiter ─▶ sample ─▶ step ─▶ publish / checkpoint / log
+          ▲               └──other──▶ sleep                                                │
+          └──────────────────────────── progress (≥ 1/s, and when a stage is done) ────────┘
+
+Blocks on: the gateway's answer (bounded by a timeout, retried), and the limiter (until new transitions arrive).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from serl_launcher.gateway.internal import InternalClient
+from serl_launcher.learner import checkpoint
+from serl_launcher.learner.learner import Learner, Schedule
+from serl_launcher.learner.limiter import StepLimiter
+from serl_launcher.learner.parameters import Published, base_sha256, find_parameters, publish, read_tensors
+from serl_launcher.paths import RunPaths
+from serl_launcher.replay.ring import RingError, RingReader
+from serl_launcher.replay.views import ChunkView
+from serl_launcher.telemetry.metrics import MetricsWriter
+from serl_transport.specs import TaskSpec
+
+log = logging.getLogger("trainer")
+
+
+class Trainer:
+    """Rank 0 of the training job: one agent, one view of the replay, one line of progress to the gateway."""
+
+    def __init__(self, cfg: DictConfig, paths: RunPaths, link: InternalClient) -> None:
+        self.cfg, self.paths, self.link = cfg, paths, link
+        torch.set_num_threads(cfg.trainer.threads)
+        torch.manual_seed(cfg.seed)
+        self.rng = np.random.default_rng(cfg.seed)
+        spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
+        accelerator = Accelerator(cpu=cfg.trainer.device == "cpu")
+        policy = instantiate(cfg.policy, spec=spec)
+        agent = instantiate(cfg.algo.agent, policy=policy, prompt=spec.prompt).to(accelerator.device)
+        self.learner = Learner(
+            agent,
+            instantiate(cfg.trainer.optimizer, _partial_=True),
+            accelerator,
+            max_grad_norm=cfg.trainer.max_grad_norm,
+            ema_decay=cfg.trainer.ema_decay,
+        )
+        self.view = ChunkView(instantiate(cfg.algo.rule), spec, policy.action_horizon)
+        self.limiter = StepLimiter(cfg.trainer.max_steps_per_tick)
+        self.base = base_sha256(policy)
+        self.stage_steps: dict[str, int] = {}
+        self.stage_start: dict[str, int] = {}  # transitions seen when a stage began, for the limiter
+        self.version = -1
+        self.ring_path: str | None = None
+        self._resume()
+        self.metrics = MetricsWriter(paths, cfg)
+
+    def run(self) -> None:
+        """Until the gateway says that every stage is done."""
+        status = self.link.hello()
+        if self.version < 0:
+            self.publish()
+        stage_name = None
+        while not (status := self.report()).get("done"):
+            stage = status["stage"]
+            if not self._trains(stage) or not self._ready(status):
+                time.sleep(0.2)
+                continue
+            if stage["name"] != stage_name:
+                stage_name = stage["name"]
+                self.learner.begin_stage()
+                log.info("stage %s: %d steps from step %d", stage_name, stage["steps_goal"], self.learner.step_count)
+            self._train_for_a_while(stage, status)
+        self.metrics.close()
+
+    def _trains(self, stage: dict[str, Any]) -> bool:
+        goal = stage.get("steps_goal")
+        return bool(goal) and self.stage_steps.get(stage["name"], 0) < goal
+
+    def _ready(self, status: dict[str, Any]) -> bool:
+        """Is there data to train on: a ring, accepted ticks, and in an online stage enough accepted episodes?"""
+        if status.get("ring") and status["ring"] != self.ring_path:
+            try:
+                self.view.attach(RingReader(status["ring"]))
+            except RingError:  # replaced between the status and now; the next status names the new one
+                return False
+            self.ring_path = status["ring"]
+        if self.ring_path is None:
+            return False
+        self.view.refresh()
+        online = status["stage"]["mode"] == "online"
+        return len(self.view) > 0 and (not online or self.view.accepted["online"] >= self.cfg.algo.min_accepted)
+
+    def _train_for_a_while(self, stage: dict[str, Any], status: dict[str, Any]) -> None:
+        """Steps of one stage until it is time to talk to the gateway again (a second), or the stage is done."""
+        name, goal, online = stage["name"], stage["steps_goal"], stage["mode"] == "online"
+        schedule = Schedule(
+            peak=self.cfg.trainer.online_lr_scale if online else 1.0,
+            steps=goal,
+            warmup=self.cfg.trainer.warmup_steps,
+            final=self.cfg.trainer.final_lr_scale,
+        )
+        transitions = status["counts"]["transitions"]
+        began = self.stage_start.setdefault(name, transitions)
+        deadline = time.monotonic() + 1.0
+        while time.monotonic() < deadline and (done := self.stage_steps.get(name, 0)) < goal:
+            if online and not self.limiter.allows(done, transitions - began):
+                time.sleep(0.1)
+                return
+            started = time.perf_counter()
+            batch = self.view.sample(self.rng, self.cfg.trainer.batch_size)
+            sampled = time.perf_counter()
+            metrics = self.learner.step(batch, schedule.scale(done))
+            self.stage_steps[name] = done + 1
+            self._after_step(name, goal, metrics, sampled - started, time.perf_counter() - sampled)
+
+    def _after_step(self, stage: str, goal: int, metrics: dict[str, float], sample_s: float, step_s: float) -> None:
+        step, cfg = self.learner.step_count, self.cfg.trainer
+        metrics = metrics | {
+            "time/sample_s": sample_s,
+            "time/step_s": step_s,
+            "replay/chunks": float(len(self.view)),
+            "replay/accepted_online": float(self.view.accepted["online"]),
+            "policy/version": float(self.version),
+        }
+        self.latest = metrics
+        if step % cfg.log_period == 0:
+            self.metrics.write(step, metrics | {"stage": stage})
+        finished = self.stage_steps[stage] >= goal
+        if finished or step % cfg.publish_period == 0:
+            self.publish()
+        if finished or step % cfg.checkpoint_period == 0:
+            self.save()
+
+    latest: dict[str, float] = {}
+
+    def report(self) -> dict[str, Any]:
+        """Tell the gateway where the trainer is; returns the status document."""
+        return self.link.progress(
+            step=self.learner.step_count, stage_steps=self.stage_steps, version=self.version, metrics=self.latest
+        )
+
+    def publish(self) -> None:
+        """The averaged parameters as the next policy version."""
+        self.version += 1
+        publish(
+            self.paths.params,
+            self.learner.averaged,
+            version=self.version,
+            step=self.learner.step_count,
+            base=self.base,
+            policy=self.cfg.policy.name,
+            now=time.time(),
+            keep=self.cfg.trainer.keep_params,
+        )
+
+    def save(self) -> None:
+        """A checkpoint of everything that `_resume` reads."""
+        state = {
+            "counters": self.learner.counters(),
+            "stage_steps": self.stage_steps,
+            "stage_start": self.stage_start,
+            "version": self.version,
+            "rng": self.rng.bit_generator.state,
+            "torch_rng": torch.get_rng_state().tolist(),
+        }
+        optimizer = self.learner.optimizer.state_dict()
+        checkpoint.save(
+            self.paths.checkpoints,
+            self.learner.step_count,
+            self.learner.tensors(),
+            optimizer,
+            state,
+            self.cfg.trainer.keep_checkpoints,
+        )
+
+    def _resume(self) -> None:
+        """From the newest whole checkpoint of this run; else from checkpoint_path; else from scratch."""
+        folders = checkpoint.complete(self.paths.checkpoints)
+        newest = Published.read(self.paths.params)
+        if folders:
+            tensors, optimizer, state = checkpoint.load(folders[-1])
+            self.learner.load_tensors(tensors)
+            self.learner.optimizer.load_state_dict(optimizer)
+            self.learner.load_counters(state["counters"])
+            self.stage_steps, self.stage_start = state["stage_steps"], state["stage_start"]
+            self.rng.bit_generator.state = state["rng"]
+            torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
+            # Versions published after the checkpoint were used by actors: never reuse their numbers.
+            self.version = max(state["version"], newest.version if newest else -1)
+            log.info(
+                "resumed from %s at step %d, policy version %d", folders[-1].name, self.learner.step_count, self.version
+            )
+        elif self.cfg.checkpoint_path:
+            path = find_parameters(self.cfg.checkpoint_path)
+            self.learner.start_from(read_tensors(path)[0])
+            log.info("starting from %s", path)
+        if not folders and newest is not None:
+            self.version = newest.version
+
+
+def main(run_dir: str) -> int:
+    """Entry of the role. Exit 2: a mistake in config or checkpoint, said in one line."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    paths = RunPaths(Path(run_dir))
+    cfg = OmegaConf.load(paths.config)
+    try:
+        trainer = Trainer(cfg, paths, InternalClient(paths.root, "trainer"))
+    except (ValueError, FileNotFoundError) as mistake:
+        print(f"trainer: {mistake}", file=sys.stderr)
+        return 2
+    trainer.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""Policy heads behind one flow-matching interface (policies.base)."""

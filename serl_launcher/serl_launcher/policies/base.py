@@ -1,0 +1,126 @@
+"""The interface every policy head answers, and the tensors it takes.
+
+Agents, the policy server and the local policy call it; heads (policies.pi0, ...) implement it over a library's
+modules. One flow convention for all: t runs from 0 (noise) to 1 (action), x_t = t·a + (1 − t)·ε, v* = a − ε
+(Lipman et al., 2210.02747). A head whose library runs time the other way converts inside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyInput:
+    """A batch of observations as the robot produced them; normalising and tokenising is the head's business."""
+
+    images: dict[str, np.ndarray]  # camera -> uint8[b, h, w, 3]
+    state: np.ndarray  # float32[b, s], physical units
+    prompts: list[str]  # b language prompts
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What the backbone says of an observation: computed once, then read by every flow step, sample and critic."""
+
+    keys_values: list[tuple[Tensor, Tensor]]  # per layer, float[b, heads, l, head_dim] each
+    pad_mask: Tensor  # bool[b, l], True where a token counts
+    hidden: Tensor  # float[b, l, width], last hidden states
+    state: Tensor  # float32[b, s], normalised
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    def repeat(self, n: int) -> Prefix:
+        """The same prefix n times per sample (b -> b·n, samples of one observation adjacent), without re-encoding."""
+        if n == 1:
+            return self
+        return Prefix(
+            keys_values=[(k.repeat_interleave(n, 0), v.repeat_interleave(n, 0)) for k, v in self.keys_values],
+            pad_mask=self.pad_mask.repeat_interleave(n, 0),
+            hidden=self.hidden.repeat_interleave(n, 0),
+            state=self.state.repeat_interleave(n, 0),
+        )
+
+
+class FlowPolicy(Protocol):
+    """A flow-matching policy head; every implementation is an `nn.Module`."""
+
+    action_horizon: int  # ah
+    action_dim: int  # ad
+
+    def encode(self, observation: PolicyInput) -> Prefix:
+        """Run the backbone once; without gradient when it is frozen."""
+        ...
+
+    def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
+        """v(x_t, t | prefix): float32[b, ah, ad], differentiable. x_t float32[b, ah, ad], t float32[b]."""
+        ...
+
+    def features(self, prefix: Prefix) -> Tensor:
+        """Pooled float32[b, f] for critics and rewards."""
+        ...
+
+    def normalise_actions(self, chunk: Tensor) -> Tensor:
+        """Physical float32[..., ad] to the model's units."""
+        ...
+
+    def physical_actions(self, chunk: Tensor) -> Tensor:
+        """The model's units to physical float32[..., ad], clipped to the task's limits."""
+        ...
+
+    def parameters(self, recurse: bool = True) -> Any: ...
+
+    def named_parameters(self) -> Any: ...
+
+
+def sample(policy: FlowPolicy, prefix: Prefix, noise: Tensor, steps: int, n: int = 1) -> Tensor:
+    """Integrate the flow by forward Euler from noise to action: float32[b·n, ah, ad] in the model's units.
+
+    noise: float32[b·n, ah, ad]; the n samples of one observation are adjacent.
+    """
+    prefix = prefix.repeat(n)
+    if noise.shape != (len(prefix), policy.action_horizon, policy.action_dim):
+        want = (len(prefix), policy.action_horizon, policy.action_dim)
+        raise ValueError(f"noise: expected shape {want}, got {tuple(noise.shape)}")
+    x = noise
+    for k in range(steps):
+        t = torch.full((len(prefix),), k / steps, device=noise.device)
+        x = x + policy.velocity(prefix, x, t) / steps
+    return x
+
+
+def flow_loss(
+    policy: FlowPolicy, prefix: Prefix, chunk: Tensor, is_pad: Tensor, weight: Tensor, noise: Tensor, t: Tensor
+) -> Tensor:
+    """‖v(x_t, t | prefix) − (chunk − noise)‖² per sample, averaged over the ticks that count: float32[b].
+
+    chunk, noise: float32[b, ah, ad] in the model's units; is_pad: bool[b, ah], True where a tick is not a label;
+    weight: float32[b]; t: float32[b]. A sample whose ticks are all padding has loss 0.
+    """
+    x_t = t[:, None, None] * chunk + (1 - t[:, None, None]) * noise
+    error = (policy.velocity(prefix, x_t, t) - (chunk - noise)).square().mean(-1)
+    keep = (~is_pad).to(error.dtype)
+    return weight * (error * keep).sum(-1) / keep.sum(-1).clamp(min=1)
+
+
+def sample_times(b: int, generator: torch.Generator | None = None) -> Tensor:
+    """Training flow times as PI0 draws them: 1 − t ~ 0.001 + 0.999 · Beta(1.5, 1), dense near the noise: float32[b].
+
+    Beta(α, 1) has the closed-form quantile u^(1/α), so a seeded generator suffices.
+    """
+    u = torch.rand(b, generator=generator)
+    return 1 - (0.001 + 0.999 * u.pow(1 / 1.5))
+
+
+def trainable(policy: nn.Module) -> dict[str, Tensor]:
+    """The tensors that are published: those that receive gradients."""
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}

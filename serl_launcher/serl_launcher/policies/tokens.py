@@ -1,0 +1,27 @@
+"""Prompt tokenizers. The tiny policies use one that needs no vocabulary file; the full ones load their own."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+
+class WordHashTokenizer:
+    """Each word of a prompt to one of `vocab − 2` ids by its CRC-32: stable over processes, nothing to download.
+
+    Id 0 is padding; the last id stays free for PaliGemma's image token.
+    """
+
+    def __init__(self, vocab: int, length: int) -> None:
+        self.vocab, self.length = vocab, length
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids int64[b, l] and mask bool[b, l]; longer prompts lose their tail."""
+        ids = torch.zeros(len(prompts), self.length, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            words = prompt.lower().split()[: self.length]
+            for column, word in enumerate(words):
+                ids[row, column] = 1 + zlib.crc32(word.encode()) % (self.vocab - 2)
+        return ids, ids != 0

@@ -1,0 +1,107 @@
+"""Which episodes, and which of their ticks, the policy imitates: the rejection in rejection sampling.
+
+The trainer's view (replay.views) calls a rule once per finished episode; yaml names it (`algo.rule`). A rule is a pure
+function of the episode, so that it can be changed afterwards and the views rebuilt. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeColumns:
+    """One finished episode as a rule sees it: n ticks."""
+
+    mode: str  # demo or online
+    success: bool
+    reward: np.ndarray  # float32[n]
+    action: np.ndarray  # float32[n, ad], executed, in the model's units ([-1, 1] over the action range)
+    intervention: np.ndarray  # bool[n]
+
+    def __len__(self) -> int:
+        return len(self.reward)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """A rule's verdict."""
+
+    accepted: bool
+    reason: str  # one word for the ledger
+    starts: np.ndarray  # bool[n], ticks at which a training chunk may begin
+    labels: np.ndarray  # bool[n], ticks whose executed action is a label; the others are masked out of the loss
+
+    @classmethod
+    def rejected(cls, n: int, reason: str) -> Selection:
+        return cls(False, reason, np.zeros(n, bool), np.zeros(n, bool))
+
+
+@dataclass(frozen=True, slots=True)
+class SuccessRule:
+    """Accept an episode whose return reaches m (Hi-ORS, arXiv 2510.26406): autonomous and operator ticks alike.
+
+    What the policy did just before the operator took over is what the operator had to correct: those ticks are neither
+    labels nor starts. Storing them stopped the improvement on the default task (docs/LOG.md).
+    """
+
+    min_return: float = 0.5  # m
+    min_ticks: int = 3  # shorter episodes are dropped
+    noop_threshold: float = 0.02  # leading ticks that move less than this share of the range are dropped
+    noop_dims: Sequence[int] | None = None  # action dimensions that move the robot; null: all
+    mask_before_takeover: int | None = None  # policy ticks hidden before a takeover; null: the whole stretch
+
+    def __call__(self, episode: EpisodeColumns) -> Selection:
+        n = len(episode)
+        if n < self.min_ticks:
+            return Selection.rejected(n, "short")
+        if float(episode.reward.sum()) < self.min_return:
+            return Selection.rejected(n, "return")
+        labels = ~before_takeover(episode.intervention, self.mask_before_takeover)
+        labels &= ~leading_noops(episode.action, self.noop_threshold, self.noop_dims)
+        return Selection(bool(labels.any()), "accepted" if labels.any() else "noop", labels.copy(), labels)
+
+
+@dataclass(frozen=True, slots=True)
+class DemonstrationRule:
+    """Accept successful demonstrations only: behaviour cloning on the data that a run folder holds."""
+
+    min_ticks: int = 3
+    noop_threshold: float = 0.02
+    noop_dims: Sequence[int] | None = None
+
+    def __call__(self, episode: EpisodeColumns) -> Selection:
+        n = len(episode)
+        if episode.mode != "demo":
+            return Selection.rejected(n, "online")
+        if n < self.min_ticks:
+            return Selection.rejected(n, "short")
+        if not episode.success:
+            return Selection.rejected(n, "failed")
+        labels = ~leading_noops(episode.action, self.noop_threshold, self.noop_dims)
+        return Selection(bool(labels.any()), "accepted" if labels.any() else "noop", labels.copy(), labels)
+
+
+def before_takeover(intervention: np.ndarray, reach: int | None) -> np.ndarray:
+    """Policy ticks up to `reach` before each takeover (all of the policy's stretch when None): bool[n].
+
+    >>> before_takeover(np.array([0, 0, 0, 1, 1, 0], bool), 2).astype(int)
+    array([0, 1, 1, 0, 0, 0])
+    """
+    hidden = np.zeros(len(intervention), bool)
+    for takeover in np.flatnonzero(intervention[1:] & ~intervention[:-1]) + 1:
+        operator_ticks = np.flatnonzero(intervention[:takeover])
+        stretch_start = operator_ticks[-1] + 1 if len(operator_ticks) else 0
+        first = stretch_start if reach is None else max(stretch_start, takeover - reach)
+        hidden[first:takeover] = True
+    return hidden
+
+
+def leading_noops(action: np.ndarray, threshold: float, dims: Sequence[int] | None) -> np.ndarray:
+    """Ticks at the start, before the robot first moves by more than `threshold` of its range: bool[n]."""
+    moves = (np.abs(action if dims is None else action[:, list(dims)]) > threshold).any(axis=1)
+    first = int(np.argmax(moves)) if moves.any() else len(moves)
+    return np.arange(len(moves)) < first
