@@ -1,0 +1,6 @@
+"""Torch-free policy clients. A robot host needs nothing else to drive a policy that runs elsewhere."""
+
+from openpi_client.action_chunk_broker import ActionChunkBroker
+from openpi_client.base_policy import BasePolicy
+
+__all__ = ["ActionChunkBroker", "BasePolicy"]

@@ -1,0 +1,48 @@
+"""Turns a policy that answers with chunks into one that answers with single actions. Used by the control loop."""
+
+from typing import Any
+
+from openpi_client.base_policy import BasePolicy
+
+
+class ActionChunkBroker(BasePolicy):
+    """Executes the first `execute_horizon` actions of each chunk, then asks the policy again.
+
+    Args:
+        policy: answers `infer` with `actions` float32[ah, ad].
+        execute_horizon: how many actions of a chunk are executed; at most ah.
+    """
+
+    def __init__(self, policy: BasePolicy, execute_horizon: int):
+        if execute_horizon < 1:
+            raise ValueError(f"execute_horizon: expected at least 1, got {execute_horizon}")
+        self._policy = policy
+        self._horizon = execute_horizon
+        self._chunk: dict[str, Any] | None = None
+        self._next = 0
+
+    @property
+    def needs_inference(self) -> bool:
+        """Whether the next `infer` asks the policy."""
+        return self._chunk is None
+
+    def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
+        """The chunk's entries with `actions` float32[ad], the action of this tick."""
+        if self._chunk is None:
+            chunk = self._policy.infer(obs)
+            length = len(chunk["actions"])
+            if length < self._horizon:
+                raise ValueError(
+                    f"execute_horizon={self._horizon} is longer than the policy's chunk of {length} actions"
+                )
+            self._chunk, self._next = chunk, 0
+        answer = {**self._chunk, "actions": self._chunk["actions"][self._next]}
+        self._next += 1
+        if self._next >= self._horizon:
+            self._chunk = None
+        return answer
+
+    def reset(self) -> None:
+        """Drop the rest of the chunk: a new episode began, or someone else drove meanwhile."""
+        self._chunk = None
+        self._policy.reset()

@@ -1,0 +1,100 @@
+"""A policy that runs behind an openpi websocket server. Called by control loops on hosts without torch.
+
+Protocol: on connecting the server sends its metadata; then each request is one packed observation and each reply one
+packed answer. A text message is the server's error.
+"""
+
+from typing import Any
+
+from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.sync.client import ClientConnection, connect
+
+from openpi_client import msgpack_numpy
+from openpi_client.base_policy import BasePolicy
+
+
+class PolicyServerError(RuntimeError):
+    """The policy server is not there, refused us, or failed while answering."""
+
+
+class WebsocketClientPolicy(BasePolicy):
+    """Talks to one policy server; connects at once.
+
+    Args:
+        host: name or address, or a whole `ws://` or `wss://` address.
+        port: TCP port; None when `host` is a whole address.
+        api_key: sent as `Authorization: Api-Key <key>`.
+        timeout_s: bound on connecting and on each reply, seconds.
+        max_bytes: largest reply accepted.
+
+    Raises:
+        PolicyServerError: naming the address and what to change.
+    """
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int | None = 8000,
+        api_key: str | None = None,
+        timeout_s: float = 10.0,
+        max_bytes: int = 64 << 20,
+    ):
+        scheme_and_host = host if "://" in host else f"ws://{host}"
+        self._uri = scheme_and_host if port is None else f"{scheme_and_host}:{port}"
+        self._timeout_s = timeout_s
+        self._max_bytes = max_bytes
+        self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
+        self._socket, self._metadata = self._connect()
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the server said about itself on connecting."""
+        return self._metadata
+
+    def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
+        """The server's answer; PolicyServerError when it fails, is gone or is silent."""
+        try:
+            self._socket.send(msgpack_numpy.packb(obs))
+        except ConnectionClosed as error:
+            raise PolicyServerError(f"the policy server at {self._uri} closed the connection: {error}") from error
+        return self._receive(self._socket)
+
+    def close(self) -> None:
+        """Close the connection; idempotent."""
+        self._socket.close()
+
+    def _connect(self) -> tuple[ClientConnection, dict[str, Any]]:
+        try:
+            socket = connect(
+                self._uri,
+                compression=None,
+                max_size=self._max_bytes,
+                open_timeout=self._timeout_s,
+                additional_headers=self._headers,
+            )
+        except (OSError, InvalidHandshake) as error:
+            raise PolicyServerError(
+                f"no policy server at {self._uri} ({error}); start it, or change host and port"
+            ) from error
+        return socket, self._receive(socket)
+
+    def _receive(self, socket: ClientConnection) -> dict[str, Any]:
+        try:
+            reply = socket.recv(timeout=self._timeout_s)
+        except TimeoutError as error:
+            # A late reply would be taken for the answer to the next question.
+            socket.close()
+            raise PolicyServerError(f"no answer from {self._uri} within {self._timeout_s:g} s") from error
+        except ConnectionClosed as error:
+            raise PolicyServerError(f"the policy server at {self._uri} closed the connection: {error}") from error
+        if isinstance(reply, str):
+            raise PolicyServerError(f"the policy server at {self._uri} failed: {reply}")
+        try:
+            answer = msgpack_numpy.unpackb(reply)
+        except ValueError as error:
+            raise PolicyServerError(f"{self._uri} does not speak the openpi protocol: {error}") from error
+        if not isinstance(answer, dict):
+            raise PolicyServerError(
+                f"{self._uri} does not speak the openpi protocol: expected a map, got {type(answer).__name__}"
+            )
+        return answer

@@ -1,0 +1,64 @@
+"""Turns control ticks into step batches. Fed by the actor loop; batches leave through `send`, one body each.
+
+    begin(info) ─▶ add(step) × n ─▶ … ─▶ end(last observation, outcome)
+
+A full batch leaves only when the next tick arrives, so that the final batch always holds the tick that ended the
+episode and can be marked truncated. Observations are copied once, when a batch is stacked.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from serl_transport.schema import EpisodeInfo, Observation, Outcome, StepBatch, TimeStep
+
+
+class Adder:
+    """Writes one episode at a time.
+
+    Args:
+        send: takes the body of one `StepBatch` and makes it durable; may block.
+        batch_ticks: ticks per batch.
+    """
+
+    def __init__(self, send: Callable[[dict[str, Any]], object], batch_ticks: int = 10):
+        if batch_ticks < 1:
+            raise ValueError(f"batch_ticks: expected at least 1, got {batch_ticks}")
+        self._send = send
+        self._batch_ticks = batch_ticks
+        self._info: EpisodeInfo | None = None
+        self._steps: list[TimeStep] = []
+        self._first_tick = 0
+
+    @property
+    def ticks(self) -> int:
+        """Ticks added since `begin`."""
+        return self._first_tick + len(self._steps)
+
+    def begin(self, info: EpisodeInfo) -> None:
+        """Start an episode; the one before must have ended."""
+        assert self._info is None, "the episode before was not ended"
+        self._info = info
+        self._first_tick = 0
+
+    def add(self, step: TimeStep) -> None:
+        """Add one tick; sends the batch before it when that is full."""
+        assert self._info is not None, "add before begin"
+        if len(self._steps) == self._batch_ticks:
+            self._send(StepBatch.from_steps(self._info, self._first_tick, self._steps).to_body())
+            self._first_tick += len(self._steps)
+            self._steps.clear()
+        self._steps.append(step)
+
+    def end(self, last_observation: Observation, outcome: Outcome) -> bool:
+        """Send the final batch; False when the episode has no tick and so never existed."""
+        assert self._info is not None, "end before begin"
+        info, self._info = self._info, None
+        if not self._steps:
+            return False
+        if outcome.truncated_by is not None:
+            self._steps[-1] = replace(self._steps[-1], done=False, truncated=True)
+        batch = StepBatch.from_steps(info, self._first_tick, self._steps, last_observation, outcome)
+        self._steps.clear()
+        self._send(batch.to_body())
+        return True

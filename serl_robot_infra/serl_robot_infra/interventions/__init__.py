@@ -1,0 +1,1 @@
+"""Operators: who else, beside the policy, may drive the robot."""
