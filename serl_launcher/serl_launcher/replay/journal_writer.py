@@ -1,0 +1,206 @@
+"""Writing the journal: a thread that turns queued payloads into synced records, many per fdatasync (group commit).
+
+    gateway loop ── append(payload, done) ─▶ queue ─▶ [ write group │ fdatasync │ mark ] ─▶ post(done) ─▶ gateway loop
+
+`done` runs on the gateway's loop after the payload is on disk (or with StorageFull when it is not), in journal order.
+The queue is bounded by the actors' windows of unacknowledged items; the thread blocks on it and on the disk alone.
+A group that fails is cut off the file again, so that what follows a full disk is a valid journal.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from serl_launcher.replay.journal import (
+    MARK_FILE,
+    SEGMENT_MAGIC,
+    JournalReader,
+    Position,
+    encode_mark,
+    record_bytes,
+    segment_path,
+)
+from serl_transport.errors import StorageFull
+
+GROUP_BYTES = 64 << 20
+Done = Callable[[StorageFull | None, int], None]  # (error or None, the record's wall clock in ns)
+
+
+class RunFolderBusyError(RuntimeError):
+    """Another gateway serves this run folder."""
+
+
+class JournalLock:
+    """One gateway per run folder; the kernel drops the lock when the process dies, however it dies."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "lock"
+        self._fd = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._fd)
+            raise RunFolderBusyError(
+                f"a gateway (pid {owner}) already serves {folder.parent}: "
+                "stop it, or start this run under another name (run=…)"
+            ) from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+
+    def release(self) -> None:
+        """Let the next gateway in."""
+        os.close(self._fd)
+
+
+class JournalWriter:
+    """Appends records behind `reader`, which must have read the whole journal (recovery does); a torn tail is cut off.
+
+    post: runs a callable on the caller's loop, safe from this thread. segment_bytes: a segment this long is closed.
+    """
+
+    def __init__(
+        self, folder: Path, reader: JournalReader, post: Callable[[Callable[[], None]], None], segment_bytes: int
+    ) -> None:
+        self._folder = folder
+        self._post = post
+        self._segment_bytes = segment_bytes
+        self._queue: queue.SimpleQueue[tuple[bytes, Done] | None] = queue.SimpleQueue()
+        self._sequence = reader.next_sequence
+        self._end = reader.position
+        self._file: int | None = None
+        self._mark = self._open_mark()
+        self._publish()
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
+
+    def append(self, payload: bytes, done: Done) -> None:
+        """Queue one record."""
+        self._queue.put((payload, done))
+
+    def close(self) -> None:
+        """Write and sync what is queued, then stop. Callbacks are still posted."""
+        self._queue.put(None)
+        self._thread.join()
+        if self._file is not None:
+            os.close(self._file)
+        self._mark.close()
+
+    def _run(self) -> None:
+        stopping = False
+        while not stopping:
+            group = self._take_group()
+            stopping = group[-1] is None
+            items = [item for item in group if item is not None]
+            if items:
+                self._commit(items)
+
+    def _take_group(self) -> list[tuple[bytes, Done] | None]:
+        """Block for one item, then take what else is there; a None ends it and means stop."""
+        item = self._queue.get()
+        group, size = [item], 0
+        while item is not None and size < GROUP_BYTES:
+            size += len(item[0])
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            group.append(item)
+        return group
+
+    def _commit(self, group: list[tuple[bytes, Done]]) -> None:
+        now = time.time_ns()
+        try:
+            self._write_group([payload for payload, _ in group], now)
+            error = None
+        except OSError as failure:
+            error = StorageFull(_explain(failure, self._folder))
+        self._post(lambda: [done(error, now) for _, done in group])
+
+    def _write_group(self, payloads: list[bytes], now: int) -> None:
+        file = self._writable_segment()
+        synced = self._end.offset
+        records = [record_bytes(p, self._sequence + i, now, synced) for i, p in enumerate(payloads)]
+        block = b"".join(records)
+        try:
+            _write_all(file, block, synced)
+            os.fdatasync(file)
+        except OSError:
+            self._cut_back(file)
+            raise
+        self._sequence += len(payloads)
+        self._end = Position(self._end.segment, synced + len(block))
+        self._publish()
+
+    def _cut_back(self, file: int) -> None:
+        """Remove a group that was not synced. If even that fails, the next group opens the segment anew and retries."""
+        try:
+            os.ftruncate(file, self._end.offset)
+        except OSError:
+            os.close(file)
+            self._file = None
+
+    def _writable_segment(self) -> int:
+        """The open segment, ending exactly at `_end`; a new one when the last is full."""
+        if self._file is not None and self._end.offset < self._segment_bytes:
+            return self._file
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        if self._end.offset >= self._segment_bytes:
+            self._end = Position(self._end.segment + 1)
+        file = os.open(segment_path(self._folder, self._end.segment), os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            os.ftruncate(file, self._end.offset)
+            _write_all(file, SEGMENT_MAGIC, 0)
+            os.fsync(file)
+            _sync_folder(self._folder)
+        except OSError:
+            os.close(file)
+            raise
+        self._file = file
+        return file
+
+    def _open_mark(self) -> mmap.mmap:
+        fd = os.open(self._folder / MARK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            if os.fstat(fd).st_size != 8:
+                os.pwrite(
+                    fd, encode_mark(Position()), 0
+                )  # real bytes: a mapped hole could not be filled on a full disk
+            return mmap.mmap(fd, 8)
+        finally:
+            os.close(fd)
+
+    def _publish(self) -> None:
+        self._mark[:] = encode_mark(self._end)
+
+
+def _write_all(file: int, block: bytes, offset: int) -> None:
+    view = memoryview(block)
+    while view:
+        written = os.pwrite(file, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _explain(failure: OSError, folder: Path) -> str:
+    full = failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    what = "the learner's disk is full" if full else f"the learner cannot write ({failure.strerror})"
+    return f"{what} at {folder}: free space or make it writable; unacknowledged items stay in the actor's spool"
