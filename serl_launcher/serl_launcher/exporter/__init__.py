@@ -1,0 +1,1 @@
+"""The exporter role: turns the journal into a LeRobotDataset v3 while the run goes on."""

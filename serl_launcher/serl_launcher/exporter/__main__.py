@@ -1,0 +1,90 @@
+"""`python -m serl_launcher.exporter <run_dir> [--once]`: the exporter as a process, started by the supervisor.
+
+It runs at the lowest priority, stops on SIGTERM (after exporting all that is journalled) or when its parent is gone,
+and exits 1 with one line when it cannot go on. `--once` exports what the journal holds and ends.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from serl_launcher.exporter.recovery import UnusableDataset
+from serl_launcher.exporter.role import Exporter, ExporterOptions
+from serl_launcher.exporter.video import wants_video
+from serl_launcher.replay.entries import SpecChangedError
+from serl_launcher.replay.journal import JournalCorrupt
+from serl_transport.specs import TaskSpec
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run until told to stop; the process's exit status."""
+    parser = argparse.ArgumentParser(prog="python -m serl_launcher.exporter", description="Export a run to LeRobot.")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--once", action="store_true", help="export what the journal holds now, then end")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s exporter %(levelname)s %(message)s")
+    os.nice(19)
+    try:
+        with _only_one(args.run_dir):
+            _export(args.run_dir, args.once)
+    except (JournalCorrupt, SpecChangedError, UnusableDataset, OSError, ValueError) as error:
+        print(f"exporter: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def read_run(run_dir: Path) -> tuple[TaskSpec, ExporterOptions]:
+    """Task and exporter options of a run's config.yaml. ValueError: no such file, or a key is missing or unknown."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: expected a run's folder, for example runs/quickstart")
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        spec, options = config["task"]["spec"], config.get("exporter") or {}
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path}: missing key {error}") from None
+    try:
+        return TaskSpec.from_dict(spec), ExporterOptions(**options)
+    except TypeError as error:
+        raise ValueError(f"{path}: exporter: {error}") from None
+
+
+def _export(run_dir: Path, once: bool) -> None:
+    spec, options = read_run(run_dir)
+    exporter = Exporter(run_dir, spec, options, wants_video(options.video, spec))
+    stop, parent = threading.Event(), os.getppid()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        exporter.run(lambda seconds: once or stop.wait(seconds) or os.getppid() != parent)
+    finally:
+        exporter.close()
+
+
+@contextlib.contextmanager
+def _only_one(run_dir: Path) -> Iterator[None]:
+    """Hold the run's export lock; the system lets go of it when the process dies."""
+    path = run_dir / "dataset.lock"
+    try:
+        lock = path.open("w")
+    except FileNotFoundError:
+        raise ValueError(f"{run_dir} does not exist: expected a run's folder") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another exporter is at work in {run_dir}; stop it first") from None
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())
