@@ -1,0 +1,187 @@
+"""The episode ledger: one line per closed episode in episodes.jsonl, and the counts and rates drawn from it.
+
+Derived from the journal: rewritten at the gateway's start, appended to while it runs. The schedule, the tickets and
+the status document read it; so do people, with any tool that reads JSON lines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serl_launcher.gateway.tickets import Scope, ScopeCounts
+from serl_launcher.replay.assembler import ClosedEpisode
+from serl_transport.schema import Episode
+
+WINDOW = 40  # online episodes that the rates look back on
+ADHOC = "adhoc_"
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerRow:
+    """One closed episode."""
+
+    episode_id: str
+    ordinal: int  # journal ordinal
+    actor: str
+    boot: str
+    mode: str  # demo | online | eval
+    stage: str
+    seed: int
+    n_ticks: int
+    episode_return: float  # sum of rewards; `return` in the file
+    success: bool
+    interventions: int  # ticks the operator drove
+    policy_version_first: int
+    policy_version_last: int
+    truncated_by: str | None
+    whole: bool  # seen from its first tick to the actor's own end; only these count
+    start_time: float  # unix s, the actor's clock
+    end_time: float  # unix s, journalled by the gateway
+    accepted: bool  # success, in demo and online (an agent's own rule may be stricter)
+
+    @staticmethod
+    def of(closed: ClosedEpisode, episode: Episode) -> LedgerRow:
+        """The line of a closed episode."""
+        arrays, info, outcome = episode.arrays, episode.info, episode.outcome
+        versions = arrays["policy_version"]
+        return LedgerRow(
+            episode_id=info.episode_id,
+            ordinal=closed.ordinal,
+            actor=info.actor_id,
+            boot=info.boot_id,
+            mode=info.mode,
+            stage=info.stage,
+            seed=info.seed,
+            n_ticks=episode.n,
+            episode_return=float(np.sum(arrays["next.reward"], dtype=np.float64)),
+            success=outcome.success,
+            interventions=int(np.count_nonzero(arrays["intervention"])),
+            policy_version_first=int(versions[0]),
+            policy_version_last=int(versions[-1]),
+            truncated_by=outcome.truncated_by,
+            whole=closed.whole,
+            start_time=info.start_time,
+            end_time=closed.time_ns / 1e9,
+            accepted=outcome.success and info.mode != "eval",
+        )
+
+    def to_json(self) -> str:
+        """One line of episodes.jsonl."""
+        row = asdict(self)
+        row["return"] = row.pop("episode_return")
+        return json.dumps(row)
+
+
+class Ledger:
+    """All rows' counts; `open_file` starts writing."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.accepted = 0
+        self.interventions = 0  # ticks
+        self.transitions = 0  # ticks of closed episodes
+        self.per_mode = {"demo": 0, "online": 0, "eval": 0}
+        self.started: dict[str, int] = {}  # stage -> rows of any kind
+        self._counted: dict[Scope, int] = {}
+        self._seeds: dict[Scope, dict[int, bool]] = {}  # eval: seed -> success of its first whole outcome
+        self._online: deque[tuple[bool, bool]] = deque(maxlen=WINDOW)  # (success without help, had help)
+        self._file: int | None = None
+        self._lines: list[str] = []
+
+    def open_file(self, path: Path) -> None:
+        """Replace the file by what is known, then append to it."""
+        part = path.with_suffix(".part")
+        part.write_text("".join(self._lines))
+        os.replace(part, path)
+        self._lines.clear()
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def add(self, row: LedgerRow) -> None:
+        """Count a row and write its line. OSError leaves the counts right (the file is rebuilt at the next start)."""
+        self.rows += 1
+        self.accepted += row.accepted
+        self.interventions += row.interventions
+        self.transitions += row.n_ticks
+        self.per_mode[row.mode] += 1
+        self.started[row.stage] = self.started.get(row.stage, 0) + 1
+        if row.whole:
+            self._count(row)
+        if self._file is None:
+            self._lines.append(row.to_json() + "\n")
+        else:
+            os.write(self._file, (row.to_json() + "\n").encode())
+
+    def _count(self, row: LedgerRow) -> None:
+        scope = scope_of(row.stage, row.actor, row.boot)
+        if row.mode == "online":
+            self._online.append((row.success and not row.interventions, row.interventions > 0))
+        if row.mode == "eval":
+            seeds = self._seeds.setdefault(scope, {})
+            seeds.setdefault(row.seed, row.success)
+            self._counted[scope] = len(seeds)
+        elif row.mode == "online" or row.success:
+            self._counted[scope] = self._counted.get(scope, 0) + 1
+
+    def scope(self, scope: Scope) -> ScopeCounts:
+        """What tickets need to know."""
+        return ScopeCounts(self._counted.get(scope, 0), self._seeds.get(scope, {}).keys())
+
+    def stage_episodes(self) -> dict[str, int]:
+        """Stage -> episodes that count towards its goal."""
+        return {scope[0]: count for scope, count in self._counted.items() if len(scope) == 1}
+
+    def evaluations(self) -> dict[str, dict[str, int]]:
+        """Stage -> finished evaluation seeds and successes among them (ad hoc ones of all actors together)."""
+        result: dict[str, dict[str, int]] = {}
+        for scope, seeds in self._seeds.items():
+            entry = result.setdefault(scope[0], {"episodes": 0, "successes": 0})
+            entry["episodes"] += len(seeds)
+            entry["successes"] += sum(seeds.values())
+        return result
+
+    def rates(self) -> dict[str, float | None]:
+        """Success without help and share of helped episodes over the last WINDOW online ones; None before the first."""
+        n = len(self._online)
+        wins, helped = sum(win for win, _ in self._online), sum(had for _, had in self._online)
+        low, high = wilson(wins, n)
+        return {
+            "success_rate": wins / n if n else None,
+            "success_low": low,
+            "success_high": high,
+            "intervention_rate": helped / n if n else None,
+        }
+
+    def counts(self) -> dict[str, Any]:
+        """The `counts` part of the status document."""
+        return {
+            "episodes": self.rows,
+            "accepted": self.accepted,
+            "demos": self.per_mode["demo"],
+            "online": self.per_mode["online"],
+            "eval": self.per_mode["eval"],
+            "interventions": self.interventions,
+            "transitions": self.transitions,
+        }
+
+
+def scope_of(stage: str, actor: str, boot: str) -> Scope:
+    """A stage of the schedule is counted for all; what an actor asked for itself, for that process alone."""
+    return (stage, actor, boot) if stage.startswith(ADHOC) else (stage,)
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float | None, float | None]:
+    """95% score interval of a proportion (Wilson 1927); (None, None) for n = 0."""
+    if n == 0:
+        return None, None
+    p, z2 = successes / n, z * z
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
