@@ -61,12 +61,16 @@ class PolicyEngine:
     def load(self, path: Path, version: int) -> bool:
         """Serve this file as `version`; False, with the reason logged, when it does not fit."""
         try:
-            load_into(self.policy, path, self._base)
+            self.load_or_raise(path, version)
         except (ValueError, OSError) as problem:
             log.error("version %d refused, serving %d on: %s", version, self.version, problem)
             return False
-        self.version = version
         return True
+
+    def load_or_raise(self, path: Path, version: int) -> None:
+        """Serve this file as `version`. Raises ValueError that names what does not fit."""
+        load_into(self.policy, path, self._base)
+        self.version = version
 
     @torch.inference_mode()
     def act(self, queries: list[Query]) -> np.ndarray:

@@ -1,0 +1,80 @@
+"""The acceptance rules, tick by tick."""
+
+import numpy as np
+from serl_launcher.replay.acceptance import (
+    DemonstrationRule,
+    EpisodeColumns,
+    SuccessRule,
+    before_takeover,
+    leading_noops,
+)
+
+
+def episode(n=6, success=True, intervention=(), moves=None, mode="online"):
+    reward = np.zeros(n, np.float32)
+    reward[-1] = float(success)
+    flags = np.zeros(n, bool)
+    flags[list(intervention)] = True
+    action = np.zeros((n, 2), np.float32)
+    action[:, 0] = 0.5 if moves is None else moves
+    action[:, 1] = -1  # a gripper that holds its command is no motion
+    return EpisodeColumns(mode, success, reward, action, flags)
+
+
+def ticks(mask):
+    return np.flatnonzero(mask).tolist()
+
+
+def test_an_autonomous_success_is_taken_whole():
+    selection = SuccessRule()(episode())
+    assert selection.accepted
+    assert ticks(selection.labels) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_failure_is_rejected_by_its_return():
+    selection = SuccessRule()(episode(success=False))
+    assert (selection.accepted, selection.reason) == (False, "return")
+    assert not selection.starts.any()
+
+
+def test_a_short_episode_is_dropped_even_when_it_succeeded():
+    assert SuccessRule(min_ticks=3)(episode(n=2)).reason == "short"
+
+
+def test_policy_ticks_before_a_takeover_are_hidden():
+    selection = SuccessRule()(episode(intervention=[3, 4, 5]))
+    assert selection.accepted
+    assert ticks(selection.labels) == [3, 4, 5]
+
+
+def test_only_the_last_ticks_before_a_takeover_are_hidden_when_a_reach_is_set():
+    selection = SuccessRule(mask_before_takeover=1)(episode(intervention=[3, 4, 5]))
+    assert ticks(selection.labels) == [0, 1, 3, 4, 5]
+
+
+def test_each_takeover_hides_its_own_stretch_and_what_follows_the_operator_counts():
+    flags = np.array([0, 0, 1, 0, 0, 0, 1, 0], bool)
+    assert ticks(before_takeover(flags, None)) == [0, 1, 3, 4, 5]
+    assert ticks(before_takeover(flags, 2)) == [0, 1, 4, 5]
+
+
+def test_driving_from_the_first_tick_hides_nothing():
+    assert not before_takeover(np.ones(4, bool), None).any()
+
+
+def test_leading_noops_end_with_the_first_motion():
+    action = np.array([[0.0, 1], [0.01, 1], [0.3, 1], [0.0, 1]], np.float32)
+    assert ticks(leading_noops(action, 0.02, [0])) == [0, 1]
+    assert ticks(leading_noops(action, 0.02, None)) == []
+
+
+def test_an_episode_that_never_moves_is_rejected_as_noop():
+    selection = SuccessRule(noop_dims=[0])(episode(moves=0.0))
+    assert (selection.accepted, selection.reason) == (False, "noop")
+
+
+def test_the_demonstration_rule_takes_successful_demonstrations_only():
+    rule = DemonstrationRule()
+    assert rule(episode(mode="demo")).accepted
+    assert rule(episode(mode="online")).reason == "online"
+    assert rule(episode(mode="demo", success=False)).reason == "failed"

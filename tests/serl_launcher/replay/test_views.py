@@ -1,0 +1,129 @@
+"""Chunk views over a real ring: clipping at the episode's end, the pad mask, eviction."""
+
+import numpy as np
+import pytest
+from serl_launcher.replay.acceptance import SuccessRule
+from serl_launcher.replay.ring import RingReader, RingWriter
+from serl_launcher.replay.views import ChunkView
+from serl_transport.specs import TaskSpec
+
+SPEC = TaskSpec.from_dict(
+    {
+        "name": "t",
+        "prompt": "p",
+        "cameras": {"front": [4, 4]},
+        "state_names": ["a"],
+        "state_low": [-1],
+        "state_high": [1],
+        "action_names": ["x"],
+        "action_low": [-100],
+        "action_high": [100],
+        "control_hz": 10,
+        "max_ticks": 60,
+    }
+)
+
+
+def arrays(n, first, success=True, intervention=()):
+    """An episode whose action at tick k is first + k and whose image and state say k."""
+    flags = np.zeros(n, bool)
+    flags[list(intervention)] = True
+    reward = np.zeros(n, np.float32)
+    reward[-1] = float(success)
+    false = np.zeros(n, bool)
+    return {
+        "observation.images.front": np.broadcast_to(np.arange(n + 1, dtype=np.uint8)[:, None, None, None], (n + 1, 4, 4, 3)),
+        "observation.state": np.arange(n + 1, dtype=np.float32)[:, None],
+        "action": (first + np.arange(n, dtype=np.float32))[:, None],
+        "next.reward": reward,
+        "next.done": false,
+        "next.truncated": false,
+        "next.success": false,
+        "intervention": flags,
+        "policy_version": np.zeros(n, np.int64),
+        "time_ns": np.zeros(n, np.int64),
+    }
+
+
+@pytest.fixture
+def ring(tmp_path):
+    writer = RingWriter(SPEC, 40, tmp_path, shared=tmp_path)
+    yield writer
+    writer.close()
+
+
+def view_of(ring, horizon=4, **rule):
+    view = ChunkView(SuccessRule(noop_threshold=0.0, **rule), SPEC, horizon)
+    view.attach(RingReader(ring.path))
+    return view
+
+
+def test_chunks_stop_at_the_episodes_end_and_say_so(ring):
+    ring.append(0, "demo", True, arrays(5, 10))
+    ring.append(1, "demo", True, arrays(5, 20))
+    view = view_of(ring)
+    assert view.refresh() == 2
+    batch = view.sample(np.random.default_rng(0), 500)
+    seen = {tuple(a[:, 0].astype(int)): tuple(p) for a, p in zip(batch.action, batch.is_pad, strict=True)}
+    # Starts 10..14 and 20..24; the last action repeats under the mask and never runs into the next episode.
+    assert seen[(13, 14, 14, 14)] == (False, False, True, True)
+    assert seen[(10, 11, 12, 13)] == (False, False, False, False)
+    assert seen[(24, 24, 24, 24)] == (False, True, True, True)
+    assert len(seen) == 10
+
+
+def test_the_observation_is_that_of_the_chunks_first_tick(ring):
+    ring.append(0, "demo", True, arrays(5, 10))
+    view = view_of(ring)
+    view.refresh()
+    batch = view.sample(np.random.default_rng(0), 50)
+    np.testing.assert_array_equal(batch.state[:, 0], batch.action[:, 0, 0] - 10)
+    np.testing.assert_array_equal(batch.images["front"][:, 0, 0, 0], batch.action[:, 0, 0] - 10)
+    assert batch.demo.all()
+
+
+def test_rejected_episodes_and_hidden_ticks_are_never_drawn(ring):
+    ring.append(0, "online", False, arrays(5, 10, success=False))
+    ring.append(1, "online", True, arrays(6, 20, intervention=[3, 4, 5]))
+    view = view_of(ring)
+    view.refresh()
+    batch = view.sample(np.random.default_rng(0), 200)
+    assert set(batch.action[:, 0, 0].astype(int)) == {23, 24, 25}
+    assert batch.operator.all()
+    assert view.accepted == {"demo": 0, "online": 1}
+    assert view.reasons == {"return": 1, "accepted": 1}
+
+
+def test_evicted_episodes_leave_the_view(ring):
+    for ordinal in range(10):  # 6 frames each into 40: the oldest go
+        ring.append(ordinal, "demo", True, arrays(5, 10 * ordinal))
+    view = view_of(ring)
+    view.refresh()
+    drawn = set((view.sample(np.random.default_rng(0), 500).action[:, 0, 0] // 10).astype(int))
+    assert drawn == set(range(4, 10))
+
+
+def test_eviction_between_refreshes_is_survived(ring):
+    ring.append(0, "demo", True, arrays(5, 0))
+    view = view_of(ring)
+    view.refresh()
+    for ordinal in range(1, 8):
+        ring.append(ordinal, "demo", True, arrays(5, 10 * ordinal))
+    with pytest.raises(ValueError, match="no accepted tick"):
+        view.sample(np.random.default_rng(0), 8)
+    view.refresh()
+    assert (view.sample(np.random.default_rng(0), 100).action >= 20).all()
+
+
+def test_a_new_ring_starts_the_view_over(ring, tmp_path):
+    ring.append(0, "demo", True, arrays(5, 10))
+    view = view_of(ring)
+    view.refresh()
+    (tmp_path / "b").mkdir()
+    fresh = RingWriter(SPEC, 40, tmp_path / "b", shared=tmp_path / "b")
+    fresh.append(0, "demo", True, arrays(3, 70))
+    view.attach(RingReader(fresh.path))
+    assert len(view) == 0
+    view.refresh()
+    assert set(view.sample(np.random.default_rng(0), 50).action[:, 0, 0].astype(int)) == {70, 71, 72}
+    fresh.close()
