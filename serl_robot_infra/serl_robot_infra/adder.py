@@ -27,38 +27,44 @@ class Adder:
         self._send = send
         self._batch_ticks = batch_ticks
         self._info: EpisodeInfo | None = None
+        self._open = False
         self._steps: list[TimeStep] = []
         self._first_tick = 0
 
     @property
-    def ticks(self) -> int:
-        """Ticks added since `begin`."""
-        return self._first_tick + len(self._steps)
+    def info(self) -> EpisodeInfo:
+        """Of the episode begun last."""
+        assert self._info is not None, "no episode was begun"
+        return self._info
 
     def begin(self, info: EpisodeInfo) -> None:
         """Start an episode; the one before must have ended."""
-        assert self._info is None, "the episode before was not ended"
-        self._info = info
-        self._first_tick = 0
+        assert not self._open, "the episode before was not ended"
+        self._info, self._open, self._first_tick = info, True, 0
 
     def add(self, step: TimeStep) -> None:
         """Add one tick; sends the batch before it when that is full."""
-        assert self._info is not None, "add before begin"
+        assert self._open, "add before begin"
         if len(self._steps) == self._batch_ticks:
-            self._send(StepBatch.from_steps(self._info, self._first_tick, self._steps).to_body())
+            self._send(StepBatch.from_steps(self.info, self._first_tick, self._steps).to_body())
             self._first_tick += len(self._steps)
             self._steps.clear()
         self._steps.append(step)
 
     def end(self, last_observation: Observation, outcome: Outcome) -> bool:
         """Send the final batch; False when the episode has no tick and so never existed."""
-        assert self._info is not None, "end before begin"
-        info, self._info = self._info, None
+        assert self._open, "end before begin"
+        self._open = False
         if not self._steps:
             return False
         if outcome.truncated_by is not None:
             self._steps[-1] = replace(self._steps[-1], done=False, truncated=True)
-        batch = StepBatch.from_steps(info, self._first_tick, self._steps, last_observation, outcome)
+        batch = StepBatch.from_steps(self.info, self._first_tick, self._steps, last_observation, outcome)
         self._steps.clear()
         self._send(batch.to_body())
         return True
+
+    def abandon(self) -> None:
+        """End an episode that has no tick: there is nothing to send."""
+        assert not self._steps, "an episode with ticks must be ended"
+        self._open = False

@@ -15,7 +15,7 @@ Filter = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(action float32[ad], state float32[s]) -> action float32[ad]."""
 
 
-class UnsafeTick(Exception):
+class UnsafeTickError(Exception):
     """This tick must not be executed or recorded; the robot holds and the episode ends here."""
 
 
@@ -46,19 +46,19 @@ class SafetyChain:
             self._filters.append(workspace_box(spec, name, **box))
 
     def check_observation(self, observation: Observation) -> None:
-        """UnsafeTick naming the camera, key or dim that does not fit the task or is not finite."""
+        """UnsafeTickError naming the camera, key or dim that does not fit the task or is not finite."""
         try:
             self._spec.check_observation(observation)
         except ValueError as error:
-            raise UnsafeTick(f"observation: {error}") from None
+            raise UnsafeTickError(f"observation: {error}") from None
 
     def filter(self, action: np.ndarray, state: np.ndarray, source: str) -> np.ndarray:
-        """The action to execute, float32[ad]; UnsafeTick, naming the source, when it is not a finite float32[ad]."""
+        """The float32[ad] to execute; UnsafeTickError, naming the source, when it is not finite or misshapen."""
         action = np.asarray(action, np.float32)
         try:
             self._spec.check_action(action)
         except ValueError as error:
-            raise UnsafeTick(f"{source}: {error}") from None
+            raise UnsafeTickError(f"{source}: {error}") from None
         for bend in self._filters:
             action = bend(action, state)
         return action

@@ -21,20 +21,13 @@ class ActionChunkBroker(BasePolicy):
         self._chunk: dict[str, Any] | None = None
         self._next = 0
 
-    @property
-    def needs_inference(self) -> bool:
-        """Whether the next `infer` asks the policy."""
-        return self._chunk is None
-
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """The chunk's entries with `actions` float32[ad], the action of this tick."""
         if self._chunk is None:
             chunk = self._policy.infer(obs)
             length = len(chunk["actions"])
             if length < self._horizon:
-                raise ValueError(
-                    f"execute_horizon={self._horizon} is longer than the policy's chunk of {length} actions"
-                )
+                raise ValueError(f"execute_horizon={self._horizon} is longer than the chunk, {length} actions")
             self._chunk, self._next = chunk, 0
         answer = {**self._chunk, "actions": self._chunk["actions"][self._next]}
         self._next += 1
@@ -42,7 +35,11 @@ class ActionChunkBroker(BasePolicy):
             self._chunk = None
         return answer
 
+    def drop_chunk(self) -> None:
+        """Forget the rest of the chunk: someone else drove meanwhile."""
+        self._chunk = None
+
     def reset(self) -> None:
-        """Drop the rest of the chunk: a new episode began, or someone else drove meanwhile."""
+        """A new episode began: forget the chunk, and tell the policy."""
         self._chunk = None
         self._policy.reset()

@@ -1,0 +1,133 @@
+"""The actor: asks the learner for tickets and runs an episode for each. Started by `main(cfg)`, torch-free.
+
+    loop:  ticket = link.request("next_episode")
+           run  ─▶ EpisodeRunner.run(ticket) ─▶ step batches ─▶ spool ─▶ learner
+           wait ─▶ sleep and ask again
+           stop ─▶ flush the spool, sum up, leave
+
+A silent learner is waited for: the loop says so and asks again. Nothing that was recorded depends on its being there.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import TextIO
+
+from omegaconf import DictConfig
+
+from serl_robot_infra.episode import EpisodeRunner
+from serl_robot_infra.evaluation import EvaluationSummary
+from serl_robot_infra.link import LearnerLink, Run, Stop, Ticket, Wait, parse_ticket
+from serl_robot_infra.observers.base import Observer
+from serl_robot_infra.pacing import PoliteStop
+from serl_transport.errors import NotReady, ServerSilent, StorageFull
+
+_RETRY_S = 1.0
+_WANTS = ("follow", "demo", "online", "eval")
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutResult:
+    """What an actor did."""
+
+    episodes: int  # that came to at least one tick
+    stopped_by: str  # why it ended, for people
+
+
+class Actor:
+    """Runs tickets until the learner, the episode limit or a signal ends it.
+
+    Args:
+        runner: runs one ticket's episode.
+        link: the learner.
+        observer: told of waiting and of the evaluation's result.
+        stop: asked between episodes.
+        mode: what to ask for: follow (the learner's schedule), demo, online or eval.
+        episodes: stop after this many; None: until told to.
+    """
+
+    def __init__(
+        self,
+        runner: EpisodeRunner,
+        link: LearnerLink,
+        observer: Observer,
+        stop: PoliteStop,
+        mode: str = "follow",
+        episodes: int | None = None,
+    ):
+        if mode not in _WANTS:
+            raise ValueError(f"rollout.mode: expected one of {', '.join(_WANTS)}, got {mode!r}")
+        self._runner = runner
+        self._link = link
+        self._observer = observer
+        self._stop = stop
+        self._mode = mode
+        self._limit = episodes
+        self._count = 0
+        self._evaluation = EvaluationSummary()
+
+    def run(self) -> RolloutResult:
+        """The loop."""
+        try:
+            reason = self._loop()
+        finally:
+            for line in self._evaluation.lines():
+                self._observer.message(line)
+        return RolloutResult(self._count, reason)
+
+    def _loop(self) -> str:
+        while not self._stop:
+            if self._limit is not None and self._count >= self._limit:
+                return f"{self._count} episodes done"
+            match self._next_ticket():
+                case Run() as ticket:
+                    self._run_episode(ticket)
+                case Wait(seconds, reason):
+                    self._observer.message(f"waiting: {reason}")
+                    self._stop.wait(seconds)
+                case Stop(reason):
+                    return f"the learner says stop: {reason}"
+        return f"stopped by {self._stop.signal.name}" if self._stop.signal else "stopped"
+
+    def _run_episode(self, ticket: Run) -> None:
+        report = self._runner.run(ticket, self._count + 1)
+        self._evaluation.add(report)
+        if report.ticks:
+            self._count += 1
+        if report.cut_reason:
+            self._stop.wait(_RETRY_S)  # whatever cut it may last; do not spin
+
+    def _next_ticket(self) -> Ticket:
+        try:
+            return parse_ticket(self._link.request("next_episode", {"want": self._mode}))
+        except (ServerSilent, NotReady, StorageFull) as problem:
+            return Wait(_RETRY_S, f"{problem}")
+
+
+def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
+    """Run an actor from a resolved config; the process's exit code: 0 done or stopped, 2 user mistake, 130 interrupted.
+
+    Reads (defaults of config/base.yaml):
+        task.spec                       the task's contract, must equal the environment's
+        task.env {_target_}             the environment
+        task.operator {_target_}        called with env=; null: none
+        task.reward {_target_}          null or absent: the environment's own reward
+        task.safety {max_speed, workspace}   optional limits of `safety.SafetyChain`
+        rollout.mode                    follow | demo | online | eval
+        rollout.episodes                null: until the learner says stop
+        rollout.policy                  remote | local | none (demonstrations only)
+        rollout.local_policy {_target_} for policy=local; called with cfg=, request=; a `BasePolicy`
+        rollout.execute_horizon         4
+        rollout.rate_hz                 0: as fast as possible; null: the task's control_hz
+        rollout.operator                true: the operator may take over
+        rollout.demo_noise              0.15
+        rollout.batch_ticks             10
+        rollout.hold_limit_s            10
+        rollout.flush_timeout_s         20
+        rollout.spool_mb                2048
+        rollout.video_every             20; 0: none
+        rollout.rerun                   false
+        ip, port, broadcast_port, unique_identifier, runs_dir, run
+    """
+    from serl_robot_infra.wiring import run_actor
+
+    return run_actor(cfg, stream or sys.stdout)

@@ -1,0 +1,246 @@
+"""Runs one episode: reset, then tick by tick until it ends or is cut. Called by `actor.Actor` with a ticket.
+
+One tick:  policy chunk ─▶ operator ─▶ safety ─▶ env.step ─▶ reward ─▶ adder
+
+What is recorded as `action` is what left the safety chain, so what was executed. A tick that may not be executed
+(NaN, silent policy, stop) ends the episode before it: truncated, with every tick that was executed kept.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from openpi_client.action_chunk_broker import ActionChunkBroker
+from serl_robot_infra.adder import Adder
+from serl_robot_infra.envs.base import Environment, StepResult
+from serl_robot_infra.interventions.base import Intervention
+from serl_robot_infra.interventions.none import NoIntervention
+from serl_robot_infra.link import Run
+from serl_robot_infra.observers.base import EpisodeReport, Observer
+from serl_robot_infra.pacing import Pace, PoliteStop
+from serl_robot_infra.policy_client import infer_body
+from serl_robot_infra.rewards.base import RewardSource
+from serl_robot_infra.safety import SafetyChain, UnsafeTickError
+from serl_transport.errors import NotReady, ServerSilent
+from serl_transport.schema import EpisodeInfo, Observation, Outcome, TimeStep
+
+_RETRY_S = 0.2
+
+
+class EpisodeCutError(Exception):
+    """The episode cannot go on; the message says why, for people."""
+
+
+@dataclass(slots=True)
+class _Progress:
+    """The episode in hand."""
+
+    ticket: Run
+    index: int  # of this process's episodes
+    started: float  # monotonic seconds
+    seen_at: int  # monotonic ns, when the current observation was captured
+    observation: Observation | None = None  # the current one
+    tick: int = 0
+    return_: float = 0.0
+    operator_ticks: int = 0
+    policy_version: int = -1  # that answered last
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What an episode is run with: the robot and all that stands between it and whoever drives."""
+
+    env: Environment
+    broker: ActionChunkBroker | None  # the policy, one action at a time; None: demonstrations only
+    operator: Intervention
+    safety: SafetyChain
+    reward: RewardSource
+    adder: Adder
+    pace: Pace
+
+
+class EpisodeRunner:
+    """Runs tickets on one body.
+
+    Args:
+        body: robot, policy, operator and the rest.
+        observer: told of everything.
+        stop: cuts the running episode when set.
+        actor_id: `unique_identifier`.
+        boot_id: of the link.
+        demo_noise: actuator disturbance in demonstrations, share of the action range.
+        hold_limit_s: an episode whose policy stays silent for longer is cut.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        observer: Observer,
+        stop: PoliteStop,
+        actor_id: str,
+        boot_id: str,
+        demo_noise: float = 0.15,
+        hold_limit_s: float = 10.0,
+    ):
+        self._body = body
+        self._observer = observer
+        self._stop = stop
+        self._actor_id = actor_id
+        self._boot_id = boot_id
+        self._demo_noise = demo_noise
+        self._hold_limit_s = hold_limit_s
+
+    def run(self, ticket: Run, index: int) -> EpisodeReport:
+        """Run the ticket's episode; `index` counts the episodes of this process."""
+        now = _Progress(ticket, index, time.monotonic(), time.monotonic_ns())
+        outcome = Outcome(False, self._body.reward.success_source, "stop")
+        reason = None
+        operator = self._begin(now)
+        try:
+            self._reset(now)
+            ended = None
+            while ended is None:
+                self._body.pace.wait()
+                ended = self._tick(now, operator)
+            outcome = ended
+        except (EpisodeCutError, UnsafeTickError) as cut:
+            reason = f"episode {ticket.episode_id} cut at tick {now.tick}: {cut}"
+        except BaseException:
+            self._end(now, outcome, "the actor failed")  # what was executed is recorded, then the error goes on
+            raise
+        return self._end(now, outcome, reason)
+
+    def _begin(self, now: _Progress) -> Intervention:
+        ticket, spec = now.ticket, self._body.env.spec
+        may_take_over = ticket.mode == "demo" or (ticket.mode == "online" and ticket.takeover)
+        operator = self._body.operator if may_take_over else NoIntervention()
+        operator.reset(np.random.default_rng([ticket.seed, 2]), from_start=ticket.mode == "demo")
+        self._body.reward.reset()
+        if self._body.broker:
+            self._body.broker.reset()
+        info = EpisodeInfo(
+            episode_id=ticket.episode_id,
+            actor_id=self._actor_id,
+            boot_id=self._boot_id,
+            task=spec.name,
+            prompt=spec.prompt,
+            mode=ticket.mode,
+            stage=ticket.stage,
+            seed=ticket.seed,
+            start_time=time.time(),
+        )
+        self._body.adder.begin(info)
+        self._observer.episode_started(info)
+        return operator
+
+    def _reset(self, now: _Progress) -> None:
+        noise = self._demo_noise if now.ticket.mode == "demo" else 0.0
+        observation = self._body.env.reset(now.ticket.seed, actuator_noise=noise)
+        now.seen_at = time.monotonic_ns()
+        self._body.safety.check_observation(observation)
+        now.observation = observation
+        self._body.pace.start()
+
+    def _tick(self, now: _Progress, operator: Intervention) -> Outcome | None:
+        """Execute and record one tick; the outcome when it was the last."""
+        self._check_stop()
+        before, seen_at = now.observation, now.seen_at
+        assert before is not None
+        action, intervened = operator.act(before, self._proposal(now), now.tick)
+        if intervened and self._body.broker:
+            self._body.broker.drop_chunk()  # it was planned from where the robot no longer is
+        source = "operator" if intervened else f"policy version {now.policy_version}"
+        action = self._body.safety.filter(action, before.state, source)
+        result = self._limit_time(now, self._body.reward.judge(self._body.env.step(action)))
+        now.seen_at = time.monotonic_ns()
+        self._body.safety.check_observation(result.observation)
+        self._record(now, TimeStep(before, action, **_ends(result), intervention=intervened,
+                                   policy_version=now.policy_version, time_ns=seen_at))  # fmt: skip
+        now.observation = result.observation
+        return self._outcome(result)
+
+    def _record(self, now: _Progress, step: TimeStep) -> None:
+        self._body.adder.add(step)
+        now.tick += 1
+        now.return_ += step.reward
+        now.operator_ticks += step.intervention
+        self._observer.tick(step)
+
+    def _limit_time(self, now: _Progress, result: StepResult) -> StepResult:
+        """A robot's environment need not count ticks itself."""
+        late = now.tick + 1 >= self._body.env.spec.max_ticks and not result.terminated
+        return replace(result, truncated=True) if late else result
+
+    def _outcome(self, result: StepResult) -> Outcome | None:
+        if not (result.terminated or result.truncated):
+            return None
+        cut = None if result.terminated else "time_limit"
+        return Outcome(result.success, self._body.reward.success_source, cut)
+
+    def _end(self, now: _Progress, outcome: Outcome, reason: str | None) -> EpisodeReport:
+        if now.observation is None:
+            self._body.adder.abandon()
+        else:
+            self._body.adder.end(now.observation, outcome)
+        report = EpisodeReport(
+            index=now.index,
+            info=self._body.adder.info,
+            outcome=outcome,
+            cut_reason=reason,
+            ticks=now.tick,
+            return_=now.return_,
+            operator_ticks=now.operator_ticks,
+            seconds=time.monotonic() - now.started,
+            policy_version=now.policy_version,
+        )
+        self._observer.episode_ended(report, now.observation)
+        return report
+
+    def _proposal(self, now: _Progress) -> Callable[[], np.ndarray]:
+        """Asks the policy for this tick's action when called; an operator who drives anyway does not call it."""
+
+        def propose() -> np.ndarray:
+            broker, ticket = self._body.broker, now.ticket
+            assert broker is not None, "a ticket that needs a policy reached an actor without one"
+            assert now.observation is not None
+            # Evaluation is repeatable: the sampled noise is a function of the episode's seed and the tick.
+            seed = ticket.seed * 4096 + now.tick if ticket.mode == "eval" else None
+            body = infer_body(now.observation, self._body.env.spec.prompt, ticket.min_version, seed)
+            answer = self._patiently(now, lambda: broker.infer(body))
+            now.policy_version = int(answer["policy_version"])
+            return answer["actions"]
+
+        return propose
+
+    def _patiently(self, now: _Progress, ask: Callable[[], dict]) -> dict:
+        """Ask until there is an answer. The robot holds meanwhile: nothing is executed, and so nothing recorded.
+
+        Before the first tick there is nothing to lose and it waits as long as it takes; later up to `hold_limit_s`.
+        """
+        since = time.monotonic()
+        while True:
+            try:
+                return ask()
+            except (NotReady, ServerSilent) as problem:
+                waited = time.monotonic() - since
+                if now.tick and waited > self._hold_limit_s:
+                    raise EpisodeCutError(f"no action for {waited:.0f} s (hold_limit_s): {problem}") from None
+                who = "learner silent" if isinstance(problem, ServerSilent) else "policy not ready"
+                self._observer.message(f"{who} for {waited:.0f} s; holding ({problem})")
+            self._check_stop()
+            self._stop.wait(_RETRY_S)
+
+    def _check_stop(self) -> None:
+        if self._stop:
+            raise EpisodeCutError(f"stopped{f' by {self._stop.signal.name}' if self._stop.signal else ''}")
+
+
+def _ends(result: StepResult) -> dict:
+    return {
+        "reward": float(result.reward),
+        "done": result.terminated,
+        "truncated": result.truncated,
+        "success": result.success,
+    }

@@ -1,0 +1,39 @@
+"""Success rates with their uncertainty, per stage. Filled by the actor loop, printed at its end."""
+
+import math
+from collections import Counter
+
+from serl_robot_infra.observers.base import EpisodeReport
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a success rate; (0, 1) without data. z=1.96: 95%."""
+    if n == 0:
+        return 0.0, 1.0
+    rate, spread = successes / n, z * z / n
+    centre = (rate + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / n + spread / (4 * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+class EvaluationSummary:
+    """Counts finished evaluation episodes; an episode that was cut says nothing about the policy and is left out."""
+
+    def __init__(self) -> None:
+        self._episodes: Counter[str] = Counter()
+        self._successes: Counter[str] = Counter()
+
+    def add(self, report: EpisodeReport) -> None:
+        """Count an episode, if it is an evaluation that ran to its end."""
+        if report.info.mode == "eval" and report.outcome.truncated_by in (None, "time_limit"):
+            self._episodes[report.info.stage] += 1
+            self._successes[report.info.stage] += report.outcome.success
+
+    def lines(self) -> list[str]:
+        """`evaluation after: 55/60 = 0.92 [0.82, 0.96]`, one line per stage."""
+        lines = []
+        for stage, n in self._episodes.items():
+            low, high = wilson(self._successes[stage], n)
+            rate = self._successes[stage] / n
+            lines.append(f"evaluation {stage}: {self._successes[stage]}/{n} = {rate:.2f} [{low:.2f}, {high:.2f}]")
+        return lines

@@ -1,0 +1,1 @@
+"""Observers: who watches a rollout (console, video, rerun) without being able to disturb it."""

@@ -1,0 +1,83 @@
+"""What a rollout tells its watchers. Called by the actor loop; implemented by each file beside.
+
+episode_started ─▶ tick × n ─▶ episode_ended, and message at any time
+"""
+
+import logging
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from serl_transport.schema import EpisodeInfo, Observation, Outcome, TimeStep
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeReport:
+    """One finished episode."""
+
+    index: int  # counts the episodes of this process, from 1
+    info: EpisodeInfo  # who made it
+    outcome: Outcome  # how it ended
+    cut_reason: str | None  # why it was cut short, for people; None when it ran to its end
+    ticks: int  # recorded ticks; 0: it never came to a first tick and was not sent
+    return_: float  # sum of rewards
+    operator_ticks: int  # ticks that the operator drove
+    seconds: float  # wall time from reset to end
+    policy_version: int  # that drove last; -1: none did
+
+
+class Observer:
+    """Watches; every method does nothing unless overridden."""
+
+    def episode_started(self, info: EpisodeInfo) -> None:
+        """The environment was reset."""
+
+    def tick(self, step: TimeStep) -> None:
+        """One tick was executed and recorded."""
+
+    def episode_ended(self, report: EpisodeReport, last_observation: Observation | None) -> None:
+        """The episode was handed over to the spool; no observation when the first one was unusable."""
+
+    def message(self, text: str) -> None:
+        """Something people should know: waiting, holding, stopping. Repeated while it lasts."""
+
+    def close(self) -> None:
+        """The rollout is over."""
+
+
+class ObserverGroup(Observer):
+    """Several observers as one. An observer that fails is reported once and left out: watching never stops a robot."""
+
+    def __init__(self, observers: Sequence[Observer]):
+        self._observers = list(observers)
+
+    def episode_started(self, info: EpisodeInfo) -> None:
+        """Tell all."""
+        self._tell("episode_started", info)
+
+    def tick(self, step: TimeStep) -> None:
+        """Tell all."""
+        self._tell("tick", step)
+
+    def episode_ended(self, report: EpisodeReport, last_observation: Observation | None) -> None:
+        """Tell all."""
+        self._tell("episode_ended", report, last_observation)
+
+    def message(self, text: str) -> None:
+        """Tell all."""
+        self._tell("message", text)
+
+    def close(self) -> None:
+        """Tell all."""
+        self._tell("close")
+
+    def _tell(self, method: str, *arguments: object) -> None:
+        for observer in list(self._observers):
+            try:
+                getattr(observer, method)(*arguments)
+            except Exception as error:
+                self._observers.remove(observer)
+                log.debug("%s", traceback.format_exc())
+                self.message(f"{type(observer).__name__} failed and is switched off: {error}")

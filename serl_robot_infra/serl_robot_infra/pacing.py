@@ -1,0 +1,67 @@
+"""The control loop's clock and its polite end. Both are asked by the actor loop between ticks."""
+
+import signal
+import threading
+import time
+from types import FrameType
+
+
+class PoliteStop:
+    """Set by SIGINT or SIGTERM: the loop ends its episode, flushes and leaves. A second signal interrupts at once."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.signal: signal.Signals | None = None
+
+    def install(self) -> None:
+        """Handle SIGINT and SIGTERM of this process; main thread only."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def __bool__(self) -> bool:
+        return self._event.is_set()
+
+    def set(self) -> None:
+        """Ask for the end from within the process."""
+        self._event.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep, but no longer than until the stop; True when stopped."""
+        return self._event.wait(seconds)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._event.is_set():
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+        self._event.set()
+
+
+class Pace:
+    """Keeps ticks `1 / rate_hz` seconds apart and counts those that came too late.
+
+    Args:
+        rate_hz: ticks per second; 0 does not wait at all.
+    """
+
+    def __init__(self, rate_hz: float):
+        if rate_hz < 0:
+            raise ValueError(f"rate_hz: expected 0 or more, got {rate_hz}")
+        self._period = 1.0 / rate_hz if rate_hz else 0.0
+        self._due = 0.0
+        self.overruns = 0
+
+    def start(self) -> None:
+        """The first tick of an episode is due now."""
+        self._due = time.monotonic()
+
+    def wait(self) -> None:
+        """Sleep until the next tick is due; a late tick moves the clock instead of being made up for."""
+        if not self._period:
+            return
+        self._due += self._period
+        late = time.monotonic() - self._due
+        if late > 0:
+            self.overruns += 1
+            self._due += late
+        else:
+            time.sleep(-late)
