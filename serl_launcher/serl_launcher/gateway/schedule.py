@@ -68,13 +68,11 @@ def current_stage(
     """
     if not stages:
         return StageState(-1, None, 0, 0, -1, False)
-    for index, stage in enumerate(stages):
-        if not _is_over(stage, episodes.get(stage.name, 0), steps.get(stage.name, 0)):
-            break
-    else:
-        index, stage = len(stages) - 1, stages[-1]
+    over = [_is_over(stage, episodes.get(stage.name, 0), steps.get(stage.name, 0)) for stage in stages]
+    done = all(over)
+    index = len(stages) - 1 if done else over.index(False)
+    stage = stages[index]
     counted, stepped = episodes.get(stage.name, 0), steps.get(stage.name, 0)
-    done = _is_over(stage, counted, stepped)
     return StageState(index, stage, counted, stepped, min_version(stages, index, end_versions), done)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from serl_launcher.replay.entries import CloseEntry, DataEntry, Entry
+from serl_transport.dedup import SeenItems
 from serl_transport.errors import Refused
 from serl_transport.schema import Episode, EpisodeInfo, StepBatch
 from serl_transport.specs import TaskSpec
@@ -68,30 +69,6 @@ class OpenEpisode:
         return False
 
 
-class SeenItems:
-    """Which (actor, boot, seq) were taken: per boot a low-water mark and the few seqs above it."""
-
-    def __init__(self) -> None:
-        self._boots: dict[tuple[str, str], tuple[int, set[int]]] = {}
-
-    def add(self, key: tuple[str, str, int]) -> bool:
-        """Remember an item; False when it was there already."""
-        actor, boot, seq = key
-        low, above = self._boots.get((actor, boot), (-1, set()))
-        if seq <= low or seq in above:
-            return False
-        above.add(seq)
-        while low + 1 in above:
-            low += 1
-            above.discard(low)
-        self._boots[actor, boot] = (low, above)
-        return True
-
-    def __contains__(self, key: tuple[str, str, int]) -> bool:
-        low, above = self._boots.get(key[:2], (-1, set()))
-        return key[2] <= low or key[2] in above
-
-
 class Assembler:
     """State between entries: what was seen, what is open, which ordinal comes next."""
 
@@ -125,7 +102,7 @@ class Assembler:
         return []
 
     def _add(self, entry: DataEntry, time_ns: int) -> list[ClosedEpisode]:
-        if not self.seen.add(entry.key):
+        if not self.seen.add(*entry.key):
             return []
         try:
             self.check(entry)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from replay_samples import SPEC, batches, entries, info, open_writer, write_journal
 
-from serl_launcher.replay.assembler import Assembler, ClosedEpisode, SeenItems
+from serl_launcher.replay.assembler import Assembler, ClosedEpisode
 from serl_launcher.replay.entries import CloseEntry, DataEntry, Entry, SpecChangedError
 from serl_launcher.replay.episodes import EpisodeStream, journal_episodes
 from serl_launcher.replay.journal import JournalCorrupt
@@ -52,16 +52,6 @@ def test_repeats_are_taken_once() -> None:
     assert [ticks(c) for c in closed] == [list(range(7))]
     assert assembler.dropped == 0  # repeats are no contradiction
     assert items[1].key in assembler.seen
-
-
-def test_seen_items_keeps_boots_apart() -> None:
-    seen = SeenItems()
-    assert seen.add(("a", "b", 1))
-    assert seen.add(("a", "c", 1))
-    assert seen.add(("a", "b", 0))
-    assert not seen.add(("a", "b", 0))
-    assert not seen.add(("a", "b", 1))
-    assert ("a", "b", 2) not in seen
 
 
 def test_ordinals_follow_the_closing_records() -> None:
