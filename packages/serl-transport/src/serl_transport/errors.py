@@ -115,3 +115,19 @@ _BY_CODE: dict[str, type[WireError]] = {
         ServerSilent,
     )
 }
+
+
+class SpoolError(Exception):
+    """The actor's spool cannot be used; the message says why and what to change."""
+
+
+class SpoolFull(SpoolError):
+    """The spool has reached its bound, or its disk is full: the item was not kept."""
+
+
+class SpoolBusy(SpoolError):
+    """Another live process holds the spool of this `unique_identifier`."""
+
+
+class CannotListen(Exception):
+    """The server cannot bind its port: in use, not permitted, or no such address."""

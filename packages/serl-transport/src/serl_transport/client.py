@@ -1,0 +1,267 @@
+"""The actor's end of the wire: acknowledged data, inference, requests, notifications, parameters.
+
+    send_item / update ─▶ spool ─▶ outbox ─▶ data link ───▶ 5588
+    infer / request ───────────────────────▶ control link ─▶ 5588
+    callbacks ◀── listener thread ◀──────── SUB ◀───────── 5589
+
+The robot's thread calls in; sockets live on the links' threads. Nothing here needs torch.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from serl_transport import auth
+from serl_transport.codec import check_sizes, pack, unpack
+from serl_transport.config import TrainerConfig
+from serl_transport.data_store import DataStoreBase
+from serl_transport.errors import ServerSilent, WireError
+from serl_transport.link import Link
+from serl_transport.listener import Listener
+from serl_transport.outbox import Ledger, Outbox, make_item
+from serl_transport.params import Published, pull
+from serl_transport.server import NOTIFY_TOPIC
+from serl_transport.specs import TaskSpec
+from serl_transport.spool import DEFAULT_BYTES, ItemKey, open_spool
+
+log = logging.getLogger(__name__)
+
+RESEND_S = 10.0
+
+
+class TrainerClient:
+    """One actor's connection, named by its `unique_identifier`."""
+
+    def __init__(
+        self,
+        name: str,
+        server_ip: str,
+        config: TrainerConfig,
+        data_store: DataStoreBase | None = None,
+        data_stores: dict[str, DataStoreBase] | None = None,
+        *,
+        spec: TaskSpec | None = None,
+        spool_dir: str | Path | None = None,
+        spool_bytes: int = DEFAULT_BYTES,
+        ledger_path: str | Path | None = None,
+        wait_for_server: bool = True,
+        timeout_ms: float = 5000,
+        on_wait: Callable[[str], None] | None = None,
+    ):
+        """Connect, and wait until the learner accepts (`wait_for_server`), telling `on_wait` once a second.
+
+        Without `wait_for_server` it raises ServerSilent after `timeout_ms`. A refusal (another task, version or
+        protocol) raises the typed WireError at once; SpoolBusy and SpoolError say what is wrong with `spool_dir`.
+        """
+        if not 0 < len(name) <= 128:
+            raise ValueError(f"a client's name (unique_identifier) has 1 to 128 characters, got {name!r}")
+        self.name, self.config, self.timeout_ms = name, config, timeout_ms
+        self._server = f"{server_ip}:{config.port_number}"
+        self._spec = spec
+        self._stores = dict(data_stores or {}) | ({name: data_store} if data_store is not None else {})
+        self._sent_ids = dict.fromkeys(self._stores, -1)
+        self._status: dict[str, Any] = {}
+        self._async_update = False
+        self._spool = open_spool(spool_dir, spool_bytes)
+        self.boot_id = self._spool.boot_id
+        self._ledger = Ledger(ledger_path) if ledger_path is not None else None
+        self._listener = Listener(self.fetch_params, config.limits)
+        self._control = self._link("control", self._listener.saw_version, None)
+        self._data = self._link("data", None, RESEND_S)
+        self._control.on_ready(lambda: self._listener.saw_version(self._control.hello_reply))
+        self._subscribe(server_ip)
+        self._outbox = Outbox(self._data, self._spool, self._ledger)
+        self._control.start()
+        self._data.start()
+        try:
+            self._await_server(wait_for_server, on_wait or _log_wait)
+        except BaseException:
+            self.stop()
+            raise
+
+    # Data.
+
+    def send_item(self, body: dict[str, Any], store: str = "") -> int:
+        """Keep one item (a `StepBatch.to_body()`) in the spool and return its seq at once; it is sent by itself.
+
+        Raises SpoolFull when the learner has been away for too long, TooLarge for a body above the limits.
+        """
+        frames = pack(body, self.config.limits)
+        check_sizes(frames, self.config.limits)
+        seq = self._spool.append(make_item(store, frames))
+        self._outbox.offer(ItemKey(self.boot_id, seq))
+        return seq
+
+    @property
+    def backlog(self) -> int:
+        """Items that the learner has not acknowledged."""
+        return len(self._spool)
+
+    @property
+    def refused_items(self) -> int:
+        """Items that the learner will never take; they are in the spool's `refused` folder, with the reason."""
+        return self._outbox.refused
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until nothing is unacknowledged; False after `timeout_s`."""
+        return self._outbox.wait_empty(timeout_s)
+
+    def update(self) -> bool:
+        """Send what is new in the data stores and wait for its acknowledgement; True when all of it was taken."""
+        refused = self._outbox.refused
+        for name, store in self._stores.items():
+            items, latest = store.since(self._sent_ids[name])
+            missed = latest - self._sent_ids[name] - len(items)
+            if missed > 0:
+                log.warning("data store %r overflowed: %d items were dropped before they were sent", name, missed)
+            for item in items:
+                self.send_item({"item": item}, name)
+            self._sent_ids[name] = latest
+        return self.flush(self.timeout_ms / 1e3) and self._outbox.refused == refused
+
+    def start_async_update(self, interval: float = 10.0, *, interval_ms: float | None = None) -> None:
+        """Send what is new in the data stores every `interval` seconds (or `interval_ms`), without blocking."""
+        if not self._async_update:
+            self._async_update = True
+            self._updater = _Repeater(interval if interval_ms is None else interval_ms / 1e3, self.update)
+
+    # Questions.
+
+    def infer(self, body: dict[str, Any], timeout_ms: float | None = None) -> dict[str, Any]:
+        """Ask the policy: see `infer` in docs/architecture.md. Raises NotReady, ServerSilent or another WireError."""
+        return self._control.call("infer", body, timeout_ms=timeout_ms or self.timeout_ms)
+
+    def request(self, type: str, payload: dict[str, Any] | None = None, timeout_ms: float | None = None) -> dict:
+        """Ask the learner something. Raises the learner's typed WireError, or ServerSilent.
+
+        After a cut link an unanswered request is sent again, so a handler may see it twice.
+        """
+        return self._control.call("request", payload or {}, target=type, timeout_ms=timeout_ms or self.timeout_ms)
+
+    def fetch_params(self, version: int | None = None) -> Published:
+        """Pull the newest (or one) version of the parameters, checked against its hash."""
+        return pull(lambda payload: self.request("params", payload), version)
+
+    # Being told.
+
+    def recv_network_callback(self, callback: Callable[[Any], None], *, raw: bool = False) -> None:
+        """Call `callback(params)` with the newest parameters, now and whenever there are newer ones.
+
+        With `raw` it gets the `Published` blob (safetensors). A callback that raises is reported; the next version is
+        tried. Versions that were superseded before they were pulled are skipped.
+        """
+        self._listener.on_network(callback, raw)
+
+    def on_notify(self, fn: Callable[[dict[str, Any]], None]) -> None:
+        """Call `fn(body)` for each notification that reaches this client."""
+        self._listener.on_notify(fn)
+
+    # Being seen.
+
+    def set_status(self, **status: Any) -> None:
+        """What heartbeats tell the learner beside the backlog, for example policy_version and mode."""
+        self._status = {**self._status, **status}
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the learner was last heard (it answers a heartbeat every second)."""
+        return self._control.silent_s
+
+    @property
+    def hello_reply(self) -> dict[str, Any]:
+        """What the learner said when it last accepted this client."""
+        return self._control.hello_reply
+
+    def stop(self) -> None:
+        """Close everything; unacknowledged items stay in the spool for the next start."""
+        if self._async_update:
+            self._updater.stop()
+        for link in (self._control, self._data):
+            link.stop()
+        self._listener.stop()
+        self._spool.close()
+        if self._ledger is not None:
+            self._ledger.close()
+
+    # Inside.
+
+    def _link(self, name: str, on_heartbeat: Callable[[dict], None] | None, resend_s: float | None) -> Link:
+        return Link(
+            f"tcp://{self._server}",
+            name=f"trainer-client-{name}",
+            actor_id=self.name,
+            boot_id=self.boot_id,
+            hello=self._hello,
+            heartbeat=lambda: {"link": name, "backlog": self.backlog, **self._status},
+            on_heartbeat=on_heartbeat,
+            resend_s=resend_s,
+            limits=self.config.limits,
+        )
+
+    def _hello(self) -> dict[str, Any]:
+        return {
+            "version": self.config.version,
+            "spec": None if self._spec is None else self._spec.to_dict(),
+            "backlog": self.backlog,
+        }
+
+    def _subscribe(self, server_ip: str) -> None:
+        subscriber = self._control.context.socket(zmq.SUB)
+        auth.configure(subscriber, self.config.limits)
+        subscriber.setsockopt(zmq.SUBSCRIBE, NOTIFY_TOPIC)
+        subscriber.connect(f"tcp://{server_ip}:{self.config.broadcast_port}")
+
+        def receive() -> None:
+            _, *frames = subscriber.recv_multipart(zmq.NOBLOCK)
+            try:
+                self._listener.deliver(unpack(frames, self.config.limits))
+            except WireError as error:
+                log.error("a bad notification from the learner: %s", error.message)
+
+        self._control.loop.add_socket(subscriber, receive)
+
+    def _await_server(self, forever: bool, on_wait: Callable[[str], None]) -> None:
+        start = time.monotonic()
+        for link in (self._control, self._data):
+            while not link.settled.wait(1.0 if forever else self.timeout_ms / 1e3):
+                waited = time.monotonic() - start
+                message = f"waiting for learner at {self._server} ({waited:.0f} s)"
+                if not forever:
+                    raise ServerSilent(
+                        f"no learner at {self._server} after {waited:.1f} s; is it running, on that port?"
+                    )
+                on_wait(message)
+            if link.refused is not None:
+                raise link.refused
+
+
+class _Repeater:
+    """Calls a function every `interval_s` on a thread of its own until stopped."""
+
+    def __init__(self, interval_s: float, fn: Callable[[], Any]):
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(interval_s, fn), name="trainer-client-update", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, interval_s: float, fn: Callable[[], Any]) -> None:
+        while not self._stopping.wait(interval_s):
+            try:
+                fn()
+            except Exception:
+                log.exception("the asynchronous update failed; trying again in %g s", interval_s)
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopping.set()
+        self._thread.join()
+
+
+def _log_wait(message: str) -> None:
+    log.warning("%s", message)

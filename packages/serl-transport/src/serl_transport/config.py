@@ -1,0 +1,19 @@
+"""The ports and limits that a server and its clients agree on (agentlace's `TrainerConfig`)."""
+
+from dataclasses import dataclass, field
+
+from serl_transport.codec import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerConfig:
+    """Given to both `TrainerServer` and `TrainerClient`."""
+
+    port_number: int = 5588  # experience, inference, requests; 0: any free port (server only)
+    broadcast_port: int = 5589  # notifications; 0: any free port (server only)
+    request_types: list[str] = field(default_factory=list)  # what `request_callback` answers
+    bind_host: str = "127.0.0.1"  # where the server listens; anything but loopback needs keys or insecure=True
+    insecure: bool = False  # allow an unprotected bind beyond loopback, with a warning
+    limits: Limits = field(default_factory=Limits)  # bounds of a message
+    version: str = "0.1.0"  # of the application; the handshake refuses another one
+    peer_timeout_s: float = 60.0  # a connection silent for longer is forgotten and must say hello again

@@ -1,0 +1,87 @@
+"""The first frame of every message: who sends what to whom, without the body.
+
+A message is `[envelope, *body frames]`, so that a gateway can route a body unread. Router and link make and read them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from serl_transport.codec import buffer_of
+from serl_transport.errors import BadFrame, WireError
+
+PROTOCOL = 1
+MAX_ENVELOPE_BYTES = 64 << 10
+REPLY = "reply"
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """One message's address label."""
+
+    kind: str  # hello | data | infer | request | heartbeat | reply | ...
+    actor_id: str = ""  # the sender's unique_identifier
+    boot_id: str = ""  # actor: the boot that made the item; in a reply: the server's boot
+    seq: int = 0  # of a data item, from 1; else 0
+    request_id: int | bytes = 0  # echoed by the reply; bytes when it is a return token
+    target: str = ""  # name of the data store, type of the request
+    error: tuple[str, str] | None = None  # (code, message), in a reply only
+    version: int = PROTOCOL  # of the sender
+    token: bytes = field(default=b"", compare=False)  # receiver side: the return address for `reply`; not on the wire
+
+    def to_frame(self) -> bytes:
+        """The envelope as msgpack."""
+        wire: dict[str, Any] = {
+            "v": self.version,
+            "k": self.kind,
+            "a": self.actor_id,
+            "b": self.boot_id,
+            "s": self.seq,
+            "r": self.request_id,
+            "t": self.target,
+        }
+        if self.error is not None:
+            wire["error"] = {"code": self.error[0], "message": self.error[1]}
+        return msgpack.packb(wire)
+
+    @classmethod
+    def from_frame(cls, frame: Any) -> "Envelope":
+        """Read an envelope; BadFrame when it is none. Of another protocol version only `v` and `r` are read."""
+        wire = _read_map(frame)
+        version, request_id = wire.get("v"), wire.get("r", 0)
+        if type(version) is not int or type(request_id) not in (int, bytes):
+            raise BadFrame("an envelope has v: int and r: int or bytes")
+        if version != PROTOCOL:
+            return cls("", request_id=request_id, version=version)
+        texts = [wire.get(key) for key in ("k", "a", "b", "t")]
+        seq = wire.get("s")
+        if not all(type(text) is str and len(text) <= 256 for text in texts) or type(seq) is not int or seq < 0:
+            raise BadFrame("an envelope has k, a, b, t: texts of at most 256 characters and s: a whole number")
+        kind, actor_id, boot_id, target = texts
+        error = None if "error" not in wire else _read_error(wire["error"])
+        return cls(kind, actor_id, boot_id, seq, request_id, target, error, version)  # type: ignore[arg-type]
+
+    def raise_error(self) -> None:
+        """Raise the typed error that a reply carries, if it carries one."""
+        if self.error is not None:
+            raise WireError.from_code(*self.error)
+
+
+def _read_map(frame: Any) -> dict[str, Any]:
+    view = buffer_of(frame)
+    if len(view) > MAX_ENVELOPE_BYTES:
+        raise BadFrame(f"an envelope of {len(view)} bytes, the limit is {MAX_ENVELOPE_BYTES}")
+    try:
+        wire = msgpack.unpackb(view, raw=False, strict_map_key=True)
+    except Exception as error:  # msgpack raises a zoo of types
+        raise BadFrame(f"the envelope is not msgpack: {type(error).__name__}") from None
+    if not isinstance(wire, dict):
+        raise BadFrame(f"an envelope is a map, got {type(wire).__name__}")
+    return wire
+
+
+def _read_error(value: Any) -> tuple[str, str]:
+    if not isinstance(value, dict) or type(value.get("code")) is not str or type(value.get("message")) is not str:
+        raise BadFrame("an error is {code, message}")
+    return value["code"], value["message"]

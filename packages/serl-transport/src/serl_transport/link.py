@@ -1,0 +1,309 @@
+"""One DEALER connection to a server, with its own thread: hello, heartbeats, requests, pushes.
+
+    any thread ─ call() ──▶ call_soon ─▶ [pending: request id → message] ─▶ DEALER ─▶ server
+                  ▲ event                          │ reply, or hello again and send all once more
+                  └────────────────────────────────┘
+
+`TrainerClient` has two, so that bulk data never delays an inference; a role of the gateway has one. A message is sent
+at least once: after a cut or a restart of the server the link says hello again and repeats what is unanswered.
+"""
+
+import itertools
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from serl_transport import auth
+from serl_transport.codec import DEFAULT_LIMITS, Frames, Limits, pack, unpack
+from serl_transport.envelope import PROTOCOL, REPLY, Envelope
+from serl_transport.errors import HelloRequired, ProtocolMismatch, ServerSilent, WireError
+from serl_transport.loop import EventLoop
+
+log = logging.getLogger(__name__)
+
+OnReply = Callable[[Frames | WireError], None]
+HELLO_AGAIN_S = 1.0
+HEARTBEAT_S = 1.0
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A message without an answer yet."""
+
+    envelope: Envelope  # with its request id
+    frames: Frames  # of the body
+    on_reply: OnReply  # called once, in the loop's thread
+    sent_at: float = 0.0  # time.monotonic(); 0: not sent on this connection
+
+
+class Link:
+    """Owns one DEALER socket and the thread that serves it."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        name: str,
+        actor_id: str,
+        boot_id: str,
+        hello: Callable[[], dict[str, Any]] | None = None,
+        heartbeat: Callable[[], dict[str, Any]] | None = None,
+        on_heartbeat: Callable[[dict[str, Any]], None] | None = None,
+        resend_s: float | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+    ):
+        """`hello` and `heartbeat` make bodies (None: the server needs none); `on_heartbeat` gets the replies.
+
+        `resend_s`: repeat a message that stays unanswered for longer (for messages that the server deduplicates).
+        """
+        self.endpoint = endpoint
+        self.loop = EventLoop()
+        self.context = zmq.Context()
+        self.ready = threading.Event()  # the server accepted our hello on this connection
+        self.refused: WireError | None = None  # why the server refused our hello, while it does
+        self.settled = threading.Event()  # ready, or refused
+        self.hello_reply: dict[str, Any] = {}
+        self._actor_id, self._boot_id = actor_id, boot_id
+        self._hello, self._heartbeat, self._on_heartbeat = hello, heartbeat, on_heartbeat
+        self._resend_s, self._limits = resend_s, limits
+        self._ids = itertools.count(1)
+        self._pending: OrderedDict[int, _Pending] = OrderedDict()
+        self._push_handlers: dict[str, Callable[[Envelope, Frames], None]] = {}
+        self._on_ready: list[Callable[[], None]] = []
+        self._server_boot = ""
+        self._last_heard = self._last_hello = self._last_heartbeat = 0.0
+        self._heartbeat_id = 0
+        self._socket = self.context.socket(zmq.DEALER)
+        auth.configure(self._socket, limits)
+        # Queue only for a live connection: what was queued for a dead one would be lost or arrive before a hello.
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._socket.connect(endpoint)
+        self.loop.add_socket(self._socket, self._receive)
+        self.loop.call_later(0, self._tick)
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread: connect, say hello, keep trying."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Fail what is unanswered, close the socket, end the thread."""
+        self.loop.stop()
+        if self._thread.ident is None:
+            self._close()
+        else:
+            self._thread.join()
+
+    def call(
+        self, kind: str, body: dict[str, Any] | Frames, *, target: str = "", timeout_ms: float = 5000
+    ) -> dict[str, Any]:
+        """Ask and wait for the reply's body. Raises the server's typed error, or ServerSilent after `timeout_ms`."""
+        frames = body if isinstance(body, list) else pack(body, self._limits)
+        answered = threading.Event()
+        box: list[Frames | WireError] = []
+
+        def on_reply(result: Frames | WireError) -> None:
+            box.append(result)
+            answered.set()
+
+        envelope = self._envelope(kind, target)
+        self.loop.call_soon(lambda: self._submit(envelope, frames, on_reply))
+        if not answered.wait(timeout_ms / 1e3):
+            self.loop.call_soon(lambda: self._pending.pop(_id(envelope), None))
+            raise ServerSilent(f"no reply to {kind!r} from {self.endpoint} in {timeout_ms:g} ms; {self.state()}")
+        result = box[0]
+        if isinstance(result, WireError):
+            raise result
+        return unpack(result, self._limits) if result else {}
+
+    def submit(
+        self, kind: str, frames: Frames, on_reply: OnReply, *, target: str = "", seq: int = 0, boot_id: str = ""
+    ) -> None:
+        """Send without waiting; `on_reply` gets the reply's frames or the typed error. In the loop's thread."""
+        self._submit(self._envelope(kind, target, seq, boot_id), frames, on_reply)
+
+    def send(self, envelope: Envelope, frames: Frames) -> None:
+        """Send as is, once, expecting no reply: an answer to a pushed message. Thread-safe."""
+        self.loop.call_soon(lambda: self._transmit([envelope.to_frame(), *frames]))
+
+    def on_push(self, kind: str, fn: Callable[[Envelope, Frames], None]) -> None:
+        """Call `fn(envelope, frames)` in the loop's thread for messages of `kind` that nobody asked for."""
+        self._push_handlers[kind] = fn
+
+    def on_ready(self, fn: Callable[[], None]) -> None:
+        """Call `fn` in the loop's thread after each accepted hello."""
+        self._on_ready.append(fn)
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the server was last heard; infinite when never."""
+        return time.monotonic() - self._last_heard if self._last_heard else float("inf")
+
+    def state(self) -> str:
+        """One phrase for messages to people."""
+        if self.refused is not None:
+            return f"it refused this client: {self.refused.message}"
+        return f"last heard {self.silent_s:.1f} s ago" if self._last_heard else "it has never answered"
+
+    # Everything below runs in the loop's thread.
+
+    def _envelope(self, kind: str, target: str = "", seq: int = 0, boot_id: str = "") -> Envelope:
+        return Envelope(kind, self._actor_id, boot_id or self._boot_id, seq, next(self._ids), target)
+
+    def _submit(self, envelope: Envelope, frames: Frames, on_reply: OnReply) -> None:
+        pending = self._pending[_id(envelope)] = _Pending(envelope, frames, on_reply)
+        if self.ready.is_set():
+            self._send_pending(pending)
+        elif self.refused is not None and self._resend_s is None:
+            self._finish(_id(envelope), self.refused)
+
+    def _send_pending(self, pending: _Pending) -> None:
+        if self._transmit([pending.envelope.to_frame(), *pending.frames]):
+            pending.sent_at = time.monotonic()
+
+    def _transmit(self, parts: Frames) -> bool:
+        try:
+            # Not copied: bodies are packed views that nobody changes, or bytes of the spool.
+            self._socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False  # no connection, or a full queue: the tick tries again
+        return True
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if not self.ready.is_set():
+            if now - self._last_hello >= HELLO_AGAIN_S:
+                self._say_hello(now)
+        else:
+            if self._heartbeat is not None and now - self._last_heartbeat >= HEARTBEAT_S:
+                self._beat(now)
+            for pending in list(self._pending.values()):
+                stale = self._resend_s is not None and now - pending.sent_at > self._resend_s
+                if not pending.sent_at or stale:
+                    self._send_pending(pending)
+        self.loop.call_later(0.2 if self.ready.is_set() else 0.05, self._tick)
+
+    def _say_hello(self, now: float) -> None:
+        if self._hello is None:
+            self._accepted({})
+            return
+        envelope = self._envelope("hello")
+        if self._transmit([envelope.to_frame(), *pack(self._hello(), self._limits)]):
+            self._last_hello = now
+            self._pending[_id(envelope)] = _Pending(envelope, [], self._hello_answered, now)
+
+    def _hello_answered(self, result: Frames | WireError) -> None:
+        for request_id in [r for r, pending in self._pending.items() if pending.envelope.kind == "hello"]:
+            del self._pending[request_id]  # earlier hellos that were lost
+        if isinstance(result, WireError):
+            self._refuse(result)
+        else:
+            self._accepted(unpack(result, self._limits) if result else {})
+
+    def _accepted(self, reply: dict[str, Any]) -> None:
+        self.hello_reply, self.refused = reply, None
+        self.ready.set()
+        self.settled.set()
+        for pending in list(self._pending.values()):
+            self._send_pending(pending)
+        for fn in self._on_ready:
+            fn()
+
+    def _refuse(self, error: WireError) -> None:
+        if self.refused is None or self.refused.message != error.message:
+            log.error("%s refused this client: %s", self.endpoint, error.message)
+        self.refused = error
+        self.settled.set()
+        if self._resend_s is None:
+            for request_id in list(self._pending):
+                self._finish(request_id, error)
+
+    def _beat(self, now: float) -> None:
+        assert self._heartbeat is not None
+        self._last_heartbeat = now
+        self._pending.pop(self._heartbeat_id, None)  # an unanswered one is not repeated
+        envelope = self._envelope("heartbeat")
+        self._heartbeat_id = _id(envelope)
+        self._submit(envelope, pack(self._heartbeat(), self._limits), self._beaten)
+
+    def _beaten(self, result: Frames | WireError) -> None:
+        if not isinstance(result, WireError) and result and self._on_heartbeat is not None:
+            self._on_heartbeat(unpack(result, self._limits))
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            try:
+                self._handle(Envelope.from_frame(parts[0]), parts[1:])
+            except WireError as error:
+                log.error("a bad message from %s: %s", self.endpoint, error.message)
+
+    def _handle(self, envelope: Envelope, frames: Frames) -> None:
+        self._last_heard = time.monotonic()
+        if envelope.version != PROTOCOL:
+            self._refuse(
+                ProtocolMismatch(
+                    f"the learner speaks protocol {envelope.version}, this client {PROTOCOL}; "
+                    "install the same release on both sides"
+                )
+            )
+        elif envelope.kind == REPLY:
+            self._notice_restart(envelope.boot_id)
+            self._take_reply(envelope, frames)
+        elif envelope.kind in self._push_handlers:
+            self._push_handlers[envelope.kind](envelope, frames)
+        else:
+            log.error("%s sent %r, which nobody here handles", self.endpoint, envelope.kind)
+
+    def _take_reply(self, envelope: Envelope, frames: Frames) -> None:
+        request_id = envelope.request_id
+        if request_id not in self._pending:
+            return  # answered before, or given up
+        assert isinstance(request_id, int)
+        if envelope.error is None:
+            self._finish(request_id, frames)
+            return
+        error = WireError.from_code(*envelope.error)
+        if isinstance(error, HelloRequired):
+            # Nothing was done with it: hello again, then it goes out with the others.
+            self.ready.clear()
+            self._pending[request_id].sent_at = 0.0
+            if time.monotonic() - self._last_hello > 0.05:
+                self._say_hello(time.monotonic())
+        else:
+            self._finish(request_id, error)
+
+    def _notice_restart(self, boot_id: str) -> None:
+        if self._server_boot and boot_id != self._server_boot:
+            log.warning("the learner at %s has restarted", self.endpoint)
+        self._server_boot = boot_id
+
+    def _finish(self, request_id: int, result: Frames | WireError) -> None:
+        self._pending.pop(request_id).on_reply(result)
+
+    def _serve(self) -> None:
+        try:
+            self.loop.run()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        for request_id in list(self._pending):
+            self._finish(request_id, ServerSilent(f"the link to {self.endpoint} was closed"))
+        self._socket.close()
+        self.loop.close()
+        self.context.destroy(linger=0)
+
+
+def _id(envelope: Envelope) -> int:
+    assert isinstance(envelope.request_id, int)
+    return envelope.request_id

@@ -1,0 +1,171 @@
+"""Sends what the spool holds and forgets it when the learner has it.
+
+    send_item ─▶ spool ─▶ [heap of keys, oldest first] ─▶ window (items, bytes) ─▶ data link ─▶ learner
+                   ▲                                                                    │ durable ack
+                   └────────────── spool.ack ◀── ledger line, fsync ◀───────────────────┘
+
+Runs in the data link's thread. A full window waits for acknowledgements; an item that the learner can never take is set
+aside, so that the items behind it are not held up for ever.
+"""
+
+import heapq
+import json
+import logging
+import os
+import threading
+import zlib
+from pathlib import Path
+from typing import Any
+
+from serl_transport.codec import Frames, join, split, unpack
+from serl_transport.errors import Internal, NotReady, SpoolError, StorageFull, Unauthorized, UnknownKind, WireError
+from serl_transport.link import Link
+from serl_transport.spool import ItemKey, Spool
+
+log = logging.getLogger(__name__)
+
+WINDOW_ITEMS = 64
+WINDOW_BYTES = 32 << 20
+RETRY_S = 1.0
+_RETRIED = (StorageFull, NotReady, Internal, Unauthorized, UnknownKind)  # the learner's trouble, not the item's
+
+
+def make_item(store: str, body_frames: Frames) -> bytes:
+    """The bytes of one item in the spool: the data store's name, then the body's frames."""
+    return join([store.encode(), *body_frames])
+
+
+class Ledger:
+    """Every acknowledged item as a JSON line, on disk before the spool forgets it; a line may repeat after a kill.
+
+    `{boot, seq, crc32, episode_id, first_tick, n}`; crc32 is of `codec.join(body frames)`, which is what the learner
+    journals. The fault tests compare it with what the learner holds.
+    """
+
+    def __init__(self, path: str | Path):
+        self._file = open(path, "a")  # noqa: SIM115 (closed by close)
+
+    def write(self, acknowledged: list[tuple[ItemKey, Frames]]) -> None:
+        """Append a line per item and wait until they are on disk."""
+        self._file.write("".join(json.dumps(_ledger_row(key, frames)) + "\n" for key, frames in acknowledged))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Outbox:
+    """Owns the order and the window of one actor's data."""
+
+    def __init__(self, link: Link, spool: Spool, ledger: Ledger | None = None):
+        self.refused = 0  # items that were set aside
+        self._link, self._spool, self._ledger = link, spool, ledger
+        self._queue: list[ItemKey] = spool.pending()
+        heapq.heapify(self._queue)
+        self._in_flight: dict[ItemKey, Frames] = {}
+        self._in_flight_bytes = 0
+        self._acknowledged: list[tuple[ItemKey, Frames]] = []
+        self._paused = False
+        self._progress = threading.Condition()
+        if self._queue:
+            log.info("re-sending %d items that earlier runs of this actor left in the spool", len(self._queue))
+        link.on_ready(self._pump)
+
+    def offer(self, key: ItemKey) -> None:
+        """A new item is in the spool. Thread-safe."""
+        self._link.loop.call_soon(lambda: self._enqueue(key))
+
+    def wait_empty(self, timeout_s: float) -> bool:
+        """Wait until every item is acknowledged (or set aside); False after `timeout_s`. Thread-safe."""
+        with self._progress:
+            return self._progress.wait_for(lambda: len(self._spool) == 0, timeout_s)
+
+    def _enqueue(self, key: ItemKey) -> None:
+        heapq.heappush(self._queue, key)
+        self._pump()
+
+    def _pump(self) -> None:
+        while self._queue and not self._paused and self._link.ready.is_set() and self._window_open():
+            self._send(heapq.heappop(self._queue))
+
+    def _window_open(self) -> bool:
+        return len(self._in_flight) < WINDOW_ITEMS and self._in_flight_bytes < WINDOW_BYTES
+
+    def _send(self, key: ItemKey) -> None:
+        try:
+            item = self._spool.read(key)
+        except SpoolError as error:
+            log.error("%s; the item is lost", error)
+            self.refused += 1
+            self._spool.ack(key)
+            return
+        store, *frames = split(item)
+        self._in_flight[key] = frames
+        self._in_flight_bytes += len(item)
+        size = len(item)
+        self._link.submit(
+            "data",
+            frames,
+            lambda result: self._answered(key, size, result),
+            target=bytes(store).decode(),
+            seq=key.seq,
+            boot_id=key.boot_id,
+        )
+
+    def _answered(self, key: ItemKey, size: int, result: Frames | WireError) -> None:
+        if self._link.loop.stopping:
+            return  # the item stays in the spool for the next boot
+        frames = self._in_flight.pop(key)
+        self._in_flight_bytes -= size
+        if not isinstance(result, WireError):
+            if not self._acknowledged:
+                self._link.loop.call_soon(self._commit)  # one fsync for all replies of this turn of the loop
+            self._acknowledged.append((key, frames))
+        elif isinstance(result, _RETRIED):
+            self._retry(key, result)
+        else:
+            self._set_aside(key, result)
+        self._pump()
+
+    def _commit(self) -> None:
+        """Make acknowledged items known: ledger first, then the spool forgets them."""
+        batch, self._acknowledged = self._acknowledged, []
+        if self._ledger is not None:
+            self._ledger.write(batch)
+        for key, _ in batch:
+            self._spool.ack(key)
+        with self._progress:
+            self._progress.notify_all()
+
+    def _retry(self, key: ItemKey, error: WireError) -> None:
+        heapq.heappush(self._queue, key)
+        if not self._paused:
+            log.warning("the learner cannot take data now, trying again every %g s: %s", RETRY_S, error.message)
+            self._paused = True
+            self._link.loop.call_later(RETRY_S, self._resume)
+
+    def _resume(self) -> None:
+        self._paused = False
+        self._pump()
+
+    def _set_aside(self, key: ItemKey, error: WireError) -> None:
+        where = self._spool.refuse(key, f"{error.code}: {error.message}")
+        self.refused += 1
+        log.error("the learner refused item %d (%s); %s: %s", key.seq, error.code, where, error.message)
+        with self._progress:
+            self._progress.notify_all()
+
+
+def _ledger_row(key: ItemKey, frames: Frames) -> dict[str, Any]:
+    body = unpack(frames)
+    episode, arrays = body.get("episode"), body.get("arrays")
+    return {
+        "boot": key.boot_id,
+        "seq": key.seq,
+        "crc32": zlib.crc32(join(frames)),
+        "episode_id": episode.get("episode_id") if isinstance(episode, dict) else None,
+        "first_tick": body.get("first_tick"),
+        "n": len(arrays["action"]) if isinstance(arrays, dict) and "action" in arrays else None,
+    }

@@ -1,0 +1,207 @@
+"""One ROUTER socket and its handlers: every message in, every typed reply out.
+
+    peer ─▶ [envelope, *body] ─▶ limits ─▶ version ─▶ hello? ─▶ handler(peer, envelope, body) ─▶ reply now
+                                    └────────┴─────────┴─▶ typed error                └─ None: reply(token, …) later
+
+`TrainerServer` has one on its TCP port; a gateway adds another on an ipc endpoint for its own roles. A message can
+cost its sender an error, never the loop its life.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+import zmq
+
+from serl_transport import auth
+from serl_transport.codec import DEFAULT_LIMITS, Frames, Limits, check_sizes, pack, unpack
+from serl_transport.envelope import PROTOCOL, REPLY, Envelope
+from serl_transport.errors import (
+    BadFrame,
+    CannotListen,
+    HelloRequired,
+    Internal,
+    ProtocolMismatch,
+    UnknownKind,
+    WireError,
+)
+from serl_transport.loop import EventLoop
+from serl_transport.spool import new_boot_id
+
+log = logging.getLogger(__name__)
+
+Reply = dict[str, Any] | WireError | Frames
+Handler = Callable[["Peer", Envelope, Any], Reply | None]
+_BURST = 64  # messages taken from the socket before timers and other sockets get their turn
+
+
+@dataclass(slots=True)
+class Peer:
+    """One connection. An actor has two: its control link and its data link, with the same actor_id and boot_id."""
+
+    address: bytes  # the router's routing id; changes when the peer reconnects
+    actor_id: str = ""  # from its hello, or its last message when no hello is needed
+    boot_id: str = ""
+    last_seen: float = 0.0  # time.monotonic() of its last message
+    hello: dict[str, Any] = field(default_factory=dict)  # the body of its hello
+
+
+class Router:
+    """Owns one ROUTER socket in `loop`. All methods but `reply` belong to the loop's thread."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        context: zmq.Context,
+        *,
+        limits: Limits = DEFAULT_LIMITS,
+        require_hello: bool = False,
+        boot_id: str | None = None,
+    ):
+        self.peers: dict[bytes, Peer] = {}
+        self.counters: Counter[str] = Counter()  # messages by kind, errors by code
+        self.boot_id = boot_id or new_boot_id()  # tells clients that the server restarted
+        self.limits = limits
+        self._loop = loop
+        self._require_hello = require_hello
+        self._handlers: dict[str, tuple[Handler, bool]] = {}
+        self.socket = context.socket(zmq.ROUTER)
+        auth.configure(self.socket, limits)
+
+    def bind(self, endpoint: str, complaint: str = "") -> str:
+        """Listen on `endpoint` and return it with the actual port. CannotListen says why not, and `complaint`."""
+        try:
+            self.socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise CannotListen(f"cannot listen on {endpoint}: {error.strerror}. {complaint}".rstrip(". ")) from None
+        self._loop.add_socket(self.socket, self._receive)
+        return self.socket.getsockopt(zmq.LAST_ENDPOINT).decode().rstrip("\0")
+
+    def handle(self, kind: str, fn: Handler, *, raw: bool = False) -> None:
+        """Let `fn(peer, envelope, body)` answer messages of `kind`; with `raw` it gets the body's frames unread.
+
+        It returns a body, a WireError, frames (forwarded unread), or None to answer later with
+        `reply(envelope.token, ...)`. It may raise a WireError.
+        """
+        self._handlers[kind] = (fn, raw)
+
+    def reply(self, token: bytes, result: Reply) -> None:
+        """Answer the message that `token` came with: a body, a WireError, or a body's frames. Thread-safe."""
+        address, request_id = _read_token(token)
+        error, frames = None, []
+        if isinstance(result, WireError):
+            self.counters[result.code] += 1
+            error = (result.code, result.message)
+        else:
+            frames = result if isinstance(result, list) else pack(result, self.limits)
+        envelope = Envelope(REPLY, boot_id=self.boot_id, request_id=request_id, error=error)
+        self._send_anywhere([address, envelope.to_frame(), *frames])
+
+    def push(self, address: bytes, envelope: Envelope, frames: Frames) -> None:
+        """Send an unasked message to a peer, for example forwarded work to a role. Thread-safe.
+
+        A peer that has gone loses the message, silently: use replies or timeouts to notice.
+        """
+        self._send_anywhere([address, envelope.to_frame(), *frames])
+
+    def forget_silent(self, timeout_s: float) -> None:
+        """Drop the state of connections that said nothing for `timeout_s`."""
+        oldest = time.monotonic() - timeout_s
+        for address in [address for address, peer in self.peers.items() if peer.last_seen < oldest]:
+            del self.peers[address]
+
+    def close(self) -> None:
+        """Close the socket, after the loop has ended."""
+        self.socket.close()
+
+    def _send_anywhere(self, parts: Frames) -> None:
+        if self._loop.in_loop:
+            self._send(parts)
+        else:
+            self._loop.call_soon(lambda: self._send(parts))
+
+    def _send(self, parts: Frames) -> None:
+        try:
+            self.socket.send_multipart(parts, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            self.counters["send_failed"] += 1
+            log.warning("a reply could not be sent: %s", error)
+
+    def _receive(self) -> None:
+        for _ in range(_BURST):
+            try:
+                parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            self._dispatch(parts[0].bytes, parts[1:])
+
+    def _dispatch(self, address: bytes, parts: Frames) -> None:
+        """Answer one message; whatever goes wrong becomes a typed error of its sender."""
+        request_id: int | bytes = 0
+        try:
+            if not parts:
+                raise BadFrame("a message starts with an envelope, got no frame")
+            envelope = Envelope.from_frame(parts[0])
+            request_id = envelope.request_id
+            token = _token(address, request_id)
+            result = self._answer(address, envelope, token, parts[1:])
+            if result is not None:
+                self.reply(token, result)
+        except WireError as error:
+            self.reply(_token(address, request_id), error)
+        except Exception as error:
+            log.exception("the handler of a message failed")
+            failure = Internal(f"the learner failed on this message, see its log: {type(error).__name__}")
+            self.reply(_token(address, request_id), failure)
+
+    def _answer(self, address: bytes, envelope: Envelope, token: bytes, frames: Frames) -> Reply | None:
+        if envelope.version != PROTOCOL:
+            raise ProtocolMismatch(
+                f"the learner speaks protocol {PROTOCOL}, this peer {envelope.version}; "
+                "install the same release on both sides"
+            )
+        handler, raw = self._handlers.get(envelope.kind, (None, False))
+        if handler is None:
+            raise UnknownKind(f"no handler for {envelope.kind!r}; the kinds are {sorted(self._handlers)}")
+        self.counters[envelope.kind] += 1
+        peer = self._peer(address, envelope)
+        if frames:
+            check_sizes(frames, self.limits)
+        body = frames if raw else (unpack(frames, self.limits) if frames else {})
+        return handler(peer, _with_token(envelope, token), body)
+
+    def _peer(self, address: bytes, envelope: Envelope) -> Peer:
+        peer = self.peers.get(address)
+        if peer is None:
+            if self._require_hello and envelope.kind != "hello":
+                raise HelloRequired("this connection has not said hello (the learner restarted or the link was cut)")
+            peer = Peer(address, envelope.actor_id, envelope.boot_id)
+            # A hello is remembered by its handler, once it has been accepted.
+            if envelope.kind != "hello":
+                self.peers[address] = peer
+        peer.last_seen = time.monotonic()
+        return peer
+
+
+def _with_token(envelope: Envelope, token: bytes) -> Envelope:
+    object.__setattr__(envelope, "token", token)  # set once, right after it was read: nobody has seen it without
+    return envelope
+
+
+def _token(address: bytes, request_id: int | bytes) -> bytes:
+    """An opaque return address: it may travel through other processes and come back."""
+    return msgpack.packb([address, request_id])
+
+
+def _read_token(token: bytes) -> tuple[bytes, int | bytes]:
+    try:
+        address, request_id = msgpack.unpackb(token)
+    except Exception:
+        raise BadFrame("a return token is not one of ours") from None
+    if type(address) is not bytes or type(request_id) not in (int, bytes):
+        raise BadFrame("a return token is not one of ours")
+    return address, request_id

@@ -1,0 +1,267 @@
+"""The learner's end of the wire: a ROUTER for everything actors send and a PUB for notifications, in one event loop.
+
+    5588 ROUTER ─▶ hello | data | infer | request | heartbeat ─▶ handlers ─▶ replies
+    5589 PUB    ◀─ notify(body)
+
+Two ways to use it. agentlace-style: register data stores, give `request_callback`, call `publish_network`. As the
+gateway does: replace the handlers of single kinds with `handle`, add sockets and timers, acknowledge data later.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import zmq
+
+from serl_transport import auth
+from serl_transport.codec import join, pack
+from serl_transport.config import TrainerConfig
+from serl_transport.data_store import DataStoreBase
+from serl_transport.dedup import SeenItems
+from serl_transport.envelope import PROTOCOL, Envelope
+from serl_transport.errors import BadFrame, CannotListen, Refused, SchemaMismatch, UnknownKind
+from serl_transport.loop import EventLoop
+from serl_transport.params import Published, read_chunk
+from serl_transport.router import Handler, Peer, Reply, Router
+from serl_transport.specs import TaskSpec
+
+log = logging.getLogger(__name__)
+
+NOTIFY_TOPIC = b"notify"
+DataCallback = Callable[[str, dict[str, Any]], Any]
+RequestCallback = Callable[[str, Any], dict[str, Any]]
+
+
+class TrainerServer:
+    """Listens from construction, serves from `start`.
+
+    Raises CannotListen (port in use and the like, with what to change) and ValueError (an unprotected bind).
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        data_callback: DataCallback | None = None,
+        request_callback: RequestCallback | None = None,
+        spec: TaskSpec | None = None,
+    ):
+        auth.check_bind(config.bind_host, config.insecure)
+        self.spec = spec  # actors must hold an equal one; None: any
+        self.params_version = 0  # newest published version, told in hello and heartbeat replies; 0: none
+        self.loop = EventLoop()
+        self.context = zmq.Context()
+        self._data_callback = data_callback
+        self._request_callback = request_callback
+        self._on_hello: Callable[[Peer, dict[str, Any]], dict[str, Any] | None] | None = None
+        self._stores: dict[str, DataStoreBase] = {}
+        self._seen = SeenItems()
+        self._published: Published | None = None
+        self._thread: threading.Thread | None = None
+        self._publisher = self.context.socket(zmq.PUB)
+        auth.configure(self._publisher, config.limits)
+        self.router = Router(self.loop, self.context, limits=config.limits, require_hello=True)
+        self.config = self._bind(config)  # with the actual ports where 0 was asked for
+        for kind, handler in self._default_handlers().items():
+            self.router.handle(kind, handler)
+        self.loop.every(
+            max(0.1, config.peer_timeout_s / 6), lambda: self.router.forget_silent(self.config.peer_timeout_s)
+        )
+
+    # What an agentlace script calls.
+
+    def register_data_store(self, name: str, data_store: DataStoreBase) -> None:
+        """Insert what clients send for the store `name` into `data_store`, each item once."""
+        self._stores[name] = data_store
+
+    def data_store(self, name: str) -> DataStoreBase | None:
+        """The store registered as `name`."""
+        return self._stores.get(name)
+
+    def store_names(self) -> set[str]:
+        """Names of the registered stores."""
+        return set(self._stores)
+
+    def publish_network(self, params: Any) -> int:
+        """Make `params` (nested dicts, lists and arrays) the newest version, tell clients to pull; returns the version.
+
+        Thread-safe. Clients that missed the announcement or join later pull it as well.
+        """
+        version = self.params_version + 1
+        published = Published.of(version, join(pack({"params": params}, self.config.limits)))
+        self._published = published
+        self.announce_params(version)
+        return version
+
+    def start(self, threaded: bool = False) -> None:
+        """Serve: in a thread of its own, or here until `stop`."""
+        if threaded:
+            self._thread = threading.Thread(target=self._serve, name="trainer-server", daemon=True)
+            self._thread.start()
+        else:
+            self._serve()
+
+    def stop(self) -> None:
+        """End serving and release the ports. From another thread it waits until that has happened."""
+        self.loop.stop()
+        if self._thread is not None and not self.loop.in_loop:
+            self._thread.join()
+        elif self.loop.thread_id is None:
+            self._close()  # never started
+
+    # What a gateway builds on.
+
+    def handle(self, kind: str, fn: Handler, *, raw: bool = False) -> None:
+        """Replace the handler of `kind`; see `Router.handle`. Not for `hello`, see `on_hello`."""
+        if kind == "hello":
+            raise ValueError("hello checks the contract itself; add to its reply with on_hello")
+        self.router.handle(kind, fn, raw=raw)
+
+    def on_hello(self, fn: Callable[[Peer, dict[str, Any]], dict[str, Any] | None]) -> None:
+        """Call `fn(peer, hello body)` after a hello passed the checks; what it returns is added to the reply."""
+        self._on_hello = fn
+
+    def add_socket(self, socket: zmq.Socket, fn: Callable[[], None]) -> None:
+        """Call `fn` in the loop whenever `socket` (made from `self.context`) is readable."""
+        self.loop.add_socket(socket, fn)
+
+    def add_router(self, endpoint: str) -> Router:
+        """Another ROUTER in the same loop, for example ipc for the gateway's own roles; peers need no hello."""
+        router = Router(self.loop, self.context, limits=self.config.limits, boot_id=self.router.boot_id)
+        router.bind(endpoint, "Is another learner running in this folder?")
+        self._extra_routers.append(router)
+        return router
+
+    def call_soon(self, fn: Callable[[], None]) -> None:
+        """Run `fn` in the loop's thread; thread-safe."""
+        self.loop.call_soon(fn)
+
+    def reply(self, token: bytes, result: Reply) -> None:
+        """Answer later what a handler left with None: a body, a WireError, or frames to forward. Thread-safe."""
+        self.router.reply(token, result)
+
+    def notify(self, body: dict[str, Any]) -> None:
+        """Tell every listening client; whoever is away misses it. Thread-safe."""
+        frames = [NOTIFY_TOPIC, *pack(body, self.config.limits)]
+        self.loop.call_soon(lambda: self._publisher.send_multipart(frames, zmq.NOBLOCK))
+
+    def announce_params(self, version: int) -> None:
+        """Say that `version` is the newest; clients that want parameters pull it with a `params` request."""
+        self.params_version = version
+        self.notify({"topic": "params", "version": version})
+
+    # Inside.
+
+    def _bind(self, config: TrainerConfig) -> TrainerConfig:
+        host = "127.0.0.1" if config.bind_host == "localhost" else config.bind_host
+        address = f"[{host}]" if ":" in host else host
+        self._extra_routers: list[Router] = []
+        try:
+            if ":" in host:
+                for socket in (self.router.socket, self._publisher):
+                    socket.setsockopt(zmq.IPV6, 1)
+            endpoint = self.router.bind(f"tcp://{address}:{config.port_number or '*'}", _port_hint("port"))
+            try:
+                self._publisher.bind(f"tcp://{address}:{config.broadcast_port or '*'}")
+            except zmq.ZMQError as error:
+                wanted = f"tcp://{address}:{config.broadcast_port}"
+                raise CannotListen(
+                    f"cannot listen on {wanted}: {error.strerror}. {_port_hint('broadcast_port')}"
+                ) from None
+        except CannotListen:
+            self._close()
+            raise
+        broadcast = self._publisher.getsockopt(zmq.LAST_ENDPOINT).decode().rstrip("\0")
+        return replace(config, port_number=_port_of(endpoint), broadcast_port=_port_of(broadcast))
+
+    def _default_handlers(self) -> dict[str, Handler]:
+        return {
+            "hello": self._hello,
+            "heartbeat": lambda peer, envelope, body: self.heartbeat_reply(),
+            "data": self._data,
+            "request": self._request,
+        }
+
+    def heartbeat_reply(self) -> dict[str, Any]:
+        """What a heartbeat is answered with; a handler of `heartbeat` should return it."""
+        return {"params_version": self.params_version}
+
+    def _hello(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> Reply:
+        if body.get("version") != self.config.version:
+            raise SchemaMismatch(
+                f"version: {body.get('version')!r} on the actor, {self.config.version!r} on the learner; "
+                "install the same release on both"
+            )
+        self._check_spec(body.get("spec"))
+        peer.actor_id, peer.boot_id, peer.hello = envelope.actor_id, envelope.boot_id, body
+        extra = self._on_hello(peer, body) if self._on_hello else None
+        self.router.peers[peer.address] = peer
+        limits = self.config.limits
+        return {
+            "protocol": PROTOCOL,
+            "params_version": self.params_version,
+            "limits": {"frame_bytes": limits.frame_bytes, "total_bytes": limits.total_bytes, "frames": limits.frames},
+            **(extra or {}),
+        }
+
+    def _check_spec(self, theirs: Any) -> None:
+        if self.spec is None:
+            return
+        if theirs is None:
+            raise SchemaMismatch(f"the learner runs task {self.spec.name!r}; the actor must say its task's spec")
+        try:
+            spec = TaskSpec.from_dict(theirs)
+        except ValueError as error:
+            raise BadFrame(f"hello: {error}") from None
+        differences = spec.differences(self.spec, "on the actor", "on the learner")
+        if differences:
+            raise SchemaMismatch("the task differs; start both with the same task=: " + "; ".join(differences))
+
+    def _data(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> Reply:
+        """Default: into the registered store and the data callback, once; the reply is the acknowledgement."""
+        name, seq = envelope.target, envelope.seq
+        if seq < 1:
+            raise BadFrame(f"data: expected a seq from 1, got {seq}")
+        store = self._stores.get(name)
+        if store is None and (name or self._data_callback is None):
+            raise Refused(f"no data store {name!r} is registered; the stores are {sorted(self._stores)}")
+        if (envelope.actor_id, envelope.boot_id, seq) in self._seen:
+            return {"duplicate": True}
+        item = body["item"] if name and set(body) == {"item"} else body
+        if store is not None:
+            store.insert(item)
+        self._seen.add(envelope.actor_id, envelope.boot_id, seq)
+        if self._data_callback is not None:
+            self._data_callback(name, {"data": [item], "last_id": seq})
+        return {"duplicate": False}
+
+    def _request(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> Reply:
+        """Default: `params` from the last `publish_network`, else `request_callback` for the configured types."""
+        kind = envelope.target
+        if kind == "params":
+            return read_chunk(self._published, body)
+        if kind not in self.config.request_types or self._request_callback is None:
+            raise UnknownKind(f"no request {kind!r} here; the types are {sorted(self.config.request_types)}")
+        return self._request_callback(kind, body) or {}
+
+    def _serve(self) -> None:
+        try:
+            self.loop.run()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        for router in (self.router, *self._extra_routers):
+            router.close()
+        self._publisher.close()
+        self.loop.close()
+        self.context.destroy(linger=0)
+
+
+def _port_hint(option: str) -> str:
+    return f"If another learner is running, stop it or give this one another {option}= (and the actor the same)"
+
+
+def _port_of(endpoint: str) -> int:
+    return int(endpoint.rsplit(":", 1)[1])
