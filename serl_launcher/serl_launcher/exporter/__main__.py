@@ -32,7 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--once", action="store_true", help="export what the journal holds now, then end")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s exporter %(levelname)s %(message)s")
-    os.nice(19)
     try:
         with _only_one(args.run_dir):
             _export(args.run_dir, args.once)
@@ -87,4 +86,5 @@ def _only_one(run_dir: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    os.nice(19)
     sys.exit(main())

@@ -74,6 +74,11 @@ def info_document(spec: TaskSpec, video: bool, state: DatasetState) -> dict[str,
     }
 
 
+def stats_document(state: DatasetState) -> dict[str, dict[str, list]]:
+    """meta/stats.json."""
+    return {key: {name: value.tolist() for name, value in stats.items()} for key, stats in state.stats.items()}
+
+
 def write_tasks(root: Path, tasks: list[str]) -> None:
     """meta/tasks.parquet: a pandas frame indexed by the prompt, written without pandas."""
     columns = [
@@ -90,8 +95,7 @@ def write_tasks(root: Path, tasks: list[str]) -> None:
 
 def write_derived(root: Path, spec: TaskSpec, video: bool, state: DatasetState) -> None:
     """stats.json, then info.json: the counts a reader starts from come last when a dataset grows."""
-    plain = {key: {name: value.tolist() for name, value in stats.items()} for key, stats in state.stats.items()}
-    write_json(root / STATS_PATH, plain)
+    write_json(root / STATS_PATH, stats_document(state))
     write_json(root / INFO_PATH, info_document(spec, video, state))
 
 
@@ -119,8 +123,7 @@ def recover(root: Path, spec: TaskSpec, video: bool) -> DatasetState:
         state.last_ordinal, state.last_episode_id = batch[-1]["episode_ordinal"], batch[-1]["episode_id"]
     state.tasks = _read_tasks(root, rows)
     state.stats = merge(_row_stats(row) for batch in rows for row in batch)
-    current = info is not None and info == info_document(spec, video, state)
-    if not current or not (root / STATS_PATH).exists():
+    if info != info_document(spec, video, state) or not _same_counts(_read_json(root / STATS_PATH), state):
         write_derived(root, spec, video, state)
     _remove_from(root, state.commits)
     return state
@@ -128,16 +131,29 @@ def recover(root: Path, spec: TaskSpec, video: bool) -> DatasetState:
 
 def _read_info(root: Path, spec: TaskSpec, video: bool) -> dict[str, Any] | None:
     """info.json, or None when it is torn (it is derived); its features must be this task's."""
-    try:
-        info = json.loads((root / INFO_PATH).read_text(encoding="utf-8"))
-        features = info["features"]
-    except (OSError, ValueError, KeyError, TypeError):
+    info = _read_json(root / INFO_PATH)
+    features = info.get("features") if isinstance(info, dict) else None
+    if not isinstance(features, dict):
         return None
     wanted = dataset_features(spec, video)
     if features != wanted:
         keys = sorted(key for key in set(features) | set(wanted) if features.get(key) != wanted.get(key))
         raise UnusableDataset(f"{root} was written for other features: {', '.join(keys)}")
     return info
+
+
+def _read_json(path: Path) -> Any:
+    """A JSON document, or None when it is missing or torn."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _same_counts(document: Any, state: DatasetState) -> bool:
+    """Does a stats document cover exactly the rows of `state`?"""
+    wanted = {key: stats["count"] for key, stats in stats_document(state).items()}
+    return isinstance(document, dict) and {key: stats.get("count") for key, stats in document.items()} == wanted
 
 
 def _read_commit(

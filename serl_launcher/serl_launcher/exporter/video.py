@@ -39,7 +39,7 @@ class CameraVideo:
         import av
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._container = av.open(str(path), "w", format="mp4", options={"movflags": "faststart"})
+        self._container = av.open(str(path), "w", format="mp4")
         self._stream = self._container.add_stream("libx264", rate=fps, options=ENCODER)
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
         self.frames = 0
