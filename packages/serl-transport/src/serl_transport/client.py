@@ -11,13 +11,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import zmq
 
 from serl_transport import auth
-from serl_transport.codec import check_sizes, pack, unpack
+from serl_transport.codec import pack, unpack
 from serl_transport.config import TrainerConfig
 from serl_transport.data_store import DataStoreBase
 from serl_transport.errors import ServerSilent, WireError
@@ -66,19 +68,10 @@ class TrainerClient:
         self._stores = dict(data_stores or {}) | ({name: data_store} if data_store is not None else {})
         self._sent_ids = dict.fromkeys(self._stores, -1)
         self._status: dict[str, Any] = {}
-        self._async_update = False
-        self._spool = open_spool(spool_dir, spool_bytes)
-        self.boot_id = self._spool.boot_id
-        self._ledger = Ledger(ledger_path) if ledger_path is not None else None
-        self._listener = Listener(self.fetch_params, config.limits)
-        self._control = self._link("control", self._listener.saw_version, None)
-        self._data = self._link("data", None, RESEND_S)
-        self._control.on_ready(lambda: self._listener.saw_version(self._control.hello_reply))
-        self._subscribe(server_ip)
-        self._outbox = Outbox(self._data, self._spool, self._ledger)
-        self._control.start()
-        self._data.start()
+        self._updater: _Repeater | None = None
+        self._resources = ExitStack()  # closed last in, first out: the links before what they use
         try:
+            self._open(server_ip, spool_dir, spool_bytes, ledger_path)
             self._await_server(wait_for_server, on_wait or _log_wait)
         except BaseException:
             self.stop()
@@ -91,9 +84,7 @@ class TrainerClient:
 
         Raises SpoolFull when the learner has been away for too long, TooLarge for a body above the limits.
         """
-        frames = pack(body, self.config.limits)
-        check_sizes(frames, self.config.limits)
-        seq = self._spool.append(make_item(store, frames))
+        seq = self._spool.append(make_item(store, pack(body, self.config.limits)))
         self._outbox.offer(ItemKey(self.boot_id, seq))
         return seq
 
@@ -126,8 +117,7 @@ class TrainerClient:
 
     def start_async_update(self, interval: float = 10.0, *, interval_ms: float | None = None) -> None:
         """Send what is new in the data stores every `interval` seconds (or `interval_ms`), without blocking."""
-        if not self._async_update:
-            self._async_update = True
+        if self._updater is None:
             self._updater = _Repeater(interval if interval_ms is None else interval_ms / 1e3, self.update)
 
     # Questions.
@@ -179,19 +169,34 @@ class TrainerClient:
 
     def stop(self) -> None:
         """Close everything; unacknowledged items stay in the spool for the next start."""
-        if self._async_update:
+        if self._updater is not None:
             self._updater.stop()
-        for link in (self._control, self._data):
-            link.stop()
-        self._listener.stop()
-        self._spool.close()
-        if self._ledger is not None:
-            self._ledger.close()
+        self._resources.close()
 
     # Inside.
 
+    def _open(
+        self, server_ip: str, spool_dir: str | Path | None, spool_bytes: int, ledger_path: str | Path | None
+    ) -> None:
+        self._spool = open_spool(spool_dir, spool_bytes)
+        self._resources.callback(self._spool.close)
+        self.boot_id = self._spool.boot_id
+        ledger = None
+        if ledger_path is not None:
+            ledger = Ledger(ledger_path)
+            self._resources.callback(ledger.close)
+        self._listener = Listener(self.fetch_params, self.config.limits)
+        self._resources.callback(self._listener.stop)
+        self._control = self._link("control", self._listener.saw_version, None)
+        self._data = self._link("data", None, RESEND_S)
+        self._control.on_ready(lambda: self._listener.saw_version(self._control.hello_reply))
+        self._subscribe(server_ip)
+        self._outbox = Outbox(self._data, self._spool, ledger)
+        self._control.start()
+        self._data.start()
+
     def _link(self, name: str, on_heartbeat: Callable[[dict], None] | None, resend_s: float | None) -> Link:
-        return Link(
+        link = Link(
             f"tcp://{self._server}",
             name=f"trainer-client-{name}",
             actor_id=self.name,
@@ -202,10 +207,13 @@ class TrainerClient:
             resend_s=resend_s,
             limits=self.config.limits,
         )
+        self._resources.callback(link.stop)
+        return link
 
     def _hello(self) -> dict[str, Any]:
         return {
             "version": self.config.version,
+            "limits": asdict(self.config.limits),
             "spec": None if self._spec is None else self._spec.to_dict(),
             "backlog": self.backlog,
         }

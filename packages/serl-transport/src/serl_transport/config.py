@@ -17,3 +17,11 @@ class TrainerConfig:
     limits: Limits = field(default_factory=Limits)  # bounds of a message
     version: str = "0.1.0"  # of the application; the handshake refuses another one
     peer_timeout_s: float = 60.0  # a connection silent for longer is forgotten and must say hello again
+
+    def __post_init__(self) -> None:
+        for key in ("port_number", "broadcast_port"):
+            port = getattr(self, key)
+            if type(port) is not int or not 0 <= port <= 65535:
+                raise ValueError(f"{key}: expected a port from 0 to 65535, got {port!r}")
+        if self.port_number and self.port_number == self.broadcast_port:
+            raise ValueError(f"port_number and broadcast_port must differ, both are {self.port_number}")

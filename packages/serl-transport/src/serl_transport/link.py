@@ -1,11 +1,11 @@
-"""One DEALER connection to a server, with its own thread: hello, heartbeats, requests, pushes.
+"""One DEALER connection to a server, with its own thread: hello, heartbeats, messages and their replies.
 
     any thread ─ call() ──▶ call_soon ─▶ [pending: request id → message] ─▶ DEALER ─▶ server
                   ▲ event                          │ reply, or hello again and send all once more
                   └────────────────────────────────┘
 
-`TrainerClient` has two, so that bulk data never delays an inference; a role of the gateway has one. A message is sent
-at least once: after a cut or a restart of the server the link says hello again and repeats what is unanswered.
+`TrainerClient` has two, so that bulk data never delays an inference. A message is sent at least once: after a cut or a
+restart of the server the link says hello again and repeats what is unanswered.
 """
 
 import itertools
@@ -52,15 +52,16 @@ class Link:
         name: str,
         actor_id: str,
         boot_id: str,
-        hello: Callable[[], dict[str, Any]] | None = None,
-        heartbeat: Callable[[], dict[str, Any]] | None = None,
+        hello: Callable[[], dict[str, Any]],
+        heartbeat: Callable[[], dict[str, Any]],
         on_heartbeat: Callable[[dict[str, Any]], None] | None = None,
         resend_s: float | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ):
-        """`hello` and `heartbeat` make bodies (None: the server needs none); `on_heartbeat` gets the replies.
+        """`hello` and `heartbeat` make bodies; `on_heartbeat` gets the replies. ValueError for a malformed endpoint.
 
-        `resend_s`: repeat a message that stays unanswered for longer (for messages that the server deduplicates).
+        `resend_s`: repeat a message that stays unanswered for longer, and keep it while the server refuses this client
+        (for messages that the server deduplicates); None: it waits for its caller's timeout, and fails on a refusal.
         """
         self.endpoint = endpoint
         self.loop = EventLoop()
@@ -74,7 +75,6 @@ class Link:
         self._resend_s, self._limits = resend_s, limits
         self._ids = itertools.count(1)
         self._pending: OrderedDict[int, _Pending] = OrderedDict()
-        self._push_handlers: dict[str, Callable[[Envelope, Frames], None]] = {}
         self._on_ready: list[Callable[[], None]] = []
         self._server_boot = ""
         self._last_heard = self._last_hello = self._last_heartbeat = 0.0
@@ -83,7 +83,11 @@ class Link:
         auth.configure(self._socket, limits)
         # Queue only for a live connection: what was queued for a dead one would be lost or arrive before a hello.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
-        self._socket.connect(endpoint)
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._close()
+            raise ValueError(f"cannot connect to {endpoint}: {error.strerror}; check ip= and port=") from None
         self.loop.add_socket(self._socket, self._receive)
         self.loop.call_later(0, self._tick)
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
@@ -127,14 +131,6 @@ class Link:
     ) -> None:
         """Send without waiting; `on_reply` gets the reply's frames or the typed error. In the loop's thread."""
         self._submit(self._envelope(kind, target, seq, boot_id), frames, on_reply)
-
-    def send(self, envelope: Envelope, frames: Frames) -> None:
-        """Send as is, once, expecting no reply: an answer to a pushed message. Thread-safe."""
-        self.loop.call_soon(lambda: self._transmit([envelope.to_frame(), *frames]))
-
-    def on_push(self, kind: str, fn: Callable[[Envelope, Frames], None]) -> None:
-        """Call `fn(envelope, frames)` in the loop's thread for messages of `kind` that nobody asked for."""
-        self._push_handlers[kind] = fn
 
     def on_ready(self, fn: Callable[[], None]) -> None:
         """Call `fn` in the loop's thread after each accepted hello."""
@@ -181,7 +177,7 @@ class Link:
             if now - self._last_hello >= HELLO_AGAIN_S:
                 self._say_hello(now)
         else:
-            if self._heartbeat is not None and now - self._last_heartbeat >= HEARTBEAT_S:
+            if now - self._last_heartbeat >= HEARTBEAT_S:
                 self._beat(now)
             for pending in list(self._pending.values()):
                 stale = self._resend_s is not None and now - pending.sent_at > self._resend_s
@@ -190,9 +186,6 @@ class Link:
         self.loop.call_later(0.2 if self.ready.is_set() else 0.05, self._tick)
 
     def _say_hello(self, now: float) -> None:
-        if self._hello is None:
-            self._accepted({})
-            return
         envelope = self._envelope("hello")
         if self._transmit([envelope.to_frame(), *pack(self._hello(), self._limits)]):
             self._last_hello = now
@@ -225,7 +218,6 @@ class Link:
                 self._finish(request_id, error)
 
     def _beat(self, now: float) -> None:
-        assert self._heartbeat is not None
         self._last_heartbeat = now
         self._pending.pop(self._heartbeat_id, None)  # an unanswered one is not repeated
         envelope = self._envelope("heartbeat")
@@ -259,10 +251,8 @@ class Link:
         elif envelope.kind == REPLY:
             self._notice_restart(envelope.boot_id)
             self._take_reply(envelope, frames)
-        elif envelope.kind in self._push_handlers:
-            self._push_handlers[envelope.kind](envelope, frames)
         else:
-            log.error("%s sent %r, which nobody here handles", self.endpoint, envelope.kind)
+            log.error("%s sent %r, and only replies are expected", self.endpoint, envelope.kind)
 
     def _take_reply(self, envelope: Envelope, frames: Frames) -> None:
         request_id = envelope.request_id

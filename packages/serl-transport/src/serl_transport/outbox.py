@@ -102,9 +102,9 @@ class Outbox:
             self._spool.ack(key)
             return
         store, *frames = split(item)
-        self._in_flight[key] = frames
-        self._in_flight_bytes += len(item)
         size = len(item)
+        self._in_flight[key] = frames
+        self._in_flight_bytes += size
         self._link.submit(
             "data",
             frames,
@@ -121,7 +121,7 @@ class Outbox:
         self._in_flight_bytes -= size
         if not isinstance(result, WireError):
             if not self._acknowledged:
-                self._link.loop.call_soon(self._commit)  # one fsync for all replies of this turn of the loop
+                self._link.loop.call_soon(self._commit)  # one fsync for all replies of this turn
             self._acknowledged.append((key, frames))
         elif isinstance(result, _RETRIED):
             self._retry(key, result)
@@ -132,8 +132,14 @@ class Outbox:
     def _commit(self) -> None:
         """Make acknowledged items known: ledger first, then the spool forgets them."""
         batch, self._acknowledged = self._acknowledged, []
-        if self._ledger is not None:
-            self._ledger.write(batch)
+        try:
+            if self._ledger is not None:
+                self._ledger.write(batch)
+        except OSError as error:
+            log.error("the ledger cannot be written, trying again in %g s: %s", RETRY_S, error.strerror)
+            self._acknowledged = batch
+            self._link.loop.call_later(RETRY_S, self._commit)
+            return
         for key, _ in batch:
             self._spool.ack(key)
         with self._progress:
@@ -151,7 +157,12 @@ class Outbox:
         self._pump()
 
     def _set_aside(self, key: ItemKey, error: WireError) -> None:
-        where = self._spool.refuse(key, f"{error.code}: {error.message}")
+        try:
+            where = self._spool.refuse(key, f"{error.code}: {error.message}")
+        except OSError as failure:
+            log.error("a refused item cannot be set aside: %s", failure.strerror)
+            self._retry(key, error)
+            return
         self.refused += 1
         log.error("the learner refused item %d (%s); %s: %s", key.seq, error.code, where, error.message)
         with self._progress:

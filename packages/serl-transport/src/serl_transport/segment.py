@@ -98,7 +98,10 @@ class Segment:
         watermark = next(iter(self.pending)) - 1 if self.pending else self._last_seq
         if watermark > self._watermark:
             self._watermark = watermark
-            os.pwrite(self._fd, _mark(watermark), _HEAD.size)
+            try:
+                os.pwrite(self._fd, _mark(watermark), _HEAD.size)
+            except OSError as error:
+                log.warning("%s: acknowledged items will be sent again after a restart: %s", self.path, error.strerror)
 
     def close(self) -> None:
         """Close the file and leave it on disk."""

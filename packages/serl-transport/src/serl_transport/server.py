@@ -10,7 +10,7 @@ gateway does: replace the handlers of single kinds with `handle`, add sockets an
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import zmq
@@ -57,6 +57,7 @@ class TrainerServer:
         self._on_hello: Callable[[Peer, dict[str, Any]], dict[str, Any] | None] | None = None
         self._stores: dict[str, DataStoreBase] = {}
         self._seen = SeenItems()
+        self._extra_routers: list[Router] = []
         self._published: Published | None = None
         self._thread: threading.Thread | None = None
         self._publisher = self.context.socket(zmq.PUB)
@@ -156,7 +157,6 @@ class TrainerServer:
     def _bind(self, config: TrainerConfig) -> TrainerConfig:
         host = "127.0.0.1" if config.bind_host == "localhost" else config.bind_host
         address = f"[{host}]" if ":" in host else host
-        self._extra_routers: list[Router] = []
         try:
             if ":" in host:
                 for socket in (self.router.socket, self._publisher):
@@ -193,17 +193,20 @@ class TrainerServer:
                 f"version: {body.get('version')!r} on the actor, {self.config.version!r} on the learner; "
                 "install the same release on both"
             )
+        self._check_limits(body.get("limits"))
         self._check_spec(body.get("spec"))
         peer.actor_id, peer.boot_id, peer.hello = envelope.actor_id, envelope.boot_id, body
         extra = self._on_hello(peer, body) if self._on_hello else None
         self.router.peers[peer.address] = peer
-        limits = self.config.limits
-        return {
-            "protocol": PROTOCOL,
-            "params_version": self.params_version,
-            "limits": {"frame_bytes": limits.frame_bytes, "total_bytes": limits.total_bytes, "frames": limits.frames},
-            **(extra or {}),
-        }
+        return {"protocol": PROTOCOL, "params_version": self.params_version, **(extra or {})}
+
+    def _check_limits(self, theirs: Any) -> None:
+        """A peer that may send larger frames than we take would be cut off again and again without a word."""
+        if not isinstance(theirs, dict):
+            raise BadFrame("hello: limits: expected a map")
+        for key, mine in asdict(self.config.limits).items():
+            if type(theirs.get(key)) is not int or theirs[key] > mine:
+                raise SchemaMismatch(f"limits.{key}: {theirs.get(key)} on the actor, {mine} on the learner")
 
     def _check_spec(self, theirs: Any) -> None:
         if self.spec is None:
