@@ -1,0 +1,103 @@
+"""The learner: it learns, its average follows, and a checkpoint continues to the same bits."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from serl_launcher.agents.flow_matching import FlowMatchingAgent
+from serl_launcher.learner import checkpoint
+from serl_launcher.learner.learner import Learner, Schedule
+from serl_launcher.learner.limiter import StepLimiter
+from tiny import SPEC, random_batch, tiny_policy
+
+
+def make_learner(lr=3e-3):
+    agent = FlowMatchingAgent(tiny_policy(), SPEC.prompt, noise_samples=2)
+    return Learner(
+        agent, lambda p: torch.optim.AdamW(p, lr=lr), Accelerator(cpu=True), max_grad_norm=1.0, ema_decay=0.9
+    )
+
+
+def test_the_loss_of_a_fixed_batch_falls():
+    torch.manual_seed(0)
+    learner, batch = make_learner(), random_batch()
+    losses = [learner.step(batch, 1.0)["losses/flow"] for _ in range(60)]
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
+
+
+def test_the_average_lies_between_start_and_now():
+    learner = make_learner()
+    name = "core.action_out_proj.weight"
+    start = learner.averaged[name].clone()
+    for _ in range(5):
+        learner.step(random_batch(), 1.0)
+    now, average = learner.agent.trainable_state()[name], learner.averaged[name]
+    assert not torch.equal(average, start)
+    assert (average - start).norm() < (now - start).norm()
+
+
+def test_resuming_gives_the_same_parameters_as_going_on(tmp_path):
+    torch.manual_seed(0)
+    first = make_learner()
+    for k in range(3):
+        first.step(random_batch(seed=k), 1.0)
+    state = {"counters": first.counters(), "torch_rng": torch.get_rng_state().tolist()}
+    folder = checkpoint.save(tmp_path, 3, first.tensors(), first.optimizer.state_dict(), state, keep=2)
+    for k in range(3, 6):
+        first.step(random_batch(seed=k), 1.0)
+
+    second = make_learner()
+    tensors, optimizer, state = checkpoint.load(folder)
+    second.load_tensors(tensors)
+    second.optimizer.load_state_dict(optimizer)
+    second.load_counters(state["counters"])
+    torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
+    for k in range(3, 6):
+        second.step(random_batch(seed=k), 1.0)
+    assert second.step_count == 6
+    for name, tensor in first.tensors().items():
+        assert torch.equal(tensor, second.tensors()[name]), name
+
+
+def test_a_step_that_is_not_finite_is_refused_and_changes_nothing():
+    learner = make_learner()
+    learner.step(random_batch(), 1.0)
+    before = {n: t.clone() for n, t in learner.tensors().items()}
+    bad = random_batch()
+    bad.state[0, 0] = np.nan
+    with pytest.raises(FloatingPointError, match="step 1"):
+        learner.step(bad, 1.0)
+    assert all(torch.equal(before[n], t) for n, t in learner.tensors().items())
+
+
+def test_a_checkpoint_of_another_shape_is_named():
+    learner = make_learner()
+    tensors = {n: t.clone() for n, t in learner.tensors().items()}
+    tensors["raw.core.action_out_proj.bias"] = torch.zeros(7)
+    with pytest.raises(ValueError, match=r"raw.core.action_out_proj.bias: expected shape \(2,\), got \(7,\)"):
+        learner.load_tensors(tensors)
+
+
+def test_a_checkpoint_without_manifest_never_existed(tmp_path):
+    learner = make_learner()
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, learner.tensors(), learner.optimizer.state_dict(), {}, keep=2)
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_000002", "step_000003"]
+    (tmp_path / "step_000003" / "manifest.json").unlink()
+    (tmp_path / "step_000002" / "tensors.safetensors").write_bytes(b"torn")
+    assert checkpoint.complete(tmp_path) == []
+
+
+def test_schedule_warms_up_and_ends_at_its_share_of_the_peak():
+    schedule = Schedule(peak=0.5, steps=100, warmup=10, final=0.1)
+    assert schedule.scale(0) == pytest.approx(0.05, rel=0.01)
+    # Half way the cosine is 0.1 + 0.9 · 0.5.
+    assert schedule.scale(50) == pytest.approx(0.5 * 0.55)
+    assert schedule.scale(100) == pytest.approx(0.05)
+
+
+def test_the_limiter_bounds_steps_by_transitions():
+    limiter = StepLimiter(2.0)
+    assert not limiter.allows(0, 0)
+    assert limiter.allows(19, 10)
+    assert not limiter.allows(20, 10)

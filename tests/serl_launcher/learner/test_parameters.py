@@ -1,0 +1,73 @@
+"""Published parameters: whole or absent, strict on loading, found by checkpoint_path."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from serl_launcher.learner.parameters import Published, base_sha256, find_parameters, load_into, publish
+from serl_launcher.policies.base import trainable
+from tiny import tiny_policy
+
+
+def publish_policy(folder, policy, version, keep=3):
+    tensors = {n: p.detach() for n, p in trainable(policy).items()}
+    base = base_sha256(policy)
+    return publish(folder, tensors, version=version, step=10 * version, base=base, policy="t", now=1.0, keep=keep)
+
+
+def test_what_is_published_is_what_is_loaded(tmp_path):
+    source, target = tiny_policy(), tiny_policy()
+    with torch.no_grad():
+        for p in trainable(source).values():
+            p.add_(0.5)
+    entry = publish_policy(tmp_path, source, 4)
+    assert Published.read(tmp_path) == entry
+    assert hashlib.sha256((tmp_path / entry.file).read_bytes()).hexdigest() == entry.sha256
+    metadata = load_into(target, tmp_path / entry.file, base_sha256(target))
+    assert (metadata["version"], metadata["step"]) == ("4", "40")
+    assert all(torch.equal(p, q) for p, q in zip(source.parameters(), target.parameters(), strict=True))
+
+
+def test_only_the_newest_files_are_kept(tmp_path):
+    policy = tiny_policy()
+    for version in range(5):
+        publish_policy(tmp_path, policy, version, keep=2)
+    assert sorted(p.name for p in tmp_path.glob("v*")) == ["v000003.safetensors", "v000004.safetensors"]
+    assert json.loads((tmp_path / "latest.json").read_text())["version"] == 4
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.pop("core.action_out_proj.bias"), "missing core.action_out_proj.bias"),
+        (lambda t: t.update(extra=torch.zeros(1)), "unknown extra"),
+        (lambda t: t.update({"core.action_out_proj.bias": torch.zeros(9)}), "expected shape"),
+        (lambda t: t["core.action_out_proj.bias"].fill_(float("nan")), "core.action_out_proj.bias: holds NaN"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_by_name_and_changes_nothing(tmp_path, damage, message):
+    policy = tiny_policy()
+    before = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    tensors = {n: p.detach().clone() + 1 for n, p in trainable(policy).items()}
+    damage(tensors)
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_into(policy, tmp_path / "bad.safetensors")
+    assert all(torch.equal(before[n], p) for n, p in policy.named_parameters())
+
+
+def test_another_frozen_base_is_refused(tmp_path):
+    policy = tiny_policy(seed=0)
+    entry = publish_policy(tmp_path, policy, 0)
+    with pytest.raises(ValueError, match=r"another frozen base.*policy.seed"):
+        load_into(tiny_policy(seed=1), tmp_path / entry.file, base_sha256(tiny_policy(seed=1)))
+
+
+def test_checkpoint_path_may_be_a_file_a_params_folder_or_a_run(tmp_path):
+    entry = publish_policy(tmp_path / "params", tiny_policy(), 0)
+    want = tmp_path / "params" / entry.file
+    assert find_parameters(tmp_path) == find_parameters(tmp_path / "params") == find_parameters(want) == want
+    with pytest.raises(FileNotFoundError, match="checkpoint_path"):
+        find_parameters(tmp_path / "nowhere")

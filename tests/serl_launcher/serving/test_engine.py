@@ -1,0 +1,106 @@
+"""The policy engine: seeded, batched, swapped between batches, and never serving what does not fit."""
+
+import numpy as np
+import pytest
+import torch
+from serl_launcher.learner.parameters import base_sha256, publish
+from serl_launcher.policies.base import trainable
+from serl_launcher.serving.engine import PolicyEngine, Query, query_from_body
+from serl_launcher.serving.local import LocalPolicy
+from serl_transport.errors import NotReady
+from tiny import HORIZON, SPEC, tiny_config, tiny_policy
+
+
+def put(folder, version, shift=0.0, damage=False):
+    policy = tiny_policy()
+    tensors = {n: p.detach() + shift for n, p in trainable(policy).items()}
+    if damage:
+        tensors.pop("core.action_out_proj.bias")
+    base = base_sha256(policy)
+    publish(folder, tensors, version=version, step=0, base=base, policy="t", now=0.0, keep=3)
+
+
+def body(seed=0, **extra):
+    rng = np.random.default_rng(seed)
+    images = {camera: rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for camera in SPEC.cameras}
+    return {"observation": {"images": images, "state": rng.uniform(0, 1, 3).astype(np.float32)}, "seed": 1} | extra
+
+
+@pytest.fixture
+def engine(tmp_path):
+    put(tmp_path, 0)
+    engine = PolicyEngine(tiny_config(), tmp_path)
+    assert engine.refresh()
+    return engine
+
+
+def test_a_batch_answers_as_its_members_would_alone(engine):
+    queries = [query_from_body(body(seed), SPEC) for seed in range(3)]
+    together = engine.act(queries)
+    assert together.shape == (3, HORIZON, 2)
+    for query, chunk in zip(queries, together, strict=True):
+        np.testing.assert_allclose(engine.act([query])[0], chunk, atol=1e-5)
+
+
+def test_actions_are_physical_and_within_the_limits(engine):
+    chunk = engine.act([query_from_body(body(), SPEC)] * 8)
+    assert (np.abs(chunk[..., 0]) <= 0.02).all()
+    assert (np.abs(chunk[..., 1]) <= 1).all()
+
+
+def test_new_parameters_change_the_answer_and_the_version(engine, tmp_path):
+    query = query_from_body(body(), SPEC)
+    before = engine.act([query])
+    assert not engine.refresh()
+    put(tmp_path, 1, shift=0.1)
+    assert engine.refresh()
+    assert engine.version == 1
+    assert not np.allclose(before, engine.act([query]))
+
+
+def test_parameters_that_do_not_fit_are_refused_and_the_last_version_serves_on(engine, tmp_path, caplog):
+    query = query_from_body(body(), SPEC)
+    before = engine.act([query])
+    put(tmp_path, 1, shift=0.1, damage=True)
+    assert not engine.refresh()
+    assert engine.version == 0
+    assert "missing core.action_out_proj.bias" in caplog.text
+    np.testing.assert_array_equal(before, engine.act([query]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"observation": {"images": {}, "state": np.zeros(3, np.float32)}}, "front"),
+        ({"observation": {"state": np.zeros(3, np.float32)}}, "expected observation"),
+        ({"observation": None}, "expected observation"),
+    ],
+)
+def test_a_malformed_question_names_what_is_wrong(change, message):
+    with pytest.raises(ValueError, match=message):
+        query_from_body(body() | change, SPEC)
+
+
+def test_a_state_that_is_not_finite_is_refused():
+    question = body()
+    question["observation"]["state"][1] = np.nan
+    with pytest.raises(ValueError, match="b"):
+        query_from_body(question, SPEC)
+
+
+def test_the_local_policy_answers_and_waits_for_the_version_that_is_asked_for(tmp_path):
+    put(tmp_path / "params", 3)
+    policy = LocalPolicy.from_checkpoint(tiny_config(checkpoint_path=str(tmp_path)))
+    answer = policy.infer(body(min_version=3))
+    assert answer["policy_version"] == 3
+    assert answer["actions"].shape == (HORIZON, 2)
+    with pytest.raises(NotReady, match="version 4"):
+        policy.infer(body(min_version=4))
+
+
+def test_the_same_seed_gives_the_same_chunk_whatever_was_asked_before(engine):
+    query = query_from_body(body(), SPEC)
+    first = engine.act([query])
+    engine.act([Query(query.images, query.state, query.prompt, None)])
+    torch.manual_seed(99)
+    np.testing.assert_array_equal(first, engine.act([query]))

@@ -1,0 +1,61 @@
+"""A task and a PI0 small enough for unit tests: the real classes, 16 wide, two 32 px cameras."""
+
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from serl_launcher.policies.pi0 import PI0FlowPolicy, build_pi0
+from serl_launcher.policies.pi0_tiny import TinySize
+from serl_launcher.replay.views import ChunkBatch
+from serl_transport.specs import TaskSpec
+
+ROOT = Path(__file__).parents[2]
+HORIZON = 4
+SIZE = TinySize(width=16, vision_width=16, image_size=32, patch_size=16)
+SPEC = TaskSpec.from_dict(
+    {
+        "name": "tiny",
+        "prompt": "pick up the red cube",
+        "cameras": {"front": [32, 32], "wrist": [32, 32]},
+        "state_names": ["a", "b", "c"],
+        "state_low": [-1, -1, 0],
+        "state_high": [1, 1, 2],
+        "action_names": ["x", "g"],
+        "action_low": [-0.02, -1],
+        "action_high": [0.02, 1],
+        "control_hz": 10,
+        "max_ticks": 60,
+    }
+)
+
+
+def tiny_policy(seed: int = 0) -> PI0FlowPolicy:
+    return build_pi0("tiny", SPEC, "random", seed, HORIZON, SIZE)
+
+
+def tiny_config(**changes: object) -> DictConfig:
+    """config/base.yaml with the tiny task and policy; `changes` are dotted keys with __ for the dots."""
+    cfg = OmegaConf.load(ROOT / "config" / "base.yaml")
+    del cfg["defaults"]
+    cfg.task = {"name": "tiny", "spec": SPEC.to_dict()}
+    cfg.policy = OmegaConf.load(ROOT / "config" / "policy" / "pi0_tiny.yaml")
+    cfg.policy.action_horizon = HORIZON
+    cfg.policy.size.update({"width": 16, "vision_width": 16, "image_size": 32})
+    cfg.algo = OmegaConf.load(ROOT / "config" / "algo" / "reject_sampling_pi0.yaml")
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key.replace("__", "."), value)
+    return cfg
+
+
+def random_batch(b: int = 6, seed: int = 0) -> ChunkBatch:
+    rng = np.random.default_rng(seed)
+    action = rng.uniform(-1, 1, (b, HORIZON, 2)).astype(np.float32)
+    action[..., 0] *= 0.02
+    return ChunkBatch(
+        images={camera: rng.integers(0, 256, (b, 32, 32, 3), dtype=np.uint8) for camera in SPEC.cameras},
+        state=rng.uniform(0, 1, (b, 3)).astype(np.float32),
+        action=action,
+        is_pad=np.zeros((b, HORIZON), bool),
+        demo=np.zeros(b, bool),
+        operator=np.zeros(b, bool),
+    )
