@@ -22,6 +22,7 @@ from serl_robot_infra.pacing import PoliteStop
 from serl_transport.errors import NotReady, ServerSilent, StorageFull
 
 _RETRY_S = 1.0
+_REQUEST_MS = 3000
 _WANTS = ("follow", "demo", "online", "eval")
 
 
@@ -98,7 +99,7 @@ class Actor:
 
     def _next_ticket(self) -> Ticket:
         try:
-            return parse_ticket(self._link.request("next_episode", {"want": self._mode}))
+            return parse_ticket(self._link.request("next_episode", {"want": self._mode}, timeout_ms=_REQUEST_MS))
         except (ServerSilent, NotReady, StorageFull) as problem:
             return Wait(_RETRY_S, f"{problem}")
 

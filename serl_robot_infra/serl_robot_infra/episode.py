@@ -70,6 +70,7 @@ class EpisodeRunner:
         stop: cuts the running episode when set.
         actor_id: `unique_identifier`.
         boot_id: of the link.
+        may_take_over: whether the operator may drive in online episodes; demonstrations are always its own.
         demo_noise: actuator disturbance in demonstrations, share of the action range.
         hold_limit_s: an episode whose policy stays silent for longer is cut.
     """
@@ -81,6 +82,7 @@ class EpisodeRunner:
         stop: PoliteStop,
         actor_id: str,
         boot_id: str,
+        may_take_over: bool = True,
         demo_noise: float = 0.15,
         hold_limit_s: float = 10.0,
     ):
@@ -89,6 +91,7 @@ class EpisodeRunner:
         self._stop = stop
         self._actor_id = actor_id
         self._boot_id = boot_id
+        self._may_take_over = may_take_over
         self._demo_noise = demo_noise
         self._hold_limit_s = hold_limit_s
 
@@ -114,8 +117,8 @@ class EpisodeRunner:
 
     def _begin(self, now: _Progress) -> Intervention:
         ticket, spec = now.ticket, self._body.env.spec
-        may_take_over = ticket.mode == "demo" or (ticket.mode == "online" and ticket.takeover)
-        operator = self._body.operator if may_take_over else NoIntervention()
+        takeover = ticket.mode == "online" and ticket.takeover and self._may_take_over
+        operator = self._body.operator if ticket.mode == "demo" or takeover else NoIntervention()
         operator.reset(np.random.default_rng([ticket.seed, 2]), from_start=ticket.mode == "demo")
         self._body.reward.reset()
         if self._body.broker:

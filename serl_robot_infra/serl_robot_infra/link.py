@@ -18,20 +18,37 @@ class LearnerLink(Protocol):
     """This process's boot, as recorded in its episodes."""
 
     def send_item(self, body: dict[str, Any]) -> object:
-        """Spool one step batch; it is kept until the learner acknowledged it."""
+        """Spool one step batch; it is kept until the learner acknowledged it. Raises SpoolFull."""
         ...
 
-    def request(self, type: str, payload: dict[str, Any]) -> dict[str, Any]:
+    def request(self, type: str, payload: dict[str, Any], *, timeout_ms: float) -> dict[str, Any]:
         """One request of docs/architecture.md."""
         ...
 
-    def infer(self, body: dict[str, Any]) -> dict[str, Any]:
+    def infer(self, body: dict[str, Any], *, timeout_ms: float) -> dict[str, Any]:
         """One chunk of actions for one observation."""
         ...
 
     @property
     def backlog(self) -> int:
         """Items that are spooled and not acknowledged."""
+        ...
+
+    @property
+    def refused_items(self) -> int:
+        """Items that the learner will never take."""
+        ...
+
+    def set_status(self, **status: Any) -> None:
+        """What heartbeats tell the learner."""
+        ...
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until nothing is unacknowledged; False after `timeout_s`."""
+        ...
+
+    def stop(self) -> None:
+        """Close; what is unacknowledged stays in the spool."""
         ...
 
 

@@ -3,6 +3,8 @@
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 
@@ -13,10 +15,15 @@ class PoliteStop:
         self._event = threading.Event()
         self.signal: signal.Signals | None = None
 
-    def install(self) -> None:
-        """Handle SIGINT and SIGTERM of this process; main thread only."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle SIGINT and SIGTERM of this process meanwhile; main thread only."""
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def __bool__(self) -> bool:
         return self._event.is_set()

@@ -36,12 +36,13 @@ class Infers(Protocol):
 class RemotePolicy(BasePolicy):
     """The learner's policy server. Raises NotReady before it serves `min_version`, ServerSilent when it is away."""
 
-    def __init__(self, link: LearnerLink):
+    def __init__(self, link: LearnerLink, timeout_ms: float = 3000):
         self._link = link
+        self._timeout_ms = timeout_ms
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """Ask for one chunk."""
-        return self._link.infer(obs)
+        return self._link.infer(obs, timeout_ms=self._timeout_ms)
 
 
 class MeasuredPolicy(BasePolicy):

@@ -3,6 +3,8 @@
 User mistakes end here as one line: expected, got, and the key to change.
 """
 
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,54 +23,65 @@ from serl_robot_infra.interventions.none import NoIntervention
 from serl_robot_infra.link import LearnerLink
 from serl_robot_infra.observers.base import Observer, ObserverGroup
 from serl_robot_infra.observers.console import ConsoleObserver, Vitals
+from serl_robot_infra.observers.status import StatusObserver
 from serl_robot_infra.pacing import Pace, PoliteStop
 from serl_robot_infra.policy_client import MeasuredPolicy, RemotePolicy
 from serl_robot_infra.rewards.environment import EnvironmentReward
 from serl_robot_infra.safety import SafetyChain
-from serl_transport.errors import SpoolFull, WireError
+from serl_transport.client import TrainerClient
+from serl_transport.config import TrainerConfig
+from serl_transport.errors import SpoolError, SpoolFull, WireError
 from serl_transport.specs import TaskSpec
 
 USER_MISTAKE, INTERRUPTED = 2, 130
 _SPOOL_RETRY_S = 0.5
+_WAIT_LINE_S = 5.0
 
 
-def run_actor(cfg: DictConfig, stream: TextIO, connect: Callable[..., Any] | None = None) -> int:
-    """Build, run, flush; see `actor.main`. `connect(cfg, spec)` makes the link (tests bring their own)."""
+class StoppedError(Exception):
+    """A signal came while the learner was waited for."""
+
+
+def run_actor(cfg: DictConfig, stream: TextIO) -> int:
+    """Build, run, flush; see `actor.main`."""
     stop = PoliteStop()
-    stop.install()
     try:
-        code = _run(cfg, stream, stop, connect or connect_learner)
-    except (ValueError, WireError, OSError, OmegaConfBaseException) as mistake:
-        print(f"actor: error: {mistake}", file=stream, flush=True)
-        return USER_MISTAKE
+        with stop.installed():
+            _run(cfg, stream, stop)
+    except (ValueError, ImportError, WireError, SpoolError, OSError, OmegaConfBaseException) as mistake:
+        return _refuse(str(mistake), stream)
     except InstantiationException as mistake:
-        print(f"actor: error: {_innermost(mistake)}", file=stream, flush=True)
-        return USER_MISTAKE
+        return _refuse(_innermost(mistake), stream)
     except KeyboardInterrupt:
-        print(
-            "actor: interrupted; what was not delivered is in the spool and will be sent at the next start", file=stream
-        )
+        print("actor: interrupted; what was not delivered is sent at the next start", file=stream, flush=True)
         return INTERRUPTED
-    return code
+    except StoppedError:
+        pass
+    return INTERRUPTED if stop.signal is signal.SIGINT else 0
 
 
-def _run(cfg: DictConfig, stream: TextIO, stop: PoliteStop, connect: Callable[..., Any]) -> int:
+def _run(cfg: DictConfig, stream: TextIO, stop: PoliteStop) -> None:
     spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))  # type: ignore[arg-type]
     env = build_env(cfg, spec)
-    link = connect(cfg, spec)
     try:
-        actor, observer = build_actor(cfg, env, link, stream, stop)
-        observer.message(
-            f"task {spec.name}, renderer {getattr(env, 'renderer_name', 'none')}, learner {cfg.ip}:{cfg.port}"
-        )
-        result = actor.run()
-        observer.message(f"{result.stopped_by}; {result.episodes} episodes")
-        _flush(link, cfg.rollout.flush_timeout_s, observer)
-        observer.close()
+        renderer = getattr(env, "renderer_name", "none")
+        print(f"task {spec.name}, renderer {renderer}, learner {cfg.ip}:{cfg.port}", file=stream, flush=True)
+        link = connect_learner(cfg, spec, stream, stop)
+        try:
+            actor, observer = build_actor(cfg, env, link, stream, stop)
+            result = actor.run()
+            observer.message(f"{result.stopped_by}; {result.episodes} episodes")
+            _flush(link, cfg.rollout.flush_timeout_s, observer)
+            observer.close()
+        finally:
+            link.stop()
     finally:
-        link.close()
         env.close()
-    return INTERRUPTED if stop.signal is not None and stop.signal.name == "SIGINT" else 0
+
+
+def _refuse(message: str, stream: TextIO) -> int:
+    print(f"actor: error: {message}", file=stream, flush=True)
+    return USER_MISTAKE
 
 
 def build_env(cfg: DictConfig, spec: TaskSpec) -> Environment:
@@ -88,8 +101,11 @@ def build_actor(
     rollout = cfg.rollout
     policy = build_policy(cfg, link)
     pace = Pace(env.spec.control_hz if rollout.rate_hz is None else rollout.rate_hz)
-    observer = ObserverGroup(_observers(cfg, env, stream, lambda: Vitals(
-        infer_p50_ms=policy.p50_ms if policy else None, backlog=link.backlog, overruns=pace.overruns
+    observer = ObserverGroup(_observers(cfg, env, link, stream, lambda: Vitals(
+        infer_p50_ms=policy.p50_ms if policy else None,
+        backlog=link.backlog,
+        overruns=pace.overruns,
+        refused=link.refused_items,
     )))  # fmt: skip
     body = Body(
         env=env,
@@ -101,7 +117,14 @@ def build_actor(
         pace=pace,
     )
     runner = EpisodeRunner(
-        body, observer, stop, cfg.unique_identifier, link.boot_id, rollout.demo_noise, rollout.hold_limit_s
+        body,
+        observer,
+        stop,
+        actor_id=cfg.unique_identifier,
+        boot_id=link.boot_id,
+        may_take_over=rollout.operator,
+        demo_noise=rollout.demo_noise,
+        hold_limit_s=rollout.hold_limit_s,
     )
     return Actor(runner, link, observer, stop, rollout.mode, rollout.episodes), observer
 
@@ -123,8 +146,9 @@ def build_policy(cfg: DictConfig, link: LearnerLink) -> MeasuredPolicy | None:
 
 
 def build_operator(cfg: DictConfig, env: Environment) -> Any:
-    """The operator of task.operator, or nobody."""
-    if not cfg.task.get("operator") or not (cfg.rollout.operator or cfg.rollout.mode in ("follow", "demo")):
+    """The operator of task.operator; nobody where none is named or none can be asked."""
+    may_be_asked = cfg.rollout.mode in ("follow", "demo") or (cfg.rollout.mode == "online" and cfg.rollout.operator)
+    if not cfg.task.get("operator") or not may_be_asked:
         return NoIntervention()
     return instantiate(cfg.task.operator, env=env)
 
@@ -146,23 +170,38 @@ def keeper(link: LearnerLink, observer: Observer, stop: PoliteStop) -> Callable[
     return keep
 
 
-def connect_learner(cfg: DictConfig, spec: TaskSpec) -> Any:
-    """The link to the learner at ip:port, with the spool of this unique_identifier in the run's folder."""
-    from serl_transport.client import TrainerClient
-    from serl_transport.config import TrainerConfig
+def connect_learner(cfg: DictConfig, spec: TaskSpec, stream: TextIO, stop: PoliteStop) -> TrainerClient:
+    """The link to the learner at ip:port, once that is there; its spool lies in the run's folder.
+
+    Raises StoppedError on a signal while waiting, WireError when the learner refuses (another task or version).
+    """
+    run_dir = Path(cfg.runs_dir) / cfg.run
+    next_line = 0.0
+
+    def on_wait(message: str) -> None:
+        nonlocal next_line
+        if stop:
+            raise StoppedError
+        if time.monotonic() >= next_line:
+            next_line = time.monotonic() + _WAIT_LINE_S
+            print(message, file=stream, flush=True)
 
     return TrainerClient(
         cfg.unique_identifier,
         cfg.ip,
         TrainerConfig(port_number=cfg.port, broadcast_port=cfg.broadcast_port),
         spec=spec,
-        spool_dir=Path(cfg.runs_dir) / cfg.run / "spool" / cfg.unique_identifier,
+        spool_dir=run_dir / "spool" / cfg.unique_identifier,
         spool_bytes=cfg.rollout.spool_mb << 20,
+        ledger_path=run_dir / "spool" / f"{cfg.unique_identifier}.acknowledged.jsonl" if cfg.rollout.ledger else None,
+        on_wait=on_wait,
     )
 
 
-def _observers(cfg: DictConfig, env: Environment, stream: TextIO, vitals: Callable[[], Vitals]) -> list[Observer]:
-    observers: list[Observer] = [ConsoleObserver(vitals, stream)]
+def _observers(
+    cfg: DictConfig, env: Environment, link: LearnerLink, stream: TextIO, vitals: Callable[[], Vitals]
+) -> list[Observer]:
+    observers: list[Observer] = [ConsoleObserver(vitals, stream), StatusObserver(link.set_status)]
     if cfg.rollout.video_every:
         from serl_robot_infra.observers.video import VideoObserver
 
@@ -175,7 +214,7 @@ def _observers(cfg: DictConfig, env: Environment, stream: TextIO, vitals: Callab
     return observers
 
 
-def _flush(link: Any, timeout_s: float, observer: Observer) -> None:
+def _flush(link: LearnerLink, timeout_s: float, observer: Observer) -> None:
     if link.backlog:
         observer.message(f"delivering the last {link.backlog} step batches, at most {timeout_s:g} s")
     if not link.flush(timeout_s):

@@ -22,6 +22,7 @@ class Vitals:
     infer_p50_ms: float | None  # median inference latency; None before the first
     backlog: int  # step batches not yet acknowledged by the learner
     overruns: int  # ticks that came later than the control rate asks
+    refused: int  # step batches that the learner will never take; they are set aside in the spool
 
 
 class ConsoleObserver(Observer):
@@ -83,7 +84,8 @@ class ConsoleObserver(Observer):
         vitals = self._vitals()
         latency = "" if vitals.infer_p50_ms is None else f"infer {vitals.infer_p50_ms:.0f} ms · "
         overruns = f" · {vitals.overruns} overruns" if vitals.overruns else ""
-        return f"{latency}backlog {vitals.backlog}{overruns}"
+        refused = f" · {vitals.refused} REFUSED, see the spool" if vitals.refused else ""
+        return f"{latency}backlog {vitals.backlog}{overruns}{refused}"
 
     def _live(self, text: str) -> None:
         self._stream.write(_CLEAR_LINE + text)

@@ -1,0 +1,223 @@
+"""The actor against the real transport server on loopback: modes, flags, cuts, observers and exit codes."""
+
+import io
+import json
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from scripted_learner import ScriptedLearner, actor_config, still_policy, ticket
+
+from serl_robot_infra.actor import main
+from serl_robot_infra.envs.pick import PickEnv
+from serl_transport.errors import NotReady
+
+
+@pytest.fixture(scope="module")
+def spec():
+    env = PickEnv(image_size=32, renderer="ray")
+    yield env.spec
+    env.close()
+
+
+def run(learner, tmp_path, **rollout):
+    stream = io.StringIO()
+    code = main(actor_config(learner, tmp_path, **rollout), stream)
+    return code, stream.getvalue()
+
+
+def test_demo_online_and_eval_record_who_drove(spec, tmp_path):
+    tickets = [ticket("demo", 1), ticket("online", 2), ticket("online", 3, takeover=False), ticket("eval", 1_000_000)]
+    with ScriptedLearner(spec, tickets) as learner:
+        code, out = run(learner, tmp_path)
+        demo, online, alone, evaluation = learner.episodes()
+    assert code == 0, out
+
+    assert demo.outcome.success
+    assert demo.arrays["intervention"].all()
+    assert (demo.arrays["policy_version"] == -1).all()
+
+    # The operator takes over at tick 5 and drives to the end; the policy of version 3 drove before.
+    assert online.outcome.success
+    assert online.arrays["intervention"].tolist() == [False] * 5 + [True] * (online.n - 5)
+    assert (online.arrays["policy_version"] == 3).all()
+    assert np.allclose(online.arrays["action"][:5], [0, 0, 0, -1])
+
+    for episode in (alone, evaluation):  # nobody helps: a policy that does nothing runs into the time limit
+        assert not episode.arrays["intervention"].any()
+        assert episode.n == 60
+        assert episode.outcome.truncated_by == "time_limit"
+        assert episode.arrays["next.truncated"][-1]
+
+    for episode in (demo, online, alone, evaluation):
+        assert len(episode.arrays["observation.state"]) == episode.n + 1
+        assert (np.diff(episode.arrays["time_ns"]) > 0).all()
+    assert learner.wants == ["follow"] * 5
+    assert "stage-demo · success" in out
+    assert "evaluation stage-eval: 0/1 = 0.00" in out
+
+
+def test_inference_is_asked_once_per_execute_horizon_and_not_while_the_operator_drives(spec, tmp_path):
+    with ScriptedLearner(spec, [ticket("online", 2)]) as learner:
+        run(learner, tmp_path, execute_horizon=4)
+    # Ticks 0..4 are the policy's: chunks at tick 0 and tick 4, none after the takeover.
+    assert len(learner.infer_bodies) == 2
+    body = learner.infer_bodies[0]
+    assert sorted(body["observation"]["images"]) == ["front", "wrist"]
+    assert body["prompt"] == spec.prompt
+    assert body["seed"] is None
+
+
+def test_evaluation_is_repeatable_and_says_so_on_the_wire(spec, tmp_path):
+    with ScriptedLearner(spec, [ticket("eval", 7), ticket("eval", 7, episode_id="again")]) as learner:
+        run(learner, tmp_path, execute_horizon=8)
+        first, second = learner.episodes()
+    seeds = [body["seed"] for body in learner.infer_bodies]
+    assert len(seeds) == 16  # 60 ticks, 8 a chunk
+    assert seeds[:8] == seeds[8:] == [7 * 4096 + 8 * k for k in range(8)]
+    for key in ("observation.images.front", "observation.state", "action"):
+        assert np.array_equal(first.arrays[key], second.arrays[key])
+
+
+def test_a_nan_action_is_not_executed_and_cuts_the_episode_naming_the_version(spec, tmp_path):
+    answers = iter([np.zeros((8, 4), np.float32), np.full((8, 4), np.nan, np.float32)])
+
+    def infer(body):
+        return {"actions": next(answers), "policy_version": 12, "server_ms": 0.0}
+
+    with ScriptedLearner(spec, [ticket("eval", 7)], infer) as learner:
+        code, out = run(learner, tmp_path, execute_horizon=4)
+        (episode,) = learner.episodes()
+    assert code == 0
+    assert "cut at tick 4: policy version 12: action dim 'dx': expected a finite number, got nan" in out
+    assert episode.n == 4
+    assert episode.outcome.truncated_by == "stop"
+    assert episode.arrays["next.truncated"].tolist() == [False, False, False, True]
+    assert "evaluation" not in out  # a cut episode says nothing about the policy
+
+
+def test_the_actor_waits_for_a_policy_that_is_not_ready_yet(spec, tmp_path):
+    calls = []
+
+    def infer(body):
+        calls.append(body)
+        if len(calls) < 3:
+            raise NotReady("version 1 is not there yet")
+        return still_policy()(body)
+
+    with ScriptedLearner(spec, [ticket("eval", 7)], infer) as learner:
+        _, out = run(learner, tmp_path)
+        (episode,) = learner.episodes()
+    assert "policy not ready" in out
+    assert episode.n == 60
+
+
+def test_a_policy_that_stays_silent_in_mid_episode_cuts_it(spec, tmp_path):
+    calls = []
+
+    def infer(body):
+        calls.append(body)
+        if len(calls) > 1:
+            raise NotReady("the policy server restarts")
+        return still_policy()(body)
+
+    with ScriptedLearner(spec, [ticket("eval", 7)], infer) as learner:
+        code, out = run(learner, tmp_path, hold_limit_s=0.5)
+        (episode,) = learner.episodes()
+    assert code == 0
+    assert episode.n == 4
+    assert episode.outcome.truncated_by == "stop"
+    assert "no action for" in out
+
+
+def test_sigint_ends_the_episode_delivers_it_and_exits_130(spec, tmp_path):
+    with ScriptedLearner(spec, [ticket("eval", 7)]) as learner:
+
+        def interrupt():
+            deadline = time.monotonic() + 20
+            while not learner.infer_bodies and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        code, out = run(learner, tmp_path, rate_hz=20)
+        thread.join()
+        (episode,) = learner.episodes()
+    assert code == 130
+    assert "stopped by SIGINT" in out
+    assert 0 < episode.n < 60
+    assert episode.outcome.truncated_by == "stop"
+
+
+def test_everything_acknowledged_is_in_the_ledger_and_the_spool_is_empty(spec, tmp_path):
+    with ScriptedLearner(spec, [ticket("demo", seed) for seed in range(3)]) as learner:
+        run(learner, tmp_path)
+    rows = (tmp_path / "test" / "spool" / "actor-0.acknowledged.jsonl").read_text().splitlines()
+    sent = sorted((batch.episode.episode_id, batch.first_tick, batch.n) for batch in learner.batches)
+    assert sorted((row["episode_id"], row["first_tick"], row["n"]) for row in map(json.loads, rows)) == sent
+
+
+def test_the_episode_limit_ends_the_run(spec, tmp_path):
+    with ScriptedLearner(spec, (ticket("demo", seed) for seed in range(100))) as learner:
+        code, out = run(learner, tmp_path, episodes=2, mode="demo", policy="none")
+        assert len(learner.episodes()) == 2
+    assert code == 0
+    assert "2 episodes done" in out
+    assert learner.wants == ["demo", "demo"]
+
+
+def test_another_task_at_the_learner_is_one_clear_message(spec, tmp_path):
+    with ScriptedLearner(spec, []) as learner:
+        config = actor_config(learner, tmp_path)
+        config.task.env.prompt = config.task.spec.prompt = "stack the cubes"
+        stream = io.StringIO()
+        assert main(config, stream) == 2
+    assert "prompt: stack the cubes on the actor, pick up the red cube on the learner" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task.spec.max_ticks": 80}, "max_ticks: 80 in task.spec, 60 in serl_robot_infra.envs.pick.PickEnv"),
+        ({"task.env.renderer": "vulkan"}, "renderer: expected one of auto, egl, osmesa, ray, got 'vulkan'"),
+        ({"task.env.image_sise": 32}, "image_sise"),
+        ({"rollout.mode": "evil"}, "rollout.mode: expected one of follow, demo, online, eval, got 'evil'"),
+        ({"rollout.policy": "distant"}, "rollout.policy: expected remote, local or none, got 'distant'"),
+        ({"rollout.execute_horizon": 0}, "execute_horizon: expected at least 1, got 0"),
+        ({"task.safety": {"max_speed": {"dq": 1.0}}}, "max_speed: expected one of dx, dy, dz, grip, got 'dq'"),
+    ],
+)
+def test_user_mistakes_are_one_message_and_exit_2(spec, tmp_path, change, message):
+    from omegaconf import OmegaConf
+
+    with ScriptedLearner(spec, []) as learner:
+        config = actor_config(learner, tmp_path)
+        for key, value in change.items():
+            OmegaConf.update(config, key, value, force_add=True)
+        stream = io.StringIO()
+        assert main(config, stream) == 2
+    out = stream.getvalue()
+    assert message in out
+    assert "Traceback" not in out
+
+
+def test_a_chunk_shorter_than_the_execute_horizon_is_a_user_mistake(spec, tmp_path):
+    with ScriptedLearner(spec, [ticket("eval", 7)], still_policy(horizon=2)) as learner:
+        code, out = run(learner, tmp_path, execute_horizon=4)
+    assert code == 2
+    assert "execute_horizon=4 is longer than the chunk, 2 actions" in out
+
+
+def test_a_learner_that_comes_late_is_waited_for_and_sigterm_ends_the_waiting(spec, tmp_path):
+    with ScriptedLearner(spec, []) as learner:
+        config = actor_config(learner, tmp_path)
+    # The learner is gone now; its port is free.
+    timer = threading.Timer(2.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    timer.start()
+    stream = io.StringIO()
+    assert main(config, stream) == 0
+    assert "waiting for learner at 127.0.0.1" in stream.getvalue()
