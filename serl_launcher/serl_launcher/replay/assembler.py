@@ -48,6 +48,8 @@ class OpenEpisode:
     """Batches of an episode that is still coming in."""
 
     info: EpisodeInfo
+    actor: str  # who sent it
+    boot: str  # the process that made it
     batches: dict[int, StepBatch] = field(default_factory=dict)  # first tick -> batch; a final one without ticks at n
     anchor: int = 0  # first tick of what is to come: not 0 when the beginning was cut and closed before
     time_ns: int = 0  # wall clock of the last batch
@@ -113,7 +115,7 @@ class Assembler:
         episode_id = batch.episode.episode_id
         opened = self.open.get(episode_id)
         if opened is None:
-            opened = self.open[episode_id] = OpenEpisode(batch.episode)
+            opened = self.open[episode_id] = OpenEpisode(batch.episode, entry.actor_id, entry.boot_id)
         tail = self._tails.get(episode_id, {}).pop(batch.first_tick, None)
         if tail is not None:
             opened.batches[tail.first_tick] = tail

@@ -1,17 +1,21 @@
 """What a journal record says: the task's spec, one accepted step batch, or the closing of an abandoned episode.
 
-The gateway encodes, everyone who replays the journal decodes. An entry is a codec body joined into one blob.
+The gateway encodes, everyone who replays the journal decodes. A payload is `codec.join([head, *frames])`: a msgpack
+head, and for a step batch the very frames the actor sent, so that a checksum of the one is a checksum of the other.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import msgpack
 
 from serl_launcher.replay.journal import JournalCorrupt
 from serl_transport import codec
-from serl_transport.errors import WireError
+from serl_transport.errors import BadFrame, WireError
 from serl_transport.schema import StepBatch
 from serl_transport.specs import TaskSpec
 
@@ -37,25 +41,33 @@ class DataEntry:
 
     actor_id: str  # the actor's unique_identifier
     boot_id: str  # the process that made the item (not always the one that delivered it)
-    seq: int  # its number in that boot
+    seq: int  # its number in that boot, from 1
     batch: StepBatch
+    frames: codec.Frames = field(repr=False, compare=False)  # the item's body as it was sent
+
+    @staticmethod
+    def of(actor_id: str, boot_id: str, seq: int, frames: codec.Frames, spec: TaskSpec) -> DataEntry:
+        """Validate an item. BadFrame when it is malformed, SchemaMismatch when it breaks the task's spec."""
+        body = codec.unpack(frames)
+        item = body["item"] if set(body) == {"item"} else body
+        if not isinstance(item, dict):
+            raise BadFrame(f"data: expected a step batch, got {type(item).__name__}")
+        return DataEntry(actor_id, boot_id, seq, StepBatch.from_body(item, spec), frames)
 
     @property
     def key(self) -> tuple[str, str, int]:
         """Identity for deduplication."""
         return self.actor_id, self.boot_id, self.seq
 
+    @property
+    def crc32(self) -> int:
+        """Of the joined frames: the same number that the actor's ledger holds for this item."""
+        return zlib.crc32(codec.join(self.frames))
+
     def payload(self) -> bytes:
         """The record's bytes."""
-        return _blob(
-            {
-                "kind": "data",
-                "actor_id": self.actor_id,
-                "boot_id": self.boot_id,
-                "seq": self.seq,
-                "item": self.batch.to_body(),
-            }
-        )
+        head = {"kind": "data", "actor_id": self.actor_id, "boot_id": self.boot_id, "seq": self.seq}
+        return _blob(head, self.frames)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +88,16 @@ Entry = SpecEntry | DataEntry | CloseEntry
 def decode_entry(payload: bytes, spec: TaskSpec) -> Entry:
     """The entry of a record. SpecChangedError when the journal is of another task than `spec`."""
     try:
-        body = codec.unpack(codec.split(payload))
-        return _decode(body, spec)
-    except (WireError, KeyError) as error:
+        head, *frames = codec.split(payload)
+        return _decode(msgpack.unpackb(head), frames, spec)
+    except (WireError, KeyError, msgpack.UnpackException) as error:
         raise JournalCorrupt(f"a journal record of an unknown form: {error!r}") from error
 
 
-def _decode(body: Mapping[str, Any], spec: TaskSpec) -> Entry:
-    kind = body["kind"]
+def _decode(head: Mapping[str, Any], frames: codec.Frames, spec: TaskSpec) -> Entry:
+    kind = head["kind"]
     if kind == "spec":
-        found = TaskSpec.from_dict(body["spec"])
+        found = TaskSpec.from_dict(head["spec"])
         lines = spec.differences(found, "configured", "in the journal")
         if lines:
             raise SpecChangedError(
@@ -93,12 +105,11 @@ def _decode(body: Mapping[str, Any], spec: TaskSpec) -> Entry:
             )
         return SpecEntry(found)
     if kind == "data":
-        batch = StepBatch.from_body(body["item"], spec)
-        return DataEntry(body["actor_id"], body["boot_id"], body["seq"], batch)
+        return DataEntry.of(head["actor_id"], head["boot_id"], head["seq"], frames, spec)
     if kind == "close":
-        return CloseEntry(body["episode_id"], body["reason"])
+        return CloseEntry(head["episode_id"], head["reason"])
     raise KeyError(f"kind {kind!r}")
 
 
-def _blob(body: dict[str, Any]) -> bytes:
-    return codec.join(codec.pack(body))
+def _blob(head: dict[str, Any], frames: codec.Frames = ()) -> bytes:
+    return codec.join([msgpack.packb(head), *frames])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from serl_launcher.replay.assembler import Assembler, ClosedEpisode
-from serl_launcher.replay.entries import decode_entry
+from serl_launcher.replay.entries import DataEntry, decode_entry
 from serl_launcher.replay.journal import JournalReader
 from serl_transport.schema import Episode
 from serl_transport.specs import TaskSpec
@@ -55,3 +55,15 @@ def journal_episodes(run_dir: Path, spec: TaskSpec, start: int | None = None) ->
             yield closed.ordinal, closed.build()
     finally:
         stream.close()
+
+
+def journal_items(run_dir: Path, spec: TaskSpec) -> Iterator[DataEntry]:
+    """Every item the journal holds, in order, repeats included: what a checker compares with the actors' ledgers."""
+    reader = JournalReader(Path(run_dir) / "journal")
+    try:
+        for record in reader.poll():
+            entry = decode_entry(record.payload, spec)
+            if isinstance(entry, DataEntry):
+                yield entry
+    finally:
+        reader.close()

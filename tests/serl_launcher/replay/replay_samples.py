@@ -11,6 +11,7 @@ import numpy as np
 from serl_launcher.replay.entries import DataEntry, Entry, SpecEntry
 from serl_launcher.replay.journal import JournalReader
 from serl_launcher.replay.journal_writer import JournalWriter
+from serl_transport import codec
 from serl_transport.schema import EpisodeInfo, Outcome, StepBatch
 from serl_transport.specs import TaskSpec
 
@@ -72,9 +73,15 @@ def batches(who: EpisodeInfo, sizes=(4, 3), *, success=True, driven=(), version=
     return result
 
 
-def entries(parts: list[StepBatch], first_seq: int = 0) -> list[DataEntry]:
+def entry(batch: StepBatch, seq: int) -> DataEntry:
+    """The batch as item `seq` of its actor."""
+    who = batch.episode
+    return DataEntry(who.actor_id, who.boot_id, seq, batch, codec.pack(batch.to_body()))
+
+
+def entries(parts: list[StepBatch], first_seq: int = 1) -> list[DataEntry]:
     """The batches as an actor would number them."""
-    return [DataEntry(p.episode.actor_id, p.episode.boot_id, first_seq + i, p) for i, p in enumerate(parts)]
+    return [entry(part, first_seq + i) for i, part in enumerate(parts)]
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 10.0):
@@ -99,6 +106,6 @@ def open_writer(folder: Path, segment_bytes: int = 1 << 20) -> JournalWriter:
 def write_journal(run_dir: Path, items: list[Entry]) -> None:
     """A journal holding the spec and these entries."""
     writer = open_writer(run_dir / "journal")
-    for entry in [SpecEntry(SPEC), *items]:
-        writer.append(entry.payload(), lambda error, time_ns: None)
+    for item in [SpecEntry(SPEC), *items]:
+        writer.append(item.payload(), lambda error, time_ns: None)
     writer.close()

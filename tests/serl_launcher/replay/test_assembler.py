@@ -8,18 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from replay_samples import SPEC, batches, entries, info, open_writer, write_journal
+from replay_samples import SPEC, batches, entries, entry, info, open_writer, write_journal
 
 from serl_launcher.replay.assembler import Assembler, ClosedEpisode
 from serl_launcher.replay.entries import CloseEntry, DataEntry, Entry, SpecChangedError
-from serl_launcher.replay.episodes import EpisodeStream, journal_episodes
+from serl_launcher.replay.episodes import EpisodeStream, journal_episodes, journal_items
 from serl_launcher.replay.journal import JournalCorrupt
 from serl_transport.errors import Refused
 from serl_transport.specs import TaskSpec
 
 
 def feed(assembler: Assembler, items: list[Entry]) -> list[ClosedEpisode]:
-    return [closed for k, entry in enumerate(items) for closed in assembler.apply(entry, k)]
+    return [closed for k, item in enumerate(items) for closed in assembler.apply(item, k)]
 
 
 def ticks(closed: ClosedEpisode) -> list[int]:
@@ -111,22 +111,22 @@ def test_contradictions_are_refused_and_never_join() -> None:
     assembler = Assembler(SPEC)
     items = entries(batches(info("e"), (3, 3, 3)))
     feed(assembler, items[:2])
-    overlap = DataEntry("a", "b0", 10, replace(items[1].batch, first_tick=4))
+    overlap = entry(replace(items[1].batch, first_tick=4), 10)
     with pytest.raises(Refused, match="tick 4"):
         assembler.check(overlap)
-    other = DataEntry("a", "b0", 11, replace(items[2].batch, episode=info("e", mode="demo")))
+    other = entry(replace(items[2].batch, episode=info("e", mode="demo")), 11)
     with pytest.raises(Refused, match="expected"):
         assembler.check(other)
     assert feed(assembler, [overlap, other]) == []
     (closed,) = feed(assembler, items[2:])
     assert ticks(closed) == list(range(9))
     with pytest.raises(Refused, match="finished"):
-        assembler.check(DataEntry("a", "b0", 12, items[2].batch))
+        assembler.check(entry(items[2].batch, 12))
     assert assembler.dropped == 2
 
 
 def _story() -> list[Entry]:
-    dead, late = entries(batches(info("e1"), (4, 4, 4))), entries(batches(info("e2"), (2, 5)), 3)
+    dead, late = entries(batches(info("e1"), (4, 4, 4))), entries(batches(info("e2"), (2, 5)), 4)
     failed = entries(batches(info("e3", boot="b1"), (6,), success=False))
     return [dead[0], dead[0], late[0], dead[1], CloseEntry("e1", "dead_actor"), failed[0], failed[0], late[1], dead[2]]
 
@@ -143,14 +143,16 @@ def test_replaying_the_journal_gives_the_same_episodes(tmp_path: Path) -> None:
         for key, rows in expected.arrays.items():
             np.testing.assert_array_equal(episode.arrays[key], rows)
     assert [ordinal for ordinal, _ in journal_episodes(tmp_path, SPEC, start=2)] == [2, 3]
+    written = [item for item in _story() if isinstance(item, DataEntry)]
+    assert [(item.key, item.crc32) for item in journal_items(tmp_path, SPEC)] == [(w.key, w.crc32) for w in written]
 
 
 def test_a_stream_follows(tmp_path: Path) -> None:
     stream = EpisodeStream(tmp_path, SPEC, follow=True)
     assert list(stream.poll()) == []
     writer, seen = open_writer(tmp_path / "journal"), []
-    for entry in _story():
-        writer.append(entry.payload(), lambda error, time_ns: None)
+    for item in _story():
+        writer.append(item.payload(), lambda error, time_ns: None)
     writer.close()
     seen += [closed.info.episode_id for closed in stream.poll()]
     assert seen == ["e1", "e3", "e2", "e1~7"]
