@@ -10,6 +10,7 @@ import yaml
 from serl_launcher.replay.entries import DataEntry, Entry, SpecEntry
 from serl_launcher.replay.journal import JournalReader
 from serl_launcher.replay.journal_writer import JournalWriter
+from serl_transport import codec
 from serl_transport.schema import Episode, EpisodeInfo, Outcome, StepBatch
 from serl_transport.specs import TaskSpec
 
@@ -71,7 +72,8 @@ def entries(episodes: Iterable[Episode], first_seq: int = 1) -> list[DataEntry]:
             batch = StepBatch(item.info, start, arrays, final, item.outcome if final else None)
             batch.check(SPEC)
             seq = first_seq + len(result)
-            result.append(DataEntry(item.info.actor_id, item.info.boot_id, seq, batch))
+            frames = codec.pack(batch.to_body())
+            result.append(DataEntry(item.info.actor_id, item.info.boot_id, seq, batch, frames))
     return result
 
 
@@ -108,12 +110,7 @@ def write_ledger(path: Path, items: Iterable[DataEntry]) -> None:
 
 def ledger_line(entry: DataEntry) -> dict[str, object]:
     """One acknowledged item as the client notes it."""
-    import zlib
-
-    from serl_transport import codec
-
-    blob = codec.join(codec.pack(entry.batch.to_body()))
     return {
-        "boot": entry.boot_id, "seq": entry.seq, "crc32": zlib.crc32(blob),
+        "boot": entry.boot_id, "seq": entry.seq, "crc32": entry.crc32,
         "episode_id": entry.batch.episode.episode_id, "first_tick": entry.batch.first_tick, "n": entry.batch.n,
     }  # fmt: skip
