@@ -5,6 +5,7 @@ Three renderers answer one interface: `egl` (a GPU, or Mesa's software rasterise
 is one, else whichever costs the least CPU time here (see `render_probe`).
 """
 
+import atexit
 import importlib
 from typing import Protocol
 
@@ -70,11 +71,8 @@ class RayRenderer:
         self._geoms = np.zeros(pixels, np.int32)
         self._distance = np.zeros(pixels)
         self._normals = np.zeros((pixels, 3))
-        has_material = model.geom_matid >= 0
-        colours = model.geom_rgba[:, :3].copy()
-        colours[has_material] = model.mat_rgba[model.geom_matid[has_material], :3]
         # One row more, so that a miss (id -1) indexes the sky.
-        self._colours = np.vstack([colours, _SKY]) * 255.0
+        self._colours = np.vstack([*(_flat_colour(model, geom) for geom in range(model.ngeom)), _SKY]) * 255.0
         self._rays = {model.camera(i).name: self._camera_rays(i) for i in range(model.ncam)}
 
     def _camera_rays(self, camera: int) -> np.ndarray:
@@ -103,6 +101,20 @@ class RayRenderer:
         """Nothing to release."""
 
 
+def _flat_colour(model: mujoco.MjModel, geom: int) -> np.ndarray:
+    """float64[3] in [0, 1]: the geom's colour, or its material's, times the mean of its texture."""
+    material = model.geom_matid[geom]
+    if material < 0:
+        return model.geom_rgba[geom, :3].astype(np.float64)
+    colour = model.mat_rgba[material, :3].astype(np.float64)
+    texture = model.mat_texid[material, mujoco.mjtTextureRole.mjTEXROLE_RGB.value]
+    if texture < 0:
+        return colour
+    start, channels = model.tex_adr[texture], model.tex_nchannel[texture]
+    texels = model.tex_data[start : start + model.tex_height[texture] * model.tex_width[texture] * channels]
+    return colour * texels.reshape(-1, channels)[:, :3].mean(axis=0) / 255.0
+
+
 class GlRenderer:
     """MuJoCo's rasteriser in an off-screen EGL or OSMesa context, without shadows and multisampling.
 
@@ -122,6 +134,7 @@ class GlRenderer:
         self._model = model
         self._shape = (height, width)
         self._context = importlib.import_module(f"mujoco.{name}").GLContext(width, height)
+        atexit.register(self.close)  # a context that outlives its library's own exit handler complains
         self._context.make_current()
         self._mjr = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._mjr)
@@ -157,3 +170,4 @@ class GlRenderer:
             self._mjr.free()
             self._context.free()
             self._context = None
+            atexit.unregister(self.close)
