@@ -1,0 +1,193 @@
+"""One child process and when to start it again: the shared ground of the supervisor (roles) and the launcher (sides).
+
+    Child.start ─▶ own session, stdin null, dies with us ─▶ poll ─▶ Death ─▶ RestartBudget.died ─▶ wait_s | None
+
+A child is a whole process group: `stop` ends every member of it, its children's children included. Start children from
+the main thread: the kernel's parent-death signal follows the thread that forked.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+LEFTOVER_GRACE_S = 15.0  # for what a dead leader left in its group
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent(parent: int, signum: signal.Signals = signal.SIGKILL) -> None:
+    """Ask the kernel to send `signum` to this process when its parent, process `parent`, is gone."""
+    _libc.prctl(PR_SET_PDEATHSIG, int(signum), 0, 0, 0)
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), signum)
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """What to run and how it ends."""
+
+    name: str
+    argv: tuple[str, ...]
+    log: Path | None = None  # stdout and stderr are appended here; None: as `stdout` of `Child.start`
+    env: Mapping[str, str] = field(default_factory=dict)  # on top of ours
+    grace_s: float = 10.0  # between SIGTERM and SIGKILL
+    orphan_signal: signal.Signals = signal.SIGKILL  # what it gets when we die
+    exit_file: Path | None = None  # a wrapper writes the true exit code here when it cannot pass it on
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """How a child ended."""
+
+    name: str
+    code: int  # exit code; negative: the signal
+    lived_s: float
+
+    @property
+    def cause(self) -> str:
+        """`exit code 3` or `signal SIGKILL`."""
+        if self.code < 0:
+            with contextlib.suppress(ValueError):
+                return f"signal {signal.Signals(-self.code).name}"
+        return f"exit code {self.code}"
+
+
+class RestartBudget:
+    """Backoff, and when to give up: five deaths in a row of which none lived for a minute."""
+
+    def __init__(self, deaths: int = 5, window_s: float = 60.0, first_wait_s: float = 0.5) -> None:
+        self._deaths, self._window_s, self._first_wait_s = deaths, window_s, first_wait_s
+        self._row = 0
+
+    def died(self, lived_s: float) -> float | None:
+        """Seconds to wait before the next start; None: give up."""
+        self._row = 1 if lived_s >= self._window_s else self._row + 1
+        if self._row >= self._deaths:
+            return None
+        return self._first_wait_s * 2 ** (self._row - 1)
+
+
+class Child:
+    """One process group started from a spec; may be started again after its death."""
+
+    def __init__(self, spec: ChildSpec) -> None:
+        self.spec = spec
+        self._process: subprocess.Popen | None = None
+        self._started = 0.0
+        self._log_offset = 0
+
+    @property
+    def pid(self) -> int | None:
+        """Of the group's leader while it runs or is not yet reaped."""
+        return self._process.pid if self._process else None
+
+    def start(self, stdout: int | None = None) -> subprocess.Popen:
+        """Spawn it; `stdout` is a Popen argument for a child without a log."""
+        spec, parent = self.spec, os.getpid()
+        if spec.exit_file:
+            spec.exit_file.unlink(missing_ok=True)
+        with contextlib.ExitStack() as stack:
+            if spec.log:
+                spec.log.parent.mkdir(parents=True, exist_ok=True)
+                out = stack.enter_context(spec.log.open("ab"))
+                out.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} start\n".encode())
+                out.flush()
+                self._log_offset = out.tell()
+            self._process = subprocess.Popen(
+                spec.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out if spec.log else stdout,
+                stderr=subprocess.STDOUT if spec.log or stdout else None,
+                env={**os.environ, **spec.env},
+                start_new_session=True,
+                preexec_fn=lambda: die_with_parent(parent, spec.orphan_signal),
+            )
+        self._started = time.monotonic()
+        return self._process
+
+    def poll(self) -> Death | None:
+        """Its death, once; None while it runs or before it was started."""
+        if self._process is None or (code := self._process.poll()) is None:
+            return None
+        pid, self._process = self._process.pid, None
+        # What the leader left behind must not meet its successor.
+        end_group(pid, min(self.spec.grace_s, LEFTOVER_GRACE_S))
+        return Death(self.spec.name, self._true_code(code), time.monotonic() - self._started)
+
+    def terminate(self) -> None:
+        """SIGTERM to the whole group."""
+        if self._process:
+            signal_group(self._process.pid, signal.SIGTERM)
+
+    def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
+        """End the whole group: SIGTERM, wait (not when `hurry` says so), SIGKILL. Returns when no member is left."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        end_group(process.pid, self.spec.grace_s, process, hurry)
+        process.wait()
+
+    def tail(self, lines: int = 12) -> list[str]:
+        """The last lines that it logged since its start."""
+        if self.spec.log is None or not self.spec.log.exists():
+            return []
+        with self.spec.log.open("rb") as log:
+            log.seek(max(self._log_offset, log.seek(0, os.SEEK_END) - 16384))
+            return log.read().decode(errors="replace").splitlines()[-lines:]
+
+    def _true_code(self, code: int) -> int:
+        if self.spec.exit_file and self.spec.exit_file.exists():
+            with contextlib.suppress(ValueError):
+                return int(self.spec.exit_file.read_text())
+        return code
+
+
+def group_members(group: int) -> list[int]:
+    """Live processes of a process group; zombies do not count."""
+    members = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            fields = process_stat(int(entry.name))
+            if fields and int(fields[2]) == group and fields[0] not in "ZX":
+                members.append(int(entry.name))
+    return members
+
+
+def process_stat(pid: int) -> Sequence[str]:
+    """Fields of /proc/<pid>/stat from the state on (state, ppid, pgrp, …, [19] start time); empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ()
+
+
+def signal_group(group: int, signum: signal.Signals) -> None:
+    """Signal every member; an empty group is fine."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signum)
+
+
+def end_group(
+    group: int,
+    grace_s: float,
+    leader: subprocess.Popen | None = None,
+    hurry: Callable[[], bool] = lambda: False,
+) -> None:
+    """SIGTERM, wait until no member is left, SIGKILL after `grace_s` or when `hurry` says so."""
+    for signum, seconds in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5.0)):
+        if not group_members(group):
+            return
+        signal_group(group, signum)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not (signum == signal.SIGTERM and hurry()):
+            if leader:
+                leader.poll()  # reaps
+            if not group_members(group):
+                return
+            time.sleep(0.05)

@@ -1,0 +1,218 @@
+"""Make runs/<name>/ ready for a learner, or say in one message why it cannot be. Called by the learner's main.
+
+Decides whether the folder is new, resumed, finished or another experiment's; takes its lock; writes config.yaml. What
+the roles would trip over later (ports, disk, a missing checkpoint) is found here, before anything is started.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from serl_launcher.gateway.schedule import Stage, read_stages
+from serl_launcher.paths import RunPaths
+
+MIN_FREE_MB = 500
+# A killed learner's gateway may need a moment to let go of its ports.
+PORT_PATIENCE_S = 5.0
+# What makes the recorded data and the parameters of a run usable; the rest may change from one start to the next.
+IDENTITY = ("task.name", "task.spec", "task.env", "policy")
+
+
+class RunError(ValueError):
+    """The run cannot start; the message is complete and meant for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """A run folder that is ours."""
+
+    paths: RunPaths  # absolute
+    stages: tuple[Stage, ...]
+    state: str  # "new", "resumed" or "complete"
+    lock: IO[str]  # held until closed or until this process is gone
+
+
+def run_paths(cfg: DictConfig) -> RunPaths:
+    """Paths of the run that `cfg` names, absolute. RunError: the name is no folder name."""
+    if not cfg.run or cfg.run.startswith(".") or "/" in cfg.run:
+        raise RunError(f"run={cfg.run!r} names a folder in {cfg.runs_dir}/; use letters, digits, - and _")
+    return RunPaths(Path(cfg.runs_dir).resolve() / cfg.run)
+
+
+def prepare(cfg: DictConfig) -> RunFolder:
+    """Check everything, take the lock and write config.yaml. RunError tells the user what to change."""
+    paths = run_paths(cfg)
+    try:
+        stages = read_stages(OmegaConf.to_container(cfg.schedule.stages))
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    _check_network(cfg)
+    if cfg.checkpoint_path and not Path(cfg.checkpoint_path).exists():
+        raise RunError(
+            f"checkpoint_path={cfg.checkpoint_path}: no such file or folder ({Path.cwd()} is the work folder)"
+        )
+    lock = _open_folder(paths)
+    if is_complete(paths, cfg) and cfg.on_complete == "rotate":
+        print(f"the finished run {paths.root.name} was moved to {rotate(paths)}", flush=True)
+        lock.close()
+        lock = _open_folder(paths)
+    state = _state(paths, cfg)
+    if state != "complete":
+        wait_for_ports(cfg)
+        _archive_summary(paths)
+        paths.status.unlink(missing_ok=True)  # the last start's "done" is not ours
+        _write_config(paths, cfg)
+    return RunFolder(paths, stages, state, lock)
+
+
+def is_complete(paths: RunPaths, cfg: DictConfig) -> bool:
+    """Did a run with this very schedule finish here?"""
+    if not paths.summary.exists() or not paths.config.exists():
+        return False
+    return plain(read_config(paths), "schedule") == plain(cfg, "schedule")
+
+
+def rotate(paths: RunPaths) -> Path:
+    """Move a finished run's folder aside; returns its new place."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(paths.summary.stat().st_mtime))
+    target = paths.root.with_name(f"{paths.root.name}.{stamp}")
+    for k in range(2, 100):
+        if not target.exists():
+            break
+        target = paths.root.with_name(f"{paths.root.name}.{stamp}-{k}")
+    return paths.root.rename(target)
+
+
+def read_config(paths: RunPaths) -> DictConfig:
+    """The config of the folder's last start. RunError: it cannot be read."""
+    try:
+        config = OmegaConf.load(paths.config)
+    except Exception as error:  # yaml's and omegaconf's errors share no base
+        raise RunError(f"{paths.config} cannot be read ({type(error).__name__}); take run=<new name>") from None
+    if not isinstance(config, DictConfig):
+        raise RunError(f"{paths.config} is empty or no mapping; take run=<new name>")
+    return config
+
+
+def wait_for_ports(cfg: DictConfig) -> None:
+    """Both ports can be bound. RunError names the one in use, after a few seconds of patience."""
+    deadline = time.monotonic() + PORT_PATIENCE_S
+    for key in ("port", "broadcast_port"):
+        while problem := _bind_problem(cfg.bind_host, cfg[key]):
+            if time.monotonic() > deadline or "in use" not in problem:
+                raise RunError(
+                    f"{key}={cfg[key]} on {cfg.bind_host}: {problem}; is another learner running? "
+                    f"Stop it, or give both sides another {key}="
+                )
+            time.sleep(0.2)
+
+
+def _bind_problem(host: str, port: int) -> str:
+    if port == 0:
+        return ""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    return ""
+
+
+def _check_network(cfg: DictConfig) -> None:
+    for key in ("port", "broadcast_port"):
+        if not isinstance(cfg[key], int) or not 0 <= cfg[key] <= 65535:
+            raise RunError(f"{key}={cfg[key]}: expected a port from 1 to 65535 (0: any free one)")
+    if cfg.port == cfg.broadcast_port != 0:
+        raise RunError(f"port and broadcast_port are both {cfg.port}; they must differ")
+    if cfg.bind_host not in ("127.0.0.1", "localhost", "::1") and not cfg.insecure:
+        raise RunError(
+            f"bind_host={cfg.bind_host} lets anyone on that network drive the policy and send data; "
+            "add insecure=true if that network is yours alone, or keep 127.0.0.1 and use an ssh tunnel"
+        )
+
+
+def _open_folder(paths: RunPaths) -> IO[str]:
+    """Create the folder, check that it takes data and lock it."""
+    try:
+        paths.logs.mkdir(parents=True, exist_ok=True)
+        lock = (paths.root / ".lock").open("a")
+    except OSError as error:
+        raise RunError(f"cannot write into {paths.root}: {error.strerror}; choose another runs_dir=") from None
+    free_mb = shutil.disk_usage(paths.root).free >> 20
+    if free_mb < MIN_FREE_MB:
+        raise RunError(
+            f"only {free_mb} MB are free for {paths.root}, a run needs {MIN_FREE_MB}; choose another runs_dir="
+        )
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"another learner works in {paths.root}; stop it or choose another run=") from None
+    return lock
+
+
+def _state(paths: RunPaths, cfg: DictConfig) -> str:
+    if not paths.config.exists() and not paths.journal.exists():
+        return "new"
+    if cfg.resume == "never":
+        raise RunError(f"{paths.root} holds a run and resume=never; choose another run=, or resume=auto to continue it")
+    if paths.config.exists():
+        changed = list(differences(read_config(paths), cfg))
+        if changed:
+            rows = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, old, new in changed[:8])
+            raise RunError(f"{paths.root} holds another experiment:{rows}\nStart a new one with run=<new name>")
+    return "complete" if is_complete(paths, cfg) else "resumed"
+
+
+def differences(old: DictConfig, new: DictConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Identity keys whose values differ, as (dotted key, old, new)."""
+    for key in IDENTITY:
+        yield from _differences(key, plain(old, key), plain(new, key))
+
+
+def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys([*old, *new]):
+            yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
+    elif old != new:
+        yield key, old, new
+
+
+def plain(cfg: DictConfig, key: str) -> Any:
+    """One section as plain containers; None when absent."""
+    value = OmegaConf.select(cfg, key)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _archive_summary(paths: RunPaths) -> None:
+    """A summary of an earlier schedule (data collection before training) keeps its figures under its own time."""
+    if paths.summary.exists():
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(paths.summary.stat().st_mtime))
+        paths.summary.rename(paths.root / f"summary.{stamp}.json")
+
+
+def _write_config(paths: RunPaths, cfg: DictConfig) -> None:
+    temporary = paths.root / "config.yaml.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(OmegaConf.to_yaml(cfg, resolve=True))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(paths.config)
+
+
+def read_status(paths: RunPaths) -> dict[str, Any] | None:
+    """The gateway's last status document; None before the first one."""
+    try:
+        return json.loads(paths.status.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):  # a torn file is as good as none: the next one is a second away
+        return None

@@ -1,0 +1,45 @@
+"""The learner's pane: events scroll by, the dashboard stays below them on a terminal and is one line elsewhere.
+
+Written by the supervisor. start.sh without tmux prefixes each line, so the cursor is moved on a terminal only.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+
+class Screen:
+    """Prints to `out`."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._tty = out.isatty()
+        self._drawn = 0  # dashboard lines now on the terminal
+
+    def event(self, text: str) -> None:
+        """One thing that happened; stays on the screen."""
+        self._erase()
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=self._out, flush=True)
+
+    def plain(self, text: str) -> None:
+        """Text without a time, such as the final table."""
+        self._erase()
+        print(text, file=self._out, flush=True)
+
+    def dashboard(self, lines: Sequence[str]) -> None:
+        """Replace the last dashboard (terminal), or add a line."""
+        if not self._tty:
+            print(" | ".join(line.strip() for line in lines if line.strip()), file=self._out, flush=True)
+            return
+        self._erase()
+        columns, rows = os.get_terminal_size(self._out.fileno())
+        # A wrapped or scrolled line could not be erased.
+        shown = [line[: max(1, columns - 1)] for line in lines[: max(1, rows - 1)]]
+        print("\n".join(shown), file=self._out, flush=True)
+        self._drawn = len(shown)
+
+    def _erase(self) -> None:
+        if self._drawn:
+            self._out.write(f"\x1b[{self._drawn}F\x1b[J")
+            self._drawn = 0

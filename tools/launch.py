@@ -1,0 +1,247 @@
+"""start.sh behind the bootstrap: run actor and learner side by side on this machine until the learner is done.
+
+    start.sh [--no-tmux] [--stop] [overrides]
+
+    terminal and tmux:   launch.py ─▶ tmux server of our own ─▶ pane: launch.py --side actor ───▶ train_rlpd.py
+                            ▲ exit files                     └▶ pane: launch.py --side learner ─▶ train_rlpd.py
+    otherwise:           launch.py ─▶ both train_rlpd.py, lines prefixed [actor] and [learner]
+
+A side that crashes is started again; one that ends with a mistake of the user ends everything. Exit code 0 only when
+the learner completed the run and summary.json is there.
+"""
+
+import hashlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from compose import ConfigError, load_config
+from launch_registry import Registry
+from launch_sides import USER_MISTAKE, Side
+from launch_tmux import Panes, available
+from omegaconf import DictConfig
+
+from serl_launcher.learner.run_folder import RunError, is_complete, rotate, run_paths
+
+ROOT = Path(__file__).resolve().parents[1]
+USAGE = """start.sh [--no-tmux] [--stop] [overrides]
+  (nothing)    the quick start: actor and learner on this machine, in two tmux panes when there is a terminal
+  --no-tmux    both in this terminal, lines prefixed [actor] and [learner]
+  --stop       end everything that start.sh started from this checkout (one run of it: --stop run=<name>)
+  overrides    any key of config/base.yaml, such as  run=night1 seed=3 task=pick_gym_hil schedule.stages.3.steps=4000
+A run that was interrupted goes on where it was; a finished one of the same name is moved aside."""
+ACTOR_GOODBYE_S = 30.0  # the learner's schedule has told the actor to stop; it delivers what it holds
+
+
+class Stopper:
+    """The last stop signal that came."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, self._note)
+
+    def _note(self, signum: int, _frame: object) -> None:
+        self.signum = signum
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, check both sides' configs, run or stop."""
+    flags = [word for word in argv if word == "-h" or (word.startswith("--") and "=" not in word)]
+    overrides = [word for word in argv if word not in flags]
+    if {"-h", "--help"} & set(flags):
+        print(USAGE)
+        return 0
+    side = None
+    if "--side" in flags:  # internal: what a pane runs, `--side NAME overrides...`
+        flags.remove("--side")
+        side, *overrides = overrides
+    registry = Registry(ROOT)
+    try:
+        if unknown := set(flags) - {"--no-tmux", "--stop"}:
+            raise ConfigError(f"unknown flag {min(unknown)!r}\n{USAGE}")
+        if "--stop" in flags and not overrides:
+            return stop(registry, None)
+        config = load_config([*overrides, "learner=true"])
+        load_config([*overrides, "actor=true"])
+        run_dir = run_paths(config).root
+        if "--stop" in flags:
+            return stop(registry, run_dir)
+        if side:
+            return keep_side(side, overrides, run_dir, registry)
+        return launch(config, overrides, run_dir, registry, "--no-tmux" in flags)
+    except (ConfigError, RunError) as error:
+        print(f"start.sh: {error}", file=sys.stderr)
+        return USER_MISTAKE
+
+
+def launch(config: DictConfig, overrides: Sequence[str], run_dir: Path, registry: Registry, no_tmux: bool) -> int:
+    """Run both sides to the end."""
+    for entry in registry.alive(run_dir):
+        where = f"see it: tmux -L {entry.socket} attach; " if entry.socket else ""
+        raise RunError(f"run {run_dir.name} is already running (pid {entry.pid}); {where}end it: bash start.sh --stop")
+    paths = run_paths(config)
+    if is_complete(paths, config):  # before the actor opens its spool in there
+        print(f"the finished run {run_dir.name} was moved to {rotate(paths)}")
+    panes = not no_tmux and sys.stdin.isatty() and sys.stdout.isatty() and available()
+    if not panes and not no_tmux:
+        print("no terminal or no tmux: both sides follow in this window", flush=True)
+    socket = f"flowserl-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}" if panes else None
+    me = registry.register("launcher", run_dir, socket)
+    try:
+        code = in_panes(Panes(socket), overrides, run_dir, registry) if socket else in_foreground(overrides)
+    finally:
+        registry.forget(me.pid)
+    if code == 0 and not paths.summary.exists():
+        print(f"start.sh: the learner ended without {paths.summary}", file=sys.stderr)
+        return 1
+    return code
+
+
+def in_foreground(overrides: Sequence[str]) -> int:
+    """Both sides as our children; their output becomes prefixed lines."""
+    stopper = Stopper()
+    actor, learner = (Side(name, overrides, ROOT, prefixed=True) for name in ("actor", "learner"))
+    learner.start()
+    actor.start()
+    try:
+        while stopper.signum is None:
+            code = outcome(actor.tick(), learner.tick())
+            if code is not None:
+                break
+            time.sleep(0.1)
+        else:
+            print(f"{signal.Signals(stopper.signum).name}: stopping the actor, then the learner", flush=True)
+            code = 128 + stopper.signum
+        if code == 0:
+            _wait_for_goodbye(actor)
+    finally:
+        actor.stop()
+        learner.stop()
+    return code
+
+
+def outcome(actor: int | None, learner: int | None) -> int | None:
+    """The run's exit code from the sides' final ones; None while it goes on. A finished actor does not end the run."""
+    if learner is not None:
+        return learner
+    return actor or None
+
+
+def _wait_for_goodbye(actor: Side) -> None:
+    deadline = time.monotonic() + ACTOR_GOODBYE_S
+    while actor.tick() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def keep_side(name: str, overrides: Sequence[str], run_dir: Path, registry: Registry) -> int:
+    """What a tmux pane runs: one side on the pane's terminal; its final code goes to a file for the launcher."""
+    stopper = Stopper()
+    socket = next((entry.socket for entry in registry.alive(run_dir) if entry.name == "launcher"), None)
+    me = registry.register(name, run_dir, socket)
+    side = Side(name, overrides, ROOT, prefixed=False)
+    side.start()
+    try:
+        while stopper.signum is None and side.tick() is None:
+            time.sleep(0.1)
+    finally:
+        if side.final is None:
+            print(f"stopping the {name}", flush=True)
+            side.stop()
+            side.final = 128 + (stopper.signum or signal.SIGTERM)
+        _exit_file(registry, run_dir, name).write_text(str(side.final))
+        registry.forget(me.pid)
+    if name == "learner" and socket and not any(e.name == "launcher" for e in registry.alive(run_dir)):
+        # The launcher's terminal was closed, and nobody else would end the session.
+        registry.stop(run_dir)
+        Panes(socket).close()
+    return side.final
+
+
+def in_panes(panes: Panes, overrides: Sequence[str], run_dir: Path, registry: Registry) -> int:
+    """Both sides in tmux; we wait for their exit files while the terminal shows the session."""
+    stopper = Stopper()
+    for name in ("actor", "learner"):
+        _exit_file(registry, run_dir, name).unlink(missing_ok=True)
+    command = (sys.executable, str(ROOT / "tools" / "launch.py"), "--side")
+    panes.close()  # a left-over server of a launcher that was killed
+    panes.open({name: [*command, name, *overrides] for name in ("actor", "learner")}, ROOT)
+    attached = panes.attach()
+    detached_told = False
+    try:
+        while True:
+            codes = {name: _final(registry, run_dir, name) for name in ("actor", "learner")}
+            code = outcome(codes["actor"], codes["learner"])
+            if code is None and not panes.exists():
+                code = 128 + signal.SIGTERM
+            if code is not None or stopper.signum is not None:
+                break
+            if attached.poll() is not None and not detached_told:
+                detached_told = True
+                print(
+                    f"detached; the run goes on. See it: {panes.attach_hint()}. End it: Ctrl-C here, or start.sh --stop"
+                )
+            time.sleep(0.2)
+    except BaseException:
+        _end_panes(panes, attached, run_dir, registry)
+        raise
+    if code is None and stopper.signum == signal.SIGHUP:  # the terminal is gone, tmux keeps the run
+        return 128 + signal.SIGHUP
+    if code == 0:
+        _await(lambda: _final(registry, run_dir, "actor") is not None, ACTOR_GOODBYE_S)
+    _end_panes(panes, attached, run_dir, registry)
+    return code if code is not None else 128 + stopper.signum
+
+
+def _end_panes(panes: Panes, attached: subprocess.Popen, run_dir: Path, registry: Registry) -> None:
+    """Stop the sides in order, take over what they showed last, end the session."""
+    for name in ("actor", "learner"):
+        registry.end([entry for entry in registry.alive(run_dir) if entry.name == name])
+    last = {name: panes.text(name) for name in ("actor", "learner")} if panes.exists() else {}
+    panes.close()
+    attached.wait()
+    for name, text in last.items():
+        print(f"--- {name}, last lines\n{text}")
+
+
+def _exit_file(registry: Registry, run_dir: Path, name: str) -> Path:
+    return registry.folder / f"{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}.{name}.exit"
+
+
+def _final(registry: Registry, run_dir: Path, name: str) -> int | None:
+    try:
+        return int(_exit_file(registry, run_dir, name).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _await(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def stop(registry: Registry, run_dir: Path | None) -> int:
+    """`start.sh --stop`."""
+    entries = list(registry.alive(run_dir))
+    if not entries:
+        print(
+            "nothing to stop: start.sh runs nothing here" if run_dir is None else f"run {run_dir.name} is not running"
+        )
+        return 0
+    for entry in entries:
+        print(f"stopping {entry.name} of {entry.run_dir} (pid {entry.pid})", flush=True)
+    registry.stop(run_dir)
+    for socket in {entry.socket for entry in entries if entry.socket}:
+        Panes(socket).close()
+    print("stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
