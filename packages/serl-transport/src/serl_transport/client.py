@@ -240,9 +240,7 @@ class TrainerClient:
                 waited = time.monotonic() - start
                 message = f"waiting for learner at {self._server} ({waited:.0f} s)"
                 if not forever:
-                    raise ServerSilent(
-                        f"no learner at {self._server} after {waited:.1f} s; is it running, on that port?"
-                    )
+                    raise ServerSilent(f"no learner at {self._server} in {waited:.1f} s; is it running, on that port?")
                 on_wait(message)
             if link.refused is not None:
                 raise link.refused

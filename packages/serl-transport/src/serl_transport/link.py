@@ -87,7 +87,9 @@ class Link:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
             self._close()
-            raise ValueError(f"cannot connect to {endpoint}: {error.strerror}; check ip= and port=") from None
+            raise ValueError(
+                f"cannot connect to {endpoint}: {zmq.strerror(error.errno)}; check ip= and port="
+            ) from None
         self.loop.add_socket(self._socket, self._receive)
         self.loop.call_later(0, self._tick)
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
@@ -265,9 +267,10 @@ class Link:
         error = WireError.from_code(*envelope.error)
         if isinstance(error, HelloRequired):
             # Nothing was done with it: hello again, then it goes out with the others.
-            self.ready.clear()
             self._pending[request_id].sent_at = 0.0
-            if time.monotonic() - self._last_hello > 0.05:
+            if self.ready.is_set():
+                self.ready.clear()
+                self._last_hello = 0.0
                 self._say_hello(time.monotonic())
         else:
             self._finish(request_id, error)

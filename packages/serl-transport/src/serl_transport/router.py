@@ -77,7 +77,9 @@ class Router:
         try:
             self.socket.bind(endpoint)
         except zmq.ZMQError as error:
-            raise CannotListen(f"cannot listen on {endpoint}: {error.strerror}. {complaint}".rstrip(". ")) from None
+            raise CannotListen(
+                f"cannot listen on {endpoint}: {zmq.strerror(error.errno)}. {complaint}".rstrip(". ")
+            ) from None
         self._loop.add_socket(self.socket, self._receive)
         return self.socket.getsockopt(zmq.LAST_ENDPOINT).decode().rstrip("\0")
 

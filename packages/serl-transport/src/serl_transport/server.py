@@ -167,7 +167,7 @@ class TrainerServer:
             except zmq.ZMQError as error:
                 wanted = f"tcp://{address}:{config.broadcast_port}"
                 raise CannotListen(
-                    f"cannot listen on {wanted}: {error.strerror}. {_port_hint('broadcast_port')}"
+                    f"cannot listen on {wanted}: {zmq.strerror(error.errno)}. {_port_hint('broadcast_port')}"
                 ) from None
         except CannotListen:
             self._close()
