@@ -1,0 +1,164 @@
+"""The learner's pane: the status document as a few lines of text. Pure functions; the supervisor prints them.
+
+    render_status(status)      up to 6 lines + one per actor, at most 100 columns, for a terminal that is redrawn
+    render_line(status)        the same in one line, for logs
+
+Metrics are explained in docs/data.md.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+WIDTH = 100
+BAR = 24  # cells of the progress bar
+
+
+def render_status(status: Mapping[str, Any]) -> list[str]:
+    """Lines of the learner's pane; parts that are not known yet are shown as a dash or left out."""
+    lines = [_stage_line(status), _learning_line(status), _episodes_line(status)]
+    evaluation = _evaluation_line(status)
+    if evaluation:
+        lines.append(evaluation)
+    lines.append(_flow_line(status))
+    lines += [_actor_line(name, actor) for name, actor in sorted((status.get("actors") or {}).items())]
+    return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines]
+
+
+def render_line(status: Mapping[str, Any]) -> str:
+    """The most important figures in one line."""
+    stage, counts = status.get("stage") or {}, status.get("counts") or {}
+    done, goal, unit = _progress(stage)
+    parts = [
+        f"{stage.get('name', 'idle')} {done}/{goal} {unit}" if goal else str(stage.get("name", "idle")),
+        f"step {_get(status, 'trainer', 'step', default=0)}",
+        f"loss {_number(_loss(status))}",
+        f"episodes {counts.get('accepted', 0)}/{counts.get('episodes', 0)}",
+        f"success {_rate(status)}",
+        f"help {_percent(_get(status, 'rates', 'intervention_rate'))}",
+        f"v{_get(status, 'trainer', 'version', default=-1)}",
+    ]
+    return " · ".join(parts)
+
+
+def progress_bar(done: float, goal: float, cells: int = BAR) -> str:
+    """`[######....]`, full at the goal."""
+    share = 1.0 if goal <= 0 else min(1.0, max(0.0, done / goal))
+    full = int(share * cells)
+    return "[" + "#" * full + "." * (cells - full) + "]"
+
+
+def _stage_line(status: Mapping[str, Any]) -> str:
+    stage = status.get("stage") or {}
+    title = f"{status.get('run', '?')}  {_numbered(stage)}"
+    if status.get("done"):
+        return f"{title}  done"
+    done, goal, unit = _progress(stage)
+    return f"{title}  {progress_bar(done, goal)} {done}/{goal} {unit}" if goal else title
+
+
+def _numbered(stage: Mapping[str, Any]) -> str:
+    return f"stage {stage.get('index', 0) + 1} {stage['name']} ({stage.get('mode')})" if stage.get("name") else "idle"
+
+
+def _progress(stage: Mapping[str, Any]) -> tuple[int, int, str]:
+    """(done, goal, unit) of the condition that is furthest from its goal; goal 0: the stage has no end."""
+    candidates = [
+        (stage.get(unit) or 0, goal, unit) for unit in ("steps", "episodes") if (goal := stage.get(f"{unit}_goal") or 0)
+    ]
+    return min(candidates, key=lambda item: item[0] / item[1], default=(0, 0, "steps"))
+
+
+def _learning_line(status: Mapping[str, Any]) -> str:
+    trainer = status.get("trainer") or {}
+    alive = "" if trainer.get("alive", True) else "  (trainer is away)"
+    step_s = _get(status, "trainer", "metrics", "time/step_s")
+    speed = f"  {1e3 * step_s:.0f} ms/step" if isinstance(step_s, int | float) else ""
+    return (
+        f"  training   step {trainer.get('step', 0):<6} loss {_number(_loss(status)):<8} "
+        f"policy v{trainer.get('version', -1)}{speed}{alive}"
+    )
+
+
+def _episodes_line(status: Mapping[str, Any]) -> str:
+    counts = status.get("counts") or {}
+    return (
+        f"  episodes   {counts.get('accepted', 0)} accepted of {counts.get('episodes', 0)}   "
+        f"success {_rate(status)}   interventions {_percent(_get(status, 'rates', 'intervention_rate'))}"
+    )
+
+
+def _evaluation_line(status: Mapping[str, Any]) -> str | None:
+    from serl_launcher.telemetry.statistics import wilson
+
+    parts = []
+    for stage, result in (status.get("eval") or {}).items():
+        n, successes = result.get("episodes", 0), result.get("successes", 0)
+        if n:
+            low, high = wilson(successes, n)
+            parts.append(f"{stage} {successes / n:.2f} [{low:.2f}, {high:.2f}] of {n}")
+    return "  evaluation " + "   ".join(parts) if parts else None
+
+
+def _flow_line(status: Mapping[str, Any]) -> str:
+    counts = status.get("counts") or {}
+    rate, serving = _get(status, "rates", "transitions_per_s"), status.get("serving") or {}
+    parts = [f"{counts.get('transitions', 0)} transitions ({_number(rate, 1)}/s)"]
+    if serving.get("p50_ms") is not None:
+        batch = f", batch {serving['batch_mean']:.1f}" if serving.get("batch_mean") else ""
+        parts.append(f"serving v{serving.get('version', -1)} at {serving['p50_ms']:.0f} ms{batch}")
+    exported = _get(status, "exporter", "episodes")
+    if exported is not None:
+        parts.append(f"dataset {exported} episodes")
+    return "  data       " + "   ".join(parts)
+
+
+def _actor_line(name: str, actor: Mapping[str, Any]) -> str:
+    version, age = actor.get("policy_version", -1), actor.get("version_age_s")
+    policy = (
+        "no policy yet"
+        if version is None or version < 0
+        else f"policy v{version}" + (f" ({_age(age)} old)" if age is not None else "")
+    )
+    silent = actor.get("last_seen_s") or 0.0
+    seen = f"   silent for {_age(silent)}" if silent > 3 else ""
+    backlog = f"   backlog {actor['backlog']}" if actor.get("backlog") else ""
+    return f"  actor      {name}   {actor.get('mode') or 'waiting'}   {policy}{backlog}{seen}"
+
+
+def _loss(status: Mapping[str, Any]) -> float | None:
+    metrics = _get(status, "trainer", "metrics") or {}
+    return next(
+        (value for key, value in metrics.items() if key in ("losses/flow", "losses/total", "loss")), None
+    ) or next((value for key, value in metrics.items() if key.startswith("losses/")), None)
+
+
+def _rate(status: Mapping[str, Any]) -> str:
+    """`0.62 [0.47, 0.75]`, or a dash before the first online episode."""
+    rates = status.get("rates") or {}
+    if rates.get("success_rate") is None:
+        return "–"
+    interval = ""
+    if rates.get("success_low") is not None:
+        interval = f" [{rates['success_low']:.2f}, {rates['success_high']:.2f}]"
+    return f"{rates['success_rate']:.2f}{interval}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f}%"
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _age(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _get(status: Mapping[str, Any], *keys: str, default: Any = None) -> Any:
+    value: Any = status
+    for key in keys:
+        if not isinstance(value, Mapping) or value.get(key) is None:
+            return default
+        value = value[key]
+    return value

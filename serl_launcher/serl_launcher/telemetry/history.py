@@ -1,0 +1,128 @@
+"""What a run folder tells after (or during) a run: its episodes, its stages and its training steps.
+
+Read by the summary and the learning curve. Only whole episodes count towards rates; an evaluation seed counts once.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from serl_launcher.paths import RunPaths
+from serl_launcher.telemetry.metrics import read_metrics
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeRecord:
+    """One line of episodes.jsonl."""
+
+    ordinal: int  # journal ordinal
+    mode: str  # demo | online | eval
+    stage: str  # name of its stage
+    seed: int  # of the reset
+    n_ticks: int  # length
+    success: bool  # with or without help
+    interventions: int  # ticks the operator drove
+    accepted: bool  # entered the accepted subset
+    whole: bool  # not cut: its outcome counts
+    start_time: float  # unix s
+    end_time: float  # unix s
+
+    @property
+    def autonomous(self) -> bool:
+        """The policy did it alone."""
+        return self.success and not self.interventions
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """One stage that took place."""
+
+    name: str  # as in the schedule
+    mode: str  # demo | train | eval | online
+    episodes: tuple[EpisodeRecord, ...]  # whole ones; an evaluation holds each seed once
+    ticks: int  # of all its episodes
+    steps: int  # logged trainer steps
+    start_time: float  # unix s of its first sign of life
+    end_time: float  # unix s of its last
+
+    @property
+    def successes(self) -> int:
+        """Episodes that count as success: without help in online stages."""
+        return sum(e.autonomous if self.mode == "online" else e.success for e in self.episodes)
+
+
+@dataclass(frozen=True, slots=True)
+class RunHistory:
+    """Everything the summary draws from."""
+
+    config: Mapping[str, Any]  # config.yaml
+    status: Mapping[str, Any]  # status.json, or empty
+    episodes: tuple[EpisodeRecord, ...]  # in journal order
+    stages: tuple[StageRecord, ...]  # in the order in which they began
+    metrics: tuple[Mapping[str, Any], ...]  # rows of metrics/trainer.jsonl
+
+    @property
+    def start_time(self) -> float:
+        """Unix s of the first sign of life; 0 when there was none."""
+        return min((stage.start_time for stage in self.stages), default=0.0)
+
+    @property
+    def end_time(self) -> float:
+        """Unix s of the last one."""
+        return max((stage.end_time for stage in self.stages), default=0.0)
+
+    def stage(self, name: str) -> StageRecord | None:
+        """The stage of that name, if it took place."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+
+def read_history(run_dir: Path) -> RunHistory:
+    """Read a run folder. ValueError when it holds no config.yaml or a line cannot be understood."""
+    paths = RunPaths(run_dir)
+    if not paths.config.exists():
+        raise ValueError(f"{paths.config} does not exist: expected a run's folder, for example runs/quickstart")
+    config = yaml.safe_load(paths.config.read_text(encoding="utf-8"))
+    episodes = tuple(_read_episodes(paths.episodes))
+    metrics = tuple(read_metrics(paths.metrics / "trainer.jsonl"))
+    status = json.loads(paths.status.read_text(encoding="utf-8")) if paths.status.exists() else {}
+    return RunHistory(config, status, episodes, _stages(config, episodes, metrics), metrics)
+
+
+def _read_episodes(path: Path) -> list[EpisodeRecord]:
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), start=1):
+        try:
+            row = json.loads(line)
+            values = {name: row[name] for name in EpisodeRecord.__dataclass_fields__ if name != "whole"}
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} line {number}: {error!r}") from None
+        records.append(EpisodeRecord(**values, whole=row.get("whole", True)))
+    return records
+
+
+def _stages(
+    config: Mapping[str, Any], episodes: Sequence[EpisodeRecord], metrics: Sequence[Mapping[str, Any]]
+) -> tuple[StageRecord, ...]:
+    modes = {stage["name"]: stage["mode"] for stage in (config.get("schedule") or {}).get("stages") or ()}
+    modes |= {episode.stage: episode.mode for episode in episodes if episode.stage not in modes}
+    records = [_stage(name, mode, episodes, metrics) for name, mode in modes.items()]
+    return tuple(sorted((r for r in records if r is not None), key=lambda record: record.start_time))
+
+
+def _stage(
+    name: str, mode: str, episodes: Sequence[EpisodeRecord], metrics: Sequence[Mapping[str, Any]]
+) -> StageRecord | None:
+    mine = [episode for episode in episodes if episode.stage == name]
+    rows = [row for row in metrics if row.get("stage") == name]
+    times = [t for e in mine for t in (e.start_time, e.end_time)] + [row["time"] for row in rows]
+    if not times:
+        return None
+    counted = [episode for episode in mine if episode.whole]
+    if mode == "eval":
+        counted = list({episode.seed: episode for episode in reversed(counted)}.values())[::-1]
+    steps = rows[-1]["step"] - rows[0]["step"] if rows else 0
+    return StageRecord(name, mode, tuple(counted), sum(e.n_ticks for e in mine), steps, min(times), max(times))

@@ -1,0 +1,139 @@
+"""summary.json and learning_curve.png of a run. The supervisor calls `write_summary` when every stage is done.
+
+Also `python -m serl_launcher.telemetry.summary <run_dir>`, at any time. docs/data.md explains each figure.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from serl_launcher.paths import RunPaths
+from serl_launcher.telemetry.history import EpisodeRecord, RunHistory, StageRecord, read_history
+from serl_launcher.telemetry.statistics import wilson
+
+RECENT = 40  # online episodes that stand in for an evaluation when the schedule has none
+
+
+def write_summary(run_dir: Path) -> dict[str, Any]:
+    """Write summary.json and learning_curve.png, each whole; returns the summary.
+
+    Raises ValueError when the folder is no run.
+    """
+    from serl_launcher.telemetry.learning_curve import draw
+
+    paths, history = RunPaths(Path(run_dir)), read_history(Path(run_dir))
+    summary = summarise(history) | {"run": paths.root.name, "config_sha256": _digest(paths.config)}
+    part = paths.summary.with_suffix(".tmp")
+    part.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, paths.summary)
+    draw(history, paths.learning_curve)
+    return summary
+
+
+def summarise(history: RunHistory) -> dict[str, Any]:
+    """The figures, the most wanted ones first."""
+    before, after = _evaluations(history.stages)
+    final = _rate(after.successes, len(after.episodes)) if after else _recent_rate(history)
+    start = _rate(before.successes, len(before.episodes)) if before else _rate(0, 0)
+    online = [episode for episode in history.episodes if episode.mode == "online"]
+    return {
+        "success_rate": final["rate"],
+        "success_rate_interval": final["interval"],
+        "success_rate_episodes": final["episodes"],
+        "success_rate_from": after.name if after else f"last {RECENT} online episodes",
+        "success_rate_before_online": start["rate"],
+        "success_rate_before_online_interval": start["interval"],
+        "episodes": len(history.episodes),
+        "accepted_episodes": sum(episode.accepted for episode in history.episodes),
+        "interventions": sum(episode.interventions > 0 for episode in online),
+        "intervention_ticks": sum(episode.interventions for episode in online),
+        "intervention_rate_first_third": _helped(online[: len(online) // 3]),
+        "intervention_rate_last_third": _helped(online[len(online) - len(online) // 3 :]),
+        "transitions": sum(episode.n_ticks for episode in history.episodes),
+        "minutes": round((history.end_time - history.start_time) / 60, 2),
+        "policy_versions": _versions(history),
+        "steps": int(history.metrics[-1]["step"]) if history.metrics else 0,
+        "seed": history.config.get("seed"),
+        "algo": (history.config.get("algo") or {}).get("name"),
+        "policy": (history.config.get("policy") or {}).get("name"),
+        "task": (history.config.get("task") or {}).get("name"),
+        "git_revision": _git_revision(),
+        "stages": [_stage_row(stage) for stage in history.stages],
+    }
+
+
+def _evaluations(stages: Sequence[StageRecord]) -> tuple[StageRecord | None, StageRecord | None]:
+    """The last evaluation before online training began, and the last one after (or the only one, without online)."""
+    begin = min((stage.start_time for stage in stages if stage.mode == "online"), default=None)
+    evaluations = [stage for stage in stages if stage.mode == "eval" and stage.episodes]
+    if begin is None:
+        return None, evaluations[-1] if evaluations else None
+    before = [stage for stage in evaluations if stage.start_time < begin]
+    after = [stage for stage in evaluations if stage.start_time >= begin]
+    return before[-1] if before else None, after[-1] if after else None
+
+
+def _recent_rate(history: RunHistory) -> dict[str, Any]:
+    recent = [episode for episode in history.episodes if episode.mode == "online" and episode.whole][-RECENT:]
+    return _rate(sum(episode.autonomous for episode in recent), len(recent))
+
+
+def _rate(successes: int, n: int) -> dict[str, Any]:
+    if n == 0:
+        return {"rate": None, "interval": None, "episodes": 0}
+    low, high = wilson(successes, n)
+    return {"rate": round(successes / n, 4), "interval": [round(low, 4), round(high, 4)], "episodes": n}
+
+
+def _helped(episodes: Sequence[EpisodeRecord]) -> float | None:
+    return round(sum(e.interventions > 0 for e in episodes) / len(episodes), 4) if episodes else None
+
+
+def _versions(history: RunHistory) -> int:
+    """Published policy versions; they count from 0."""
+    newest = (history.status.get("trainer") or {}).get("version")
+    logged = [row["policy/version"] for row in history.metrics if row.get("policy/version") is not None]
+    return int(max([newest if newest is not None else -1, *logged])) + 1
+
+
+def _stage_row(stage: StageRecord) -> dict[str, Any]:
+    result = _rate(stage.successes, len(stage.episodes))
+    return {
+        "name": stage.name,
+        "mode": stage.mode,
+        "episodes": result["episodes"],
+        "success_rate": result["rate"],
+        "success_rate_interval": result["interval"],
+        "ticks": stage.ticks,
+        "steps": stage.steps,
+        "minutes": round((stage.end_time - stage.start_time) / 60, 2),
+    }
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _git_revision() -> str | None:
+    """Commit of the running code, with `+changes` when the tree was edited; None outside a repository."""
+    folder = Path(__file__).parent
+    try:
+        revision = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"],
+            cwd=folder, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(write_summary(Path(sys.argv[1])), indent=2))
+    except (IndexError, ValueError) as error:
+        sys.exit(f"usage: python -m serl_launcher.telemetry.summary <run_dir>\n{error}")
