@@ -1,11 +1,12 @@
 """The episode ledger: one line per closed episode in episodes.jsonl, and the counts and rates drawn from it.
 
-Derived from the journal: rewritten at the gateway's start, appended to while it runs. The schedule, the tickets and
-the status document read it; so do people, with any tool that reads JSON lines.
+Derived from the journal: rewritten at the gateway's start, appended to while it runs (`write`). The schedule, the
+tickets and the status document read it; so do people, with any tool that reads JSON lines.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -81,9 +82,10 @@ class LedgerRow:
 
 
 class Ledger:
-    """All rows' counts; `open_file` starts writing."""
+    """Counts of all rows, and their lines in `path`."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self.rows = 0
         self.accepted = 0
         self.interventions = 0  # ticks
@@ -94,18 +96,30 @@ class Ledger:
         self._seeds: dict[Scope, dict[int, bool]] = {}  # eval: seed -> success of its first whole outcome
         self._online: deque[tuple[bool, bool]] = deque(maxlen=WINDOW)  # (success without help, had help)
         self._file: int | None = None
-        self._lines: list[str] = []
+        self._length = 0  # of the file, bytes
+        self._lines: list[str] = []  # not in the file yet
 
-    def open_file(self, path: Path) -> None:
-        """Replace the file by what is known, then append to it."""
-        part = path.with_suffix(".part")
-        part.write_text("".join(self._lines))
-        os.replace(part, path)
+    def write(self) -> None:
+        """Put new lines into the file; the first time the whole file is replaced. OSError leaves it as it was."""
+        block = "".join(self._lines).encode()
+        if self._file is None:
+            part = self._path.with_suffix(".part")
+            part.write_bytes(block)
+            os.replace(part, self._path)
+            self._file = os.open(self._path, os.O_WRONLY)
+        elif block:
+            try:
+                written = os.pwrite(self._file, block, self._length)
+                if written < len(block):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                os.ftruncate(self._file, self._length)
+                raise
+        self._length += len(block)
         self._lines.clear()
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def add(self, row: LedgerRow) -> None:
-        """Count a row and write its line. OSError leaves the counts right (the file is rebuilt at the next start)."""
+        """Count a row; `write` puts its line into the file."""
         self.rows += 1
         self.accepted += row.accepted
         self.interventions += row.interventions
@@ -114,10 +128,7 @@ class Ledger:
         self.started[row.stage] = self.started.get(row.stage, 0) + 1
         if row.whole:
             self._count(row)
-        if self._file is None:
-            self._lines.append(row.to_json() + "\n")
-        else:
-            os.write(self._file, (row.to_json() + "\n").encode())
+        self._lines.append(row.to_json() + "\n")
 
     def _count(self, row: LedgerRow) -> None:
         scope = scope_of(row.stage, row.actor, row.boot)

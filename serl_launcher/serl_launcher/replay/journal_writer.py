@@ -17,6 +17,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from serl_launcher.replay.journal import (
@@ -66,10 +67,16 @@ class JournalWriter:
     """Appends records behind `reader`, which must have read the whole journal (recovery does); a torn tail is cut off.
 
     post: runs a callable on the caller's loop, safe from this thread. segment_bytes: a segment this long is closed.
+    first: the record that opens an empty journal; StorageFull when even that cannot be written.
     """
 
     def __init__(
-        self, folder: Path, reader: JournalReader, post: Callable[[Callable[[], None]], None], segment_bytes: int
+        self,
+        folder: Path,
+        reader: JournalReader,
+        post: Callable[[Callable[[], None]], None],
+        segment_bytes: int,
+        first: bytes | None = None,
     ) -> None:
         self._folder = folder
         self._post = post
@@ -80,6 +87,11 @@ class JournalWriter:
         self._file: int | None = None
         self._mark = self._open_mark()
         self._publish()
+        if first is not None and self._sequence == 0:
+            try:
+                self._write_group([first], time.time_ns())
+            except OSError as failure:
+                raise StorageFull(_explain(failure, folder)) from None
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
@@ -124,7 +136,8 @@ class JournalWriter:
             error = None
         except OSError as failure:
             error = StorageFull(_explain(failure, self._folder))
-        self._post(lambda: [done(error, now) for _, done in group])
+        for _, done in group:  # one call each: a callback that fails must not take the others with it
+            self._post(partial(done, error, now))
 
     def _write_group(self, payloads: list[bytes], now: int) -> None:
         file = self._writable_segment()

@@ -1,0 +1,261 @@
+"""The gateway's composition: which message goes to which part, and what happens once a second.
+
+    5588 actors ─▶ data ─▶ Ingest          ipc roles ─▶ progress ─▶ TrainerProgress
+                   infer ─▶ InferForwarder              serving, infer_reply ─▶ InferForwarder
+                   request ─▶ next_episode | status | params
+    5589 ◀─ notify: params version, stage, stop
+
+One thread owns all of it; the journal's thread only writes and posts back. Nothing here waits for a disk or a peer.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from serl_launcher.gateway.actors import Actors
+from serl_launcher.gateway.files import read_json, write_json
+from serl_launcher.gateway.forward import InferForwarder
+from serl_launcher.gateway.ingest import Ingest
+from serl_launcher.gateway.internal import INFER_REPLY
+from serl_launcher.gateway.ledger import ADHOC, LedgerRow, scope_of
+from serl_launcher.gateway.progress import TrainerProgress
+from serl_launcher.gateway.published import PublishedParams
+from serl_launcher.gateway.schedule import Stage, StageState, current_stage
+from serl_launcher.gateway.settings import GatewaySettings
+from serl_launcher.gateway.tickets import Ticket, TicketOffice, stop, wait
+from serl_launcher.paths import RunPaths, internal_endpoint
+from serl_launcher.replay.journal_writer import JournalLock
+from serl_transport.config import TrainerConfig
+from serl_transport.envelope import Envelope
+from serl_transport.errors import BadFrame, UnknownKind
+from serl_transport.router import Peer
+from serl_transport.server import TrainerServer
+
+log = logging.getLogger("gateway")
+WANTS = ("follow", "demo", "online", "eval")
+TRAIN_WAIT_S = 0.5
+
+
+class Gateway:
+    """One run's gateway. Construction takes the lock, the ports and the journal; `run` serves until `stop`.
+
+    Raises, with a message for the user: RunFolderBusyError, CannotListen, ValueError (an open bind), JournalCorrupt,
+    SpecChangedError, RingError, StorageFull.
+    """
+
+    def __init__(self, settings: GatewaySettings, paths: RunPaths) -> None:
+        self.settings, self.paths = settings, paths
+        self._lock = JournalLock(paths.journal)
+        self.server = TrainerServer(
+            TrainerConfig(
+                port_number=settings.port,
+                broadcast_port=settings.broadcast_port,
+                bind_host=settings.bind_host,
+                insecure=settings.insecure,
+            ),
+            spec=settings.spec,
+        )
+        try:
+            self._compose()
+        except BaseException:
+            self.server.stop()
+            self._lock.release()
+            raise
+
+    def _compose(self) -> None:
+        settings, paths, server = self.settings, self.paths, self.server
+        self.actors = Actors(settings.dead_actor_s)
+        self.progress = TrainerProgress(paths.stage_progress, settings.stages)
+        self.params = PublishedParams(paths.params)
+        self.tickets = TicketOffice(settings.seed, settings.dead_actor_s, self.actors.alive)
+        self.ingest = Ingest(settings, paths, self.actors, server.reply, server.call_soon, self._episode_closed)
+        self._restore_tickets()
+        self._roles = server.add_router(internal_endpoint(paths.root))
+        self.forwarder = InferForwarder(self._roles, server.reply)
+        self._stage = self._current_stage()
+        self._exported: dict[str, Any] = {}
+        self._status_late = False
+        self._register_handlers()
+        self._announce_params()
+        server.loop.every(0.25, self._announce_params)
+        server.loop.every(1.0, self._every_second)
+        server.loop.every(60.0, self.ingest.report_problems)
+
+    def _register_handlers(self) -> None:
+        server, roles = self.server, self._roles
+        server.on_hello(self._hello)
+        server.handle("heartbeat", self._heartbeat)
+        server.handle("data", self.ingest.data, raw=True)
+        server.handle("infer", self.forwarder.infer, raw=True)
+        server.handle("request", self._request)
+        roles.handle("role_hello", self._role_hello)
+        roles.handle("progress", self._progress)
+        roles.handle("status", lambda peer, envelope, body: self.status())
+        roles.handle("serving", self._serving)
+        roles.handle(INFER_REPLY, self.forwarder.answered, raw=True)
+
+    @property
+    def port(self) -> int:
+        """Where actors connect."""
+        return self.server.config.port_number
+
+    @property
+    def broadcast_port(self) -> int:
+        """Where notifications come from."""
+        return self.server.config.broadcast_port
+
+    def run(self) -> None:
+        """Serve until `stop`, then leave a whole journal and a last status behind."""
+        where = f"{self.settings.bind_host}:{self.port}"
+        log.info("run %s: listening on %s, notifying on %d", self.settings.run, where, self.broadcast_port)
+        self._write_status()
+        try:
+            self.server.start()
+        finally:
+            self.ingest.close()
+            self._write_status()
+            self._lock.release()
+
+    def stop(self) -> None:
+        """Make `run` return; from any thread or a signal handler."""
+        self.server.loop.stop()
+
+    def status(self) -> dict[str, Any]:
+        """The status document of docs/architecture.md."""
+        ledger = self.ingest.ledger
+        return {
+            "run": self.settings.run,
+            "time": time.time(),
+            "stage": self._stage.to_status(),
+            "done": self._stage.done,
+            "ring": str(self.ingest.ring.path),
+            "counts": ledger.counts(),
+            "rates": {"transitions_per_s": self.ingest.transitions_per_s(), **ledger.rates()},
+            "eval": ledger.evaluations(),
+            "trainer": self.progress.to_status(),
+            "serving": self.forwarder.to_status(),
+            "actors": self.actors.to_status(self.params.times),
+            "exporter": self._exported,
+        }
+
+    # Actors.
+
+    def _hello(self, peer: Peer, body: dict[str, Any]) -> dict[str, Any]:
+        self.actors.joined(peer.actor_id, peer.boot_id)
+        return {"run": self.settings.run, "stage": self._stage.to_status(), "done": self._stage.done}
+
+    def _heartbeat(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
+        self.actors.heartbeat(peer.actor_id, body)
+        return self.server.heartbeat_reply()
+
+    def _request(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
+        self.actors.seen(peer.actor_id)
+        if envelope.target == "next_episode":
+            return self.next_episode(peer.actor_id, peer.boot_id, body)
+        if envelope.target == "status":
+            return self.status()
+        if envelope.target == "params":
+            self._announce_params()
+            return self.params.chunk(body)
+        raise UnknownKind(f"no request {envelope.target!r}; the requests are next_episode, status, params")
+
+    def next_episode(self, actor: str, boot: str, payload: dict[str, Any]) -> dict[str, Any]:
+        """Run, wait or stop, as the schedule (`want: follow`) or the actor itself says."""
+        want, limit = payload.get("want", "follow"), payload.get("episodes")
+        if want not in WANTS:
+            raise BadFrame(f"next_episode: want: expected one of {', '.join(WANTS)}, got {want!r}")
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise BadFrame(f"next_episode: episodes: expected a whole number from 1, or null, got {limit!r}")
+        state = self._stage
+        running = state.stage is not None and not state.done
+        if running and (want == "follow" or (want == state.stage.mode and limit is None)):
+            return self._ticket(state.stage, actor, boot, state.min_version)
+        if want == "follow":
+            reason = "every stage of the schedule is done" if state.stage else "the schedule names no stage"
+            return stop(f"{reason}; an actor may still ask for rollout.mode=demo, online or eval")
+        needed = {"demo": -1, "online": 0, "eval": max(self.params.version or 0, 0)}[want]
+        stage = Stage(f"{ADHOC}{want}", want, limit, takeover=want != "eval")
+        return self._ticket(stage, actor, boot, needed)
+
+    def _ticket(self, stage: Stage, actor: str, boot: str, min_version: int) -> dict[str, Any]:
+        if stage.mode == "train":
+            state = self._stage
+            return wait(TRAIN_WAIT_S, f"stage {stage.name}: the learner trains, step {state.steps} of {stage.steps}")
+        scope = scope_of(stage.name, actor, boot)
+        counts = self.ingest.ledger.scope(scope)
+        if stage.name.startswith(ADHOC) and stage.episodes and counts.counted >= stage.episodes:
+            return stop(f"{stage.episodes} episodes are done")
+        return self.tickets.issue(stage, scope, counts, actor, boot, min_version, time.monotonic())
+
+    # Roles.
+
+    def _role_hello(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
+        log.info("role %s (pid %s) is here", body.get("role"), body.get("pid"))
+        if body.get("role") == "trainer":
+            self.progress.hello()
+        return self.status()
+
+    def _progress(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
+        self.progress.report(body)
+        self._announce_params()
+        self._update_stage()
+        return self.status()
+
+    def _serving(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
+        self.forwarder.serving(peer, body)
+        return {}
+
+    # Inside.
+
+    def _episode_closed(self, row: LedgerRow) -> None:
+        self.tickets.finish(row.episode_id)
+        self._update_stage()
+
+    def _current_stage(self) -> StageState:
+        counted = self.ingest.ledger.stage_episodes()
+        return current_stage(self.settings.stages, counted, self.progress.stage_steps, self.progress.end_versions)
+
+    def _update_stage(self) -> None:
+        before, self._stage = self._stage, self._current_stage()
+        stage = self._stage.stage
+        if self._stage.done and not before.done:
+            log.info("every stage of the schedule is done")
+            self.server.notify({"topic": "stop", "reason": "every stage of the schedule is done"})
+        elif stage is not None and (self._stage.index, self._stage.done) != (before.index, before.done):
+            log.info("stage %s (%s)", stage.name, stage.mode)
+            self.server.notify({"topic": "stage", **self._stage.to_status()})
+
+    def _restore_tickets(self) -> None:
+        """Episodes that were open when the last gateway ended are still being made by their actors."""
+        started = dict(self.ingest.ledger.started)
+        for episode_id, opened in self.ingest.assembler.open.items():
+            info = opened.info
+            scope = scope_of(info.stage, opened.actor, opened.boot)
+            self.tickets.restore(Ticket(episode_id, scope, info.seed, opened.actor, opened.boot))
+            started[info.stage] = started.get(info.stage, 0) + 1
+        for stage, count in started.items():
+            self.tickets.skip_seeds(stage, count)
+
+    def _announce_params(self) -> None:
+        if self.params.refresh():
+            log.info("policy version %s is published", self.params.version)
+            self.server.announce_params(self.params.version or 0)
+
+    def _every_second(self) -> None:
+        self.actors.report_silence()
+        self.ingest.close_abandoned()
+        self.ingest.write_ledger()
+        self.forwarder.check()
+        self._exported = read_json(self.paths.root / "dataset_status.json") or {"episodes": 0}
+        self._write_status()
+
+    def _write_status(self) -> None:
+        try:
+            write_json(self.paths.status, self.status())
+            self._status_late = False
+        except OSError as error:
+            if not self._status_late:
+                log.error("cannot write %s: %s", self.paths.status, error.strerror)
+            self._status_late = True

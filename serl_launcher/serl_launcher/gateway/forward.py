@@ -1,0 +1,76 @@
+"""Inference through the gateway: an actor's frames go to the policy server and its answer comes back, both unread.
+
+    actor ─▶ infer(token, frames) ─▶ [in flight] ─▶ policy server ─▶ infer_reply(token, frames) ─▶ actor
+
+The policy server registers by its `serving` report, once a second. When it falls silent, or another process takes its
+place, whatever is in flight is answered with `not_ready`, so that no actor waits for a dead process.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from serl_launcher.gateway.internal import INFER
+from serl_transport.codec import Frames
+from serl_transport.envelope import Envelope
+from serl_transport.errors import NotReady, WireError
+from serl_transport.router import Peer, Reply, Router
+
+log = logging.getLogger("gateway")
+SILENT_S = 5.0
+
+
+class InferForwarder:
+    """roles: the internal router; reply: answers an actor by token."""
+
+    def __init__(self, roles: Router, reply: Callable[[bytes, Reply], None]) -> None:
+        self._roles = roles
+        self._reply = reply
+        self._server: bytes | None = None  # the policy server's address
+        self._pid: Any = None
+        self._last = 0.0
+        self._in_flight: set[bytes] = set()
+        self._serving: dict[str, Any] = {}
+
+    def infer(self, peer: Peer, envelope: Envelope, frames: Frames) -> None:
+        """An actor asks. Raises NotReady when nobody serves."""
+        if self._server is None:
+            raise NotReady("no policy server is running yet (or it is restarting); ask again")
+        self._in_flight.add(envelope.token)
+        self._roles.push(self._server, Envelope(INFER, envelope.actor_id, request_id=envelope.token), frames)
+
+    def answered(self, peer: Peer, envelope: Envelope, frames: Frames) -> None:
+        """The policy server answers; an answer to what was given up meanwhile is dropped."""
+        token = envelope.request_id
+        if not isinstance(token, bytes) or token not in self._in_flight:
+            return
+        self._in_flight.discard(token)
+        error = envelope.error
+        self._reply(token, frames if error is None else WireError.from_code(*error))
+
+    def serving(self, peer: Peer, body: dict[str, Any]) -> None:
+        """The policy server is there; its figures go into the status."""
+        if (peer.address, body.get("pid")) != (self._server, self._pid):
+            log.info("policy server %s serves", body.get("pid"))
+            self._give_up("the policy server was replaced; ask again")
+        self._server, self._pid, self._last = peer.address, body.get("pid"), time.monotonic()
+        self._serving = {key: body.get(key) for key in ("version", "requests", "batch_mean", "p50_ms")}
+
+    def check(self) -> None:
+        """Give up on a silent policy server; call once a second."""
+        if self._server is not None and time.monotonic() - self._last > SILENT_S:
+            log.warning("the policy server has been silent for %.0f s", SILENT_S)
+            self._server = None
+            self._give_up("the policy server fell silent; ask again")
+
+    def to_status(self) -> dict[str, Any]:
+        """The `serving` part of the status document."""
+        return {**self._serving, "alive": self._server is not None}
+
+    def _give_up(self, why: str) -> None:
+        tokens, self._in_flight = self._in_flight, set()
+        for token in tokens:
+            self._reply(token, NotReady(why))

@@ -1,0 +1,82 @@
+"""What the trainer has reported, kept in stage_progress.json so that the stage survives a gateway without a trainer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from serl_launcher.gateway.files import read_json, write_json
+from serl_launcher.gateway.schedule import Stage
+from serl_transport.errors import BadFrame
+
+log = logging.getLogger("gateway")
+ALIVE_S = 5.0  # a trainer reports once a second
+
+
+class TrainerProgress:
+    """Steps per stage never go back, unless the trainer has said hello (it resumed from a checkpoint)."""
+
+    def __init__(self, path: Path, stages: Sequence[Stage]) -> None:
+        self._path = path
+        self._goals = {stage.name: stage.steps for stage in stages if stage.steps}
+        kept = read_json(path) or {}
+        self.step: int = kept.get("step", 0)
+        self.version: int = kept.get("version", -1)
+        self.stage_steps: dict[str, int] = kept.get("stage_steps", {})
+        self.end_versions: dict[str, int] = kept.get("end_versions", {})  # stage -> version when its steps were done
+        self.metrics: dict[str, float] = {}
+        self._last = -float("inf")
+        self._resumed = False
+
+    def hello(self) -> None:
+        """A trainer process started: its first report is the truth, even when it is behind."""
+        self._resumed = True
+
+    def report(self, body: Mapping[str, Any]) -> None:
+        """Take one `progress` message. BadFrame names what is wrong with it."""
+        step, version = body.get("step"), body.get("version")
+        steps, metrics = body.get("stage_steps"), body.get("metrics", {})
+        if not isinstance(step, int) or not isinstance(version, int):
+            raise BadFrame(f"progress: expected step and version: int, got {step!r} and {version!r}")
+        if not isinstance(steps, dict) or not all(isinstance(n, int) for n in steps.values()):
+            raise BadFrame(f"progress: expected stage_steps: {{stage: int}}, got {steps!r}")
+        if not isinstance(metrics, dict):
+            raise BadFrame(f"progress: expected metrics: {{name: number}}, got {metrics!r}")
+        before = (self.step, self.version, dict(self.stage_steps), dict(self.end_versions))
+        if self._resumed:
+            self.stage_steps, self._resumed = dict(steps), False
+        else:
+            for stage, n in steps.items():
+                self.stage_steps[stage] = max(n, self.stage_steps.get(stage, 0))
+        self.step, self.version, self.metrics, self._last = step, version, metrics, time.monotonic()
+        self._note_ends()
+        if before != (self.step, self.version, self.stage_steps, self.end_versions):
+            self._keep()
+
+    def to_status(self) -> dict[str, Any]:
+        """The `trainer` part of the status document."""
+        alive = time.monotonic() - self._last < ALIVE_S
+        return {"step": self.step, "version": self.version, "metrics": self.metrics, "alive": alive}
+
+    def _note_ends(self) -> None:
+        for stage, goal in self._goals.items():
+            over = self.stage_steps.get(stage, 0) >= goal
+            if over:
+                self.end_versions.setdefault(stage, self.version)
+            else:
+                self.end_versions.pop(stage, None)
+
+    def _keep(self) -> None:
+        body = {
+            "step": self.step,
+            "version": self.version,
+            "stage_steps": self.stage_steps,
+            "end_versions": self.end_versions,
+        }
+        try:
+            write_json(self._path, body)
+        except OSError as error:
+            log.warning("cannot write %s (%s): a restarted gateway will ask the trainer", self._path, error.strerror)

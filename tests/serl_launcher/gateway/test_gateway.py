@@ -1,0 +1,251 @@
+"""The gateway over real sockets: an item is stored once and shows up everywhere; tickets, roles, refusals, restarts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gateway_samples import connected, serving
+from replay_samples import SPEC, batches, info, wait_for
+
+from serl_launcher.gateway.internal import InternalClient, PolicyLink
+from serl_launcher.replay.episodes import journal_episodes
+from serl_launcher.replay.ring import RingReader
+from serl_transport.client import TrainerClient
+from serl_transport.errors import BadFrame, NotReady, Refused, SchemaMismatch, UnknownKind
+from serl_transport.schema import StepBatch
+from serl_transport.specs import TaskSpec
+
+
+def send(client: TrainerClient, parts: list[StepBatch]) -> None:
+    for part in parts:
+        client.send_item(part.to_body())
+
+
+def ledger(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "episodes.jsonl").read_text().splitlines()]
+
+
+def run_ticket(client: TrainerClient, success: bool = True, driven=(), **payload) -> dict:
+    """Ask for a ticket, make its episode, wait until it is stored."""
+    ticket = client.request("next_episode", payload)
+    if ticket["action"] == "run":
+        who = info(
+            ticket["episode_id"], actor=client.name, boot=client.boot_id, mode=ticket["mode"], stage=ticket["stage"],
+            seed=ticket["seed"],
+        )  # fmt: skip
+        send(client, batches(who, success=success, driven=driven))
+        assert client.flush(10)
+    return ticket
+
+
+def test_an_item_travels_from_the_client_to_the_ring_and_the_ledger(tmp_path: Path) -> None:
+    with serving(tmp_path) as gateway, connected(gateway) as client:
+        send(client, batches(info("e1", mode="demo", stage="demos"), (4, 3), driven=(0, 1, 2)))
+        send(client, batches(info("e2", mode="eval", stage="before", seed=1_000_000), success=False))
+        send(client, batches(info("e3"), (5,), version=7))
+        assert client.flush(10)
+        wait_for(lambda: len(ledger(tmp_path)) == 3)
+        rows = ledger(tmp_path)
+        assert [(row["episode_id"], row["ordinal"], row["mode"], row["accepted"]) for row in rows] == [
+            ("e1", 0, "demo", True), ("e2", 1, "eval", False), ("e3", 2, "online", True),
+        ]  # fmt: skip
+        assert (rows[0]["n_ticks"], rows[0]["return"], rows[0]["interventions"]) == (7, 1.0, 3)
+        assert (rows[1]["truncated_by"], rows[2]["policy_version_last"]) == ("time_limit", 7)
+        status = client.request("status")
+        assert status["counts"]["episodes"] == 3
+        assert status["counts"]["transitions"] == 19
+        reader = RingReader(status["ring"])
+        episodes = reader.episodes()
+        assert [(row.ordinal, row.mode, row.success) for row in episodes] == [(0, "demo", True), (2, "online", True)]
+        got = reader.gather(np.arange(episodes[0].first_frame, episodes[0].first_frame + 8))
+        assert got["observation.images.front"][:, 0, 0, 0].tolist() == list(range(8))
+        assert wait_for(lambda: client.request("status")["actors"]["a"])["boot"] == client.boot_id
+    assert [episode.info.episode_id for _, episode in journal_episodes(tmp_path, SPEC)] == ["e1", "e2", "e3"]
+    assert json.loads((tmp_path / "status.json").read_text())["counts"]["episodes"] == 3
+
+
+def test_a_restart_rebuilds_everything_from_the_journal(tmp_path: Path) -> None:
+    parts = batches(info("e2"), (3, 3))
+    with serving(tmp_path) as gateway, connected(gateway) as client:
+        send(client, [*batches(info("e1", mode="demo", stage="demos")), parts[0]])
+        assert client.flush(10)
+        before, ring, boot = client.request("status"), str(gateway.ingest.ring.path), client.boot_id
+    rows = ledger(tmp_path)
+    (tmp_path / "episodes.jsonl").unlink()
+    with serving(tmp_path) as gateway:
+        with connected(gateway) as client:
+            status = client.request("status")
+            assert status["counts"] == before["counts"]
+            assert status["stage"] == before["stage"]
+            assert status["ring"] != ring
+            assert ledger(tmp_path) == rows
+            assert [row.ordinal for row in RingReader(status["ring"]).episodes()] == [0]
+            # The rest of the open episode, and a repeat of what was stored, as a client re-sends after a cut.
+            for seq, part in ((3, parts[0]), (4, parts[1])):
+                client._data.call("data", part.to_body(), target="") if False else None
+                gateway_reply = _send_as(client, boot, seq, part)
+                assert gateway_reply["duplicate"] == (seq == 3)
+            wait_for(lambda: len(ledger(tmp_path)) == 2)
+            assert ledger(tmp_path)[1]["n_ticks"] == 6
+
+
+def _send_as(client: TrainerClient, boot: str, seq: int, part: StepBatch) -> dict:
+    """Deliver an item under an earlier boot's number."""
+    import threading
+
+    from serl_transport.codec import pack, unpack
+
+    box, done = [], threading.Event()
+
+    def on_reply(result) -> None:
+        box.append(result)
+        done.set()
+
+    client._data.loop.call_soon(
+        lambda: client._data.submit("data", pack(part.to_body()), on_reply, target="", seq=seq, boot_id=boot)
+    )
+    assert done.wait(10)
+    return unpack(box[0])
+
+
+def test_the_schedule_leads_an_actor_through_the_stages(tmp_path: Path) -> None:
+    with serving(tmp_path) as gateway, connected(gateway) as client:
+        trainer = InternalClient(tmp_path, "trainer", patience_s=10)
+        assert trainer.hello()["stage"]["name"] == "demos"
+        assert run_ticket(client, success=False)["stage"] == "demos"  # a failed demonstration does not count
+        demos = [run_ticket(client) for _ in range(2)]
+        assert all(ticket["seed"] < 1_000_000 and ticket["min_version"] == -1 for ticket in demos)
+        assert run_ticket(client)["action"] == "wait"
+        status = trainer.progress(step=10, stage_steps={"sft": 10}, version=4, metrics={"losses/flow": 0.5})
+        assert status["stage"] == {
+            "index": 2, "name": "before", "mode": "eval", "steps_goal": None, "episodes_goal": 2, "steps": 0,
+            "episodes": 0, "min_version": 4,
+        }  # fmt: skip
+        assert status["trainer"] == {"step": 10, "version": 4, "metrics": {"losses/flow": 0.5}, "alive": True}
+        evals = [run_ticket(client, success=k == 0) for k in range(2)]
+        assert [ticket["seed"] for ticket in evals] == [1_000_000, 1_000_001]
+        assert [(ticket["min_version"], ticket["takeover"]) for ticket in evals] == [(4, False)] * 2
+        online = [run_ticket(client, success=k > 0, driven=(2,) if k == 1 else ()) for k in range(4)]
+        assert {ticket["stage"] for ticket in online} == {"online"}
+        assert online[0]["takeover"]
+        status = client.request("status")
+        assert status["eval"] == {"before": {"episodes": 2, "successes": 1}}
+        assert status["rates"]["success_rate"] == 0.5  # of four: a failure, a helped one, two alone
+        assert status["rates"]["intervention_rate"] == 0.25
+        assert not status["done"]
+        assert trainer.progress(step=15, stage_steps={"sft": 10, "online": 5}, version=6)["done"]
+        assert client.request("next_episode", {"want": "follow"})["action"] == "stop"
+        trainer.close()
+    with serving(tmp_path) as gateway:
+        assert gateway.status()["done"]  # known without the trainer
+
+
+def test_an_actor_may_ask_for_its_own_episodes(tmp_path: Path) -> None:
+    with serving(tmp_path, schedule__stages=[]) as gateway, connected(gateway) as client:
+        assert client.request("next_episode", {})["action"] == "stop"
+        tickets = [run_ticket(client, want="eval", episodes=2) for _ in range(3)]
+        assert [ticket["action"] for ticket in tickets] == ["run", "run", "stop"]
+        assert [ticket["seed"] for ticket in tickets[:2]] == [1_000_000, 1_000_001]
+        assert tickets[0]["stage"] == "adhoc_eval"
+        assert run_ticket(client, want="demo")["mode"] == "demo"
+        with connected(gateway, "b") as other:  # counts of its own
+            assert run_ticket(other, want="eval", episodes=2)["seed"] == 1_000_000
+        for payload in ({"want": "evla"}, {"want": "eval", "episodes": 0}):
+            with pytest.raises(BadFrame, match="next_episode"):
+                client.request("next_episode", payload)
+        with pytest.raises(UnknownKind, match="next_episode, status, params"):
+            client.request("nothing", {})
+
+
+def test_bad_items_are_refused_once_and_hold_nothing_up(tmp_path: Path, caplog) -> None:
+    with serving(tmp_path) as gateway, connected(gateway) as client:
+        good = batches(info("e1"))
+        bad = dict(good[0].arrays)
+        bad["action"] = bad["action"] * np.nan
+        send(client, [replace(good[0], arrays=bad), replace(good[0], episode=replace(info("e0"), task="other"))])
+        client.send_item({"hello": "world"})
+        send(client, good)
+        assert client.flush(10)
+        wait_for(lambda: len(ledger(tmp_path)) == 1)
+        assert client.refused_items == 3
+    text = caplog.text
+    assert "action dim 'dx'" in text
+    assert "expected task 'toy', got 'other'" in text
+
+
+def test_another_task_is_refused_at_the_handshake(tmp_path: Path) -> None:
+    with serving(tmp_path) as gateway:
+        other = TaskSpec.from_dict({**SPEC.to_dict(), "max_ticks": 61})
+        with pytest.raises(SchemaMismatch, match="max_ticks: 61 on the actor, 60 on the learner"):
+            TrainerClient("a", "127.0.0.1", gateway.server.config, spec=other, wait_for_server=False)
+
+
+def test_inference_goes_to_the_policy_server_and_back(tmp_path: Path) -> None:
+    question = {"observation": {"state": np.zeros(2, np.float32), "images": {}}, "prompt": "p", "min_version": 0}
+    with serving(tmp_path) as gateway, connected(gateway) as client:
+        with pytest.raises(NotReady, match="no policy server"):
+            client.infer(question)
+        link = PolicyLink(tmp_path)
+        link.serving(version=3, requests=0, batch_mean=0.0, p50_ms=None)
+        wait_for(lambda: client.request("status")["serving"].get("version") == 3)
+
+        def answer(result) -> None:
+            request = wait_for(lambda: link.receive(1.0))
+            assert request.body["prompt"] == "p"
+            link.reply(request.token, result)
+
+        import threading
+
+        for result in (
+            {"actions": np.ones((4, 2), np.float32), "policy_version": 3},
+            NotReady("version 9 is not here"),
+        ):
+            thread = threading.Thread(target=answer, args=(result,))
+            thread.start()
+            if isinstance(result, dict):
+                assert client.infer(question)["actions"].shape == (4, 2)
+            else:
+                with pytest.raises(NotReady, match="version 9"):
+                    client.infer(question)
+            thread.join()
+        # Another policy server takes over while a question is open: the actor is told, instead of waiting.
+        replacement = PolicyLink(tmp_path)
+        thread = threading.Thread(
+            target=lambda: (
+                wait_for(lambda: link.receive(1.0)),
+                replacement.serving(version=4, requests=0, batch_mean=0.0, p50_ms=1.0),
+            )
+        )
+        thread.start()
+        with pytest.raises(NotReady, match="replaced"):
+            client.infer(question)
+        thread.join()
+        link.close()
+        replacement.close()
+
+
+def test_parameters_are_announced_and_pulled(tmp_path: Path) -> None:
+    import hashlib
+
+    blob = np.random.default_rng(0).integers(0, 256, 5_000_000, dtype=np.uint8).tobytes()
+    params = tmp_path / "params"
+    params.mkdir()
+    with serving(tmp_path) as gateway, connected(gateway) as client:
+        with pytest.raises(NotReady):
+            client.fetch_params()
+        heard: list[dict] = []
+        client.on_notify(heard.append)
+        (params / "v000002.safetensors").write_bytes(blob)
+        entry = {"version": 2, "step": 10, "file": "v000002.safetensors", "bytes": len(blob),
+                 "sha256": hashlib.sha256(blob).hexdigest(), "time": 1.0}  # fmt: skip
+        (params / "latest.json").write_text(json.dumps(entry))
+        wait_for(lambda: gateway.params.version == 2)
+        published = client.fetch_params()
+        assert (published.version, published.blob) == (2, blob)
+        assert wait_for(lambda: [body for body in heard if body["topic"] == "params"])[0]["version"] == 2
+        with pytest.raises(Refused, match="newest is 2"):
+            client.fetch_params(1)
