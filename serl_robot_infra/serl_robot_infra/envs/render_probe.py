@@ -20,6 +20,7 @@ _CHILD_TIMEOUT_S = 30.0
 # Software GL is taken only where the ray renderer is dear. Below this its saving is nothing beside one inference, and
 # images that are equal on every machine are worth more. On two cores: egl (llvmpipe) 0.5 ms, ray 0.9 ms.
 _DEAR_MS = 3.0
+_OSMESA = ("usr/lib/libOSMesa.so*", "usr/lib64/libOSMesa.so*", "usr/lib/*/libOSMesa.so*")
 _SOFTWARE = ("llvmpipe", "softpipe", "swrast", "software")
 
 
@@ -92,7 +93,7 @@ def _machine() -> dict:
         "host": os.uname().nodename,
         "mujoco": mujoco.__version__,
         "vendors": sorted(path.name for path in vendors.glob("*.json")),
-        "osmesa": sorted(str(path) for path in Path("/usr/lib").glob("**/libOSMesa.so*")),
+        "osmesa": sorted(str(path) for pattern in _OSMESA for path in Path("/").glob(pattern)),
         "devices": [os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("MUJOCO_EGL_DEVICE_ID")],
         "dri": sorted(path.name for path in Path("/dev/dri").glob("*")),
     }

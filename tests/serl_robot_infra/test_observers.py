@@ -1,0 +1,165 @@
+"""Observers: the console's lines, the videos, and that a failing observer stops nothing."""
+
+import io
+
+import av
+import numpy as np
+import pytest
+
+from serl_robot_infra.evaluation import EvaluationSummary, wilson
+from serl_robot_infra.observers.base import EpisodeReport, Observer, ObserverGroup
+from serl_robot_infra.observers.console import ConsoleObserver, Vitals
+from serl_robot_infra.observers.video import VideoObserver
+from serl_transport.schema import EpisodeInfo, Observation, Outcome, TimeStep
+
+INFO = EpisodeInfo("e1", "actor-0", "boot", "pick", "do it", "online", "online", 7, 1.5)
+
+
+def observation(value=100):
+    return Observation({"front": np.full((32, 32, 3), value, np.uint8), "wrist": np.full((24, 40, 3), value, np.uint8)},
+                       np.zeros(5, np.float32))  # fmt: skip
+
+
+def step(intervention):
+    return TimeStep(observation(), np.zeros(4, np.float32), 0.0, False, False, False, intervention, 7, 1)
+
+
+def report(success=True, mode="online", cut=None, **changes):
+    values = dict(
+        index=12, info=EpisodeInfo(**{**{k: getattr(INFO, k) for k in INFO.__slots__}, "mode": mode, "stage": mode}),
+        outcome=Outcome(success, "environment", cut), cut_reason=None, ticks=30, return_=1.0, operator_ticks=9,
+        seconds=3.0, policy_version=7,
+    )  # fmt: skip
+    return EpisodeReport(**{**values, **changes})
+
+
+def console(stream, **vitals):
+    values = {"infer_p50_ms": 14.2, "backlog": 3, "overruns": 0, "refused": 0, **vitals}
+    return ConsoleObserver(lambda: Vitals(**values), stream)
+
+
+def test_one_line_per_episode():
+    stream = io.StringIO()
+    observer = console(stream)
+    observer.episode_started(INFO)
+    for _ in range(30):
+        observer.tick(step(False))
+    observer.episode_ended(report(), observation())
+    assert stream.getvalue() == (
+        "#12 online · success · return 1.0 · 30 ticks: policy v7 21, operator 9 · 10 Hz · infer 14 ms · backlog 3\n"
+    )
+
+
+def test_a_repeated_message_is_printed_once_while_only_its_numbers_change():
+    stream = io.StringIO()
+    observer = console(stream)
+    for step_number in range(50):
+        observer.message(f"waiting: training sft ({step_number}/900)")
+    observer.message("learner silent for 3 s; holding")
+    assert len(stream.getvalue().splitlines()) == 2
+
+
+def test_a_terminal_gets_a_live_line():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    observer = console(stream, overruns=2, refused=1)
+    observer.episode_started(INFO)
+    observer.tick(step(True))
+    out = stream.getvalue()
+    assert "operator drives" in out
+    assert "2 overruns" in out
+    assert "1 REFUSED" in out
+    assert "\n" not in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"success": False}, "failure ·"),
+        ({"success": False, "cut": "time_limit"}, "failure (time limit)"),
+        (
+            {"success": False, "cut": "stop", "cut_reason": "episode e1 cut at tick 3: stopped"},
+            "cut at tick 3: stopped",
+        ),
+    ],
+)
+def test_how_it_ended(changes, words):
+    stream = io.StringIO()
+    console(stream).episode_ended(report(**changes), observation())
+    assert words in stream.getvalue()
+
+
+def test_video_of_every_kth_episode(tmp_path):
+    observer = VideoObserver(tmp_path / "videos", every=2, fps=10)
+    for index in range(3):
+        observer.episode_started(INFO)
+        for tick in range(12):
+            observer.tick(step(tick >= 6))
+        observer.episode_ended(report(success=index == 0), observation())
+    names = sorted(path.name for path in (tmp_path / "videos").iterdir())
+    assert names == ["online-00000-seed7-success.mp4", "online-00002-seed7-failure.mp4"]
+    with av.open(str(tmp_path / "videos" / names[0])) as video:
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    assert len(frames) == 12 + 10  # ticks, and one second of the outcome
+    # The border tells the driver: blue for the policy, orange for the operator, green for success.
+    corner = [frame[2, 2].astype(int) for frame in (frames[0], frames[8], frames[-1])]
+    assert corner[0].argmax() == 2
+    assert corner[1].argmax() == 0
+    assert corner[2].argmax() == 1
+
+
+def test_no_videos_at_zero(tmp_path):
+    observer = VideoObserver(tmp_path / "videos", every=0, fps=10)
+    observer.episode_started(INFO)
+    observer.tick(step(False))
+    observer.episode_ended(report(), observation())
+    assert not (tmp_path / "videos").exists()
+
+
+def test_a_failing_observer_is_reported_once_and_left_out():
+    class Broken(Observer):
+        def tick(self, step):
+            raise OSError("disk full")
+
+    stream = io.StringIO()
+    group = ObserverGroup([Broken(), console(stream)])
+    group.episode_started(INFO)
+    group.tick(step(False))
+    group.tick(step(False))
+    assert stream.getvalue() == "Broken failed and is switched off: disk full\n"
+
+
+def test_rerun_writes_a_recording(tmp_path):
+    pytest.importorskip("rerun", reason="rerun-sdk is not installed")
+    from serl_robot_infra.envs.pick import PickEnv
+    from serl_robot_infra.observers.rerun_log import RerunObserver
+
+    path = tmp_path / "rerun" / "a.rrd"
+    observer = RerunObserver(PickEnv(cameras=()).spec, path)
+    observer.episode_started(INFO)
+    observer.tick(step(True))
+    observer.episode_ended(report(), observation())
+    observer.close()
+    assert path.stat().st_size > 1000
+
+
+def test_wilson_interval_by_hand():
+    # 55 of 60: p = 0.9167, z^2/n = 0.0640, centre = (0.9167 + 0.0320) / 1.0640, half = 1.96 / 1.064 * 0.0390.
+    low, high = wilson(55, 60)
+    assert low == pytest.approx(0.819, abs=0.001)
+    assert high == pytest.approx(0.964, abs=0.001)
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(0, 10)[0] == 0.0
+    assert wilson(10, 10)[1] == 1.0
+
+
+def test_evaluation_counts_whole_evaluation_episodes_only():
+    summary = EvaluationSummary()
+    summary.add(report(mode="eval"))
+    summary.add(report(mode="eval", success=False, cut="time_limit"))
+    summary.add(report(mode="eval", success=False, cut="stop"))
+    summary.add(report(mode="online"))
+    assert summary.lines() == ["evaluation eval: 1/2 = 0.50 [0.09, 0.91]"]

@@ -1,0 +1,63 @@
+"""Operators: when they drive, and that no inference is spent while they do."""
+
+import numpy as np
+import pytest
+
+from serl_robot_infra.envs.pick import PickEnv
+from serl_robot_infra.interventions.none import NoIntervention
+from serl_robot_infra.interventions.scripted import ScriptedOperator
+
+PROPOSAL = np.float32([0, 0, 0, -1])
+
+
+@pytest.fixture
+def env():
+    return PickEnv(cameras=())
+
+
+def drive(operator, env, ticks, seed=0, from_start=False):
+    observation = env.reset(seed)
+    operator.reset(np.random.default_rng(seed), from_start=from_start)
+    asked, flags = [], []
+    for tick in range(ticks):
+        action, intervened = operator.act(observation, lambda tick=tick: asked.append(tick) or PROPOSAL, tick)
+        flags.append(intervened)
+        observation = env.step(action).observation
+    return flags, asked
+
+
+def test_takeover_at_its_tick_and_to_the_end(env):
+    flags, asked = drive(ScriptedOperator(env, takeover_tick=6), env, 10)
+    assert flags == [False] * 6 + [True] * 4
+    assert asked == list(range(6))
+
+
+def test_a_demonstration_is_the_operators_from_the_first_tick(env):
+    flags, asked = drive(ScriptedOperator(env, takeover_tick=6), env, 5, from_start=True)
+    assert flags == [True] * 5
+    assert asked == []
+
+
+def test_jitter_is_a_function_of_the_episode(env):
+    operator = ScriptedOperator(env, takeover_tick=10, jitter=5)
+    starts = [drive(operator, env, 16, seed)[0].index(True) for seed in range(12)]
+    assert starts == [drive(operator, env, 16, seed)[0].index(True) for seed in range(12)]
+    assert min(starts) >= 5
+    assert max(starts) <= 15
+    assert len(set(starts)) > 3
+
+
+def test_nobody_drives_and_nobody_demonstrates(env):
+    flags, asked = drive(NoIntervention(), env, 3)
+    assert flags == [False] * 3
+    assert asked == [0, 1, 2]
+    with pytest.raises(ValueError, match="a demonstration needs an operator"):
+        NoIntervention().reset(np.random.default_rng(0), from_start=True)
+
+
+def test_an_environment_without_expert_is_refused_in_the_users_words():
+    class Robot:
+        pass
+
+    with pytest.raises(ValueError, match=r"Robot has no scripted expert; set rollout.operator=false"):
+        ScriptedOperator(Robot())

@@ -1,0 +1,106 @@
+"""Renderers: the ray renderer against GL where GL works here, the choice, and its cache."""
+
+import json
+
+import mujoco
+import numpy as np
+import pytest
+
+from serl_robot_infra.envs import render_probe
+from serl_robot_infra.envs.pick import PickEnv
+from serl_robot_infra.envs.rendering import RayRenderer, make_renderer
+
+RAY = {"cpu_ms": 1.0, "device": "cpu"}
+LLVMPIPE = {"cpu_ms": 0.5, "device": "llvmpipe (LLVM 15.0.6, 256 bits)"}
+
+
+def test_rays_see_a_sphere_where_the_camera_says():
+    # A unit sphere 5 m ahead of a 90 degree camera fills asin(1/5) of the 45 degrees to each side.
+    model = mujoco.MjModel.from_xml_string(
+        '<mujoco><worldbody><camera name="c" pos="0 0 5" fovy="90"/><geom size="1" rgba="1 0 0 1"/></worldbody></mujoco>'
+    )
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    image = RayRenderer(model, 100, 200).render(data, "c")
+    assert image.shape == (100, 200, 3)
+    hit = image[..., 2] == 0
+    radius = np.tan(np.arcsin(1 / 5)) * 50  # pixels
+    assert hit.sum() == pytest.approx(np.pi * radius**2, rel=0.05)
+    rows, columns = np.nonzero(hit)
+    assert rows.mean() == pytest.approx(49.5, abs=0.5)
+    assert columns.mean() == pytest.approx(99.5, abs=0.5)
+    assert tuple(image[0, 0]) == (114, 153, 191)  # sky
+
+
+def test_a_textured_material_has_its_mean_colour():
+    model = mujoco.MjModel.from_xml_string(
+        '<mujoco><asset><texture name="t" type="2d" builtin="checker" rgb1="1 0 0" rgb2="0 0 1" width="64" height="64"/>'
+        '<material name="m" texture="t"/></asset><worldbody><camera name="c" pos="0 0 3"/>'
+        '<geom type="plane" size="9 9 1" material="m"/></worldbody></mujoco>'
+    )
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    red, green, blue = RayRenderer(model, 4, 4).render(data, "c")[0, 0].astype(int)
+    assert red == pytest.approx(blue, abs=2)
+    assert red > 100
+    assert green == 0
+
+
+@pytest.mark.parametrize("name", ["egl", "osmesa"])
+def test_gl_and_rays_agree_about_the_scene(name):
+    if render_probe.probe(name) is None:
+        pytest.skip(f"{name} does not work on this machine")
+    gl, ray = PickEnv(renderer=name), PickEnv(renderer="ray")
+    try:
+        assert gl.renderer_name == name
+        for seed in range(3):
+            a, b = gl.reset(seed), ray.reset(seed)
+            for camera in a.images:
+                difference = np.abs(a.images[camera].astype(int) - b.images[camera].astype(int))
+                assert difference.mean() < 8  # edges and shading differ a little
+                assert a.images[camera].std() > 10
+    finally:
+        gl.close()
+        ray.close()
+
+
+def test_auto_prefers_hardware_then_rays_and_software_gl_only_where_rays_are_dear():
+    gpu = {"cpu_ms": 5.0, "device": "NVIDIA L4/PCIe/SSE2"}
+    assert render_probe.pick({"egl": gpu, "ray": RAY}) == "egl"
+    assert render_probe.pick({"egl": LLVMPIPE, "ray": RAY}) == "ray"
+    assert render_probe.pick({"egl": LLVMPIPE, "ray": {"cpu_ms": 30.0, "device": "cpu"}}) == "egl"
+    assert render_probe.pick({"osmesa": LLVMPIPE}) == "osmesa"
+    assert render_probe.pick({}) == "ray"
+
+
+def test_the_verdict_is_cached_until_the_machine_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+
+    def probe(name):
+        asked.append(name)
+        return {"egl": LLVMPIPE, "ray": RAY}.get(name)
+
+    monkeypatch.setattr(render_probe, "probe", probe)
+    choose = render_probe.choose.__wrapped__
+    assert choose() == "ray"
+    assert choose() == "ray"
+    assert asked == ["egl", "osmesa", "ray"]
+    assert json.loads((tmp_path / "flowserl" / "renderer.json").read_text())["reports"]["ray"] == RAY
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "1")
+    choose()
+    assert len(asked) == 6
+    (tmp_path / "flowserl" / "renderer.json").write_text("{broken")
+    assert choose() == "ray"
+
+
+def test_a_broken_gl_in_the_child_is_no_verdict(monkeypatch):
+    monkeypatch.setenv("PYOPENGL_PLATFORM", "egl")
+    assert render_probe.probe("no-such-renderer") is None
+    assert render_probe.probe("ray")["cpu_ms"] > 0
+
+
+def test_unknown_renderer_lists_the_known_ones():
+    model = mujoco.MjModel.from_xml_string("<mujoco/>")
+    with pytest.raises(ValueError, match="expected one of auto, egl, osmesa, ray, got 'gl'"):
+        make_renderer(model, 8, 8, "gl")

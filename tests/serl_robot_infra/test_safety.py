@@ -1,0 +1,69 @@
+"""The safety chain: what is bent, what is refused, and in which order."""
+
+import numpy as np
+import pytest
+
+from serl_robot_infra.envs.pick import PickEnv
+from serl_robot_infra.safety import SafetyChain, UnsafeTickError
+from serl_transport.schema import Observation
+
+SPEC = PickEnv(cameras=()).spec
+STATE = np.float32([0, 0, 0.1, 1, -1])
+
+
+def test_absolute_limits_clip():
+    out = SafetyChain(SPEC).filter(np.float32([1, -1, 0.01, 9]), STATE, "policy version 1")
+    assert out.dtype == np.float32
+    assert np.allclose(out, [0.025, -0.025, 0.01, 1])
+
+
+@pytest.mark.parametrize(("bad", "name"), [(np.nan, "nan"), (np.inf, "inf")])
+def test_non_finite_actions_are_refused_naming_source_and_dim(bad, name):
+    with pytest.raises(
+        UnsafeTickError, match=f"policy version 7: action dim 'dy': expected a finite number, got {name}"
+    ):
+        SafetyChain(SPEC).filter(np.float32([0, bad, 0, 0]), STATE, "policy version 7")
+
+
+def test_a_misshapen_action_is_refused():
+    with pytest.raises(UnsafeTickError, match=r"operator: action: expected float32\[4\], got float32\[7\]"):
+        SafetyChain(SPEC).filter(np.zeros(7, np.float32), STATE, "operator")
+
+
+def test_speed_limits_are_per_second():
+    chain = SafetyChain(SPEC, max_speed={"dx": 0.1})  # 10 Hz: 1 cm a tick
+    assert np.allclose(chain.filter(np.float32([0.02, 0.02, 0, 1]), STATE, "x"), [0.01, 0.02, 0, 1])
+
+
+def test_workspace_box_stops_at_the_wall_and_lets_out_of_trouble():
+    chain = SafetyChain(SPEC, workspace={"x": {"low": -0.1, "high": 0.1, "action": "dx"}})
+
+    def dx(x, command):
+        return chain.filter(np.float32([command, 0, 0, 0]), np.float32([x, 0, 0, 0, 0]), "x")[0]
+
+    assert dx(0.09, 0.02) == pytest.approx(0.01)
+    assert dx(0.09, -0.02) == pytest.approx(-0.02)
+    assert dx(0.15, 0.02) == 0.0  # outside: no further out
+    assert dx(0.15, -0.02) == pytest.approx(-0.02)  # and back in no faster than commanded
+
+
+def test_observations_are_checked_naming_the_key():
+    chain = SafetyChain(PickEnv(image_size=8, renderer="ray").spec)
+    image = np.zeros((8, 8, 3), np.uint8)
+    images = {"front": image, "wrist": image}
+    chain.check_observation(Observation(images, STATE))
+    bad = STATE.copy()
+    bad[2] = np.nan
+    with pytest.raises(UnsafeTickError, match="observation: state dim 'z': expected a finite number, got nan"):
+        chain.check_observation(Observation(images, bad))
+    with pytest.raises(UnsafeTickError, match="camera 'wrist': no image"):
+        chain.check_observation(Observation({"front": image}, STATE))
+
+
+def test_unknown_names_and_empty_boxes_are_refused():
+    with pytest.raises(ValueError, match="workspace: expected one of x, y, z, opening, grip_command, got 'q'"):
+        SafetyChain(SPEC, workspace={"q": {"low": 0, "high": 1, "action": "dx"}})
+    with pytest.raises(ValueError, match=r"workspace\.x: low 1 must be below high 0"):
+        SafetyChain(SPEC, workspace={"x": {"low": 1, "high": 0, "action": "dx"}})
+    with pytest.raises(ValueError, match=r"max_speed\.dx: expected a number above 0, got -1"):
+        SafetyChain(SPEC, max_speed={"dx": -1})
