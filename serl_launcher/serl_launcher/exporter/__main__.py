@@ -1,7 +1,8 @@
 """`python -m serl_launcher.exporter <run_dir> [--once]`: the exporter as a process, started by the supervisor.
 
-It runs at the lowest priority, stops on SIGTERM (after exporting all that is journalled) or when its parent is gone,
-and exits 1 with one line when it cannot go on. `--once` exports what the journal holds and ends.
+It runs at the lowest priority and stops on SIGTERM (after exporting all that is journalled) or when its parent is gone.
+A disk that is full is waited for. Exit 2: it can never work; exit 1: another exporter is at work. One line says why.
+`--once` exports what the journal holds and ends.
 """
 
 import argparse
@@ -17,12 +18,14 @@ from pathlib import Path
 
 import yaml
 
-from serl_launcher.exporter.recovery import UnusableDataset
 from serl_launcher.exporter.role import Exporter, ExporterOptions
 from serl_launcher.exporter.video import wants_video
 from serl_launcher.replay.entries import SpecChangedError
 from serl_launcher.replay.journal import JournalCorrupt
 from serl_transport.specs import TaskSpec
+
+log = logging.getLogger("exporter")
+RETRY_S = 10.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _only_one(args.run_dir):
             _export(args.run_dir, args.once)
-    except (JournalCorrupt, SpecChangedError, UnusableDataset, OSError, ValueError) as error:
+    except (JournalCorrupt, SpecChangedError, ValueError) as error:
+        print(f"exporter: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
         print(f"exporter: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
@@ -59,14 +65,24 @@ def read_run(run_dir: Path) -> tuple[TaskSpec, ExporterOptions]:
 
 def _export(run_dir: Path, once: bool) -> None:
     spec, options = read_run(run_dir)
-    exporter = Exporter(run_dir, spec, options, wants_video(options.video, spec))
+    video = wants_video(options.video, spec)
     stop, parent = threading.Event(), os.getppid()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in () if once else (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    try:
-        exporter.run(lambda seconds: once or stop.wait(seconds) or os.getppid() != parent)
-    finally:
-        exporter.close()
+
+    def stopping(seconds: float) -> bool:
+        return once or stop.wait(seconds) or os.getppid() != parent
+
+    while True:
+        try:
+            with contextlib.closing(Exporter(run_dir, spec, options, video)) as exporter:
+                return exporter.run(stopping)
+        except OSError as error:  # the dataset is recovered when it opens again, and the journal still has everything
+            if stopping(0.0):
+                raise
+            log.warning("%s; trying again in %g s", error, RETRY_S)
+            if stopping(RETRY_S):
+                raise
 
 
 @contextlib.contextmanager
@@ -81,7 +97,7 @@ def _only_one(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another exporter is at work in {run_dir}; stop it first") from None
+            raise BlockingIOError(f"another exporter is at work in {run_dir}; stop it first") from None
         yield
 
 

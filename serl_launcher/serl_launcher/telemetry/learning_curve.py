@@ -108,7 +108,7 @@ def _draw_help(axis: Any, history: RunHistory, online: Sequence[EpisodeRecord]) 
 
 
 def _draw_loss(axis: Any, history: RunHistory) -> None:
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_ylabel("loss (log)")
     rows = [row for row in history.metrics if _loss(row) is not None]
@@ -121,8 +121,9 @@ def _draw_loss(axis: Any, history: RunHistory) -> None:
         axis.plot(minutes, _smooth(values), color=GREY, linewidth=1.8)  # type: ignore[arg-type]
     if min(_loss(row) for row in rows) > 0:  # type: ignore[type-var]
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.6)))
+        axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _loss(row: Any) -> float | None:

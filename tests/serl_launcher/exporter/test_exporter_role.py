@@ -169,7 +169,7 @@ def test_a_kill_between_the_two_renames_of_a_rebuild(tmp_path):
 def test_mistakes_end_with_one_line(tmp_path, capsys, prepare, message):
     run = tmp_path / "run"
     prepare(run)
-    assert main([str(run), "--once"]) == 1
+    assert main([str(run), "--once"]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -190,3 +190,21 @@ def test_only_one_exporter_per_run(tmp_path):
         assert first.wait(30) == 0
     assert second.returncode == 1
     assert "another exporter is at work" in second.stderr
+
+
+def test_a_full_disk_is_waited_for(tmp_path):
+    """A write that fails (here: a file-size limit, as on a full disk) loses nothing once it works again."""
+    write_config(tmp_path, batch_episodes=4)
+    write_journal(tmp_path, entries([episode(index) for index in range(8)]))
+    code = "import resource, sys, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
+    code += "from serl_launcher.exporter.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    full = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), "--once"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert full.returncode == 1
+    assert "File too large" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert main([str(tmp_path), "--once"]) == 0
+    assert exported(tmp_path) == list(range(8))
+    assert not list(tmp_path.rglob("*.tmp"))
