@@ -1,8 +1,11 @@
 """Server and client over real sockets: agentlace-style use, typed errors, hostile bytes, inference, notifications."""
 
 import socket
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import asdict
 
 import msgpack
 import numpy as np
@@ -160,6 +163,19 @@ def test_parameters_arrive_without_any_notification(serve, connect):
     client.recv_network_callback(received.append)
     server.publish_network({"v": 1})
     eventually(lambda: received == [{"v": 1}], "parameters learned of by heartbeat")
+
+
+def test_a_restarted_server_that_counts_anew_is_listened_to(serve, connect):
+    first = serve()
+    received = []
+    connect(first).recv_network_callback(received.append)
+    first.publish_network({"life": 1})
+    eventually(lambda: received == [{"life": 1}], "version 1")
+    ports = {"port_number": first.config.port_number, "broadcast_port": first.config.broadcast_port}
+    first.stop()
+    second = serve(config=ports)
+    assert second.publish_network({"life": 2}) == 1
+    eventually(lambda: received == [{"life": 1}, {"life": 2}], "version 1 of the second life")
 
 
 def test_a_network_callback_that_raises_is_reported_and_the_next_version_tried(serve, connect, caplog):
@@ -446,6 +462,27 @@ def test_junk_to_the_port_does_not_hurt_an_honest_client(serve, connect, started
         reply = script.ask(*map(bytes, frames))
         assert reply.error is None or type(WireError.from_code(*reply.error)) is not WireError
     assert connect(server).request("any") == {"ok": True}
+
+
+def test_a_connection_speaks_for_the_actor_it_said_hello_as(serve, started):
+    server = serve()
+    script = started(Script(server.config.port_number))
+    hello = {"version": server.config.version, "spec": None, "limits": asdict(server.config.limits)}
+    assert script.ask(Envelope("hello", "robot-1", "b").to_frame(), *pack(hello)).error is None
+    assert script.ask(Envelope("heartbeat", "robot-1", "b").to_frame()).error is None
+    reply = script.ask(Envelope("heartbeat", "robot-2", "b").to_frame())
+    assert reply.error == ("unauthorized", "this connection said hello as 'robot-1', not as 'robot-2'")
+
+
+def test_a_process_that_forgets_to_stop_still_ends(serve):
+    port = serve().config.port_number
+    code = (
+        "from serl_transport import TrainerClient, TrainerConfig, TrainerServer\n"
+        f"client = TrainerClient('robot-1', '127.0.0.1', TrainerConfig(port_number={port}))\n"
+        "client.send_item({'x': 1}); client.on_notify(print)\n"
+        "TrainerServer(TrainerConfig(port_number=0, broadcast_port=0)).start(threaded=True)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=WAIT, check=False).returncode == 0
 
 
 def test_a_frame_above_the_limit_cuts_its_sender_off_only(serve, connect, started):

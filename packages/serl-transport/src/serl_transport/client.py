@@ -190,6 +190,7 @@ class TrainerClient:
         self._control = self._link("control", self._listener.saw_version, None)
         self._data = self._link("data", None, RESEND_S)
         self._control.on_ready(lambda: self._listener.saw_version(self._control.hello_reply))
+        self._control.on_restart(self._listener.forget)
         self._subscribe(server_ip)
         self._outbox = Outbox(self._data, self._spool, ledger)
         self._control.start()

@@ -43,7 +43,7 @@ class Envelope:
         }
         if self.error is not None:
             wire["error"] = {"code": self.error[0], "message": self.error[1]}
-        return msgpack.packb(wire)
+        return msgpack.packb(wire)  # type: ignore[return-value]  (None only with autoreset off)
 
     @classmethod
     def from_frame(cls, frame: Any) -> "Envelope":

@@ -76,6 +76,7 @@ class Link:
         self._ids = itertools.count(1)
         self._pending: OrderedDict[int, _Pending] = OrderedDict()
         self._on_ready: list[Callable[[], None]] = []
+        self._on_restart: list[Callable[[], None]] = []
         self._server_boot = ""
         self._last_heard = self._last_hello = self._last_heartbeat = 0.0
         self._heartbeat_id = 0
@@ -88,7 +89,7 @@ class Link:
         except zmq.ZMQError as error:
             self._close()
             raise ValueError(
-                f"cannot connect to {endpoint}: {zmq.strerror(error.errno)}; check ip= and port="
+                f"cannot connect to {endpoint}: {zmq.strerror(error.errno or 0)}; check ip= and port="
             ) from None
         self.loop.add_socket(self._socket, self._receive)
         self.loop.call_later(0, self._tick)
@@ -121,7 +122,7 @@ class Link:
         envelope = self._envelope(kind, target)
         self.loop.call_soon(lambda: self._submit(envelope, frames, on_reply))
         if not answered.wait(timeout_ms / 1e3):
-            self.loop.call_soon(lambda: self._pending.pop(_id(envelope), None))
+            self.loop.call_soon(lambda: self._give_up(_id(envelope)))
             raise ServerSilent(f"no reply to {kind!r} from {self.endpoint} in {timeout_ms:g} ms; {self.state()}")
         result = box[0]
         if isinstance(result, WireError):
@@ -137,6 +138,10 @@ class Link:
     def on_ready(self, fn: Callable[[], None]) -> None:
         """Call `fn` in the loop's thread after each accepted hello."""
         self._on_ready.append(fn)
+
+    def on_restart(self, fn: Callable[[], None]) -> None:
+        """Call `fn` in the loop's thread when another process answers than before."""
+        self._on_restart.append(fn)
 
     @property
     def silent_s(self) -> float:
@@ -278,7 +283,12 @@ class Link:
     def _notice_restart(self, boot_id: str) -> None:
         if self._server_boot and boot_id != self._server_boot:
             log.warning("the learner at %s has restarted", self.endpoint)
+            for fn in self._on_restart:
+                fn()
         self._server_boot = boot_id
+
+    def _give_up(self, request_id: int) -> None:
+        self._pending.pop(request_id, None)
 
     def _finish(self, request_id: int, result: Frames | WireError) -> None:
         self._pending.pop(request_id).on_reply(result)

@@ -30,8 +30,8 @@ class Listener:
         self._network_callback: NetworkCallback | None = None
         self._raw = False
         self._bodies: deque[dict[str, Any]] = deque(maxlen=1000)
-        self._newest = 0  # version that the server last told of
-        self._delivered = 0  # version last tried
+        self._newest = 0  # version that the server last told of; 0: none
+        self._delivered = 0  # version that the callback last got; 0: none
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -59,6 +59,10 @@ class Listener:
         if isinstance(version, int) and version != self._newest:
             self._newest = version
             self._wake.set()
+
+    def forget(self) -> None:
+        """The server restarted: its versions may have started over, so the next one told is pulled. Thread-safe."""
+        self._newest = self._delivered = 0
 
     def stop(self) -> None:
         """End the thread; a running callback is waited for."""
@@ -99,8 +103,10 @@ class Listener:
                 log.warning("parameters version %d could not be pulled: %s", wanted, error.message)
                 threading.Timer(1.0, self._wake.set).start()
             return
+        if published.version == self._delivered:
+            return  # the announcement was older than what was pulled last time
         # Tried counts as delivered: a callback that fails on a version is not given the same one again.
-        self._delivered = wanted if published.version == wanted else published.version
+        self._newest = self._delivered = published.version
         try:
             callback(payload)
         except Exception:

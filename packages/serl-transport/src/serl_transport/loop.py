@@ -10,6 +10,7 @@ import contextlib
 import heapq
 import itertools
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -28,8 +29,8 @@ class EventLoop:
     def __init__(self) -> None:
         self._poller = zmq.Poller()
         self._handlers: dict[Any, Callable[[], None]] = {}
-        self._calls: deque[Callable[[], None]] = deque()
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._calls: deque[Callable[[], object]] = deque()
+        self._timers: list[tuple[float, int, Callable[[], object]]] = []
         self._order = itertools.count()
         self._stopping = threading.Event()
         self.thread_id: int | None = None  # of the thread in `run`
@@ -48,18 +49,18 @@ class EventLoop:
         del self._handlers[socket]
         self._poller.unregister(socket)
 
-    def call_soon(self, fn: Callable[[], None]) -> None:
+    def call_soon(self, fn: Callable[[], object]) -> None:
         """Run `fn` in the loop's thread, soon. Thread-safe; calls keep their order."""
         self._calls.append(fn)
         # a full pipe wakes the loop as well; a closed one belongs to a loop that has ended
         with contextlib.suppress(OSError):
             self._wake_write.send(b"w")
 
-    def call_later(self, delay_s: float, fn: Callable[[], None]) -> None:
+    def call_later(self, delay_s: float, fn: Callable[[], object]) -> None:
         """Run `fn` once after `delay_s`; in the loop's thread or before `run`."""
         heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._order), fn))
 
-    def every(self, interval_s: float, fn: Callable[[], None]) -> None:
+    def every(self, interval_s: float, fn: Callable[[], object]) -> None:
         """Run `fn` every `interval_s`, first after one interval; in the loop's thread or before `run`."""
 
         def again() -> None:
@@ -102,12 +103,12 @@ class EventLoop:
         self._wake_read.close()
         self._wake_write.close()
 
-    def _timeout_ms(self) -> float:
+    def _timeout_ms(self) -> int:
         if self._calls:
             return 0
         if not self._timers:
             return 1000
-        return min(1000.0, max(0.0, (self._timers[0][0] - time.monotonic()) * 1e3))
+        return min(1000, max(0, math.ceil((self._timers[0][0] - time.monotonic()) * 1e3)))
 
     def _drain_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -120,7 +121,7 @@ class EventLoop:
             _guard(heapq.heappop(self._timers)[2])
 
 
-def _guard(fn: Callable[[], None]) -> None:
+def _guard(fn: Callable[[], object]) -> None:
     try:
         fn()
     except Exception:

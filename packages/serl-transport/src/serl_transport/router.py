@@ -26,6 +26,7 @@ from serl_transport.errors import (
     HelloRequired,
     Internal,
     ProtocolMismatch,
+    Unauthorized,
     UnknownKind,
     WireError,
 )
@@ -78,10 +79,10 @@ class Router:
             self.socket.bind(endpoint)
         except zmq.ZMQError as error:
             raise CannotListen(
-                f"cannot listen on {endpoint}: {zmq.strerror(error.errno)}. {complaint}".rstrip(". ")
+                f"cannot listen on {endpoint}: {zmq.strerror(error.errno or 0)}. {complaint}".rstrip(". ")
             ) from None
         self._loop.add_socket(self.socket, self._receive)
-        return self.socket.getsockopt(zmq.LAST_ENDPOINT).decode().rstrip("\0")
+        return self.socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def handle(self, kind: str, fn: Handler, *, raw: bool = False) -> None:
         """Let `fn(peer, envelope, body)` answer messages of `kind`; with `raw` it gets the body's frames unread.
@@ -185,6 +186,8 @@ class Router:
             # A hello is remembered by its handler, once it has been accepted.
             if envelope.kind != "hello":
                 self.peers[address] = peer
+        if self._require_hello and envelope.actor_id != peer.actor_id:
+            raise Unauthorized(f"this connection said hello as {peer.actor_id!r}, not as {envelope.actor_id!r}")
         peer.last_seen = time.monotonic()
         return peer
 
@@ -196,7 +199,7 @@ def _with_token(envelope: Envelope, token: bytes) -> Envelope:
 
 def _token(address: bytes, request_id: int | bytes) -> bytes:
     """An opaque return address: it may travel through other processes and come back."""
-    return msgpack.packb([address, request_id])
+    return msgpack.packb([address, request_id])  # type: ignore[return-value]  (as in Envelope.to_frame)
 
 
 def _read_token(token: bytes) -> tuple[bytes, int | bytes]:

@@ -59,7 +59,7 @@ class TrainerServer:
         self._seen = SeenItems()
         self._extra_routers: list[Router] = []
         self._published: Published | None = None
-        self._thread: threading.Thread | None = None
+        self._ended: threading.Event | None = None  # set when `start` has returned; None: never started
         self._publisher = self.context.socket(zmq.PUB)
         auth.configure(self._publisher, config.limits)
         self.router = Router(self.loop, self.context, limits=config.limits, require_hello=True)
@@ -97,19 +97,19 @@ class TrainerServer:
 
     def start(self, threaded: bool = False) -> None:
         """Serve: in a thread of its own, or here until `stop`."""
+        self._ended = threading.Event()
         if threaded:
-            self._thread = threading.Thread(target=self._serve, name="trainer-server", daemon=True)
-            self._thread.start()
+            threading.Thread(target=self._serve, args=(self._ended,), name="trainer-server", daemon=True).start()
         else:
-            self._serve()
+            self._serve(self._ended)
 
     def stop(self) -> None:
         """End serving and release the ports. From another thread it waits until that has happened."""
         self.loop.stop()
-        if self._thread is not None and not self.loop.in_loop:
-            self._thread.join()
-        elif self.loop.thread_id is None:
-            self._close()  # never started
+        if self._ended is None:
+            self._close()
+        elif not self.loop.in_loop:
+            self._ended.wait()
 
     # What a gateway builds on.
 
@@ -134,7 +134,7 @@ class TrainerServer:
         self._extra_routers.append(router)
         return router
 
-    def call_soon(self, fn: Callable[[], None]) -> None:
+    def call_soon(self, fn: Callable[[], object]) -> None:
         """Run `fn` in the loop's thread; thread-safe."""
         self.loop.call_soon(fn)
 
@@ -167,12 +167,12 @@ class TrainerServer:
             except zmq.ZMQError as error:
                 wanted = f"tcp://{address}:{config.broadcast_port}"
                 raise CannotListen(
-                    f"cannot listen on {wanted}: {zmq.strerror(error.errno)}. {_port_hint('broadcast_port')}"
+                    f"cannot listen on {wanted}: {zmq.strerror(error.errno or 0)}. {_port_hint('broadcast_port')}"
                 ) from None
         except CannotListen:
             self._close()
             raise
-        broadcast = self._publisher.getsockopt(zmq.LAST_ENDPOINT).decode().rstrip("\0")
+        broadcast = self._publisher.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         return replace(config, port_number=_port_of(endpoint), broadcast_port=_port_of(broadcast))
 
     def _default_handlers(self) -> dict[str, Handler]:
@@ -188,6 +188,8 @@ class TrainerServer:
         return {"params_version": self.params_version}
 
     def _hello(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> Reply:
+        if not envelope.actor_id:
+            raise BadFrame("hello: an actor needs a name (unique_identifier)")
         if body.get("version") != self.config.version:
             raise SchemaMismatch(
                 f"version: {body.get('version')!r} on the actor, {self.config.version!r} on the learner; "
@@ -248,11 +250,12 @@ class TrainerServer:
             raise UnknownKind(f"no request {kind!r} here; the types are {sorted(self.config.request_types)}")
         return self._request_callback(kind, body) or {}
 
-    def _serve(self) -> None:
+    def _serve(self, ended: threading.Event) -> None:
         try:
             self.loop.run()
         finally:
             self._close()
+            ended.set()
 
     def _close(self) -> None:
         for router in (self.router, *self._extra_routers):

@@ -122,9 +122,9 @@ def check_finite(label: str, array: np.ndarray, names: Sequence[str]) -> None:
     """Raise ValueError naming the first dim (last axis) of `array` that is NaN or infinite."""
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
-        index = tuple(int(i) for i in bad[0])
-        where = f" at tick {index[0]}" if len(index) > 1 else ""
-        raise ValueError(f"{label} dim {names[index[-1]]!r}{where}: expected a finite number, got {array[index]}")
+        *tick, dim = (int(i) for i in bad[0])
+        where = f" at tick {tick[0]}" if tick else ""
+        raise ValueError(f"{label} dim {names[dim]!r}{where}: expected a finite number, got {array[tuple(bad[0])]}")
 
 
 def _check_keys(data: Mapping[str, Any], wanted: list[str]) -> None:
