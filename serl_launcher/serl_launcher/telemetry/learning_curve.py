@@ -143,7 +143,7 @@ def _shade(axis: Any, history: RunHistory, label: bool) -> None:
     """Stage backgrounds; a stage lasts until the next begins. Names stand above the first panel where they fit."""
     end = _minutes(history, history.end_time)
     starts = [_minutes(history, stage.start_time) for stage in history.stages]
-    for stage, start, stop in zip(history.stages, starts, [*starts[1:], end], strict=True):
+    for stage, start, stop in zip(history.stages, starts, [*starts[1:], end], strict=False):
         axis.axvspan(start, stop, color=SHADES.get(stage.mode, "#eeeeee"), alpha=0.6, linewidth=0, zorder=0)
         if label and stop - start > 0.03 * end:
             axis.text((start + stop) / 2, 1.06, stage.name, ha="center", va="bottom", fontsize=9, color=GREY)

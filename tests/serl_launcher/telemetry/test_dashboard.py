@@ -1,0 +1,89 @@
+"""The learner's pane: every figure of the issue is there, it fits 100 columns, and half a status does not break it."""
+
+import copy
+
+import pytest
+
+from serl_launcher.telemetry.dashboard import progress_bar, render_line, render_status
+
+STATUS = {
+    "run": "quickstart",
+    "stage": {"index": 3, "name": "online", "mode": "online", "steps_goal": 2400, "episodes_goal": 0, "steps": 600,
+              "episodes": 57, "min_version": None},
+    "done": False,
+    "counts": {"episodes": 137, "accepted": 64, "demos": 20, "online": 57, "eval": 60, "interventions": 612,
+               "transitions": 4821},
+    "rates": {"transitions_per_s": 31.4, "success_rate": 0.625, "success_low": 0.4703, "success_high": 0.7578,
+              "intervention_rate": 0.35},
+    "eval": {"before": {"episodes": 60, "successes": 20}, "after": {"episodes": 0, "successes": 0}},
+    "trainer": {"step": 1500, "version": 14, "metrics": {"losses/flow": 0.18234, "time/step_s": 0.104}, "alive": True},
+    "serving": {"version": 14, "requests": 812, "batch_mean": 1.5, "p50_ms": 41.2},
+    "actors": {"actor-0": {"boot": "b", "policy_version": 13, "version_age_s": 12.3, "last_seen_s": 0.2, "backlog": 2,
+                           "mode": "online"}},
+    "exporter": {"episodes": 130},
+}  # fmt: skip
+
+
+def test_everything_that_the_operator_wants_to_see():
+    text = "\n".join(render_status(STATUS))
+    for part in (
+        "quickstart",
+        "stage 4 online (online)", "600/2400 steps", "[######..................]", "step 1500", "loss 0.1823",
+        "64 accepted of 137", "success 0.62 [0.47, 0.76]", "interventions 35%", "before 0.33 [0.23, 0.46] of 60",
+        "4821 transitions (31.4/s)", "policy v14", "serving v14 at 41 ms, batch 1.5", "dataset 130 episodes",
+        "actor-0", "policy v13 (12 s old)", "backlog 2",
+    ):  # fmt: skip
+        assert part in text, part
+    assert "after" not in text  # no evaluation, no figure
+
+
+def test_it_fits_the_pane_even_with_long_names():
+    status = copy.deepcopy(STATUS)
+    status["run"] = "a-very-long-run-name-" * 6
+    status["actors"] = {f"robot-with-a-long-name-{i}" * 4: status["actors"]["actor-0"] for i in range(3)}
+    lines = render_status(status)
+    assert max(map(len, lines)) <= 100
+    assert len(lines) == 8
+    assert "\n" not in "".join(lines)
+
+
+@pytest.mark.parametrize("removed", [(), *((key,) for key in STATUS), tuple(STATUS)])
+def test_a_part_that_is_not_known_yet(removed):
+    status = {key: value for key, value in STATUS.items() if key not in removed}
+    assert render_status(status)
+    assert render_line(status)
+
+
+def test_before_the_first_online_episode_there_is_no_rate():
+    status = copy.deepcopy(STATUS)
+    status["rates"] = {"transitions_per_s": 0.0, "success_rate": None, "success_low": None, "success_high": None,
+                       "intervention_rate": None}  # fmt: skip
+    status["trainer"] = {"step": 0, "version": -1, "metrics": {}, "alive": False}
+    text = "\n".join(render_status(status))
+    assert "success –" in text
+    assert "loss –" in text
+    assert "(trainer is away)" in text
+
+
+def test_a_silent_actor_and_one_without_policy():
+    status = copy.deepcopy(STATUS)
+    status["actors"] = {"robot": {"policy_version": -1, "version_age_s": None, "last_seen_s": 250.0, "mode": None}}
+    assert "robot   waiting   no policy yet   silent for 4 min" in render_status(status)[-1]
+
+
+def test_the_one_line_form():
+    assert render_line(STATUS) == (
+        "online 600/2400 steps · step 1500 · loss 0.1823 · episodes 64/137 · success 0.62 [0.47, 0.76] · help 35% · v14"
+    )
+
+
+def test_the_bar():
+    assert progress_bar(0, 10, 4) == "[....]"
+    assert progress_bar(5, 10, 4) == "[##..]"
+    assert progress_bar(99, 10, 4) == "[####]"
+
+
+def test_a_stage_with_two_goals_shows_the_one_that_holds_it_up():
+    status = copy.deepcopy(STATUS)
+    status["stage"] |= {"episodes_goal": 60, "episodes": 3}
+    assert "3/60 episodes" in render_status(status)[0]

@@ -1,0 +1,109 @@
+"""summary.json of synthetic runs, worked out by hand, and a learning curve that is drawn for each."""
+
+import json
+from pathlib import Path
+
+import pytest
+from history_samples import SampleRun
+from PIL import Image
+
+from serl_launcher.telemetry.history import read_history
+from serl_launcher.telemetry.summary import summarise, write_summary
+
+STAGES = [("demos", "demo"), ("sft", "train"), ("before", "eval"), ("online", "online"), ("after", "eval")]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """2 demonstrations, 100 steps, 4 evaluations, 12 online episodes with 200 steps, 4 evaluations."""
+    sample = SampleRun(tmp_path, STAGES)
+    for seed in range(2):
+        sample.episode("demo", "demos", seed, True, help_ticks=10)
+    sample.train("sft", 100, 0.9)
+    for index in range(4):
+        sample.episode("eval", "before", 1_000_000 + index, index == 0)
+    for index in range(12):  # the first 4 with help, three of them saved by it; then 2 failures alone, 6 successes
+        helped = index < 4
+        sample.episode("online", "online", 50 + index, index not in (3, 4, 5), help_ticks=5 if helped else 0)
+        sample.train("online", 20, 0.3)
+    for index in range(4):
+        sample.episode("eval", "after", 1_000_000 + index, index != 3)
+    return sample.save()
+
+
+def test_the_figures(run):
+    summary = write_summary(run)
+    assert json.loads((run / "summary.json").read_text()) == summary
+    expected = {
+        "success_rate": 0.75, "success_rate_from": "after", "success_rate_episodes": 4,
+        "success_rate_before_online": 0.25,
+        "episodes": 22, "accepted_episodes": 11, "interventions": 4, "intervention_ticks": 20,
+        "intervention_rate_first_third": 1.0, "intervention_rate_last_third": 0.0, "transitions": 220, "steps": 340,
+        "policy_versions": 4, "seed": 7, "algo": "reject_sampling_pi0", "policy": "pi0_tiny", "task": "pick",
+    }  # fmt: skip
+    assert {key: summary[key] for key in expected} == expected
+    # 22 episodes of 6 s and 5 + 12 logged lines of 3 s
+    assert summary["minutes"] == round((22 * 6 + 17 * 3) / 60, 2)
+    online = next(stage for stage in summary["stages"] if stage["name"] == "online")
+    assert (online["episodes"], online["success_rate"], online["ticks"]) == (12, 0.5, 120)  # without help
+    assert [stage["name"] for stage in summary["stages"]] == [name for name, _ in STAGES]
+    assert summary["success_rate_interval"][0] < 0.75 < summary["success_rate_interval"][1]
+    assert len(summary["config_sha256"]) == 64
+
+
+def test_the_status_knows_of_versions_that_were_not_logged(run):
+    (run / "status.json").write_text(json.dumps({"trainer": {"version": 9}}))
+    assert write_summary(run)["policy_versions"] == 10
+
+
+def test_a_repeated_evaluation_seed_and_a_cut_episode_do_not_count(tmp_path):
+    sample = SampleRun(tmp_path, [("check", "eval")])
+    sample.episode("eval", "check", 1, False, whole=False)
+    sample.episode("eval", "check", 1, True)
+    sample.episode("eval", "check", 1, False)  # reissued, but the first whole outcome stands
+    sample.episode("eval", "check", 2, False)
+    summary = summarise(read_history(sample.save()))
+    assert (summary["success_rate"], summary["success_rate_episodes"]) == (0.5, 2)
+    assert summary["success_rate_before_online"] is None
+    assert summary["episodes"] == 4
+
+
+def test_without_evaluation_the_recent_online_episodes_speak(tmp_path):
+    sample = SampleRun(tmp_path, [("online", "online")])
+    for index in range(50):
+        sample.episode("online", "online", index, index >= 20, help_ticks=5 if index >= 40 else 0)
+    summary = summarise(read_history(sample.save()))
+    # of the last 40 (10..49): 10 failures, 20 successes alone, 10 with help
+    assert (summary["success_rate"], summary["success_rate_from"]) == (0.5, "last 40 online episodes")
+
+
+@pytest.mark.parametrize("kind", ["empty", "demos only", "training only", "one online episode", "full"])
+def test_a_curve_is_drawn_for_every_kind_of_run(tmp_path, kind, request):
+    if kind == "full":
+        root = request.getfixturevalue("run")
+    else:
+        sample = SampleRun(tmp_path / "run", STAGES)
+        if kind == "demos only":
+            sample.episode("demo", "demos", 0, True)
+        if kind == "training only":
+            sample.train("sft", 60, 0.0)  # a loss of zero has no logarithm
+        if kind == "one online episode":
+            sample.episode("online", "online", 0, True)
+        root = sample.save()
+    write_summary(root)
+    with Image.open(root / "learning_curve.png") as picture:
+        assert picture.size == (1200, 960)
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
+    assert not list(root.glob("*.tmp"))
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(ValueError, match="expected a run's folder"):
+        write_summary(tmp_path)
+
+
+def test_a_damaged_ledger_line_is_named(run):
+    with (run / "episodes.jsonl").open("a") as file:
+        file.write("{\n")
+    with pytest.raises(ValueError, match=r"episodes\.jsonl line 23"):
+        write_summary(run)
