@@ -19,7 +19,7 @@ from serl_robot_infra.evaluation import EvaluationSummary
 from serl_robot_infra.link import LearnerLink, Run, Stop, Ticket, Wait, parse_ticket
 from serl_robot_infra.observers.base import Observer
 from serl_robot_infra.pacing import PoliteStop
-from serl_transport.errors import NotReady, ServerSilent, StorageFull
+from serl_transport.errors import Internal, NotReady, ServerSilent, StorageFull
 
 _RETRY_S = 1.0
 _REQUEST_MS = 3000
@@ -100,7 +100,7 @@ class Actor:
     def _next_ticket(self) -> Ticket:
         try:
             return parse_ticket(self._link.request("next_episode", {"want": self._mode}, timeout_ms=_REQUEST_MS))
-        except (ServerSilent, NotReady, StorageFull) as problem:
+        except (ServerSilent, NotReady, StorageFull, Internal) as problem:
             return Wait(_RETRY_S, f"{problem}")
 
 
@@ -127,7 +127,8 @@ def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
         rollout.spool_mb                2048
         rollout.video_every             20; 0: none
         rollout.rerun                   false
-        ip, port, broadcast_port, unique_identifier, runs_dir, run
+        ip                              null: no learner; evaluates rollout.local_policy for rollout.episodes
+        port, broadcast_port, unique_identifier, runs_dir, run; rollout.ledger
     """
     from serl_robot_infra.wiring import run_actor
 

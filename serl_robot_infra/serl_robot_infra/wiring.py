@@ -28,6 +28,7 @@ from serl_robot_infra.pacing import Pace, PoliteStop
 from serl_robot_infra.policy_client import MeasuredPolicy, RemotePolicy
 from serl_robot_infra.rewards.environment import EnvironmentReward
 from serl_robot_infra.safety import SafetyChain
+from serl_robot_infra.standalone import StandaloneLink
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
 from serl_transport.errors import SpoolError, SpoolFull, WireError
@@ -65,8 +66,9 @@ def _run(cfg: DictConfig, stream: TextIO, stop: PoliteStop) -> None:
     env = build_env(cfg, spec)
     try:
         renderer = getattr(env, "renderer_name", "none")
-        print(f"task {spec.name}, renderer {renderer}, learner {cfg.ip}:{cfg.port}", file=stream, flush=True)
-        link = connect_learner(cfg, spec, stream, stop)
+        learner = f"{cfg.ip}:{cfg.port}" if cfg.ip else "none"
+        print(f"task {spec.name}, renderer {renderer}, learner {learner}", file=stream, flush=True)
+        link = connect_learner(cfg, spec, stream, stop) if cfg.ip else standalone(cfg)
         try:
             actor, observer = build_actor(cfg, env, link, stream, stop)
             result = actor.run()
@@ -196,6 +198,17 @@ def connect_learner(cfg: DictConfig, spec: TaskSpec, stream: TextIO, stop: Polit
         ledger_path=run_dir / "spool" / f"{cfg.unique_identifier}.acknowledged.jsonl" if cfg.rollout.ledger else None,
         on_wait=on_wait,
     )
+
+
+def standalone(cfg: DictConfig) -> StandaloneLink:
+    """The link of ip=null; ValueError unless the config asks for what works without a learner."""
+    rollout = cfg.rollout
+    if (rollout.mode, rollout.policy) != ("eval", "local") or rollout.episodes is None:
+        raise ValueError(
+            "ip=null runs without a learner: it needs rollout.mode=eval, rollout.policy=local and rollout.episodes, "
+            f"got {rollout.mode}, {rollout.policy} and {rollout.episodes}"
+        )
+    return StandaloneLink()
 
 
 def _observers(

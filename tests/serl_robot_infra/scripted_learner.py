@@ -39,7 +39,13 @@ def still_policy(version: int = 3, horizon: int = 8) -> Infer:
 class ScriptedLearner:
     """Context manager; hands out `tickets` in order, then stop."""
 
-    def __init__(self, spec: TaskSpec, tickets: Iterable[dict[str, Any]], infer: Infer | None = None):
+    def __init__(
+        self,
+        spec: TaskSpec,
+        tickets: Iterable[dict[str, Any]],
+        infer: Infer | None = None,
+        ports: tuple[int, int] = (0, 0),
+    ):
         self.spec = spec
         self.batches: list[StepBatch] = []
         self.infer_bodies: list[dict[str, Any]] = []
@@ -47,7 +53,7 @@ class ScriptedLearner:
         self._tickets = iter(tickets)
         self._infer = infer or still_policy()
         self.server = TrainerServer(
-            TrainerConfig(port_number=0, broadcast_port=0, request_types=["next_episode"]),
+            TrainerConfig(port_number=ports[0], broadcast_port=ports[1], request_types=["next_episode"]),
             data_callback=self._data,
             request_callback=self._request,
             spec=spec,
@@ -119,3 +125,10 @@ def actor_config(learner: ScriptedLearner | None, runs_dir: Any, **rollout: Any)
         }
     )
     return config
+
+
+class LocalStill:
+    """`still_policy` as a local policy, built like one from yaml."""
+
+    def __init__(self, cfg: DictConfig, request: Any):
+        self.infer = still_policy()

@@ -221,3 +221,68 @@ def test_a_learner_that_comes_late_is_waited_for_and_sigterm_ends_the_waiting(sp
     stream = io.StringIO()
     assert main(config, stream) == 0
     assert "waiting for learner at 127.0.0.1" in stream.getvalue()
+
+
+def test_a_learner_that_restarts_in_mid_episode_gets_the_whole_episode(spec, tmp_path):
+    asked = threading.Event()
+
+    def slow(body):
+        asked.set()
+        time.sleep(0.05)
+        return still_policy()(body)
+
+    first = ScriptedLearner(spec, [ticket("eval", 7)], slow)
+    ports = (first.server.config.port_number, first.server.config.broadcast_port)
+    box = []
+
+    def restart():
+        asked.wait(20)
+        first.__exit__()
+        time.sleep(3.5)
+        box.append(ScriptedLearner(spec, [], ports=ports).__enter__())
+
+    first.__enter__()
+    thread = threading.Thread(target=restart)
+    thread.start()
+    code, out = run(first, tmp_path, hold_limit_s=30.0)
+    thread.join()
+    box[0].__exit__()
+    assert code == 0, out
+    assert "learner silent for 3 s; holding" in out
+    # What the first learner acknowledged it has; the second got the rest, and what was not acknowledged once more.
+    batches = {batch.first_tick: batch for batch in [*first.batches, *box[0].batches]}
+    assert sorted(batches) == [0, 10, 20, 30, 40, 50]
+    assert batches[50].final
+    assert batches[50].outcome.truncated_by == "time_limit"
+
+
+def test_a_full_spool_holds_the_robot_and_loses_nothing(spec, tmp_path):
+    # 20 demonstrations of 32 px are some 2.5 MB; the learner takes its time, the spool has room for one.
+    class Slow(ScriptedLearner):
+        def _data(self, store, payload):
+            time.sleep(0.02)
+            super()._data(store, payload)
+
+    with Slow(spec, [ticket("demo", seed) for seed in range(20)]) as learner:
+        code, out = run(learner, tmp_path, spool_mb=1, batch_ticks=5)
+        episodes = learner.episodes()
+    assert code == 0, out
+    assert "the robot holds until the learner has taken some" in out
+    assert [episode.outcome.success for episode in episodes] == [True] * 20
+
+
+def test_evaluation_without_a_learner(tmp_path):
+    from omegaconf import OmegaConf
+
+    env = PickEnv(image_size=32, renderer="ray")
+    config = actor_config(None, tmp_path, mode="eval", policy="local", episodes=3)
+    config.task.spec = env.spec.to_dict()
+    config.ip = None
+    OmegaConf.update(config, "rollout.local_policy", {"_target_": "scripted_learner.LocalStill"}, force_add=True)
+    stream = io.StringIO()
+    assert main(config, stream) == 0, stream.getvalue()
+    assert "evaluation evaluation: 0/3 = 0.00" in stream.getvalue()
+    config.rollout.mode = "follow"
+    stream = io.StringIO()
+    assert main(config, stream) == 2
+    assert "ip=null runs without a learner: it needs rollout.mode=eval" in stream.getvalue()

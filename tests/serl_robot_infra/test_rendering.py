@@ -17,7 +17,8 @@ LLVMPIPE = {"cpu_ms": 0.5, "device": "llvmpipe (LLVM 15.0.6, 256 bits)"}
 def test_rays_see_a_sphere_where_the_camera_says():
     # A unit sphere 5 m ahead of a 90 degree camera fills asin(1/5) of the 45 degrees to each side.
     model = mujoco.MjModel.from_xml_string(
-        '<mujoco><worldbody><camera name="c" pos="0 0 5" fovy="90"/><geom size="1" rgba="1 0 0 1"/></worldbody></mujoco>'
+        '<mujoco><worldbody><camera name="c" pos="0 0 5" fovy="90"/>'
+        '<geom size="1" rgba="1 0 0 1"/></worldbody></mujoco>'
     )
     data = mujoco.MjData(model)
     mujoco.mj_forward(model, data)
@@ -34,7 +35,8 @@ def test_rays_see_a_sphere_where_the_camera_says():
 
 def test_a_textured_material_has_its_mean_colour():
     model = mujoco.MjModel.from_xml_string(
-        '<mujoco><asset><texture name="t" type="2d" builtin="checker" rgb1="1 0 0" rgb2="0 0 1" width="64" height="64"/>'
+        "<mujoco><asset>"
+        '<texture name="t" type="2d" builtin="checker" rgb1="1 0 0" rgb2="0 0 1" width="64" height="64"/>'
         '<material name="m" texture="t"/></asset><worldbody><camera name="c" pos="0 0 3"/>'
         '<geom type="plane" size="9 9 1" material="m"/></worldbody></mujoco>'
     )
