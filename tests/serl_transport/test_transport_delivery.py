@@ -13,9 +13,11 @@ import pytest
 from transport_samples import batch, spec
 
 from serl_transport import TrainerConfig
-from serl_transport.codec import join, pack
+from serl_transport.codec import Limits, join, pack, unpack
 from serl_transport.dedup import SeenItems
-from serl_transport.errors import Refused, StorageFull
+from serl_transport.errors import BadFrame, Refused, StorageFull, TooLarge
+from serl_transport.outbox import Ledger
+from serl_transport.params import Published, pull, read_chunk
 from serl_transport.schema import StepBatch
 from serl_transport.spool import DiskSpool
 
@@ -216,8 +218,6 @@ def test_step_batches_arrive_intact_and_the_ledger_names_them(serve, connect, tm
     got, sums = [], []
 
     def data(peer, envelope, frames):
-        from serl_transport.codec import unpack
-
         sums.append(zlib.crc32(join(frames)))
         got.append(StepBatch.from_body(unpack(frames), spec()))
         return {}
@@ -239,9 +239,6 @@ def test_step_batches_arrive_intact_and_the_ledger_names_them(serve, connect, tm
 
 
 def test_an_oversize_item_is_refused_before_it_enters_the_spool(serve, connect):
-    from serl_transport.codec import Limits
-    from serl_transport.errors import TooLarge
-
     server = serve(config={"limits": Limits(frame_bytes=1000)})
     client = connect(TrainerConfig(port_number=server.config.port_number, limits=Limits(frame_bytes=1000)))
     with pytest.raises(TooLarge, match="a frame of 2000 bytes, the limit is 1000"):
@@ -279,3 +276,46 @@ def test_items_are_packed_when_sent_not_later(serve, connect):
     assert client.flush(WAIT)
     assert got == [[0, 0, 0], [1, 1, 1], [2, 2, 2]]
     assert len(pack({"x": buffer})) == 2
+
+
+def test_a_ledger_that_cannot_be_written_delays_the_forgetting(serve, connect, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("serl_transport.outbox.RETRY_S", 0.05)
+    failures = iter([OSError(28, "No space left on device")] * 2)
+    real = Ledger.write
+
+    def full_twice(self, acknowledged):
+        for failure in failures:
+            raise failure
+        real(self, acknowledged)
+
+    monkeypatch.setattr(Ledger, "write", full_twice)
+    path = tmp_path / "acked.jsonl"
+    client = connect(serve(handlers={"data": lambda *_: {}}), ledger_path=path)
+    client.send_item({"value": 1})
+    assert client.flush(WAIT)
+    assert [json.loads(line)["seq"] for line in path.read_text().splitlines()] == [1]
+    assert "the ledger cannot be written, trying again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": np.zeros(3, np.uint8)}, "does not match its sha256"),
+        ({"data": np.zeros(0, np.uint8)}, "version 4 ends at 0 of 3 bytes"),
+        ({"offset": 1}, "expected version 4 at 0"),
+    ],
+)
+def test_parameters_that_do_not_add_up_are_refused(change, message):
+    published = Published.of(4, b"abc")
+    assert pull(lambda payload: read_chunk(published, payload)) == published
+    with pytest.raises(BadFrame, match=message):
+        pull(lambda payload: {**read_chunk(published, payload), **change})
+
+
+@pytest.mark.parametrize(
+    ("payload", "error"),
+    [({"version": 3}, Refused), ({"offset": -1}, BadFrame), ({"offset": 4}, BadFrame), ({"offset": "0"}, BadFrame)],
+)
+def test_a_chunk_that_does_not_exist_is_refused(payload, error):
+    with pytest.raises(error):
+        read_chunk(Published.of(4, b"abc"), payload)
