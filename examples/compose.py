@@ -173,11 +173,12 @@ def _compose(config_dir: Path, overrides: Sequence[str]) -> DictConfig:
 
 
 def _resolve(config: DictConfig) -> DictConfig:
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ConfigError(f"these keys need a value: {', '.join(missing)}; add {missing[0]}=<value>")
     try:
-        OmegaConf.resolve(config)
+        missing = sorted(OmegaConf.missing_keys(config))
+        if not missing:
+            OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ConfigError(f"config/ does not resolve: {' '.join(str(error).split())}") from None
+    if missing:
+        raise ConfigError(f"these keys need a value: {', '.join(missing)}; add {missing[0]}=<value>")
     return config

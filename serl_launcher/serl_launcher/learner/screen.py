@@ -14,7 +14,7 @@ class Screen:
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
-        self._tty = out.isatty()
+        self.is_terminal = out.isatty()
         self._drawn = 0  # dashboard lines now on the terminal
 
     def event(self, text: str) -> None:
@@ -28,9 +28,9 @@ class Screen:
         print(text, file=self._out, flush=True)
 
     def dashboard(self, lines: Sequence[str]) -> None:
-        """Replace the last dashboard (terminal), or add a line."""
-        if not self._tty:
-            print(" | ".join(line.strip() for line in lines if line.strip()), file=self._out, flush=True)
+        """Replace the last dashboard (terminal), or print it below."""
+        if not self.is_terminal:
+            print("\n".join(lines), file=self._out, flush=True)
             return
         self._erase()
         columns, rows = os.get_terminal_size(self._out.fileno())

@@ -20,9 +20,11 @@ from serl_launcher.learner.roles import STOP_ORDER
 from serl_launcher.learner.run_folder import read_status
 from serl_launcher.learner.screen import Screen
 from serl_launcher.paths import RunPaths
+from serl_launcher.telemetry.dashboard import render_line, render_status
 
 DONE, USER_MISTAKE, GAVE_UP = 0, 2, 3
 TICK_S = 0.2
+FINISHED_WAIT_S = 3.0
 
 
 class Supervisor:
@@ -114,8 +116,11 @@ class Supervisor:
                 f"{death.name} keeps dying ({death.cause}); giving up. Its last lines, from {log}:{lines}"
             )
             return GAVE_UP
+        if death.code == 0:  # most likely it has seen the end of the schedule a moment before us
+            self._restart_at[death.name] = time.monotonic() + max(wait_s, FINISHED_WAIT_S)
+            return None
         self._restart_at[death.name] = time.monotonic() + wait_s
-        tail = "" if death.code == 0 or death.code == -signal.SIGKILL else f"; its last lines:{lines}"
+        tail = "" if death.code == -signal.SIGKILL else f"; its last lines:{lines}"
         self._screen.event(f"{death.name} ended ({death.cause}); starting it again in {wait_s:g} s{tail}")
         return None
 
@@ -130,9 +135,7 @@ class Supervisor:
         self._signal = self._signal or first
 
     def _show(self, status: dict[str, Any]) -> None:
-        from serl_launcher.telemetry.dashboard import render_status
-
-        self._screen.dashboard(render_status(status))
+        self._screen.dashboard(render_status(status) if self._screen.is_terminal else [render_line(status)])
 
     def _sum_up(self) -> None:
         from serl_launcher.telemetry.summary import write_summary

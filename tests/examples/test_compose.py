@@ -1,0 +1,86 @@
+"""Composition: what a mistake on the command line says, and what a right one gives."""
+
+import pytest
+import train_rlpd
+from compose import ConfigError, dotted_keys, group_options, load_config
+from omegaconf import OmegaConf
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algo=reject_samplng_pi0", "did you mean 'reject_sampling_pi0'?"),
+        ("task=zzz", "no task is called 'zzz'; there are pick, pick_gym_hil"),
+        ("prt=1", "unknown key 'prt' in 'prt=1'; did you mean 'port'?"),
+        ("broadcastport=1", "did you mean 'broadcast_port'?"),
+        ("rollout.mod=demo", "did you mean 'rollout.mode'"),
+        ("policy.size.widht=3", "did you mean 'policy.size.width'"),
+        ("batch_size=3", "did you mean 'trainer.batch_size'"),
+        ("schedule.stages.99.steps=5", "did you mean 'schedule.stages."),
+        ("rollout.mode=train", "expected one of follow, demo, online, eval"),
+        ("port=abc", "port in 'port=abc' must be a whole number (default 5588), got 'abc'"),
+        ("trainer.batch_size=2.5", "must be a whole number"),
+        ("trainer.ema_decay=high", "must be a number"),
+        ("insecure=1", "must be true or false"),
+        ("task.spec=3", "must be a section of keys"),
+        ("schedule.stages=3", "must be a list"),
+        ("runs_dir=[a]", "must be a text"),
+        ("seed", "expected key=value"),
+        ("a b=1", "expected key=value"),
+        ("~port", "removes a key"),
+        ("port=1,2", "names several values"),
+        ("+policy.extra=???", "these keys need a value: policy.extra"),
+        ("run=${nowhere}", "does not resolve"),
+    ],
+)
+def test_a_mistake_is_one_clear_message(override, message):
+    with pytest.raises(ConfigError) as raised:
+        load_config([override])
+    assert message in str(raised.value)
+    assert str(raised.value).count("\n") == 0
+
+
+def test_groups_keys_and_values_are_taken():
+    words = "task=pick_gym_hil algo=sft_pi0 schedule=sft schedule.stages.0.steps=7 seed=3 run=007 rollout.rate_hz=7.5"
+    more = "rollout.episodes=2 exporter.video=true +mine.own=[1,2] mine.own=[3]"
+    config = load_config([*words.split(), *more.split()])
+    assert (config.task.name, config.algo.name, config.seed, config.run) == ("pick_gym_hil", "sft_pi0", 3, "007")
+    assert config.schedule.stages[0].steps == 7
+    assert (config.rollout.rate_hz, config.rollout.episodes, config.exporter.video) == (7.5, 2, True)
+    assert config.mine.own == [3]
+
+
+def test_every_option_of_every_group_composes():
+    options = group_options()
+    assert {"task", "policy", "algo", "schedule"} <= set(options)
+    for group, names in options.items():
+        for name in names:
+            assert OmegaConf.select(load_config([f"{group}={name}"]), group) is not None
+
+
+def test_dotted_keys_reach_into_lists_and_sections():
+    config = OmegaConf.create({"a": {"b": 1}, "rows": [{"c": 2}, 3], "none": None})
+    assert list(dotted_keys(config)) == ["a", "a.b", "rows", "rows.0", "rows.0.c", "rows.1", "none"]
+
+
+@pytest.mark.parametrize("words", [[], ["actor=true", "learner=true"]])
+def test_exactly_one_side(words, capsys):
+    assert train_rlpd.main(words) == 2
+    assert "exactly one of actor=true and learner=true" in capsys.readouterr().err
+
+
+def test_an_unknown_flag_is_named(capsys):
+    assert train_rlpd.main(["actor=true", "--fast"]) == 2
+    assert "unknown flag '--fast'" in capsys.readouterr().err
+
+
+def test_dry_run_prints_the_resolved_config(capsys):
+    assert train_rlpd.main(["learner=true", "seed=11", "--dry-run"]) == 0
+    side, _, text = capsys.readouterr().out.partition("\n")
+    assert side == "# learner"
+    assert OmegaConf.create(text).seed == 11
+
+
+def test_help_lists_the_groups(capsys):
+    assert train_rlpd.main(["--help"]) == 0
+    assert "reject_sampling_pi0" in capsys.readouterr().out

@@ -1,0 +1,61 @@
+"""Each run script, run for real up to its resolved config (--dry-run): side, task, mode, schedule, user overrides."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+# script -> (side, key, value) that makes it what its name says
+SCRIPTS = {
+    "run_actor": ("actor", "rollout.mode", "follow"),
+    "run_learner": ("learner", "algo.name", "reject_sampling_pi0"),
+    "run_actor_data_collection": ("actor", "rollout.mode", "demo"),
+    "run_learner_data_collection": ("learner", "schedule.stages.0.mode", "demo"),
+    "run_actor_reject_sampling": ("actor", "rollout.mode", "online"),
+    "run_learner_reject_sampling": ("learner", "schedule.stages.0.mode", "online"),
+    "run_learner_sft": ("learner", "algo.name", "sft_pi0"),
+    "run_actor_eval": ("actor", "rollout.mode", "eval"),
+}
+TASKS = ("pick", "pick_gym_hil")
+
+
+def dry_run(script: Path, *words: str, folder: Path) -> tuple[str, OmegaConf]:
+    """(side, resolved config) of a script."""
+    done = subprocess.run(
+        ["bash", str(script), *words, "--dry-run"], capture_output=True, text=True, cwd=folder, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    side, _, text = done.stdout.partition("\n")
+    return side.removeprefix("# "), OmegaConf.create(text)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("task", TASKS)
+def test_script_composes(repo_root, tmp_path, task, script):
+    side, key, value = SCRIPTS[script]
+    path = repo_root / "examples" / "experiments" / task / f"{script}.sh"
+    got, config = dry_run(path, "seed=9", "unique_identifier=left-arm", folder=tmp_path)
+    assert (got, config.task.name, config.run, config.seed) == (side, task, task, 9)
+    assert config.unique_identifier == "left-arm"
+    assert OmegaConf.select(config, key) == value
+
+
+def test_no_script_is_left_out(repo_root):
+    for task in TASKS:
+        folder = repo_root / "examples" / "experiments" / task
+        assert {path.stem for path in folder.glob("*.sh")} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("side", ["actor", "learner"])
+def test_the_scripts_at_the_root_run_the_default_task(repo_root, tmp_path, side):
+    got, config = dry_run(repo_root / f"run_{side}.sh", "run=mine", folder=tmp_path)
+    assert (got, config.task.name, config.run) == (side, "pick", "mine")
+
+
+def test_a_misspelt_override_ends_the_script_with_2(repo_root):
+    script = repo_root / "run_learner.sh"
+    done = subprocess.run(["bash", str(script), "sed=1"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "did you mean 'seed'" in done.stderr
+    assert "Traceback" not in done.stderr

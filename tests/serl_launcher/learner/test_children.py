@@ -1,0 +1,144 @@
+"""Child processes: groups end whole, die with their parent, and the restart budget; real processes throughout."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from serl_launcher.learner.children import Child, ChildSpec, RestartBudget, group_members, process_stat
+from serl_launcher.learner.lifeline import EXIT_FILE
+
+PATIENCE_S = 30.0
+
+
+def python(code: str) -> tuple[str, ...]:
+    """A quick interpreter (no site packages) that runs `code`."""
+    return (sys.executable, "-S", "-c", code)
+
+
+def wait_for(condition: Callable[[], object], what: str):
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    pytest.fail(f"waited {PATIENCE_S} s for {what}")
+
+
+def gone(pid: int) -> bool:
+    fields = process_stat(pid)
+    return not fields or fields[0] in "ZX"
+
+
+def read_pid(path: Path) -> int:
+    return int(wait_for(lambda: path.exists() and path.read_text().strip(), f"{path.name}"))
+
+
+def test_output_exit_code_and_tail_are_of_this_start(tmp_path):
+    spec = ChildSpec("role", python("print('one'); print('two'); raise SystemExit(7)"), log=tmp_path / "logs/role.log")
+    child = Child(spec)
+    for _ in range(2):
+        child.start()
+        death = wait_for(child.poll, "the exit")
+        assert (death.name, death.code, death.cause) == ("role", 7, "exit code 7")
+        assert child.tail() == ["one", "two"]
+        assert child.poll() is None
+    assert spec.log.read_text().count("two") == 2
+
+
+def test_death_by_a_signal_is_named():
+    child = Child(ChildSpec("role", python("import os; os.kill(os.getpid(), 9)")))
+    child.start()
+    assert wait_for(child.poll, "the kill").cause == "signal SIGKILL"
+
+
+def test_stop_ends_the_children_of_the_child(tmp_path):
+    inner = "import signal,time; signal.signal(15, lambda *_: None); open('ready', 'w').write('1'); time.sleep(600)"
+    code = f"import subprocess,sys; subprocess.Popen([sys.executable, '-S', '-c', {inner!r}]).wait()"
+    child = Child(ChildSpec("role", ("env", "-C", str(tmp_path), *python(code)), grace_s=0.3))
+    child.start()
+    pid = child.pid
+    wait_for((tmp_path / "ready").exists, "the grandchild")
+    assert len(group_members(pid)) == 2
+    child.stop()  # the grandchild ignores SIGTERM
+    assert group_members(pid) == []
+    assert child.pid is None
+
+
+def test_a_dead_leader_takes_its_group_along(tmp_path):
+    code = "import subprocess,os; subprocess.Popen(['sleep', '600']); os._exit(1)"
+    child = Child(ChildSpec("role", python(code), grace_s=1.0))
+    child.start()
+    pid = child.pid
+    assert wait_for(child.poll, "the exit").code == 1
+    assert group_members(pid) == []
+
+
+def test_a_child_dies_with_its_parent(tmp_path):
+    parent_code = f"""
+import sys, time
+from pathlib import Path
+from serl_launcher.learner.children import Child, ChildSpec
+child = Child(ChildSpec("role", ("sleep", "600")))
+child.start()
+Path({str(tmp_path / "pid")!r}).write_text(str(child.pid))
+time.sleep(600)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", parent_code])
+    pid = read_pid(tmp_path / "pid")
+    assert not gone(pid)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: gone(pid), "the orphan's end")
+
+
+def write_module(folder: Path, text: str) -> dict[str, str]:
+    (folder / "small_role.py").write_text(text)
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize(("end", "code"), [("sys.exit(2)", 2), ("sys.exit()", 0), ("pass", 0), ("sys.exit('bad')", 1)])
+def test_lifeline_passes_the_exit_code_on(tmp_path, end, code):
+    env = write_module(tmp_path, f"import sys\nassert sys.argv[1:] == ['a']\nif __name__ == '__main__': {end}")
+    env[EXIT_FILE] = str(tmp_path / "exit")
+    done = subprocess.run([sys.executable, "-m", "serl_launcher.learner.lifeline", "small_role", "a"], env=env)
+    assert (done.returncode, (tmp_path / "exit").read_text()) == (code, str(code))
+
+
+def test_the_trainer_goes_when_its_launcher_is_killed(tmp_path):
+    # The real chain of the trainer role: accelerate launch -> lifeline -> module.
+    env = write_module(
+        tmp_path, f"import os,time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher = subprocess.Popen([*command, "-m", "serl_launcher.learner.lifeline", "small_role"], env=env)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        pid = read_pid(tmp_path / "pid")
+        assert pid != launcher.pid
+        assert not gone(pid)
+    finally:
+        launcher.send_signal(signal.SIGKILL)
+        launcher.wait()
+    wait_for(lambda: gone(pid), "the trainer's end")
+
+
+def test_budget_backs_off_and_gives_up_on_the_fifth_quick_death():
+    budget = RestartBudget()
+    assert [budget.died(1.0) for _ in range(5)] == [0.5, 1.0, 2.0, 4.0, None]
+
+
+def test_a_long_life_renews_the_budget():
+    budget = RestartBudget()
+    for _ in range(4):
+        budget.died(1.0)
+    assert budget.died(61.0) == 0.5
+    assert budget.died(1.0) == 1.0

@@ -1,0 +1,199 @@
+"""The run folder before a start: new, resumed, finished, foreign; and each mistake's one message."""
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from compose import load_config
+from omegaconf import OmegaConf
+
+from serl_launcher.learner import run_folder
+from serl_launcher.learner.main import main
+from serl_launcher.learner.roles import accelerate_command, roles_for
+from serl_launcher.learner.run_folder import RunError, prepare
+
+
+@pytest.fixture
+def compose(tmp_path, free_ports):
+    """A learner's config in a folder of its own."""
+    port, broadcast = free_ports
+
+    def build(*overrides: str):
+        words = [f"runs_dir={tmp_path}/runs", f"port={port}", f"broadcast_port={broadcast}", "learner=true"]
+        return load_config([*words, *overrides])
+
+    return build
+
+
+def finish(folder) -> None:
+    folder.paths.summary.write_text(json.dumps({"success_rate": 0.9}))
+    folder.lock.close()
+
+
+def test_a_new_run_gets_its_resolved_config(compose):
+    folder = prepare(compose("run=one", "seed=5"))
+    assert folder.state == "new"
+    assert folder.paths.root.is_absolute()
+    assert OmegaConf.load(folder.paths.config).seed == 5
+    assert [stage.name for stage in folder.stages][:2] == ["demos", "sft"]
+
+
+def test_the_same_run_is_resumed_and_its_old_status_forgotten(compose):
+    folder = prepare(compose("run=one"))
+    folder.paths.status.write_text('{"done": true}')
+    folder.lock.close()
+    assert prepare(compose("run=one", "trainer.batch_size=8")).state == "resumed"
+    assert not folder.paths.status.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("task=pick_gym_hil", "task.name: 'pick' there, 'pick_gym_hil' now"),
+        ("policy.size.width=32", "policy.size.width: 64"),
+    ],
+)
+def test_another_experiment_is_refused_with_the_differing_keys(compose, override, shown):
+    prepare(compose("run=one")).lock.close()
+    with pytest.raises(RunError, match="holds another experiment") as raised:
+        prepare(compose("run=one", override))
+    assert shown in str(raised.value)
+    assert "run=<new name>" in str(raised.value)
+
+
+def test_resume_never_refuses_a_used_folder(compose):
+    prepare(compose("run=one")).lock.close()
+    with pytest.raises(RunError, match="resume=never"):
+        prepare(compose("run=one", "resume=never"))
+
+
+def test_a_finished_run_is_kept(compose, capsys):
+    finish(prepare(compose("run=one")))
+    assert main(compose("run=one")) == 0
+    assert "run one is complete" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_moved_aside_on_request(compose):
+    first = prepare(compose("run=one"))
+    (first.paths.root / "mark").touch()
+    finish(first)
+    second = prepare(compose("run=one", "on_complete=rotate"))
+    assert second.state == "new"
+    assert not (second.paths.root / "mark").exists()
+    (moved,) = second.paths.root.parent.glob("one.*")
+    assert (moved / "mark").exists()
+    assert (moved / "summary.json").exists()
+
+
+def test_two_rotations_in_one_second_do_not_collide(compose):
+    moved = []
+    for _ in range(3):
+        folder = prepare(compose("run=one"))
+        finish(folder)
+        os.utime(folder.paths.summary, (1e9, 1e9))
+        moved.append(run_folder.rotate(folder.paths))
+    assert len(set(moved)) == 3
+
+
+def test_another_schedule_goes_on_in_the_same_folder(compose):
+    finish(prepare(compose("run=one", "schedule=data_collection")))
+    folder = prepare(compose("run=one", "schedule=sft"))
+    assert folder.state == "resumed"
+    assert not folder.paths.summary.exists()
+    assert len(list(folder.paths.root.glob("summary.*.json"))) == 1
+
+
+def test_a_second_learner_in_the_same_folder_is_refused(compose):
+    first = prepare(compose("run=one"))
+    with pytest.raises(RunError, match="another learner works in"):
+        prepare(compose("run=one"))
+    fcntl.flock(first.lock, fcntl.LOCK_UN)
+
+
+@pytest.mark.parametrize("key", ["port", "broadcast_port"])
+def test_a_port_in_use_is_named(compose, monkeypatch, key):
+    monkeypatch.setattr(run_folder, "PORT_PATIENCE_S", 0.3)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(RunError, match=rf"^{key}={port} on 127.0.0.1: address already in use"):
+            prepare(compose("run=one", f"{key}={port}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["port=70000"], "port=70000: expected a port from 1 to 65535"),
+        (["port=6000", "broadcast_port=6000"], "both 6000; they must differ"),
+        (["bind_host=0.0.0.0"], "insecure=true"),
+        (["bind_host=203.0.113.9", "insecure=true"], "cannot assign requested address"),
+        (["run=a/b"], "names a folder"),
+        (["run=.hidden"], "names a folder"),
+        (["checkpoint_path=nowhere/to/be/found"], "checkpoint_path=nowhere/to/be/found: no such file or folder"),
+        (["schedule.stages.0.mode=demonstrate"], "schedule.stages.0.mode: expected one of demo"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(compose, capsys, overrides, message):
+    assert main(compose(*overrides)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_unwritable_folder_is_named(compose, tmp_path):
+    (tmp_path / "runs").write_text("a file is in the way")
+    with pytest.raises(RunError, match=r"cannot write into .*choose another runs_dir="):
+        prepare(compose("run=one"))
+
+
+def test_too_little_disk_is_said_before_the_start(compose, monkeypatch):
+    monkeypatch.setattr(run_folder, "MIN_FREE_MB", 1 << 40)
+    with pytest.raises(RunError, match="MB are free"):
+        prepare(compose("run=one"))
+
+
+def test_a_broken_config_file_is_named(compose):
+    folder = prepare(compose("run=one"))
+    folder.lock.close()
+    folder.paths.config.write_text("a: [1")
+    with pytest.raises(RunError, match=r"config\.yaml cannot be read"):
+        prepare(compose("run=one"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "roles"),
+    [
+        ([], ["gateway", "policy", "exporter", "trainer"]),
+        (["schedule=data_collection"], ["gateway", "exporter"]),
+        (["schedule=sft"], ["gateway", "exporter", "trainer"]),
+        (["schedule=reject_sampling"], ["gateway", "policy", "exporter", "trainer"]),
+        # Nothing is published yet: the trainer publishes the first version.
+        (["schedule=eval"], ["gateway", "policy", "exporter", "trainer"]),
+    ],
+)
+def test_a_schedule_starts_the_roles_that_it_needs(compose, overrides, roles):
+    config = compose(*overrides)
+    folder = prepare(config)
+    assert [spec.name for spec in roles_for(config, folder.paths, folder.stages)] == roles
+
+
+def test_serving_published_parameters_needs_no_trainer(compose):
+    config = compose("schedule=eval")
+    folder = prepare(config)
+    folder.paths.params.mkdir()
+    folder.paths.latest_params.write_text("{}")
+    assert [s.name for s in roles_for(config, folder.paths, folder.stages)] == ["gateway", "policy", "exporter"]
+
+
+def test_launch_keys_reach_accelerate(compose):
+    command = accelerate_command(compose("launch.num_processes=2", "+launch.multi_gpu=true", "trainer.device=cpu"))
+    text = " ".join(command)
+    assert "--num_processes 2" in text
+    assert "--mixed_precision no" in text
+    assert "--dynamo_backend no" in text
+    assert {"--multi_gpu", "--cpu", "--quiet"} <= set(command)
+    assert Path(command[0]).name.startswith("python")

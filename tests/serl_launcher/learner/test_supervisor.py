@@ -1,0 +1,175 @@
+"""The supervisor over small real processes: restarts, user mistakes, giving up, the order of the end, dying with it."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from serl_launcher.learner.children import ChildSpec, process_stat
+from serl_launcher.learner.supervisor import Supervisor
+from serl_launcher.paths import RunPaths
+
+PATIENCE_S = 30.0
+
+
+def role(paths: RunPaths, name: str, code: str) -> ChildSpec:
+    return ChildSpec(name, (sys.executable, "-S", "-c", code), log=paths.log(name), grace_s=5.0)
+
+
+@pytest.fixture
+def paths(tmp_path):
+    paths = RunPaths(tmp_path / "runs" / "demo")
+    paths.logs.mkdir(parents=True)
+    return paths
+
+
+def run(paths, *roles, **options) -> tuple[int, str]:
+    out = io.StringIO()
+    code = Supervisor(paths, roles, out=out, dashboard_period_s=0.1, **options).run()
+    return code, out.getvalue()
+
+
+def test_a_role_that_dies_is_started_again(paths):
+    # The first life is killed, the second reports a mistake, which ends the run.
+    flag = paths.root / "second"
+    again = (
+        f"import os; first = not os.path.exists({str(flag)!r}); open({str(flag)!r}, 'w').close()\n"
+        "if first: os.kill(os.getpid(), 9)\n"
+        "print('port 5588: in use'); raise SystemExit(2)"
+    )
+    code, text = run(paths, role(paths, "gateway", again), role(paths, "policy", "import time; time.sleep(600)"))
+    assert code == 2
+    assert "gateway ended (signal SIGKILL); starting it again in 0.5 s" in text
+    assert "gateway started again" in text
+    assert "gateway cannot run:\n    port 5588: in use" in text
+
+
+def test_exit_2_stops_everything(paths):
+    pid_file = paths.root / "pid"
+    other = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    wait = f"import os, time\nwhile not os.path.exists({str(pid_file)!r}): time.sleep(0.01)\ntime.sleep(0.1)\n"
+    code, _ = run(paths, role(paths, "policy", other), role(paths, "trainer", wait + "raise SystemExit(2)"))
+    assert code == 2
+    assert not process_stat(int(pid_file.read_text()))
+
+
+def test_a_role_that_keeps_dying_is_given_up_with_its_last_lines(paths, monkeypatch):
+    monkeypatch.setattr("serl_launcher.learner.supervisor.RestartBudget", QuickBudget)
+    code, text = run(paths, role(paths, "policy", "print('no such model'); raise SystemExit(1)"))
+    assert code == 3
+    assert text.count("policy started again") == 4
+    assert "policy keeps dying (exit code 1); giving up" in text
+    assert text.rstrip().endswith("no such model")
+
+
+class QuickBudget:
+    """The real budget's verdicts without its waits."""
+
+    def __init__(self):
+        from serl_launcher.learner.children import RestartBudget
+
+        self._budget = RestartBudget(first_wait_s=0.01)
+
+    def died(self, lived_s):
+        return self._budget.died(lived_s)
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from serl_launcher.learner.children import ChildSpec
+from serl_launcher.learner.supervisor import Supervisor
+from serl_launcher.paths import RunPaths
+paths = RunPaths(Path(sys.argv[1]))
+code = '''
+import os, signal, sys, time
+name, root = sys.argv[1:]
+def end(*_):
+    time.sleep(0.1)
+    with open(root + "/order", "a") as order:
+        order.write(name + " ")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+open(root + "/" + name + ".pid", "w").write(str(os.getpid()))
+time.sleep(600)
+'''
+names = ("gateway", "policy", "exporter", "trainer")
+specs = [ChildSpec(n, (sys.executable, "-S", "-c", code, n, sys.argv[1]), log=paths.log(n)) for n in names]
+sys.exit(Supervisor(paths, specs).run())
+"""
+
+
+@pytest.fixture
+def driver(paths):
+    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(paths.root)], stdout=subprocess.PIPE, text=True)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def role_pids(paths) -> dict[str, int]:
+    deadline = time.monotonic() + PATIENCE_S
+    pids = {}
+    while len(pids) < 4 and time.monotonic() < deadline:
+        pids = {p.stem: int(p.read_text()) for p in paths.root.glob("*.pid") if p.read_text()}
+        time.sleep(0.02)
+    assert len(pids) == 4
+    return pids
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_roles_in_order(paths, driver, signum):
+    pids = role_pids(paths)
+    driver.send_signal(signum)
+    assert driver.wait(PATIENCE_S) == 128 + signum
+    assert (paths.root / "order").read_text().split() == ["trainer", "policy", "exporter", "gateway"]
+    assert not any(map(process_stat, pids.values()))
+
+
+def test_the_roles_die_with_a_killed_supervisor(paths, driver):
+    pids = role_pids(paths)
+    driver.kill()
+    driver.wait()
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline and any(_alive(pid) for pid in pids.values()):
+        time.sleep(0.02)
+    assert not any(_alive(pid) for pid in pids.values())
+
+
+def test_a_killed_role_comes_back_under_a_new_pid(paths, driver):
+    pids = role_pids(paths)
+    (paths.root / "policy.pid").unlink()
+    os.kill(pids["policy"], signal.SIGKILL)
+    assert role_pids(paths)["policy"] != pids["policy"]
+    assert all(_alive(pids[name]) for name in ("gateway", "exporter", "trainer"))
+
+
+def _alive(pid: int) -> bool:
+    fields = process_stat(pid)
+    return bool(fields) and fields[0] not in "ZX"
+
+
+def test_done_ends_the_run_with_a_summary(paths, free_ports):
+    from compose import load_config
+    from omegaconf import OmegaConf
+
+    paths.config.write_text(OmegaConf.to_yaml(load_config([]), resolve=True))
+    status = {"run": "demo", "done": True, "stage": {"index": 0, "name": "demos", "mode": "demo"}, "counts": {}}
+    code = f"import time; open({str(paths.status)!r}, 'w').write({json.dumps(json.dumps(status))}); time.sleep(600)"
+    result, text = run(paths, role(paths, "gateway", code))
+    assert result == 0
+    assert "every stage is done" in text
+    assert "run demo is complete" in text
+    assert json.loads(paths.summary.read_text())["episodes"] == 0
+    assert str(paths.learning_curve) in text
+
+
+def test_a_schedule_without_stages_serves_until_it_is_stopped(paths):
+    paths.status.write_text('{"done": true}')
+    code = "import time; time.sleep(1.5); raise SystemExit(2)"
+    assert run(paths, role(paths, "gateway", code), ends=False)[0] == 2
