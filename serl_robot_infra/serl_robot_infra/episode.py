@@ -117,6 +117,10 @@ class EpisodeRunner:
 
     def _begin(self, now: _Progress) -> Intervention:
         ticket, spec = now.ticket, self._body.env.spec
+        if ticket.mode != "demo" and self._body.broker is None:
+            raise ValueError(
+                f"rollout.policy=none cannot run the {ticket.mode} episode asked for; set rollout.mode=demo"
+            )
         takeover = ticket.mode == "online" and ticket.takeover and self._may_take_over
         operator = self._body.operator if ticket.mode == "demo" or takeover else NoIntervention()
         operator.reset(np.random.default_rng([ticket.seed, 2]), from_start=ticket.mode == "demo")
@@ -159,13 +163,23 @@ class EpisodeRunner:
         result = self._limit_time(now, self._body.reward.judge(self._body.env.step(action)))
         now.seen_at = time.monotonic_ns()
         self._body.safety.check_observation(result.observation)
-        self._record(now, TimeStep(before, action, **_ends(result), intervention=intervened,
-                                   policy_version=now.policy_version, time_ns=seen_at))  # fmt: skip
-        now.observation = result.observation
+        step = TimeStep(
+            before,
+            action,
+            reward=float(result.reward),
+            done=result.terminated,
+            truncated=result.truncated,
+            success=result.success,
+            intervention=intervened,
+            policy_version=now.policy_version,
+            time_ns=seen_at,
+        )
+        self._record(now, step, result.observation)
         return self._outcome(result)
 
-    def _record(self, now: _Progress, step: TimeStep) -> None:
+    def _record(self, now: _Progress, step: TimeStep, after: Observation) -> None:
         self._body.adder.add(step)
+        now.observation = after
         now.tick += 1
         now.return_ += step.reward
         now.operator_ticks += step.intervention
@@ -206,7 +220,7 @@ class EpisodeRunner:
 
         def propose() -> np.ndarray:
             broker, ticket = self._body.broker, now.ticket
-            assert broker is not None, "a ticket that needs a policy reached an actor without one"
+            assert broker is not None
             assert now.observation is not None
             # Evaluation is repeatable: the sampled noise is a function of the episode's seed and the tick.
             seed = ticket.seed * 4096 + now.tick if ticket.mode == "eval" else None
@@ -238,12 +252,3 @@ class EpisodeRunner:
     def _check_stop(self) -> None:
         if self._stop:
             raise EpisodeCutError(f"stopped{f' by {self._stop.signal.name}' if self._stop.signal else ''}")
-
-
-def _ends(result: StepResult) -> dict:
-    return {
-        "reward": float(result.reward),
-        "done": result.terminated,
-        "truncated": result.truncated,
-        "success": result.success,
-    }

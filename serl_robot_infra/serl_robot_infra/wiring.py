@@ -3,6 +3,7 @@
 User mistakes end here as one line: expected, got, and the key to change.
 """
 
+import logging
 import signal
 import time
 from collections.abc import Callable
@@ -34,6 +35,8 @@ from serl_transport.config import TrainerConfig
 from serl_transport.errors import SpoolError, SpoolFull, WireError
 from serl_transport.specs import TaskSpec
 
+log = logging.getLogger(__name__)
+
 USER_MISTAKE, INTERRUPTED = 2, 130
 _SPOOL_RETRY_S = 0.5
 _WAIT_LINE_S = 5.0
@@ -50,8 +53,10 @@ def run_actor(cfg: DictConfig, stream: TextIO) -> int:
         with stop.installed():
             _run(cfg, stream, stop)
     except (ValueError, ImportError, WireError, SpoolError, OSError, OmegaConfBaseException) as mistake:
+        log.debug("where it came from", exc_info=True)
         return _refuse(str(mistake), stream)
     except InstantiationException as mistake:
+        log.debug("where it came from", exc_info=True)
         return _refuse(_innermost(mistake), stream)
     except KeyboardInterrupt:
         print("actor: interrupted; what was not delivered is sent at the next start", file=stream, flush=True)

@@ -170,6 +170,25 @@ def test_the_episode_limit_ends_the_run(spec, tmp_path):
     assert learner.wants == ["demo", "demo"]
 
 
+@pytest.mark.parametrize(
+    ("mode", "change", "message"),
+    [
+        ("eval", {"rollout.policy": "none"}, "rollout.policy=none cannot run the eval episode asked for"),
+        ("demo", {"task.operator": None}, "a demonstration needs an operator: set task.operator"),
+    ],
+)
+def test_a_ticket_that_this_actor_cannot_run_is_a_user_mistake(spec, tmp_path, mode, change, message):
+    from omegaconf import OmegaConf
+
+    with ScriptedLearner(spec, [ticket(mode, 1)]) as learner:
+        config = actor_config(learner, tmp_path)
+        for key, value in change.items():
+            OmegaConf.update(config, key, value)
+        stream = io.StringIO()
+        assert main(config, stream) == 2
+    assert message in stream.getvalue()
+
+
 def test_another_task_at_the_learner_is_one_clear_message(spec, tmp_path):
     with ScriptedLearner(spec, []) as learner:
         config = actor_config(learner, tmp_path)
