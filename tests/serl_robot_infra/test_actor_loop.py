@@ -173,7 +173,7 @@ def test_the_episode_limit_ends_the_run(spec, tmp_path):
 @pytest.mark.parametrize(
     ("mode", "change", "message"),
     [
-        ("eval", {"rollout.policy": "none"}, "rollout.policy=none cannot run this eval episode"),
+        ("eval", {"rollout.policy": "none"}, "rollout.policy=none cannot run the eval episode asked for"),
         ("demo", {"task.operator": None}, "a demonstration needs an operator: set task.operator"),
     ],
 )
