@@ -1,0 +1,110 @@
+#!/usr/bin/env python
+"""Look at a run's episodes with LeRobot's own viewer, offline.
+
+    python tools/visualize_dataset.py quickstart --list            # which episodes there are
+    python tools/visualize_dataset.py quickstart -e -1             # the newest one, in a rerun window
+    python tools/visualize_dataset.py quickstart -e 12 --save e.rrd
+
+Takes a run's name (in runs/), a run's folder or a dataset's folder, also while the run goes on.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+COLUMNS = ["episode_index", "mode", "stage", "success", "truncated_by", "length", "seed", "episode_id"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Show, save or list; the exit status."""
+    parser = argparse.ArgumentParser(description="Look at a run's episodes with LeRobot's viewer.")
+    parser.add_argument("source", help="a run's name, a run's folder or a dataset's folder")
+    parser.add_argument("-e", "--episode", type=int, default=0, help="episode index; negative counts from the end")
+    parser.add_argument("--save", type=Path, metavar="FILE.rrd", help="write a rerun file instead of opening a window")
+    parser.add_argument("--list", action="store_true", help="print the episodes and end")
+    args = parser.parse_args(argv)
+    try:
+        root = find_dataset(args.source)
+        if args.list:
+            print(episode_table(root))
+            return 0
+        return show(root, pick(root, args.episode), args.save)
+    except (ValueError, OSError) as error:
+        print(f"visualize_dataset: {error}", file=sys.stderr)
+        return 1
+
+
+def find_dataset(source: str) -> Path:
+    """The dataset folder that `source` names. ValueError says where it was looked for."""
+    candidates = [Path(source), Path(source) / "dataset", Path("runs") / source / "dataset"]
+    for root in candidates:
+        if (root / "meta/info.json").exists():
+            return root
+    looked = ", ".join(map(str, candidates))
+    raise ValueError(
+        f"no dataset at {looked}: expected a run's name or folder. A run has one after its first episode; "
+        "`python -m serl_launcher.exporter RUN_FOLDER --once` writes it from the journal"
+    )
+
+
+def episodes(root: Path) -> list[dict[str, Any]]:
+    """The dataset's committed episodes, as rows of its episodes files without statistics."""
+    total = json.loads((root / "meta/info.json").read_text(encoding="utf-8"))["total_episodes"]
+    rows: list[dict[str, Any]] = []
+    for path in sorted(root.glob("meta/episodes/*/*.parquet")):
+        names = [name for name in pq.read_schema(path).names if not name.startswith("stats/")]
+        rows += pq.read_table(path, columns=names).to_pylist()
+    return rows[:total]
+
+
+def episode_table(root: Path) -> str:
+    """One line per episode."""
+    rows = [[str(row.get(name, "")) for name in COLUMNS] for row in episodes(root)]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in [COLUMNS, *rows])  # fmt: skip
+
+
+def pick(root: Path, index: int) -> int:
+    """A valid episode index; negative ones count from the end. ValueError names the range."""
+    count = len(episodes(root))
+    if not -count <= index < count:
+        raise ValueError(f"--episode {index}: {root} holds episodes 0 to {count - 1}")
+    return index % count
+
+
+def show(root: Path, episode: int, save: Path | None) -> int:
+    """Run lerobot-dataset-viz on one episode; its exit status."""
+    if (
+        save is None
+        and sys.platform == "linux"
+        and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    ):
+        raise ValueError("there is no display here: use --save FILE.rrd and open it with `rerun FILE.rrd` elsewhere")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, "-m", "lerobot.scripts.lerobot_dataset_viz", "--repo-id", "local/run",
+            "--root", str(root.resolve()), "--episode-index", str(episode), "--num-workers", "0",
+            "--display-compressed-images",
+        ]  # fmt: skip
+        if save is not None:
+            command += ["--save", "1", "--output-dir", folder]
+        done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False)
+        if done.returncode == 0 and save is not None:
+            (written,) = Path(folder).glob("*.rrd")
+            save.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(written, save)
+            print(f"wrote {save}; open it with: rerun {save}")
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
