@@ -127,9 +127,7 @@ def _actor_line(name: str, actor: Mapping[str, Any]) -> str:
 
 def _loss(status: Mapping[str, Any]) -> float | None:
     metrics = _get(status, "trainer", "metrics") or {}
-    return next(
-        (value for key, value in metrics.items() if key in ("losses/flow", "losses/total", "loss")), None
-    ) or next((value for key, value in metrics.items() if key.startswith("losses/")), None)
+    return next((value for key, value in metrics.items() if key.startswith("losses/")), None)
 
 
 def _rate(status: Mapping[str, Any]) -> str:
