@@ -116,7 +116,7 @@ def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
         rollout.mode                    follow | demo | online | eval
         rollout.episodes                null: until the learner says stop
         rollout.policy                  remote | local | none (demonstrations only)
-        rollout.local_policy {_target_} for policy=local; called with cfg=, request=; a `BasePolicy`
+        rollout.local_policy {_target_} for policy=local; called with cfg=, link=; a `BasePolicy`
         rollout.execute_horizon         4
         rollout.rate_hz                 0: as fast as possible; null: the task's control_hz
         rollout.operator                true: the operator may take over

@@ -17,7 +17,7 @@ class StandaloneLink:
     backlog = 0
     refused_items = 0
 
-    def __init__(self, stage: str = "evaluation"):
+    def __init__(self, stage: str = "alone"):
         self.boot_id = new_boot_id()
         self._stage = stage
         self._next_seed = FIRST_EVAL_SEED

@@ -145,7 +145,7 @@ def build_policy(cfg: DictConfig, link: LearnerLink) -> MeasuredPolicy | None:
             node = cfg.rollout.get("local_policy")
             if not node:
                 raise ValueError("rollout.policy=local needs rollout.local_policy._target_")
-            return MeasuredPolicy(instantiate(node, cfg=cfg, request=link.request, _recursive_=False))
+            return MeasuredPolicy(instantiate(node, cfg=cfg, link=link, _recursive_=False))
         case "none":
             return None
         case other:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
+
 from serl_launcher.policies.pi0 import PI0FlowPolicy, build_pi0
 from serl_launcher.policies.pi0_tiny import TinySize
 from serl_launcher.replay.views import ChunkBatch

@@ -130,5 +130,5 @@ def actor_config(learner: ScriptedLearner | None, runs_dir: Any, **rollout: Any)
 class LocalStill:
     """`still_policy` as a local policy, built like one from yaml."""
 
-    def __init__(self, cfg: DictConfig, request: Any):
+    def __init__(self, cfg: DictConfig, link: Any):
         self.infer = still_policy()

@@ -300,7 +300,7 @@ def test_evaluation_without_a_learner(tmp_path):
     OmegaConf.update(config, "rollout.local_policy", {"_target_": "scripted_learner.LocalStill"}, force_add=True)
     stream = io.StringIO()
     assert main(config, stream) == 0, stream.getvalue()
-    assert "evaluation evaluation: 0/3 = 0.00" in stream.getvalue()
+    assert "evaluation alone: 0/3 = 0.00" in stream.getvalue()
     config.rollout.mode = "follow"
     stream = io.StringIO()
     assert main(config, stream) == 2

@@ -1,7 +1,7 @@
 """Checkpoints of the trainer: everything that resuming needs, published by a manifest that is written last.
 
 `runs/<name>/checkpoints/step_000900/` holds tensors.safetensors (parameters, average), optimizer.pt, state.json
-(counters, random states, stage progress, policy version) and manifest.json. Without its manifest a folder never existed.
+(counters, random states, stage progress, policy version) and manifest.json: without it a folder never existed.
 """
 
 from __future__ import annotations

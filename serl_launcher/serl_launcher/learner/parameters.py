@@ -25,7 +25,7 @@ class Published:
     """What `latest.json` says of a version."""
 
     version: int
-    step: int  # trainer step it was taken at
+    step: int  # trainer step it was taken at; -1: not known
     file: str  # name inside params/
     bytes: int
     sha256: str  # of the file
@@ -71,12 +71,27 @@ def publish(
     data = part.read_bytes()
     os.replace(part, params_dir / name)
     entry = Published(version, step, name, len(data), hashlib.sha256(data).hexdigest(), now)
-    pointer = params_dir / "latest.json.part"
-    pointer.write_text(json.dumps(asdict(entry)))
-    os.replace(pointer, params_dir / "latest.json")
+    _point_at(params_dir, entry)
     for old in sorted(params_dir.glob("v*.safetensors"))[:-keep]:
         old.unlink()
     return entry
+
+
+def store(params_dir: Path, version: int, blob: bytes, now: float) -> Published:
+    """Keep a published file that came over the wire (its hash was checked there), and point at it."""
+    name = f"v{version:06d}.safetensors"
+    part = params_dir / f"{name}.part"
+    part.write_bytes(blob)
+    os.replace(part, params_dir / name)
+    entry = Published(version, -1, name, len(blob), hashlib.sha256(blob).hexdigest(), now)
+    _point_at(params_dir, entry)
+    return entry
+
+
+def _point_at(params_dir: Path, entry: Published) -> None:
+    pointer = params_dir / "latest.json.part"
+    pointer.write_text(json.dumps(asdict(entry)))
+    os.replace(pointer, params_dir / "latest.json")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

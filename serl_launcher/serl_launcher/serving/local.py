@@ -1,27 +1,60 @@
 """The policy inside an actor's process: the same engine, fed by parameters pulled from the learner.
 
-Named by `rollout.local_policy` in yaml and built by the actor when `rollout.policy=local`; answers like the remote
-policy. Evaluating a finished run needs no learner: `checkpoint_path=runs/<name>`.
+`rollout.local_policy` in yaml names `build`; the actor calls it when `rollout.policy=local`. Answers like the remote
+policy. Evaluating a finished run needs no learner: `ip=null checkpoint_path=runs/<name>`.
+
+    learner ──5589 notify, 5588 params──▶ listener thread ─▶ folder/latest.json ─▶ refresh, between two chunks
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from omegaconf import DictConfig
-from serl_transport.errors import NotReady
 
-from serl_launcher.learner.parameters import Published, find_parameters
+from serl_launcher.learner.parameters import Published, find_parameters, store
 from serl_launcher.serving.engine import PolicyEngine, query_from_body
+from serl_transport.errors import NotReady
+from serl_transport.params import Published as Blob
+
+
+class ParameterSource(Protocol):
+    """What is needed of `serl_transport.client.TrainerClient`."""
+
+    def recv_network_callback(self, callback: Callable[[Any], None], *, raw: bool = False) -> None: ...
+
+
+def build(cfg: DictConfig, link: ParameterSource) -> LocalPolicy:
+    """The policy of `checkpoint_path`, fixed; without one, the learner's newest, followed as it trains.
+
+    Raises ValueError or FileNotFoundError in the user's words.
+    """
+    if cfg.checkpoint_path:
+        return LocalPolicy.from_checkpoint(cfg)
+    if cfg.ip is None:
+        raise ValueError("rollout.policy=local with ip=null needs checkpoint_path=runs/<name> or a parameters file")
+    folder = tempfile.TemporaryDirectory(prefix="flowserl-params-")
+    policy = LocalPolicy(cfg, Path(folder.name), owned=folder)
+
+    def keep(blob: Blob) -> None:
+        store(Path(folder.name), blob.version, blob.blob, time.time())
+
+    link.recv_network_callback(keep, raw=True)
+    return policy
 
 
 class LocalPolicy:
     """`infer(body) -> {actions, policy_version, server_ms}` in this process."""
 
-    def __init__(self, cfg: DictConfig, params_dir: Path) -> None:
+    def __init__(self, cfg: DictConfig, params_dir: Path, *, owned: tempfile.TemporaryDirectory | None = None) -> None:
+        """params_dir: followed at each question; owned: a folder that lives as long as this policy."""
         self._engine = PolicyEngine(cfg, params_dir)
+        self._owned = owned
+        self._follows = True
 
     @classmethod
     def from_checkpoint(cls, cfg: DictConfig) -> LocalPolicy:
@@ -31,20 +64,20 @@ class LocalPolicy:
         published = Published.read(path.parent)
         version = published.version if published and published.file == path.name else 0
         policy._engine.load_or_raise(path, version)
+        policy._follows = False
         return policy
 
-    def refresh(self) -> bool:
-        """Take the newest parameters of the folder; called between chunks. True when the version changed."""
-        return self._engine.refresh()
+    def reset(self) -> None:
+        """A new episode; there is nothing to forget."""
 
     def infer(self, body: dict[str, Any]) -> dict[str, Any]:
         """Answer an `infer` body as the policy server would. Raises NotReady below `min_version`."""
         started = time.perf_counter()
         wanted = int(body.get("min_version") or 0)
-        if self._engine.version < wanted:
+        if self._follows:
             self._engine.refresh()
         if self._engine.version < wanted:
-            raise NotReady(f"policy version {wanted} wanted, {self._engine.version} is served")
+            raise NotReady(f"policy version {wanted} was asked for, {self._engine.version} is here")
         actions = self._engine.act([query_from_body(body, self._engine.spec)])[0]
         return {
             "actions": actions,

@@ -17,11 +17,11 @@ from collections import deque
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from serl_transport.errors import BadFrame, NotReady, SchemaMismatch
 
 from serl_launcher.gateway.internal import InferRequest, PolicyLink
 from serl_launcher.paths import RunPaths
 from serl_launcher.serving.engine import PolicyEngine, query_from_body
+from serl_transport.errors import BadFrame, NotReady, SchemaMismatch
 
 log = logging.getLogger("policy")
 

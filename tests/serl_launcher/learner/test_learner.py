@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from tiny import SPEC, random_batch, tiny_policy
+
 from serl_launcher.agents.flow_matching import FlowMatchingAgent
 from serl_launcher.learner import checkpoint
 from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.limiter import StepLimiter
-from tiny import SPEC, random_batch, tiny_policy
 
 
 def make_learner(lr=3e-3):

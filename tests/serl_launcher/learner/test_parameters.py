@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import tiny_policy
+
 from serl_launcher.learner.parameters import Published, base_sha256, find_parameters, load_into, publish
 from serl_launcher.policies.base import trainable
-from tiny import tiny_policy
 
 
 def publish_policy(folder, policy, version, keep=3):

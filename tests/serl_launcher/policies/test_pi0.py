@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample, sample_times, trainable
 from serl_launcher.policies.pi0 import build_pi0
 from serl_launcher.policies.pi0_tiny import TinySize
@@ -36,7 +37,9 @@ def policy():
 def observation():
     rng = np.random.default_rng(0)
     images = {camera: rng.integers(0, 256, (B, 32, 32, 3), dtype=np.uint8) for camera in SPEC.cameras}
-    return PolicyInput(images, rng.uniform(-1, 1, (B, 3)).astype(np.float32), ["pick up", "pick up the red cube", "lift"])
+    return PolicyInput(
+        images, rng.uniform(-1, 1, (B, 3)).astype(np.float32), ["pick up", "pick up the red cube", "lift"]
+    )
 
 
 def library_loss(policy, observation, chunk, noise, tau):
@@ -138,6 +141,6 @@ def test_actions_map_to_physical_units_within_the_limits(policy):
 def test_training_times_follow_the_beta_of_pi0():
     """1 − t = 0.001 + 0.999 · Beta(1.5, 1), whose mean is 1.5 / 2.5 = 0.6."""
     t = sample_times(200_000, torch.Generator().manual_seed(0))
-    assert 0 <= t.min()
+    assert t.min() >= 0
     assert t.max() <= 0.999
     assert abs((1 - t).mean().item() - (0.001 + 0.999 * 0.6)) < 0.002

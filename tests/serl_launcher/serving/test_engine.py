@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from tiny import HORIZON, SPEC, tiny_config, tiny_policy
+
 from serl_launcher.learner.parameters import base_sha256, publish
 from serl_launcher.policies.base import trainable
 from serl_launcher.serving.engine import PolicyEngine, Query, query_from_body
-from serl_launcher.serving.local import LocalPolicy
+from serl_launcher.serving.local import LocalPolicy, build
 from serl_transport.errors import NotReady
-from tiny import HORIZON, SPEC, tiny_config, tiny_policy
+from serl_transport.params import Published as Blob
 
 
 def put(folder, version, shift=0.0, damage=False):
@@ -104,3 +106,35 @@ def test_the_same_seed_gives_the_same_chunk_whatever_was_asked_before(engine):
     engine.act([Query(query.images, query.state, query.prompt, None)])
     torch.manual_seed(99)
     np.testing.assert_array_equal(first, engine.act([query]))
+
+
+class PublishesAtOnce:
+    """A link whose learner has parameters: calls back as the client's listener thread does."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def recv_network_callback(self, callback, *, raw=False):
+        assert raw
+        self.callback = callback
+        self.tell(2)
+
+    def tell(self, version):
+        put(self.folder, version, shift=0.1 * version)
+        blob = (self.folder / f"v{version:06d}.safetensors").read_bytes()
+        self.callback(Blob.of(version, blob))
+
+
+def test_a_local_policy_follows_the_parameters_that_its_link_brings(tmp_path):
+    link = PublishesAtOnce(tmp_path)
+    policy = build(tiny_config(), link)
+    first = policy.infer(body())
+    link.tell(5)
+    second = policy.infer(body(min_version=5))
+    assert (first["policy_version"], second["policy_version"]) == (2, 5)
+    assert not np.allclose(first["actions"], second["actions"])
+
+
+def test_a_local_policy_without_learner_needs_a_checkpoint():
+    with pytest.raises(ValueError, match="checkpoint_path"):
+        build(tiny_config(ip=None), None)
