@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from serl_launcher.gateway.internal import InternalClient, PolicyLink
 from serl_launcher.replay.episodes import journal_episodes
 from serl_launcher.replay.ring import RingReader
 from serl_transport.client import TrainerClient
+from serl_transport.codec import pack, unpack
 from serl_transport.errors import BadFrame, NotReady, Refused, SchemaMismatch, UnknownKind
 from serl_transport.schema import StepBatch
 from serl_transport.specs import TaskSpec
@@ -40,6 +43,15 @@ def run_ticket(client: TrainerClient, success: bool = True, driven=(), **payload
         send(client, batches(who, success=success, driven=driven))
         assert client.flush(10)
     return ticket
+
+
+def deliver_as(client: TrainerClient, boot: str, seq: int, part: StepBatch) -> dict:
+    """Deliver an item under an earlier boot's number, as a client does with what its last process left."""
+    box: list = []
+    client._data.loop.call_soon(
+        lambda: client._data.submit("data", pack(part.to_body()), box.append, seq=seq, boot_id=boot)
+    )
+    return unpack(wait_for(lambda: box)[0])
 
 
 def test_an_item_travels_from_the_client_to_the_ring_and_the_ledger(tmp_path: Path) -> None:
@@ -86,30 +98,9 @@ def test_a_restart_rebuilds_everything_from_the_journal(tmp_path: Path) -> None:
             assert [row.ordinal for row in RingReader(status["ring"]).episodes()] == [0]
             # The rest of the open episode, and a repeat of what was stored, as a client re-sends after a cut.
             for seq, part in ((3, parts[0]), (4, parts[1])):
-                client._data.call("data", part.to_body(), target="") if False else None
-                gateway_reply = _send_as(client, boot, seq, part)
-                assert gateway_reply["duplicate"] == (seq == 3)
+                assert deliver_as(client, boot, seq, part) == {"duplicate": seq == 3}
             wait_for(lambda: len(ledger(tmp_path)) == 2)
             assert ledger(tmp_path)[1]["n_ticks"] == 6
-
-
-def _send_as(client: TrainerClient, boot: str, seq: int, part: StepBatch) -> dict:
-    """Deliver an item under an earlier boot's number."""
-    import threading
-
-    from serl_transport.codec import pack, unpack
-
-    box, done = [], threading.Event()
-
-    def on_reply(result) -> None:
-        box.append(result)
-        done.set()
-
-    client._data.loop.call_soon(
-        lambda: client._data.submit("data", pack(part.to_body()), on_reply, target="", seq=seq, boot_id=boot)
-    )
-    assert done.wait(10)
-    return unpack(box[0])
 
 
 def test_the_schedule_leads_an_actor_through_the_stages(tmp_path: Path) -> None:
@@ -193,34 +184,30 @@ def test_inference_goes_to_the_policy_server_and_back(tmp_path: Path) -> None:
         link.serving(version=3, requests=0, batch_mean=0.0, p50_ms=None)
         wait_for(lambda: client.request("status")["serving"].get("version") == 3)
 
-        def answer(result) -> None:
-            request = wait_for(lambda: link.receive(1.0))
-            assert request.body["prompt"] == "p"
-            link.reply(request.token, result)
+        def work(*steps) -> threading.Thread:
+            """The policy server's thread: take one question, then do the rest."""
 
-        import threading
+            def serve() -> None:
+                request = wait_for(lambda: link.receive(1.0))
+                assert request.body["prompt"] == "p"
+                for step in steps:
+                    step(request.token)
 
-        for result in (
-            {"actions": np.ones((4, 2), np.float32), "policy_version": 3},
-            NotReady("version 9 is not here"),
-        ):
-            thread = threading.Thread(target=answer, args=(result,))
+            thread = threading.Thread(target=serve)
             thread.start()
-            if isinstance(result, dict):
-                assert client.infer(question)["actions"].shape == (4, 2)
-            else:
-                with pytest.raises(NotReady, match="version 9"):
-                    client.infer(question)
-            thread.join()
+            return thread
+
+        actions = {"actions": np.ones((4, 2), np.float32), "policy_version": 3}
+        thread = work(lambda token: link.reply(token, actions))
+        assert client.infer(question)["actions"].shape == (4, 2)
+        thread.join()
+        thread = work(lambda token: link.reply(token, NotReady("version 9 is not here")))
+        with pytest.raises(NotReady, match="version 9"):
+            client.infer(question)
+        thread.join()
         # Another policy server takes over while a question is open: the actor is told, instead of waiting.
         replacement = PolicyLink(tmp_path)
-        thread = threading.Thread(
-            target=lambda: (
-                wait_for(lambda: link.receive(1.0)),
-                replacement.serving(version=4, requests=0, batch_mean=0.0, p50_ms=1.0),
-            )
-        )
-        thread.start()
+        thread = work(lambda token: replacement.serving(version=4, requests=0, batch_mean=0.0, p50_ms=1.0))
         with pytest.raises(NotReady, match="replaced"):
             client.infer(question)
         thread.join()
@@ -229,8 +216,6 @@ def test_inference_goes_to_the_policy_server_and_back(tmp_path: Path) -> None:
 
 
 def test_parameters_are_announced_and_pulled(tmp_path: Path) -> None:
-    import hashlib
-
     blob = np.random.default_rng(0).integers(0, 256, 5_000_000, dtype=np.uint8).tobytes()
     params = tmp_path / "params"
     params.mkdir()
@@ -249,3 +234,57 @@ def test_parameters_are_announced_and_pulled(tmp_path: Path) -> None:
         assert wait_for(lambda: [body for body in heard if body["topic"] == "params"])[0]["version"] == 2
         with pytest.raises(Refused, match="newest is 2"):
             client.fetch_params(1)
+
+
+def test_a_dead_actors_episode_is_closed_and_its_evaluation_seed_issued_again(tmp_path: Path) -> None:
+    stages = [{"name": "before", "mode": "eval", "episodes": 1}]
+    with serving(tmp_path, schedule__stages=stages, gateway__dead_actor_s=1.0) as gateway:
+        with connected(gateway) as client:
+            ticket = client.request("next_episode", {})
+            who = info(ticket["episode_id"], boot=client.boot_id, mode="eval", stage="before", seed=ticket["seed"])
+            send(client, batches(who, (4, 4))[:1])
+            assert client.flush(10)
+            with connected(gateway, "b") as other:
+                assert other.request("next_episode", {})["action"] == "wait"  # the only seed is taken
+                client.stop()
+                again = wait_for(lambda: _run_of(other.request("next_episode", {})))
+                assert again["seed"] == ticket["seed"]
+                assert again["episode_id"] != ticket["episode_id"]
+        wait_for(lambda: len(ledger(tmp_path)) == 1)
+        row = ledger(tmp_path)[0]
+        assert (row["truncated_by"], row["n_ticks"], row["whole"]) == ("dead_actor", 3, False)
+        assert gateway.status()["stage"]["episodes"] == 0  # a cut episode is no outcome
+    assert [episode.n for _, episode in journal_episodes(tmp_path, SPEC)] == [3]
+
+
+def _run_of(reply: dict) -> dict | None:
+    return reply if reply["action"] == "run" else None
+
+
+def test_a_restarted_actor_takes_the_place_of_its_last_process(tmp_path: Path) -> None:
+    spool, parts = tmp_path / "spool", batches(info("e1"), (3, 3))
+    with serving(tmp_path) as gateway:
+        with connected(gateway, spool_dir=spool) as client:
+            send(client, parts[:1])
+            assert client.flush(10)
+        with connected(gateway, spool_dir=spool) as client:
+            send(client, batches(info("e2", boot=client.boot_id)))
+            assert client.flush(10)
+            wait_for(lambda: len(ledger(tmp_path)) == 2)  # long before the 30 s of a silent actor
+        assert [(row["episode_id"], row["truncated_by"]) for row in ledger(tmp_path)] == [
+            ("e2", None), ("e1", "dead_actor"),
+        ]  # fmt: skip
+
+
+def test_a_full_disk_is_a_typed_refusal_and_the_client_gets_through_afterwards(tmp_path: Path) -> None:
+    with serving(tmp_path, journal__segment_mb=1) as gateway, connected(gateway) as client:
+        gateway.ingest._writer._segment_bytes = 16  # the next item opens a new segment …
+        blocker = tmp_path / "journal" / "000002.seg"
+        blocker.mkdir()  # … which cannot be written
+        send(client, batches(info("e1")))
+        assert not client.flush(1.5)
+        assert client.backlog == 2
+        assert client.refused_items == 0
+        blocker.rmdir()
+        assert client.flush(10)
+        wait_for(lambda: len(ledger(tmp_path)) == 1)
