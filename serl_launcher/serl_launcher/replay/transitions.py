@@ -1,0 +1,207 @@
+"""Chunk transitions for reinforcement learning, made by index over the replay ring.
+
+The trainer owns one `TransitionView` beside the acceptance view; SAC and DSRL read its batches. Every finished episode
+enters, accepted or not: a critic learns from failures.
+
+    tick t ── h executed actions ──▶ tick t + k          k = min(h, n − t) real ticks
+    reward Σ_{i<k} γ^i r_{t+i}       discount γ^k        bootstrap unless tick t + k − 1 terminated
+
+A chunk never runs into the next episode. An episode that ended by a time limit or a cut bootstraps from its last
+observation (Pardo et al., 1712.00378). Half of a batch comes from demonstrations (RLPD, Ball et al., 2302.02948).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from serl_launcher.replay.ring import EpisodeRow, Evicted, RingReader
+from serl_transport.specs import TaskSpec
+
+COLUMNS = ("next.reward", "next.done", "intervention")
+
+
+@dataclass(frozen=True, slots=True)
+class TransitionBatch:
+    """b chunk transitions; `action[:, :k]` was executed from the observation, `next_*` is what came of it."""
+
+    images: dict[str, np.ndarray]  # camera -> uint8[b, h, w, 3], at the chunk's first tick
+    state: np.ndarray  # float32[b, s]
+    action: np.ndarray  # float32[b, h, ad], executed, physical units; padded with the last tick's
+    is_pad: np.ndarray  # bool[b, h], past the episode's end
+    reward: np.ndarray  # float32[b], Σ γ^i r over the real ticks
+    discount: np.ndarray  # float32[b], γ^k
+    bootstrap: np.ndarray  # bool[b], False where the episode terminated within the chunk
+    next_images: dict[str, np.ndarray]  # camera -> uint8[b, h, w, 3], at the chunk's end
+    next_state: np.ndarray  # float32[b, s]
+    to_go: np.ndarray  # float32[b], Σ γ^i r to the episode's end (Cal-QL's reference)
+    demo: np.ndarray  # bool[b], from a demonstration
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkIndex:
+    """Chunk starts of some episodes, n rows."""
+
+    start: np.ndarray  # int64[n], absolute frame of the first tick
+    last: np.ndarray  # int64[n], absolute frame of the episode's last tick
+    length: np.ndarray  # int64[n], real ticks k
+    reward: np.ndarray  # float32[n]
+    bootstrap: np.ndarray  # bool[n]
+    to_go: np.ndarray  # float32[n]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def take(self, rows: np.ndarray) -> ChunkIndex:
+        """Some of the rows (indices or a mask)."""
+        return ChunkIndex(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+    def join(self, other: ChunkIndex) -> ChunkIndex:
+        """These rows, then the other's."""
+        return ChunkIndex(*(np.concatenate([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
+
+    @classmethod
+    def empty(cls) -> ChunkIndex:
+        dtypes = (np.int64, np.int64, np.int64, np.float32, bool, np.float32)
+        return cls(*(np.zeros(0, dtype) for dtype in dtypes))
+
+
+def index_episode(first_frame: int, reward: np.ndarray, done: np.ndarray, horizon: int, gamma: float) -> ChunkIndex:
+    """Every tick of an episode as a chunk start.
+
+    reward: float32[n]; done: bool[n], terminated. The tick that terminates ends the episode, so at most the last is.
+
+    >>> index = index_episode(0, np.array([0, 0, 1.0]), np.array([0, 0, 1], bool), horizon=2, gamma=0.5)
+    >>> index.length.tolist(), index.reward.tolist(), index.bootstrap.tolist()
+    ([2, 2, 1], [0.0, 0.5, 1.0], [True, False, False])
+    """
+    n = len(reward)
+    ticks = np.arange(n)
+    length = np.minimum(horizon, n - ticks)
+    discounted = np.zeros(n)
+    for i in range(horizon):
+        inside = ticks + i < n
+        discounted[inside] += gamma**i * reward[ticks[inside] + i]
+    to_go = np.zeros(n)
+    tail = 0.0
+    for t in reversed(ticks):
+        tail = to_go[t] = reward[t] + gamma * tail
+    return ChunkIndex(
+        start=first_frame + ticks,
+        last=np.full(n, first_frame + n - 1),
+        length=length,
+        reward=discounted.astype(np.float32),
+        bootstrap=~done[ticks + length - 1],
+        to_go=to_go.astype(np.float32),
+    )
+
+
+class TransitionView:
+    """Chunk transitions of a ring, demonstrations and online episodes apart.
+
+    horizon: ticks of a chunk that the actor executes before it asks again. demo_share: of each batch, while both
+    sources hold something.
+    """
+
+    def __init__(self, spec: TaskSpec, horizon: int, gamma: float, demo_share: float = 0.5) -> None:
+        if horizon < 1 or not 0 < gamma <= 1 or not 0 <= demo_share <= 1:
+            raise ValueError(
+                "transitions: expected horizon ≥ 1, 0 < gamma ≤ 1 and 0 ≤ demo_share ≤ 1, "
+                f"got {horizon}, {gamma} and {demo_share}"
+            )
+        self.horizon, self.gamma, self.demo_share = horizon, gamma, demo_share
+        self._cameras = {camera: f"observation.images.{camera}" for camera in spec.cameras}
+        self._ring: RingReader | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every index; the next `refresh` rebuilds them from the ring."""
+        self._next_ordinal = 0
+        self._index = {"demo": ChunkIndex.empty(), "online": ChunkIndex.empty()}
+
+    def attach(self, ring: RingReader) -> None:
+        """Read from this ring; a new one starts the view over."""
+        if ring is not self._ring:
+            self._ring = ring
+            self.clear()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._index.values()))
+
+    def count(self, source: str) -> int:
+        """Chunk starts of `demo` or `online`."""
+        return len(self._index[source])
+
+    def refresh(self) -> int:
+        """Take in the episodes committed since the last call; returns how many."""
+        rows = self._ring.episodes(self._next_ordinal)
+        for row in rows:
+            self._next_ordinal = row.ordinal + 1
+            try:
+                self._add(row)
+            except Evicted:  # the writer lapped a reader that slept for a whole ring: that episode is gone for all
+                continue
+        if rows:
+            self._drop_before(self._ring.first_valid)
+        return len(rows)
+
+    def _add(self, row: EpisodeRow) -> None:
+        columns = self._ring.gather(np.arange(row.first_frame, row.first_frame + row.n_ticks), COLUMNS)
+        reward = columns["next.reward"]
+        if np.isfinite(reward).all():
+            fresh = index_episode(row.first_frame, reward, columns["next.done"], self.horizon, self.gamma)
+            self._index[row.mode] = self._index[row.mode].join(fresh)
+
+    def _drop_before(self, first_frame: int) -> None:
+        for source, index in self._index.items():
+            keep = index.start >= first_frame
+            if not keep.all():
+                self._index[source] = index.take(keep)
+
+    def sample(self, rng: np.random.Generator, b: int) -> TransitionBatch:
+        """b transitions, `demo_share` of them from demonstrations. Raises ValueError when the view is empty."""
+        while True:
+            n_demo = self._demo_count(b)
+            parts = [
+                index.take(rng.integers(0, len(index), n))
+                for index, n in zip(self._index.values(), (n_demo, b - n_demo), strict=True)
+                if n
+            ]
+            try:
+                return self._gather(parts[0] if len(parts) == 1 else parts[0].join(parts[1]), n_demo)
+            except Evicted:
+                self._drop_before(self._ring.first_valid)
+
+    def _demo_count(self, b: int) -> int:
+        demo, online = self.count("demo"), self.count("online")
+        if not demo and not online:
+            raise ValueError("the view holds no transition yet")
+        if not demo or not online:
+            return b if demo else 0
+        return round(b * self.demo_share)
+
+    def _gather(self, index: ChunkIndex, n_demo: int) -> TransitionBatch:
+        steps = np.arange(self.horizon)
+        frames = np.minimum(index.start[:, None] + steps, index.last[:, None])
+        keys = [*self._cameras.values(), "observation.state"]
+        chunk = self._ring.gather(frames, ["action"])["action"]
+        after = self._ring.gather(index.start + index.length, keys)
+        # Oldest frames last: a writer that overtakes this batch is noticed here.
+        first = self._ring.gather(index.start, keys)
+        return TransitionBatch(
+            images={camera: first[key] for camera, key in self._cameras.items()},
+            state=first["observation.state"],
+            action=chunk,
+            is_pad=steps >= index.length[:, None],
+            reward=index.reward,
+            discount=np.power(self.gamma, index.length).astype(np.float32),
+            bootstrap=index.bootstrap,
+            next_images={camera: after[key] for camera, key in self._cameras.items()},
+            next_state=after["observation.state"],
+            to_go=index.to_go,
+            demo=np.arange(len(index)) < n_demo,
+        )

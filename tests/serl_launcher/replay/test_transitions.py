@@ -1,0 +1,139 @@
+"""Chunk transitions over a real ring, by hand: terminated, truncated and padded ticks, discounts, mixing."""
+
+import numpy as np
+import pytest
+
+from serl_launcher.replay.ring import RingReader, RingWriter
+from serl_launcher.replay.transitions import TransitionView, index_episode
+from serl_transport.specs import TaskSpec
+
+SPEC = TaskSpec.from_dict(
+    {
+        "name": "t",
+        "prompt": "p",
+        "cameras": {"front": [4, 4]},
+        "state_names": ["a"],
+        "state_low": [-1],
+        "state_high": [1],
+        "action_names": ["x"],
+        "action_low": [-100],
+        "action_high": [100],
+        "control_hz": 10,
+        "max_ticks": 60,
+    }
+)
+
+
+def arrays(n, base, ended="done", reward=None):
+    """Tick k has action, state and pixels base + k; the last observation is base + n."""
+    last = np.arange(n) == n - 1
+    observed = base + np.arange(n + 1)
+    return {
+        "observation.images.front": np.broadcast_to(observed.astype(np.uint8)[:, None, None, None], (n + 1, 4, 4, 3)),
+        "observation.state": observed.astype(np.float32)[:, None],
+        "action": observed[:n].astype(np.float32)[:, None],
+        "next.reward": np.zeros(n, np.float32) if reward is None else np.asarray(reward, np.float32),
+        "next.done": last & (ended == "done"),
+        "next.truncated": last & (ended == "truncated"),
+        "next.success": np.zeros(n, bool),
+        "intervention": np.zeros(n, bool),
+        "policy_version": np.zeros(n, np.int64),
+        "time_ns": np.zeros(n, np.int64),
+    }
+
+
+@pytest.fixture
+def ring(tmp_path):
+    writer = RingWriter(SPEC, 40, tmp_path, shared=tmp_path)
+    yield writer
+    writer.close()
+
+
+def by_start(view, b=400, seed=0):
+    """first tick's action -> (row's values), over many draws."""
+    batch = view.sample(np.random.default_rng(seed), b)
+    return {int(batch.action[i, 0, 0]): (batch, i) for i in range(b)}
+
+
+def test_a_terminated_episode_by_hand(ring):
+    # 5 ticks, h = 3, γ = 0.5, r = [1, 2, 4, 8, 16]; terminated at tick 4.
+    ring.append(0, "online", True, arrays(5, 10, "done", [1, 2, 4, 8, 16]))
+    view = TransitionView(SPEC, 3, 0.5)
+    view.attach(RingReader(ring.path))
+    view.refresh()
+    seen = by_start(view)
+    assert sorted(seen) == [10, 11, 12, 13, 14]
+    #        start: actions         is_pad          Σ γ^i r                γ^k    bootstrap  s'
+    want = {
+        10: ([10, 11, 12], [0, 0, 0], 1 + 0.5 * 2 + 0.25 * 4, 0.125, True, 13),
+        11: ([11, 12, 13], [0, 0, 0], 2 + 0.5 * 4 + 0.25 * 8, 0.125, True, 14),
+        12: ([12, 13, 14], [0, 0, 0], 4 + 0.5 * 8 + 0.25 * 16, 0.125, False, 15),
+        13: ([13, 14, 14], [0, 0, 1], 8 + 0.5 * 16, 0.25, False, 15),
+        14: ([14, 14, 14], [0, 1, 1], 16, 0.5, False, 15),
+    }
+    for start, (actions, pad, reward, discount, bootstrap, after) in want.items():
+        batch, i = seen[start]
+        assert batch.action[i, :, 0].tolist() == actions
+        assert batch.is_pad[i].astype(int).tolist() == pad
+        assert batch.reward[i] == pytest.approx(reward)
+        assert batch.discount[i] == pytest.approx(discount)
+        assert bool(batch.bootstrap[i]) is bootstrap
+        assert batch.next_state[i, 0] == after
+        assert batch.next_images["front"][i, 0, 0, 0] == after
+        assert batch.images["front"][i, 0, 0, 0] == start == batch.state[i, 0]
+
+
+def test_a_truncated_episode_bootstraps_from_its_last_observation(ring):
+    ring.append(0, "online", False, arrays(3, 20, "truncated", [1, 1, 1]))
+    ring.append(1, "online", False, arrays(3, 40, "truncated"))
+    view = TransitionView(SPEC, 4, 0.9)
+    view.attach(RingReader(ring.path))
+    view.refresh()
+    batch, i = by_start(view)[21]
+    # Two real ticks are left: 1 + 0.9, then 0.9² · Q at observation 23, which no action follows.
+    assert batch.reward[i] == pytest.approx(1.9)
+    assert batch.discount[i] == pytest.approx(0.81)
+    assert bool(batch.bootstrap[i])
+    assert batch.next_state[i, 0] == 23
+    # The chunk stops at the episode's end, though another episode follows in the ring.
+    assert batch.action[i, :, 0].tolist() == [21, 22, 22, 22]
+    assert batch.is_pad[i].tolist() == [False, False, True, True]
+
+
+def test_returns_to_go_by_hand():
+    index = index_episode(0, np.array([0.0, 2.0, 0.0, 4.0]), np.array([0, 0, 0, 1], bool), 2, 0.5)
+    # 0 + 0.5·(2 + 0.5·(0 + 0.5·4)) = 1.5, 2 + 0.25·4 = 3, 0.5·4 = 2, 4
+    assert index.to_go.tolist() == [1.5, 3.0, 2.0, 4.0]
+
+
+def test_half_of_a_batch_is_demonstrations_while_there_are_both(ring):
+    ring.append(0, "demo", True, arrays(3, 10))
+    view = TransitionView(SPEC, 2, 0.9, demo_share=0.5)
+    view.attach(RingReader(ring.path))
+    view.refresh()
+    rng = np.random.default_rng(0)
+    assert view.sample(rng, 8).demo.tolist() == [True] * 8
+    ring.append(1, "online", False, arrays(20, 50, "truncated"))
+    view.refresh()
+    batch = view.sample(rng, 8)
+    assert batch.demo.sum() == 4
+    assert (batch.action[batch.demo] < 20).all()
+    assert (batch.action[~batch.demo] >= 50).all()
+
+
+def test_failures_are_transitions_too_and_evicted_ones_leave(ring):
+    for ordinal in range(8):  # 6 frames each into 40
+        ring.append(ordinal, "online", False, arrays(5, 10 * ordinal, "truncated"))
+    view = TransitionView(SPEC, 2, 0.9)
+    view.attach(RingReader(ring.path))
+    view.refresh()
+    assert {start // 10 for start in by_start(view)} == set(range(2, 8))
+
+
+def test_an_empty_view_says_so(ring):
+    view = TransitionView(SPEC, 2, 0.9)
+    view.attach(RingReader(ring.path))
+    with pytest.raises(ValueError, match="no transition"):
+        view.sample(np.random.default_rng(0), 2)
+    with pytest.raises(ValueError, match="gamma"):
+        TransitionView(SPEC, 2, 1.5)
