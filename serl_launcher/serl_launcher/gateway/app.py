@@ -36,6 +36,7 @@ from serl_transport.server import TrainerServer
 log = logging.getLogger("gateway")
 WANTS = ("follow", "demo", "online", "eval")
 TRAIN_WAIT_S = 0.5
+TICKET_GRACE_S = 5.0  # an actor that asks for the next episode has this long to deliver the last one
 
 
 class Gateway:
@@ -69,7 +70,7 @@ class Gateway:
         self.actors = Actors(settings.dead_actor_s)
         self.progress = TrainerProgress(paths.stage_progress, settings.stages)
         self.params = PublishedParams(paths.params)
-        self.tickets = TicketOffice(settings.seed, settings.dead_actor_s, self.actors.alive)
+        self.tickets = TicketOffice(settings.seed, min(TICKET_GRACE_S, settings.dead_actor_s), self.actors.alive)
         self.ingest = Ingest(settings, paths, self.actors, server.reply, server.call_soon, self._episode_closed)
         self._restore_tickets()
         self._roles = server.add_router(internal_endpoint(paths.root))
@@ -169,9 +170,9 @@ class Gateway:
         if limit is not None and (type(limit) is not int or limit < 1):
             raise BadFrame(f"next_episode: episodes: expected a whole number from 1, or null, got {limit!r}")
         state = self._stage
-        running = state.stage is not None and not state.done
-        if running and (want == "follow" or (want == state.stage.mode and limit is None)):
-            return self._ticket(state.stage, actor, boot, state.min_version)
+        current = None if state.done else state.stage
+        if current is not None and (want == "follow" or (want == current.mode and limit is None)):
+            return self._ticket(current, actor, boot, state.min_version)
         if want == "follow":
             reason = "every stage of the schedule is done" if state.stage else "the schedule names no stage"
             return stop(f"{reason}; an actor may still ask for rollout.mode=demo, online or eval")

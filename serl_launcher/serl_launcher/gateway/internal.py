@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import os
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +37,14 @@ class _Link:
         self.role = role
         self._endpoint = internal_endpoint(run_dir)
         self._context = zmq.Context()
+        # A context that is collected with an open socket would wait for it for ever.
+        self._finish = weakref.finalize(self, self._context.destroy, linger=0)
         self._ids = itertools.count(1)
         self._socket = self._connect()
 
     def close(self) -> None:
         """Close the socket."""
-        self._context.destroy(linger=0)
+        self._finish()
 
     def _connect(self) -> zmq.Socket:
         socket = self._context.socket(zmq.DEALER)
@@ -151,10 +154,10 @@ class PolicyLink(_Link):
     def reply(self, token: bytes, result: Mapping[str, Any] | WireError) -> None:
         """Answer one question: `{actions, policy_version, server_ms}` or a typed error (NotReady, BadFrame, …)."""
         if isinstance(result, WireError):
-            envelope = Envelope(INFER_REPLY, request_id=token, error=(result.code, result.message))
+            envelope = Envelope(INFER_REPLY, self.role, request_id=token, error=(result.code, result.message))
             self._send(envelope, [])
         else:
-            self._send(Envelope(INFER_REPLY, request_id=token), codec.pack(dict(result)))
+            self._send(Envelope(INFER_REPLY, self.role, request_id=token), codec.pack(dict(result)))
 
     def serving(self, *, version: int, requests: int, batch_mean: float, p50_ms: float | None) -> None:
         """Register with the gateway and report, once a second; version −1: nothing to serve yet. Does not wait.

@@ -7,7 +7,7 @@ head, and for a step batch the very frames the actor sent, so that a checksum of
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,5 +111,5 @@ def _decode(head: Mapping[str, Any], frames: codec.Frames, spec: TaskSpec) -> En
     raise KeyError(f"kind {kind!r}")
 
 
-def _blob(head: dict[str, Any], frames: codec.Frames = ()) -> bytes:
+def _blob(head: dict[str, Any], frames: Sequence[Any] = ()) -> bytes:
     return codec.join([msgpack.packb(head), *frames])

@@ -142,8 +142,9 @@ class JournalReader:
     def _next_segment(self) -> bool:
         """Move to the following segment when this one is whole; False at the end of the journal."""
         later = [n for n in segment_numbers(self._folder) if n > self.position.segment]
-        at_end = self._file is None or os.fstat(self._file).st_size <= self.position.offset
-        if not at_end and (later or self._follow or _synced_beyond(self._file, self.position)):
+        file = self._file
+        at_end = file is None or os.fstat(file).st_size <= self.position.offset
+        if file is not None and not at_end and (later or self._follow or _synced_beyond(file, self.position)):
             raise JournalCorrupt(
                 f"{self._where()}: a record that was synced is damaged. Restore the file, or move the run folder aside"
             )

@@ -67,7 +67,7 @@ class JournalWriter:
     """Appends records behind `reader`, which must have read the whole journal (recovery does); a torn tail is cut off.
 
     post: runs a callable on the caller's loop, safe from this thread. segment_bytes: a segment this long is closed.
-    first: the record that opens an empty journal; StorageFull when even that cannot be written.
+    first: the record that opens an empty journal. Raises StorageFull when the folder cannot be written.
     """
 
     def __init__(
@@ -85,13 +85,15 @@ class JournalWriter:
         self._sequence = reader.next_sequence
         self._end = reader.position
         self._file: int | None = None
-        self._mark = self._open_mark()
-        self._publish()
-        if first is not None and self._sequence == 0:
-            try:
+        try:
+            self._mark = self._open_mark()
+            # Cut a torn tail, and sync what a killed writer left unsynced: from now on it counts as taken.
+            self._writable_segment()
+            self._publish()
+            if first is not None and self._sequence == 0:
                 self._write_group([first], time.time_ns())
-            except OSError as failure:
-                raise StorageFull(_explain(failure, folder)) from None
+        except OSError as failure:
+            raise StorageFull(_explain(failure, folder)) from None
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 

@@ -45,9 +45,20 @@ class Evicted(RuntimeError):  # noqa: N818  (the architecture's name: it is an e
 class HasShapes(Protocol):
     """What the ring needs of a TaskSpec."""
 
-    cameras: Mapping[str, tuple[int, int]]
-    state_names: tuple[str, ...]
-    action_names: tuple[str, ...]
+    @property
+    def cameras(self) -> Mapping[str, tuple[int, int]]:
+        """Camera -> (height, width)."""
+        ...
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the state's dims."""
+        ...
+
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """Names of the action's dims."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +222,8 @@ class RingReader(_RingFile):
 
     def close(self) -> None:
         """Let go of the mapping (arrays returned by gather are copies and stay valid)."""
-        self._arrays, self._table, self._counters = {}, None, None  # type: ignore[assignment]
+        self._arrays = {}
+        del self._table, self._counters  # views of the map, which cannot be closed while they live
         self._map.close()
 
     def _check_live(self, frames: np.ndarray) -> None:

@@ -120,10 +120,15 @@ def plan_layout(
 
 
 def choose_folder(total_bytes: int, capacity_frames: int, run_dir: Path, shared: Path = SHARED_MEMORY) -> Path:
-    """Shared memory when the ring fits there with a tenth to spare, else the run folder, else RingError."""
+    """Shared memory when the ring fits there with a tenth to spare, else the run folder, else RingError.
+
+    What lies in shared memory is memory: there the machine's available memory bounds it too.
+    """
     tried = []
     for folder in (shared, run_dir):
         free = _free_bytes(folder)
+        if free is not None and folder == SHARED_MEMORY:
+            free = min(free, _available_memory())
         if free is None:
             tried.append(f"{folder}: missing or not writable")
         elif total_bytes > free * 0.9:
@@ -137,11 +142,20 @@ def choose_folder(total_bytes: int, capacity_frames: int, run_dir: Path, shared:
     )
 
 
-def _free_bytes(folder: Path) -> int | None:
+def _free_bytes(folder: Path) -> float | None:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return None
     stat = os.statvfs(folder)
     return stat.f_bavail * stat.f_frsize
+
+
+def _available_memory() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    kilobytes = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return next((1024 * kb for kb in kilobytes), float("inf"))
 
 
 def _aligned(offset: int) -> int:

@@ -67,6 +67,8 @@ def test_gather_fills_given_buffers_and_names_unknown_keys(writer: RingWriter) -
     assert out["observation.state"].tolist() == [[1, 2], [3, 6]]
     with pytest.raises(KeyError, match=r"observation\.images\.front"):
         reader.gather(np.array([0]), ["observation.images.top"])
+    reader.close()
+    assert got["observation.state"].tolist() == [[1, 2], [3, 6]]  # what was gathered is a copy
 
 
 def test_wraps_and_evicts_whole_episodes(writer: RingWriter) -> None:
