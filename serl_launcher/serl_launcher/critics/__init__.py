@@ -1,0 +1,1 @@
+"""Value functions over pooled policy features and executed action chunks."""

@@ -1,0 +1,45 @@
+"""What a critic learns from: the chunked backup, the squared error to it, and the optional Cal-QL term.
+
+Pure functions of tensors, called by agents.sac and agents.dsrl.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def chunk_target(reward: Tensor, discount: Tensor, bootstrap: Tensor, next_value: Tensor) -> Tensor:
+    """y = Σ_{i<k} γ^i r_i + γ^k Q̄(s_{t+k}, a'), the last term only where the chunk did not terminate: float32[b].
+
+    reward: the discounted sum over the k real ticks; discount: γ^k; bootstrap: bool[b].
+    """
+    return reward + torch.where(bootstrap, discount * next_value, torch.zeros_like(next_value))
+
+
+def pessimistic(q: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
+    """Minimum over n randomly drawn members of float32[e, b] (REDQ, Chen et al., 2101.05982): float32[b]."""
+    if not 1 <= n <= len(q):
+        raise ValueError(f"critic: expected 1 to {len(q)} members in the target's minimum, got {n}")
+    members = torch.randperm(len(q), generator=generator)[:n] if n < len(q) else torch.arange(n)
+    return q[members.to(q.device)].min(dim=0).values
+
+
+def td_loss(q: Tensor, target: Tensor) -> Tensor:
+    """½ (Q_i − y)², mean over members and batch: a scalar. q float32[e, b], target float32[b] without gradient."""
+    return 0.5 * (q - target.detach()).square().mean()
+
+
+def cal_ql(q_data: Tensor, q_policy: Tensor, q_random: Tensor, to_go: Tensor, random_log_density: float) -> Tensor:
+    """Calibrated conservative term (Nakamoto et al., 2303.05479): push values of unseen actions down, not below V^μ.
+
+    q_data: float32[e, b], of executed chunks; q_policy: float32[e, b, m], of the policy's; q_random: float32[e, b, m],
+    of chunks drawn with log density `random_log_density` (importance weights of CQL(H)); to_go: float32[b], returns
+    of the data, the calibration. Returns a scalar.
+    """
+    calibrated = torch.maximum(q_policy, to_go[None, :, None])
+    together = torch.cat([calibrated, q_random - random_log_density], dim=-1)
+    soft_maximum = torch.logsumexp(together, dim=-1) - math.log(together.shape[-1])
+    return (soft_maximum - q_data).mean()
