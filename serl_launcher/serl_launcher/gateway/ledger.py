@@ -43,7 +43,7 @@ class LedgerRow:
     policy_version_first: int
     policy_version_last: int
     truncated_by: str | None
-    whole: bool  # seen from its first tick to the actor's own end; only these count
+    whole: bool  # seen from its first tick to the task's own end (not cut, not stopped); only these count
     start_time: float  # unix s, the actor's clock
     end_time: float  # unix s, journalled by the gateway
     accepted: bool  # success, in demo and online (an agent's own rule may be stricter)
@@ -68,7 +68,7 @@ class LedgerRow:
             policy_version_first=int(versions[0]),
             policy_version_last=int(versions[-1]),
             truncated_by=outcome.truncated_by,
-            whole=closed.whole,
+            whole=closed.whole and outcome.truncated_by in (None, "time_limit"),
             start_time=info.start_time,
             end_time=closed.time_ns / 1e9,
             accepted=outcome.success and info.mode != "eval",

@@ -19,7 +19,7 @@ from serl_launcher.replay.ring import RingReader
 from serl_transport.client import TrainerClient
 from serl_transport.codec import pack, unpack
 from serl_transport.errors import BadFrame, NotReady, Refused, SchemaMismatch, UnknownKind
-from serl_transport.schema import StepBatch
+from serl_transport.schema import Outcome, StepBatch
 from serl_transport.specs import TaskSpec
 
 
@@ -255,6 +255,18 @@ def test_a_dead_actors_episode_is_closed_and_its_evaluation_seed_issued_again(tm
         assert (row["truncated_by"], row["n_ticks"], row["whole"]) == ("dead_actor", 3, False)
         assert gateway.status()["stage"]["episodes"] == 0  # a cut episode is no outcome
     assert [episode.n for _, episode in journal_episodes(tmp_path, SPEC)] == [3]
+
+
+def test_a_stopped_evaluation_is_no_outcome_and_its_seed_goes_out_again(tmp_path: Path) -> None:
+    stages = [{"name": "before", "mode": "eval", "episodes": 1}]
+    with serving(tmp_path, schedule__stages=stages, gateway__dead_actor_s=0.5) as gateway, connected(gateway) as client:
+        ticket = client.request("next_episode", {})
+        who = info(ticket["episode_id"], boot=client.boot_id, mode="eval", stage="before", seed=ticket["seed"])
+        (part,) = batches(who, (4,), success=False)
+        send(client, [replace(part, outcome=Outcome(False, "environment", "stop"))])
+        assert client.flush(10)
+        assert not wait_for(lambda: ledger(tmp_path))[0]["whole"]
+        assert client.request("next_episode", {})["seed"] == ticket["seed"]
 
 
 def _run_of(reply: dict) -> dict | None:

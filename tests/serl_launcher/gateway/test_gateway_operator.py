@@ -1,0 +1,65 @@
+"""What an operator may ask of a running gateway, with keys and without; what outlives a restart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import keygen
+import pytest
+from gateway_samples import connected, serving
+from replay_samples import SPEC
+
+from serl_transport.client import TrainerClient
+from serl_transport.config import TrainerConfig
+from serl_transport.errors import Unauthorized, WireError
+
+
+def operator(gateway, name: str = "alice", **config) -> TrainerClient:
+    ports = TrainerConfig(port_number=gateway.port, broadcast_port=gateway.broadcast_port, **config)
+    return TrainerClient(name, "127.0.0.1", ports, role="operator", wait_for_server=False)
+
+
+def ask(client: TrainerClient, request: str) -> dict:
+    return client.request(request, timeout_ms=20_000)
+
+
+def test_pause_outlives_a_restart_and_stop_does_not(tmp_path: Path) -> None:
+    with serving(tmp_path / "run") as gateway, connected(gateway) as actor:
+        alice = operator(gateway)
+        assert ask(alice, "pause")["operator"]["paused"]
+        ticket = actor.request("next_episode", {"want": "follow"})
+        assert (ticket["action"], ticket["reason"]) == ("wait", "an operator paused the run")
+        assert "alice" not in gateway.status()["actors"]
+        alice.stop()
+    with serving(tmp_path / "run") as gateway, connected(gateway) as actor:
+        alice = operator(gateway)
+        assert actor.request("next_episode", {"want": "follow"})["action"] == "wait"
+        assert not ask(alice, "resume")["operator"]["paused"]
+        assert actor.request("next_episode", {"want": "follow"})["action"] == "run"
+        assert ask(alice, "publish")["operator"]["publish_requests"] == 1
+        assert ask(alice, "stop")["done"]
+        assert actor.request("next_episode", {"want": "demo"})["action"] == "stop"
+        with pytest.raises(Unauthorized, match="infer is an actor's"):
+            alice.infer({})
+        alice.stop()
+    with serving(tmp_path / "run") as gateway:
+        assert not gateway.status()["done"]
+
+
+def test_with_keys_an_actor_steers_nothing(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    assert keygen.main([str(keys), "--actor", "a", "--operator", "alice"]) == 0
+    with serving(tmp_path / "run", security={"keys_dir": str(keys), "allow_list": None}) as gateway:
+        ports = TrainerConfig(gateway.port, gateway.broadcast_port, keys_dir=str(keys))
+        actor = TrainerClient("a", "127.0.0.1", ports, spec=SPEC, wait_for_server=False)
+        alice = operator(gateway, keys_dir=str(keys))
+        assert actor.request("next_episode", {"want": "follow"})["action"] == "run"
+        for request in ("pause", "resume", "publish", "stop"):
+            with pytest.raises(Unauthorized):
+                actor.request(request)
+        assert not gateway.status()["operator"]["paused"]
+        assert ask(alice, "pause")["operator"]["paused"]
+        with pytest.raises(WireError):
+            operator(gateway)  # no keys
+        actor.stop()
+        alice.stop()
