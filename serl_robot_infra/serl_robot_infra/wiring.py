@@ -196,7 +196,9 @@ def connect_learner(cfg: DictConfig, spec: TaskSpec, stream: TextIO, stop: Polit
     return TrainerClient(
         cfg.unique_identifier,
         cfg.ip,
-        TrainerConfig(port_number=cfg.port, broadcast_port=cfg.broadcast_port),
+        TrainerConfig(
+            port_number=cfg.port, broadcast_port=cfg.broadcast_port, keys_dir=OmegaConf.select(cfg, "security.keys_dir")
+        ),
         spec=spec,
         spool_dir=run_dir / "spool" / cfg.unique_identifier,
         spool_bytes=cfg.rollout.spool_mb << 20,

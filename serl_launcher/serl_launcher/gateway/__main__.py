@@ -1,6 +1,7 @@
 """`python -m serl_launcher.gateway <run_dir>`: read config.yaml, serve until SIGTERM or SIGINT.
 
-Exit codes: 0 after a signal, 2 for a mistake of the user (said in one line).
+Exit codes: 0 after a signal, 1 when the authenticator failed (the supervisor starts it again), 2 for a mistake of the
+user (said in one line).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda signum, frame: gateway.stop())
     gateway.run()
-    return 0
+    return 1 if gateway.server.failure else 0
 
 
 if __name__ == "__main__":

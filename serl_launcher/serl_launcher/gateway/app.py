@@ -20,6 +20,7 @@ from serl_launcher.gateway.forward import InferForwarder
 from serl_launcher.gateway.ingest import Ingest
 from serl_launcher.gateway.internal import INFER_REPLY
 from serl_launcher.gateway.ledger import ADHOC, LedgerRow, scope_of
+from serl_launcher.gateway.operator_state import OperatorState
 from serl_launcher.gateway.progress import TrainerProgress
 from serl_launcher.gateway.published import PublishedParams
 from serl_launcher.gateway.schedule import Stage, StageState, current_stage
@@ -27,6 +28,7 @@ from serl_launcher.gateway.settings import GatewaySettings
 from serl_launcher.gateway.tickets import Ticket, TicketOffice, stop, wait
 from serl_launcher.paths import RunPaths, internal_endpoint
 from serl_launcher.replay.journal_writer import JournalLock
+from serl_transport.allow_list import OPERATOR_REQUESTS
 from serl_transport.config import TrainerConfig
 from serl_transport.envelope import Envelope
 from serl_transport.errors import BadFrame, UnknownKind
@@ -37,6 +39,7 @@ log = logging.getLogger("gateway")
 WANTS = ("follow", "demo", "online", "eval")
 TRAIN_WAIT_S = 0.5
 TICKET_GRACE_S = 5.0  # an actor that asks for the next episode has this long to deliver the last one
+PAUSE_WAIT_S = 0.5
 
 
 class Gateway:
@@ -55,6 +58,8 @@ class Gateway:
                 broadcast_port=settings.broadcast_port,
                 bind_host=settings.bind_host,
                 insecure=settings.insecure,
+                keys_dir=settings.keys_dir,
+                allow_list=settings.allow_list,
             ),
             spec=settings.spec,
         )
@@ -76,6 +81,7 @@ class Gateway:
         self._roles = server.add_router(internal_endpoint(paths.root))
         self.forwarder = InferForwarder(self._roles, server.reply)
         self._stage = self._current_stage()
+        self.operator = OperatorState(paths.root / "operator.json")
         self._exported: dict[str, Any] = {}
         self._status_late = False
         self._register_handlers()
@@ -130,7 +136,8 @@ class Gateway:
             "run": self.settings.run,
             "time": time.time(),
             "stage": self._stage.to_status(),
-            "done": self._stage.done,
+            "done": self.done,
+            "operator": self.operator.to_status(),
             "ring": str(self.ingest.ring.path),
             "counts": ledger.counts(),
             "rates": {"transitions_per_s": self.ingest.transitions_per_s(), **ledger.rates()},
@@ -144,8 +151,9 @@ class Gateway:
     # Actors.
 
     def _hello(self, peer: Peer, body: dict[str, Any]) -> dict[str, Any]:
-        self.actors.joined(peer.actor_id, peer.boot_id)
-        return {"run": self.settings.run, "stage": self._stage.to_status(), "done": self._stage.done}
+        if peer.role == "actor":
+            self.actors.joined(peer.actor_id, peer.boot_id)
+        return {"run": self.settings.run, "stage": self._stage.to_status(), "done": self.done}
 
     def _heartbeat(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
         self.actors.heartbeat(peer.actor_id, body)
@@ -160,7 +168,22 @@ class Gateway:
         if envelope.target == "params":
             self._announce_params()
             return self.params.chunk(body)
-        raise UnknownKind(f"no request {envelope.target!r}; the requests are next_episode, status, params")
+        if envelope.target in OPERATOR_REQUESTS:
+            return self._operate(peer.actor_id, envelope.target)
+        known = ["next_episode", "status", "params", *sorted(OPERATOR_REQUESTS)]
+        raise UnknownKind(f"no request {envelope.target!r}; the requests are {', '.join(known)}")
+
+    def _operate(self, name: str, request: str) -> dict[str, Any]:
+        """A person steers the run; who may is the allow-list's business (without keys: whoever reaches the port)."""
+        if self.operator.take(request, name):
+            self.server.notify({"topic": request, "by": name})
+        self._write_status()
+        return {"operator": self.operator.to_status(), "done": self.done}
+
+    @property
+    def done(self) -> bool:
+        """Nothing is left to do: every stage is over, or an operator said stop."""
+        return self._stage.done or self.operator.stopped
 
     def next_episode(self, actor: str, boot: str, payload: dict[str, Any]) -> dict[str, Any]:
         """Run, wait or stop, as the schedule (`want: follow`) or the actor itself says."""
@@ -169,6 +192,10 @@ class Gateway:
             raise BadFrame(f"next_episode: want: expected one of {', '.join(WANTS)}, got {want!r}")
         if limit is not None and (type(limit) is not int or limit < 1):
             raise BadFrame(f"next_episode: episodes: expected a whole number from 1, or null, got {limit!r}")
+        if self.operator.stopped:
+            return stop("an operator stopped the run")
+        if self.operator.paused:
+            return wait(PAUSE_WAIT_S, "an operator paused the run")
         state = self._stage
         current = None if state.done else state.stage
         if current is not None and (want == "follow" or (want == current.mode and limit is None)):

@@ -25,6 +25,8 @@ class GatewaySettings:
     broadcast_port: int = 5589  # broadcast_port; 0: any free one
     bind_host: str = "127.0.0.1"  # bind_host
     insecure: bool = False  # insecure
+    keys_dir: str | None = None  # security.keys_dir: CURVE keys; None: none
+    allow_list: str | None = None  # security.allow_list; None: <keys_dir>/allow_list
     capacity_frames: int = 40_000  # replay.capacity_frames: observation slots of the ring
     segment_mb: int = 256  # journal.segment_mb
     dead_actor_s: float = 30.0  # gateway.dead_actor_s: an actor silent this long is taken for dead
@@ -59,6 +61,8 @@ class GatewaySettings:
             broadcast_port=int(_number(cfg, "broadcast_port", 5589, 0, 65535)),
             bind_host=str(_get(cfg, "bind_host", "127.0.0.1")),
             insecure=bool(_get(cfg, "insecure", False)),
+            keys_dir=_get(cfg, "security.keys_dir", None),
+            allow_list=_get(cfg, "security.allow_list", None),
             capacity_frames=int(capacity),
             segment_mb=int(_number(cfg, "journal.segment_mb", 256, 1)),
             dead_actor_s=float(_number(cfg, "gateway.dead_actor_s", 30.0, 0.1)),

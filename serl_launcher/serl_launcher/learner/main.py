@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from serl_launcher.learner.roles import roles_for
 from serl_launcher.learner.run_folder import RunError, prepare
 from serl_launcher.learner.supervisor import DONE, USER_MISTAKE, Supervisor
+from serl_transport.auth import is_loopback
 
 
 def main(cfg: DictConfig) -> int:
@@ -29,7 +30,7 @@ def main(cfg: DictConfig) -> int:
                 "Start a new one with run=<new name>, or on_complete=rotate to move this one aside."
             )
             return DONE
-        if cfg.bind_host not in ("127.0.0.1", "localhost", "::1"):
+        if not is_loopback(cfg.bind_host) and not cfg.security.keys_dir:
             print(f"warning: insecure=true, anyone who reaches {cfg.bind_host}:{cfg.port} may send data and drive")
         print(f"{folder.state} run {folder.paths.root}, ports {cfg.port} and {cfg.broadcast_port}", flush=True)
         supervisor = Supervisor(

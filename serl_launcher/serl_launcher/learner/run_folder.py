@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.gateway.schedule import Stage, read_stages
 from serl_launcher.paths import RunPaths
+from serl_transport.auth import is_loopback
 
 MIN_FREE_MB = 500
 # A killed learner's gateway may need a moment to let go of its ports.
@@ -135,10 +136,13 @@ def _check_network(cfg: DictConfig) -> None:
             raise RunError(f"{key}={cfg[key]}: expected a port from 1 to 65535 (0: any free one)")
     if cfg.port == cfg.broadcast_port != 0:
         raise RunError(f"port and broadcast_port are both {cfg.port}; they must differ")
-    if cfg.bind_host not in ("127.0.0.1", "localhost", "::1") and not cfg.insecure:
+    if is_loopback(cfg.bind_host) or OmegaConf.select(cfg, "security.keys_dir"):
+        return
+    if not cfg.insecure:
         raise RunError(
-            f"bind_host={cfg.bind_host} lets anyone on that network drive the policy and send data; "
-            "add insecure=true if that network is yours alone, or keep 127.0.0.1 and use an ssh tunnel"
+            f"bind_host={cfg.bind_host} lets anyone on that network drive the policy and send data; make keys "
+            "(tools/keygen.py) and give security.keys_dir, or add insecure=true if that network is yours alone, "
+            "or keep 127.0.0.1 and use an ssh tunnel"
         )
 
 

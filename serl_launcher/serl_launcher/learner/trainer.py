@@ -62,6 +62,7 @@ class Trainer:
         self.stage_steps: dict[str, int] = {}
         self.stage_start: dict[str, int] = {}  # transitions seen when a stage began, for the limiter
         self.version = -1
+        self.publish_requests = 0  # of operators, that were obeyed
         self.ring_path: str | None = None
         self._resume()
         self.metrics = MetricsWriter(paths, cfg)
@@ -73,6 +74,7 @@ class Trainer:
             self.publish()
         stage_name = None
         while not (status := self.report()).get("done"):
+            self._publish_on_request(status)
             stage = status["stage"]
             if not self._trains(stage) or not self._ready(status):
                 time.sleep(0.2)
@@ -83,6 +85,14 @@ class Trainer:
                 log.info("stage %s: %d steps from step %d", stage_name, stage["steps_goal"], self.learner.step_count)
             self._train_for_a_while(stage, status)
         self.metrics.close()
+
+    def _publish_on_request(self, status: dict[str, Any]) -> None:
+        """An operator may ask for a version out of turn; a count that falls belongs to a restarted gateway."""
+        asked = status.get("operator", {}).get("publish_requests", 0)
+        if asked > self.publish_requests:
+            log.info("publishing on an operator's request")
+            self.publish()
+        self.publish_requests = asked
 
     def _trains(self, stage: dict[str, Any]) -> bool:
         goal = stage.get("steps_goal")

@@ -23,6 +23,7 @@ from serl_transport.codec import pack, unpack
 from serl_transport.config import TrainerConfig
 from serl_transport.data_store import DataStoreBase
 from serl_transport.errors import ServerSilent, WireError
+from serl_transport.keys import ClientKeys
 from serl_transport.link import Link
 from serl_transport.listener import Listener
 from serl_transport.outbox import Ledger, Outbox, make_item
@@ -51,20 +52,24 @@ class TrainerClient:
         spool_dir: str | Path | None = None,
         spool_bytes: int = DEFAULT_BYTES,
         ledger_path: str | Path | None = None,
+        role: str = "actor",
         wait_for_server: bool = True,
         timeout_ms: float = 5000,
         on_wait: Callable[[str], None] | None = None,
     ):
         """Connect, and wait until the learner accepts (`wait_for_server`), telling `on_wait` once a second.
 
-        Without `wait_for_server` it raises ServerSilent after `timeout_ms`. A refusal (another task, version or
-        protocol) raises the typed WireError at once; SpoolBusy and SpoolError say what is wrong with `spool_dir`.
+        `role` operator: a connection that asks (and may steer the run), sends no data and needs no spec.
+        Without `wait_for_server` it raises ServerSilent after `timeout_ms`. A refusal (another task, version,
+        protocol or key) raises the typed WireError at once; ValueError names a missing key file; SpoolBusy and
+        SpoolError say what is wrong with `spool_dir`.
         """
         if not 0 < len(name) <= 128:
             raise ValueError(f"a client's name (unique_identifier) has 1 to 128 characters, got {name!r}")
         self.name, self.config, self.timeout_ms = name, config, timeout_ms
         self._server = f"{server_ip}:{config.port_number}"
-        self._spec = spec
+        self._spec, self._role = spec, role
+        self._keys = None if config.keys_dir is None else ClientKeys.load(config.keys_dir, name)
         self._stores = dict(data_stores or {}) | ({name: data_store} if data_store is not None else {})
         self._sent_ids = dict.fromkeys(self._stores, -1)
         self._status: dict[str, Any] = {}
@@ -207,6 +212,7 @@ class TrainerClient:
             on_heartbeat=on_heartbeat,
             resend_s=resend_s,
             limits=self.config.limits,
+            keys=self._keys,
         )
         self._resources.callback(link.stop)
         return link
@@ -214,6 +220,7 @@ class TrainerClient:
     def _hello(self) -> dict[str, Any]:
         return {
             "version": self.config.version,
+            "role": self._role,
             "limits": asdict(self.config.limits),
             "spec": None if self._spec is None else self._spec.to_dict(),
             "backlog": self.backlog,
@@ -221,7 +228,7 @@ class TrainerClient:
 
     def _subscribe(self, server_ip: str) -> None:
         subscriber = self._control.context.socket(zmq.SUB)
-        auth.configure(subscriber, self.config.limits)
+        auth.configure(subscriber, self.config.limits, self._keys)
         subscriber.setsockopt(zmq.SUBSCRIBE, NOTIFY_TOPIC)
         subscriber.connect(f"tcp://{server_ip}:{self.config.broadcast_port}")
 

@@ -14,6 +14,8 @@ class TrainerConfig:
     request_types: list[str] = field(default_factory=list)  # what `request_callback` answers
     bind_host: str = "127.0.0.1"  # where the server listens; anything but loopback needs keys or insecure=True
     insecure: bool = False  # allow an unprotected bind beyond loopback, with a warning
+    keys_dir: str | None = None  # folder of CURVE keys (see keys.py); None: no keys
+    allow_list: str | None = None  # server only: who may do what; None: <keys_dir>/allow_list
     limits: Limits = field(default_factory=Limits)  # bounds of a message
     version: str = "0.1.0"  # of the application; the handshake refuses another one
     peer_timeout_s: float = 60.0  # a connection silent for longer is forgotten and must say hello again
@@ -25,3 +27,5 @@ class TrainerConfig:
                 raise ValueError(f"{key}: expected a port from 0 to 65535, got {port!r}")
         if self.port_number and self.port_number == self.broadcast_port:
             raise ValueError(f"port_number and broadcast_port must differ, both are {self.port_number}")
+        if self.allow_list is not None and self.keys_dir is None:
+            raise ValueError("security.allow_list names keys, and there are none: give security.keys_dir too")

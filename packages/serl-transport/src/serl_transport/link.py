@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from serl_transport import auth
 from serl_transport.codec import DEFAULT_LIMITS, Frames, Limits, pack, unpack
 from serl_transport.envelope import PROTOCOL, REPLY, Envelope
-from serl_transport.errors import HelloRequired, ProtocolMismatch, ServerSilent, WireError
+from serl_transport.errors import HelloRequired, ProtocolMismatch, ServerSilent, Unauthorized, WireError
+from serl_transport.keys import ClientKeys
 from serl_transport.loop import EventLoop
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class Link:
         on_heartbeat: Callable[[dict[str, Any]], None] | None = None,
         resend_s: float | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        keys: ClientKeys | None = None,
     ):
         """`hello` and `heartbeat` make bodies; `on_heartbeat` gets the replies. ValueError for a malformed endpoint.
 
@@ -81,7 +84,8 @@ class Link:
         self._last_heard = self._last_hello = self._last_heartbeat = 0.0
         self._heartbeat_id = 0
         self._socket = self.context.socket(zmq.DEALER)
-        auth.configure(self._socket, limits)
+        auth.configure(self._socket, limits, keys)
+        self._watch_handshakes(keys is not None)
         # Queue only for a live connection: what was queued for a dead one would be lost or arrive before a hello.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         try:
@@ -279,6 +283,21 @@ class Link:
                 self._say_hello(time.monotonic())
         else:
             self._finish(request_id, error)
+
+    def _watch_handshakes(self, has_keys: bool) -> None:
+        """A server that refuses our key, or wants one, says so in the handshake only: make it a refusal in words."""
+        events = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        monitor = self._socket.get_monitor_socket(events)
+
+        def receive() -> None:
+            event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))
+            if event["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self._refuse(Unauthorized("this client's key is not in the learner's allow-list"))
+            elif event["value"] == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH and not self.hello_reply:
+                wants = "takes no keys: unset security.keys_dir here, or give it" if has_keys else "wants keys: give"
+                self._refuse(Unauthorized(f"the learner {wants} security.keys_dir"))
+
+        self.loop.add_socket(monitor, receive)
 
     def _notice_restart(self, boot_id: str) -> None:
         if self._server_boot and boot_id != self._server_boot:

@@ -26,11 +26,14 @@ from serl_transport.errors import (
     HelloRequired,
     Internal,
     ProtocolMismatch,
+    Refused,
     Unauthorized,
     UnknownKind,
     WireError,
 )
+from serl_transport.keys import ServerKeys
 from serl_transport.loop import EventLoop
+from serl_transport.replay_guard import ReplayWindow
 from serl_transport.spool import new_boot_id
 
 log = logging.getLogger(__name__)
@@ -49,6 +52,8 @@ class Peer:
     boot_id: str = ""
     last_seen: float = 0.0  # time.monotonic() of its last message
     hello: dict[str, Any] = field(default_factory=dict)  # the body of its hello
+    role: str = "actor"  # as its hello said: actor, or operator (which asks and pushes nothing)
+    window: ReplayWindow = field(default_factory=ReplayWindow)  # request ids it has used
 
 
 class Router:
@@ -62,16 +67,20 @@ class Router:
         limits: Limits = DEFAULT_LIMITS,
         require_hello: bool = False,
         boot_id: str | None = None,
+        keys: ServerKeys | None = None,
+        permit: Callable[[bytes, Envelope], None] | None = None,
     ):
+        """`permit(public key, envelope)` raises Unauthorized for what a key may not do; given together with `keys`."""
         self.peers: dict[bytes, Peer] = {}
         self.counters: Counter[str] = Counter()  # messages by kind, errors by code
         self.boot_id = boot_id or new_boot_id()  # tells clients that the server restarted
         self.limits = limits
         self._loop = loop
         self._require_hello = require_hello
+        self._permit = permit
         self._handlers: dict[str, tuple[Handler, bool]] = {}
         self.socket = context.socket(zmq.ROUTER)
-        auth.configure(self.socket, limits)
+        auth.configure(self.socket, limits, keys)
 
     def bind(self, endpoint: str, complaint: str = "") -> str:
         """Listen on `endpoint` and return it with the actual port. CannotListen says why not, and `complaint`."""
@@ -151,7 +160,7 @@ class Router:
             envelope = Envelope.from_frame(parts[0])
             request_id = envelope.request_id
             token = _token(address, request_id)
-            result = self._answer(address, envelope, token, parts[1:])
+            result = self._answer(address, envelope, token, parts)
             if result is not None:
                 self.reply(token, result)
         except WireError as error:
@@ -161,17 +170,22 @@ class Router:
             failure = Internal(f"the learner failed on this message, see its log: {type(error).__name__}")
             self.reply(_token(address, request_id), failure)
 
-    def _answer(self, address: bytes, envelope: Envelope, token: bytes, frames: Frames) -> Reply | None:
+    def _answer(self, address: bytes, envelope: Envelope, token: bytes, parts: Frames) -> Reply | None:
         if envelope.version != PROTOCOL:
             raise ProtocolMismatch(
                 f"the learner speaks protocol {PROTOCOL}, this peer {envelope.version}; "
                 "install the same release on both sides"
             )
+        if self._permit is not None:
+            self._permit(frame_key(parts[0]), envelope)
         handler, raw = self._handlers.get(envelope.kind, (None, False))
         if handler is None:
             raise UnknownKind(f"no handler for {envelope.kind!r}; the kinds are {sorted(self._handlers)}")
         self.counters[envelope.kind] += 1
+        frames = parts[1:]
         peer = self._peer(address, envelope)
+        if peer.role == "operator" and envelope.kind in ("data", "infer"):
+            raise Unauthorized(f"this connection said hello as an operator's; {envelope.kind} is an actor's")
         if frames:
             check_sizes(frames, self.limits)
         body = frames if raw else (unpack(frames, self.limits) if frames else {})
@@ -188,8 +202,24 @@ class Router:
                 self.peers[address] = peer
         if self._require_hello and envelope.actor_id != peer.actor_id:
             raise Unauthorized(f"this connection said hello as {peer.actor_id!r}, not as {envelope.actor_id!r}")
+        if self._require_hello and not _is_fresh(peer, envelope):
+            raise Refused(f"message {envelope.request_id} of this connection was handled before: nothing is replayed")
         peer.last_seen = time.monotonic()
         return peer
+
+
+def frame_key(frame: Any) -> bytes:
+    """The public key (Z85) that the authenticator attached to the sender's connection; empty without one."""
+    try:
+        return frame.get("User-Id").encode()
+    except zmq.ZMQError:
+        return b""
+
+
+def _is_fresh(peer: Peer, envelope: Envelope) -> bool:
+    """Data has its own, lasting deduplication, and a link repeats it with the same id."""
+    request_id = envelope.request_id
+    return envelope.kind == "data" or type(request_id) is not int or request_id < 1 or peer.window.accept(request_id)
 
 
 def _with_token(envelope: Envelope, token: bytes) -> Envelope:

@@ -11,21 +11,26 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import zmq
 
 from serl_transport import auth
+from serl_transport.allow_list import ROLES, AllowList
 from serl_transport.codec import join, pack
 from serl_transport.config import TrainerConfig
 from serl_transport.data_store import DataStoreBase
 from serl_transport.dedup import SeenItems
 from serl_transport.envelope import PROTOCOL, Envelope
 from serl_transport.errors import BadFrame, CannotListen, Refused, SchemaMismatch, UnknownKind
+from serl_transport.keys import ServerKeys
 from serl_transport.loop import EventLoop
 from serl_transport.params import Published, read_chunk
+from serl_transport.replay_guard import Boots
 from serl_transport.router import Handler, Peer, Reply, Router
 from serl_transport.specs import TaskSpec
+from serl_transport.zap import Authenticator
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +42,7 @@ RequestCallback = Callable[[str, Any], dict[str, Any]]
 class TrainerServer:
     """Listens from construction, serves from `start`.
 
-    Raises CannotListen (port in use and the like, with what to change) and ValueError (an unprotected bind).
+    Raises CannotListen (port in use and the like, with what to change) and ValueError (an unprotected bind, bad keys).
     """
 
     def __init__(
@@ -47,9 +52,11 @@ class TrainerServer:
         request_callback: RequestCallback | None = None,
         spec: TaskSpec | None = None,
     ):
-        auth.check_bind(config.bind_host, config.insecure)
+        keys = None if config.keys_dir is None else ServerKeys.load(config.keys_dir)
+        auth.check_bind(config.bind_host, config.insecure, has_keys=keys is not None)
         self.spec = spec  # actors must hold an equal one; None: any
         self.params_version = 0  # newest published version, told in hello and heartbeat replies; 0: none
+        self.failure: str | None = None  # why the server ended by itself
         self.loop = EventLoop()
         self.context = zmq.Context()
         self._data_callback = data_callback
@@ -60,9 +67,18 @@ class TrainerServer:
         self._extra_routers: list[Router] = []
         self._published: Published | None = None
         self._ended: threading.Event | None = None  # set when `start` has returned; None: never started
+        self.files = auth.raise_file_limit()  # one per connection, half-open ones included
+        self._boots = Boots()
+        allowed = None if keys is None else AllowList(config.allow_list or Path(config.keys_dir or "") / "allow_list")
+        self.authenticator = (
+            None if allowed is None else Authenticator(self.loop, self.context, allowed, self._authenticator_died)
+        )
         self._publisher = self.context.socket(zmq.PUB)
-        auth.configure(self._publisher, config.limits)
-        self.router = Router(self.loop, self.context, limits=config.limits, require_hello=True)
+        auth.configure(self._publisher, config.limits, keys)
+        permit = None if allowed is None else allowed.permit
+        self.router = Router(
+            self.loop, self.context, limits=config.limits, require_hello=True, keys=keys, permit=permit
+        )
         self.config = self._bind(config)  # with the actual ports where 0 was asked for
         for kind, handler in self._default_handlers().items():
             self.router.handle(kind, handler)
@@ -196,7 +212,17 @@ class TrainerServer:
                 "install the same release on both"
             )
         self._check_limits(body.get("limits"))
-        self._check_spec(body.get("spec"))
+        role = body.get("role", "actor")
+        if role not in ROLES:
+            raise BadFrame(f"hello: role: expected actor or operator, got {role!r}")
+        if role == "actor":
+            self._check_spec(body.get("spec"))
+        if not self._boots.enter(envelope.actor_id, envelope.boot_id):
+            raise Refused(
+                f"another process of {envelope.actor_id!r} has taken over from this one; two actors need two names "
+                "(unique_identifier=)"
+            )
+        peer.role = role
         peer.actor_id, peer.boot_id, peer.hello = envelope.actor_id, envelope.boot_id, body
         extra = self._on_hello(peer, body) if self._on_hello else None
         self.router.peers[peer.address] = peer
@@ -257,10 +283,19 @@ class TrainerServer:
             self._close()
             ended.set()
 
+    def _authenticator_died(self) -> None:
+        """Fail closed: nobody is served rather than everybody admitted. Whoever runs the server starts it again."""
+        self.failure = "the authenticator failed"
+        self.router.socket.close()
+        self._publisher.close()
+        self.loop.stop()
+
     def _close(self) -> None:
         for router in (self.router, *self._extra_routers):
             router.close()
         self._publisher.close()
+        if self.authenticator is not None:
+            self.authenticator.close()
         self.loop.close()
         self.context.destroy(linger=0)
 

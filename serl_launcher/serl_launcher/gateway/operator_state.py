@@ -1,0 +1,53 @@
+"""What an operator asked of the run: pause, resume, publish, stop. The gateway's tickets and status obey it.
+
+A pause outlives a restart of the gateway (operator.json); a stop does not, so that the next start of the run goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from serl_launcher.gateway.files import read_json, write_json
+from serl_transport.errors import StorageFull
+
+log = logging.getLogger("gateway")
+
+
+class OperatorState:
+    """path: the file that keeps the pause."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.paused: bool = bool((read_json(path) or {}).get("paused", False))  # actors wait between episodes
+        self.stopped = False  # the run ends as if every stage were done
+        self.publish_requests = 0  # the trainer publishes when this has grown
+
+    def take(self, request: str, name: str) -> bool:
+        """Obey one request of `name`; False when it changes nothing. StorageFull when a pause cannot be kept."""
+        before = (self.paused, self.stopped, self.publish_requests)
+        match request:
+            case "pause" | "resume":
+                self._keep(request == "pause")
+            case "stop":
+                self.stopped = True
+            case "publish":
+                self.publish_requests += 1
+        changed = before != (self.paused, self.stopped, self.publish_requests)
+        if changed:
+            log.warning("operator %s: %s", name, request)
+        return changed
+
+    def to_status(self) -> dict[str, Any]:
+        """The `operator` part of the status document."""
+        return {"paused": self.paused, "stopped": self.stopped, "publish_requests": self.publish_requests}
+
+    def _keep(self, paused: bool) -> None:
+        if paused == self.paused:
+            return
+        try:
+            write_json(self._path, {"paused": paused})
+        except OSError as error:
+            raise StorageFull(f"cannot write {self._path} ({error.strerror}): nothing was changed") from None
+        self.paused = paused
