@@ -55,7 +55,8 @@ class FlowPolicy(Protocol):
     """A flow-matching policy head; every implementation is an `nn.Module`."""
 
     action_horizon: int  # ah
-    action_dim: int  # ad
+    action_dim: int  # ad, dims of the model's chunks
+    robot_dim: int  # the first of them that the robot has; the rest is padding of a wider checkpoint
 
     def encode(self, observation: PolicyInput) -> Prefix:
         """Run the backbone once; without gradient when it is frozen."""
@@ -104,10 +105,11 @@ def flow_loss(
     """‖v(x_t, t | prefix) − (chunk − noise)‖² per sample, averaged over the ticks that count: float32[b].
 
     chunk, noise: float32[b, ah, ad] in the model's units; is_pad: bool[b, ah], True where a tick is not a label;
-    weight: float32[b]; t: float32[b]. A sample whose ticks are all padding has loss 0.
+    weight: float32[b]; t: float32[b]. Dims beyond the robot's do not count.
+    A sample whose ticks are all padding has loss 0.
     """
     x_t = t[:, None, None] * chunk + (1 - t[:, None, None]) * noise
-    error = (policy.velocity(prefix, x_t, t) - (chunk - noise)).square().mean(-1)
+    error = (policy.velocity(prefix, x_t, t) - (chunk - noise))[..., : policy.robot_dim].square().mean(-1)
     keep = (~is_pad).to(error.dtype)
     return weight * (error * keep).sum(-1) / keep.sum(-1).clamp(min=1)
 

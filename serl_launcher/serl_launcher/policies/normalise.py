@@ -7,9 +7,12 @@ checkpoint.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from serl_transport.specs import TaskSpec
 
 
 class Affine(nn.Module):
@@ -36,3 +39,23 @@ class Affine(nn.Module):
 
     def to_physical(self, x: Tensor) -> Tensor:
         return x * self.scale + self.offset
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """What a policy's numbers mean: travels with a checkpoint."""
+
+    state: Affine  # s dims
+    action: Affine  # robot's action dims
+
+    @classmethod
+    def from_spec(cls, spec: TaskSpec) -> Units:
+        """The task's ranges onto [−1, 1], for weights that start at random."""
+        return cls(
+            Affine.from_bounds(spec.state_low, spec.state_high), Affine.from_bounds(spec.action_low, spec.action_high)
+        )
+
+
+def pad_last(x: Tensor, size: int) -> Tensor:
+    """Zeros behind the last dim up to `size`; the same tensor when it has that size."""
+    return x if x.shape[-1] == size else torch.nn.functional.pad(x, (0, size - x.shape[-1]))

@@ -14,25 +14,45 @@ import torch
 from torch import Tensor, nn
 
 from serl_launcher.policies.base import PolicyInput, Prefix
-from serl_launcher.policies.normalise import Affine
+from serl_launcher.policies.gemma import run_layers
+from serl_launcher.policies.normalise import Units, pad_last
 from serl_transport.specs import TaskSpec
 
 Tokenizer = Callable[[list[str]], tuple[Tensor, Tensor]]
 
 
 class PI0FlowPolicy(nn.Module):
-    """lerobot's `PI0Pytorch` as a flow policy: encode once, then velocity as often as wanted."""
+    """lerobot's `PI0Pytorch` as a flow policy: encode once, then velocity as often as wanted.
 
-    def __init__(self, core: nn.Module, spec: TaskSpec, tokenizer: Tokenizer) -> None:
+    attention: `eager` calls the library's layers, `sdpa` runs them through policies.gemma (fused attention).
+    """
+
+    def __init__(
+        self,
+        core: nn.Module,
+        spec: TaskSpec,
+        tokenizer: Tokenizer,
+        units: Units | None = None,
+        attention: str = "eager",
+        checkpointing: bool = False,
+    ) -> None:
         super().__init__()
+        if attention not in ("eager", "sdpa"):
+            raise ValueError(f"policy.attention: expected eager or sdpa, got {attention!r}")
+        if checkpointing and attention != "sdpa":
+            raise ValueError("policy.checkpointing: needs policy.attention=sdpa (eager would nest two checkpoints)")
         self.core = core
         self.tokenizer = tokenizer
         self.cameras = tuple(spec.cameras)
         self.image_size: int = core.config.image_resolution[0]
         self.action_horizon: int = core.config.chunk_size
-        self.action_dim = len(spec.action_names)
-        self.state_units = Affine.from_bounds(spec.state_low, spec.state_high)
-        self.action_units = Affine.from_bounds(spec.action_low, spec.action_high)
+        self.action_dim: int = core.config.max_action_dim
+        self.robot_dim = len(spec.action_names)
+        units = units or Units.from_spec(spec)
+        self.state_units, self.action_units = units.state, units.action
+        self.register_buffer("_low", torch.tensor(spec.action_low), persistent=False)
+        self.register_buffer("_high", torch.tensor(spec.action_high), persistent=False)
+        self.attention, self.checkpointing = attention, checkpointing
         self._freeze_dead_weights()
 
     def _freeze_dead_weights(self) -> None:
@@ -46,31 +66,75 @@ class PI0FlowPolicy(nn.Module):
                 if id(parameter) not in tied:
                     parameter.requires_grad_(False)
 
+    def dead_parameters(self) -> set[str]:
+        """Names of parameters that no flow output depends on: nothing reads the prefix's hidden states after the last
+        layer's keys and values, and nothing reads the language heads."""
+        layers = self.core.paligemma_with_expert.paligemma.model.language_model.layers
+        last = f"language_model.layers.{len(layers) - 1}."
+        unread = ("self_attn.q_proj", "self_attn.o_proj", "mlp.", "post_attention_layernorm")
+        prefix = "core.paligemma_with_expert.paligemma.model."
+        return {
+            name
+            for name, _ in self.named_parameters()
+            if "lm_head" in name
+            or name.startswith(prefix + "language_model.norm.")
+            or any(name.startswith(prefix + last + part) for part in unread)
+        }
+
     @property
     def device(self) -> torch.device:
         return self.state_units.offset.device
 
+    @property
+    def backbone(self) -> nn.Module:
+        """What only the prefix runs through: vision tower, projector, language model."""
+        return self.core.paligemma_with_expert.paligemma
+
     def encode(self, observation: PolicyInput) -> Prefix:
-        """One pass of SigLIP over all cameras and of the language model over image and prompt tokens."""
+        """One pass of SigLIP over all cameras and of the language model over image and prompt tokens.
+
+        Without gradient when nothing of the backbone is trained.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._backbone_trains()):
+            return self._encode(observation)
+
+    def _backbone_trains(self) -> bool:
+        return any(p.requires_grad for p in self.backbone.parameters())
+
+    def _encode(self, observation: PolicyInput) -> Prefix:
+        b = len(observation)
+        state = self.state_units.to_model(torch.as_tensor(observation.state, device=self.device))
+        images = self.core.paligemma_with_expert.embed_image(self._pixels(observation.images))
+        images = torch.cat(images.split(b), dim=1)  # cameras·b, l_image, width -> b, cameras·l_image, width
+        ids, mask = (x.to(self.device) for x in self.tokenizer(self._prompts(observation.prompts, state)))
+        words = self.core.paligemma_with_expert.embed_language_tokens(ids)
+        embeddings = torch.cat([images, words], dim=1)
+        pad_mask = torch.cat([torch.ones(images.shape[:2], dtype=torch.bool, device=self.device), mask], dim=1)
+        hidden, keys_values = self._run_prefix(embeddings, pad_mask)
+        return Prefix(keys_values, pad_mask, hidden, pad_last(state, self.core.config.max_state_dim))
+
+    def _prompts(self, prompts: list[str], state: Tensor) -> list[str]:
+        """What the tokenizer gets. PI0 puts the state beside the actions, not into the text."""
+        return prompts
+
+    def _run_prefix(self, embeddings: Tensor, pad_mask: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        language = self.backbone.model.language_model
+        positions = torch.cumsum(pad_mask, dim=1) - 1
+        if self.attention == "sdpa":
+            # Rows of padding attend like the others: nobody reads them, and no row may attend to nothing.
+            mask = pad_mask[:, None, None, :]
+            return run_layers(language, embeddings, positions, mask, checkpointing=self.checkpointing)
         from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
 
-        b, backbone = len(observation), self.core.paligemma_with_expert
-        images = backbone.embed_image(self._pixels(observation.images))  # cameras·b, l_image, width
-        images = torch.cat(images.split(b), dim=1)
-        ids, mask = (x.to(self.device) for x in self.tokenizer(observation.prompts))
-        embeddings = torch.cat([images, backbone.embed_language_tokens(ids)], dim=1)
-        pad_mask = torch.cat([torch.ones(images.shape[:2], dtype=torch.bool, device=self.device), mask], dim=1)
-        attention = make_att_2d_masks(pad_mask, torch.zeros_like(pad_mask))
-        backbone.paligemma.model.language_model.config._attn_implementation = "eager"
-        (hidden, _), cache = backbone.forward(
-            attention_mask=prepare_attention_masks_4d(attention),
-            position_ids=torch.cumsum(pad_mask, dim=1) - 1,
+        language.config._attn_implementation = "eager"
+        (hidden, _), cache = self.core.paligemma_with_expert.forward(
+            attention_mask=prepare_attention_masks_4d(make_att_2d_masks(pad_mask, torch.zeros_like(pad_mask))),
+            position_ids=positions,
             past_key_values=None,
             inputs_embeds=[embeddings, None],
             use_cache=True,
         )
-        state = self.state_units.to_model(torch.as_tensor(observation.state, device=self.device))
-        return Prefix([(layer[0], layer[1]) for layer in cache], pad_mask, hidden, state)
+        return hidden, [(layer[0], layer[1]) for layer in cache]
 
     def _pixels(self, images: dict[str, np.ndarray]) -> Tensor:
         """uint8[b, h, w, 3] per camera to float32[cameras·b, 3, size, size] in [−1, 1], camera-major."""
@@ -83,10 +147,32 @@ class PI0FlowPolicy(nn.Module):
         return pixels
 
     def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
+        """v(x_t, t | prefix): float32[b, ah, ad], differentiable."""
+        if self.attention == "sdpa":
+            return -self._expert(prefix, x_t, 1 - t)
         from transformers import DynamicCache
 
         cache = DynamicCache(tuple((keys, values, None) for keys, values in prefix.keys_values))
-        return -self.core.denoise_step(prefix.state, prefix.pad_mask, cache, x_t, 1 - t)
+        return -self._library_step(prefix, cache, x_t, 1 - t)
+
+    def _library_step(self, prefix: Prefix, cache, x_tau: Tensor, tau: Tensor) -> Tensor:
+        return self.core.denoise_step(prefix.state, prefix.pad_mask, cache, x_tau, tau)
+
+    def _embed_suffix(self, prefix: Prefix, x_tau: Tensor, tau: Tensor) -> tuple:
+        return self.core.embed_suffix(prefix.state, x_tau, tau)
+
+    def _expert(self, prefix: Prefix, x_tau: Tensor, tau: Tensor) -> Tensor:
+        """The library's backward velocity from the cached prefix: float32[b, ah, ad]."""
+        from lerobot.policies.common.vla_utils import make_att_2d_masks
+
+        x, pad, blocks, condition = self._embed_suffix(prefix, x_tau, tau)
+        n = x.shape[1]
+        seen = prefix.pad_mask[:, None, :].expand(-1, n, -1)
+        mask = torch.cat([seen, make_att_2d_masks(pad, blocks)], dim=2)[:, None]
+        positions = prefix.pad_mask.sum(-1, keepdim=True) + torch.arange(n, device=x.device)
+        expert = self.core.paligemma_with_expert.gemma_expert.model
+        hidden, _ = run_layers(expert, x, positions, mask, prefix.keys_values, condition, self.checkpointing)
+        return self.core.action_out_proj(hidden[:, -self.action_horizon :].float())
 
     def features(self, prefix: Prefix) -> Tensor:
         """Mean of the last hidden states over the tokens that count, with the state beside it."""
@@ -95,10 +181,12 @@ class PI0FlowPolicy(nn.Module):
         return torch.cat([pooled.float(), prefix.state], dim=-1)
 
     def normalise_actions(self, chunk: Tensor) -> Tensor:
-        return self.action_units.to_model(chunk)
+        """Physical float32[..., robot dims] to the model's units, zeros in the dims the robot lacks."""
+        return pad_last(self.action_units.to_model(chunk), self.action_dim)
 
     def physical_actions(self, chunk: Tensor) -> Tensor:
-        return self.action_units.to_physical(chunk.clamp(-1, 1))
+        """The model's units to physical float32[..., robot dims], clipped to the task's limits."""
+        return self.action_units.to_physical(chunk[..., : self.robot_dim]).clamp(self._low, self._high)
 
 
 def build_pi0(name: str, spec: TaskSpec, init: str, seed: int, action_horizon: int, size: Callable) -> PI0FlowPolicy:

@@ -10,13 +10,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from serl_launcher.policies.tokens import WordHashTokenizer
 from serl_transport.specs import TaskSpec
-
-VOCABULARY = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +32,42 @@ class TinySize:
     patch_size: int = 16
     prompt_tokens: int = 4
     conv_stem: bool = True  # strided convolutions in place of the linear patch embedding: learns from fewer images
+    vocabulary: int = 32  # token ids; the last one is PaliGemma's image token
 
     def __call__(self, spec: TaskSpec, action_horizon: int) -> tuple[nn.Module, WordHashTokenizer]:
         """The core (`PI0Pytorch`) for a task's cameras, state and action dimensions, and its tokenizer."""
+        core = self.build(self.config(spec, action_horizon))
+        return core, WordHashTokenizer(self.vocabulary, self.prompt_tokens)
+
+    def build(self, config) -> nn.Module:
+        """`PI0Pytorch` at this size for a lerobot config, randomly initialised."""
         import lerobot.policies.pi0.modeling_pi0 as pi0
 
-        with _shrunk(pi0, self):
-            core = pi0.PI0Pytorch(self._config(spec, action_horizon))
-        _spread(core)
+        with shrunk(pi0, self):
+            core = pi0.PI0Pytorch(config)
+        spread(core)
+        self.replace_stem(core)
+        return core
+
+    def replace_stem(self, core: nn.Module) -> None:
+        """Put the convolutional stem in place of the patch embedding, if it is wanted."""
         if self.conv_stem:
             embeddings = core.paligemma_with_expert.paligemma.model.vision_tower.vision_model.embeddings
             embeddings.patch_embedding = ConvStem(self.patch_size, self.vision_width)
-        return core, WordHashTokenizer(VOCABULARY, self.prompt_tokens)
 
-    def _config(self, spec: TaskSpec, action_horizon: int):
-        from lerobot.configs import FeatureType, PolicyFeature
+    def config(self, spec: TaskSpec, action_horizon: int):
+        """lerobot's `PI0Config` for a task."""
         from lerobot.policies.pi0.configuration_pi0 import PI0Config
+
+        return PI0Config(**self.config_fields(spec, action_horizon))
+
+    def config_fields(self, spec: TaskSpec, action_horizon: int) -> dict[str, Any]:
+        """What PI0's and PI0.5's configurations share."""
+        from lerobot.configs import FeatureType, PolicyFeature
 
         s, ad, side = len(spec.state_names), len(spec.action_names), self.image_size
         images = {f"observation.images.{c}": PolicyFeature(FeatureType.VISUAL, (3, side, side)) for c in spec.cameras}
-        return PI0Config(
+        return dict(
             chunk_size=action_horizon,
             n_action_steps=action_horizon,
             max_action_dim=ad,
@@ -86,8 +101,8 @@ class ConvStem(nn.Sequential):
 
 
 @contextmanager
-def _shrunk(pi0, size: TinySize) -> Iterator[None]:
-    """lerobot's PI0 module with tiny Gemma configurations and a tiny SigLIP, restored on leaving."""
+def shrunk(pi0, size: TinySize) -> Iterator[None]:
+    """lerobot's PI0 or PI0.5 module with tiny Gemma configurations and a tiny SigLIP, restored on leaving."""
     names = ("get_gemma_config", "PaliGemmaForConditionalGenerationWithPiGemma", "PiGemmaForCausalLM")
     saved = {name: getattr(pi0, name) for name in names}
 
@@ -95,10 +110,10 @@ def _shrunk(pi0, size: TinySize) -> Iterator[None]:
         return pi0.GemmaConfig(size.width, size.depth, 2 * size.width, 8, 1, size.head_dim)
 
     def vlm(config):
-        config._vocab_size, config.image_token_index = VOCABULARY, VOCABULARY - 1
+        config._vocab_size, config.image_token_index = size.vocabulary, size.vocabulary - 1
         config.projection_dim = size.width
         text, vision = config.text_config, config.vision_config
-        text.vocab_size, text.pad_token_id = VOCABULARY, 0
+        text.vocab_size, text.pad_token_id = size.vocabulary, 0
         vision.hidden_size, vision.intermediate_size = size.vision_width, 2 * size.vision_width
         vision.num_hidden_layers, vision.num_attention_heads = size.vision_layers, size.vision_heads
         vision.patch_size, vision.projection_dim = size.patch_size, size.width
@@ -117,7 +132,7 @@ def _shrunk(pi0, size: TinySize) -> Iterator[None]:
             setattr(pi0, name, original)
 
 
-def _spread(core: nn.Module) -> None:
+def spread(core: nn.Module) -> None:
     """Fan-in initialisation. The library's std of 0.02 suits width 2048; at width 64 signals would vanish."""
     backbone = core.paligemma_with_expert
     for root in (backbone.paligemma.model.language_model, backbone.gemma_expert.model):

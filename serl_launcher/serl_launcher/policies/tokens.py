@@ -23,5 +23,23 @@ class WordHashTokenizer:
         for row, prompt in enumerate(prompts):
             words = prompt.lower().split()[: self.length]
             for column, word in enumerate(words):
-                ids[row, column] = 1 + zlib.crc32(word.encode()) % (self.vocab - 2)
+                ids[row, column] = self._id(word)
         return ids, ids != 0
+
+    def _id(self, word: str) -> int:
+        return 1 + zlib.crc32(word.encode()) % (self.vocab - 2)
+
+
+class StateWordTokenizer(WordHashTokenizer):
+    """For prompts that carry a state as numbers: 0 … 255 keep an id of their own, other words are hashed above them."""
+
+    def __init__(self, vocab: int, length: int) -> None:
+        if vocab < 300:
+            raise ValueError(f"policy.size.vocabulary: expected at least 300 (256 state bins and words), got {vocab}")
+        super().__init__(vocab, length)
+
+    def _id(self, word: str) -> int:
+        word = word.strip(":;,")
+        if word.isdigit() and int(word) < 256:
+            return 1 + int(word)
+        return 257 + zlib.crc32(word.encode()) % (self.vocab - 258)

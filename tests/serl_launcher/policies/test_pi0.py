@@ -1,4 +1,4 @@
-"""PI0 behind the flow-policy interface against lerobot's own forward path, at tiny size."""
+"""PI0, through the library's layers and through ours, against lerobot's own forward path, at tiny size."""
 
 import numpy as np
 import pytest
@@ -28,9 +28,11 @@ SIZE = TinySize(width=16, vision_width=16, image_size=32, patch_size=16)
 B, AH, AD = 3, 4, 2
 
 
-@pytest.fixture(scope="module")
-def policy():
-    return build_pi0("t", SPEC, "random", 0, AH, SIZE)
+@pytest.fixture(scope="module", params=["eager", "sdpa"])
+def policy(request):
+    policy = build_pi0("t", SPEC, "random", 0, AH, SIZE)
+    policy.attention = request.param
+    return policy
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,7 @@ def test_weights_that_are_never_read_are_neither_trained_nor_published(policy):
 
 
 def test_random_weights_must_be_asked_for():
-    with pytest.raises(ValueError, match="policy.init"):
+    with pytest.raises(ValueError, match=r"policy\.init"):
         build_pi0("t", SPEC, "pretrained", 0, AH, SIZE)
 
 
