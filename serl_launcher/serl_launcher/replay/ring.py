@@ -11,6 +11,8 @@ of an episode only the observation means anything. The counters are aligned 8-by
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import mmap
 import os
@@ -36,6 +38,7 @@ from serl_launcher.replay.ring_layout import (
 
 # Counters, int64 each: absolute frame numbers, then absolute row numbers of the episode table.
 HEAD, FIRST_VALID, ROWS, FIRST_ROW = range(4)
+PREFIX = "flowserl-"
 
 
 class Evicted(RuntimeError):  # noqa: N818  (the architecture's name: it is an event of normal operation)
@@ -125,7 +128,7 @@ class RingWriter(_RingFile):
         remove_rings(run_dir, shared)
         folder = choose_folder(layout.total_bytes, capacity_frames, run_dir, shared)
         path = folder / f"{_ring_stem(run_dir)}-{os.getpid()}-{os.urandom(3).hex()}.ring"
-        _reserve(path, layout)
+        self._lock = _reserve(path, layout)
         super().__init__(path, layout, mmap.ACCESS_WRITE)
 
     def append(self, ordinal: int, mode: str, success: bool, arrays: Mapping[str, np.ndarray]) -> EpisodeRow:
@@ -159,6 +162,7 @@ class RingWriter(_RingFile):
         """Forget the file. Readers that mapped it keep their view until they let go."""
         if unlink:
             self.path.unlink(missing_ok=True)
+        os.close(self._lock)
 
     def _evict_until(self, oldest: int) -> None:
         """Drop whole episodes until no committed frame is older than `oldest`."""
@@ -240,31 +244,48 @@ class RingReader(_RingFile):
 
 
 def remove_rings(run_dir: Path, shared: Path = Path("/dev/shm")) -> None:
-    """Unlink the ring files earlier gateways of this run folder left behind (kill -9 leaves them)."""
-    for folder in (shared, run_dir):
-        if folder.is_dir():
-            for path in folder.glob(f"{_ring_stem(run_dir)}-*.ring"):
-                path.unlink(missing_ok=True)
+    """Unlink the ring files of gateways that are gone (kill -9 leaves them, and they are memory).
+
+    In shared memory those of every run: a run that is never started again would keep its ring for ever. A live writer
+    holds a lock on its file.
+    """
+    for folder, pattern in ((shared, f"{PREFIX}*.ring"), (run_dir, f"{_ring_stem(run_dir)}-*.ring")):
+        for path in folder.glob(pattern) if folder.is_dir() else ():
+            with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+                _unlink_unlocked(path)
+
+
+def _unlink_unlocked(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    finally:
+        os.close(fd)
 
 
 def _ring_stem(run_dir: Path) -> str:
-    return "flowserl-" + hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
+    return PREFIX + hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
 
 
-def _reserve(path: Path, layout: RingLayout) -> None:
-    """Create the file with every byte reserved: a later SIGBUS on a full filesystem is then impossible."""
+def _reserve(path: Path, layout: RingLayout) -> int:
+    """Create the file with every byte reserved (a later SIGBUS on a full filesystem is then impossible).
+
+    Returns the descriptor whose lock says that the writer lives.
+    """
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
         os.posix_fallocate(fd, 0, layout.total_bytes)
         os.pwrite(fd, layout.to_header(), 0)
     except OSError as error:
+        os.close(fd)
         path.unlink(missing_ok=True)
         raise RingError(
             f"cannot reserve {layout.total_bytes / 2**20:.0f} MiB for the replay ring at {path}: {error.strerror}. "
             "Lower replay.capacity_frames or free some space."
         ) from None
-    finally:
-        os.close(fd)
+    return fd
 
 
 __all__ = [

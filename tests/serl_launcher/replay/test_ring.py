@@ -111,14 +111,28 @@ def test_no_room_anywhere_names_the_key(tmp_path: Path) -> None:
 def test_falls_back_to_the_run_folder(tmp_path: Path) -> None:
     writer = RingWriter(SPEC, 20, tmp_path, shared=tmp_path / "missing")
     assert writer.path.parent == tmp_path
-    remove_rings(tmp_path)
+    writer.close()
     assert not writer.path.exists()
+
+
+def test_rings_of_dead_gateways_are_removed_and_live_ones_kept(tmp_path: Path) -> None:
+    shared, runs = tmp_path / "shm", [tmp_path / "run0", tmp_path / "run1"]
+    for folder in (shared, *runs):
+        folder.mkdir()
+    live = RingWriter(SPEC, 20, runs[0], shared)
+    dead = RingWriter(SPEC, 20, runs[1], shared)
+    dead.close(unlink=False)  # as after kill -9: the file stays, the lock is gone
+    (shared / "other.ring").touch()
+    remove_rings(tmp_path / "run2", shared)
+    assert {path.name for path in shared.iterdir()} == {live.path.name, "other.ring"}
+    live.close()
 
 
 def test_a_new_writer_replaces_the_old_file(tmp_path: Path) -> None:
     old = RingWriter(SPEC, 20, tmp_path)
     old.append(0, "online", False, episode_arrays(3, 0))
     reader = RingReader(old.path)
+    old.close(unlink=False)  # killed
     new = RingWriter(SPEC, 20, tmp_path)
     assert new.path != old.path
     assert not old.path.exists()
