@@ -11,22 +11,23 @@ the learner completed the run and summary.json is there.
 """
 
 import hashlib
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from compose import ConfigError, load_config
 from launch_registry import Registry
 from launch_sides import USER_MISTAKE, Side
 from launch_tmux import Panes, available
-from omegaconf import DictConfig
 
-from serl_launcher.learner.run_folder import RunError, is_complete, rotate, run_paths
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 USAGE = """start.sh [--no-tmux] [--stop] [overrides]
@@ -51,43 +52,56 @@ class Stopper:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse, check both sides' configs, run or stop."""
-    flags = [word for word in argv if word == "-h" or (word.startswith("--") and "=" not in word)]
+    """Run, stop or keep one side; returns the exit code."""
+    os.chdir(ROOT)  # runs/ and relative paths are those of the checkout
+    registry = Registry(ROOT)
+    if argv[:1] == ["--side"]:  # internal: what a pane runs, `--side NAME RUN_DIR overrides...`
+        return keep_side(argv[1], argv[3:], Path(argv[2]), registry)
+    flags = {word for word in argv if word == "-h" or (word.startswith("--") and "=" not in word)}
     overrides = [word for word in argv if word not in flags]
-    if {"-h", "--help"} & set(flags):
+    if {"-h", "--help"} & flags:
         print(USAGE)
         return 0
-    side = None
-    if "--side" in flags:  # internal: what a pane runs, `--side NAME overrides...`
-        flags.remove("--side")
-        side, *overrides = overrides
-    registry = Registry(ROOT)
+    if unknown := flags - {"--no-tmux", "--stop"}:
+        return mistake(f"unknown flag {min(unknown)!r}\n{USAGE}")
+    if flags >= {"--stop"} and not overrides:
+        return stop(registry, None)
+    if sides := [word for word in overrides if word.startswith(("actor=", "learner="))]:
+        return mistake(f"start.sh runs both sides; drop {sides[0]!r} or use run_actor.sh or run_learner.sh")
+    # Hydra only now: --stop and a pane do without it.
+    from compose import ConfigError, load_config
+
+    from serl_launcher.learner.run_folder import RunError, run_paths
+
     try:
-        if unknown := set(flags) - {"--no-tmux", "--stop"}:
-            raise ConfigError(f"unknown flag {min(unknown)!r}\n{USAGE}")
-        if "--stop" in flags and not overrides:
-            return stop(registry, None)
         config = load_config([*overrides, "learner=true"])
-        load_config([*overrides, "actor=true"])
         run_dir = run_paths(config).root
-        if "--stop" in flags:
-            return stop(registry, run_dir)
-        if side:
-            return keep_side(side, overrides, run_dir, registry)
-        return launch(config, overrides, run_dir, registry, "--no-tmux" in flags)
     except (ConfigError, RunError) as error:
-        print(f"start.sh: {error}", file=sys.stderr)
-        return USER_MISTAKE
+        return mistake(str(error))
+    if "--stop" in flags:
+        return stop(registry, run_dir)
+    return launch(config, overrides, run_dir, registry, "--no-tmux" in flags)
 
 
-def launch(config: DictConfig, overrides: Sequence[str], run_dir: Path, registry: Registry, no_tmux: bool) -> int:
+def mistake(message: str) -> int:
+    """Tell the user what to change."""
+    print(f"start.sh: {message}", file=sys.stderr)
+    return USER_MISTAKE
+
+
+def launch(config: "DictConfig", overrides: Sequence[str], run_dir: Path, registry: Registry, no_tmux: bool) -> int:
     """Run both sides to the end."""
+    from serl_launcher.learner.run_folder import RunError, is_complete, rotate, run_paths
+
     for entry in registry.alive(run_dir):
         where = f"see it: tmux -L {entry.socket} attach; " if entry.socket else ""
-        raise RunError(f"run {run_dir.name} is already running (pid {entry.pid}); {where}end it: bash start.sh --stop")
+        return mistake(f"run {run_dir.name} is already running (pid {entry.pid}); {where}end it: bash start.sh --stop")
     paths = run_paths(config)
-    if is_complete(paths, config):  # before the actor opens its spool in there
-        print(f"the finished run {run_dir.name} was moved to {rotate(paths)}")
+    try:
+        if is_complete(paths, config):  # before the actor opens its spool in there
+            print(f"the finished run {run_dir.name} was moved to {rotate(paths)}")
+    except RunError as error:
+        return mistake(str(error))
     panes = not no_tmux and sys.stdin.isatty() and sys.stdout.isatty() and available()
     if not panes and not no_tmux:
         print("no terminal or no tmux: both sides follow in this window", flush=True)
@@ -170,7 +184,7 @@ def in_panes(panes: Panes, overrides: Sequence[str], run_dir: Path, registry: Re
         _exit_file(registry, run_dir, name).unlink(missing_ok=True)
     command = (sys.executable, str(ROOT / "tools" / "launch.py"), "--side")
     panes.close()  # a left-over server of a launcher that was killed
-    panes.open({name: [*command, name, *overrides] for name in ("actor", "learner")}, ROOT)
+    panes.open({name: [*command, name, str(run_dir), *overrides] for name in ("actor", "learner")}, ROOT)
     attached = panes.attach()
     detached_told = False
     try:
@@ -191,6 +205,7 @@ def in_panes(panes: Panes, overrides: Sequence[str], run_dir: Path, registry: Re
         _end_panes(panes, attached, run_dir, registry)
         raise
     if code is None and stopper.signum == signal.SIGHUP:  # the terminal is gone, tmux keeps the run
+        attached.terminate()
         return 128 + signal.SIGHUP
     if code == 0:
         _await(lambda: _final(registry, run_dir, "actor") is not None, ACTOR_GOODBYE_S)

@@ -43,12 +43,18 @@ class Panes:
 
     def text(self, name: str, lines: int = 30) -> str:
         """The last lines that a pane shows."""
-        shown = self._run("capture-pane", "-p", "-t", self._ids[name]).rstrip().splitlines()
+        shown = self._run("capture-pane", "-p", "-J", "-S", "-200", "-t", self._ids[name]).rstrip().splitlines()
+        if shown and shown[-1].startswith("Pane is dead"):  # tmux's own note, at the bottom of an empty screen
+            shown.pop()
+        while shown and not shown[-1].strip():
+            shown.pop()
         return "\n".join(shown[-lines:])
 
     def close(self) -> None:
         """End the server; its panes' processes get SIGHUP."""
         subprocess.run(self._command("kill-server"), capture_output=True, check=False)
+        folder = Path(os.environ.get("TMUX_TMPDIR", "/tmp")) / f"tmux-{os.getuid()}"
+        (folder / self.socket).unlink(missing_ok=True)  # tmux leaves the dead socket behind
 
     def exists(self) -> bool:
         """Does the session still run?"""
