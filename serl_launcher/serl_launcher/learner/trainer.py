@@ -61,7 +61,7 @@ class Trainer:
         self.base = base_sha256(policy)
         self.stage_steps: dict[str, int] = {}
         self.stage_start: dict[str, int] = {}  # transitions seen when a stage began, for the limiter
-        self.version = -1
+        self.version = 0  # the first one published is 1
         self.publish_requests = 0  # of operators, that were obeyed
         self.ring_path: str | None = None
         self._resume()
@@ -70,7 +70,7 @@ class Trainer:
     def run(self) -> None:
         """Until the gateway says that every stage is done."""
         status = self.link.hello()
-        if self.version < 0:
+        if self.version < 1:
             self.publish()
         stage_name = None
         while not (status := self.report()).get("done"):
@@ -208,7 +208,7 @@ class Trainer:
             self.rng.bit_generator.state = state["rng"]
             torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
             # Versions published after the checkpoint were used by actors: never reuse their numbers.
-            self.version = max(state["version"], newest.version if newest else -1)
+            self.version = max(state["version"], newest.version if newest else 0)
             log.info(
                 "resumed from %s at step %d, policy version %d", folders[-1].name, self.learner.step_count, self.version
             )
