@@ -1,0 +1,55 @@
+"""One figure of a benchmark beside the machine's own floor, and the A B A B measuring that both come from."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What `run.py` prints as one JSON line."""
+
+    name: str  # suite/what/parameters
+    value: float  # median
+    unit: str  # items/s (more is better) or s, ms (less is better)
+    floor: float | None  # the same work by the barest means, measured in the same run; None: a floor itself
+    ratio: float | None  # value / floor
+    goal: str | None  # such as ">= 0.8"; None: no goal is set
+    holds: bool | None  # ratio meets the goal
+
+    @classmethod
+    def of(cls, name: str, value: float, unit: str, floor: float | None = None, goal: str | None = None) -> Row:
+        """Work out ratio and verdict; `goal` is '>= x' or '<= x' of the ratio."""
+        ratio = None if floor is None else value / floor
+        holds = None if goal is None or ratio is None else meets(ratio, goal)
+        return cls(name, rounded(value), unit, rounded(floor), rounded(ratio), goal, holds)
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+
+def meets(ratio: float, goal: str) -> bool:
+    """Whether `ratio` satisfies '>= x' or '<= x'."""
+    sign, bound = goal.split()
+    return ratio >= float(bound) if sign == ">=" else ratio <= float(bound)
+
+
+def rounded(value: float | None) -> float | None:
+    """Four significant digits."""
+    return None if value is None else float(f"{value:.4g}")
+
+
+def alternate(work: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Run every measurement `rounds` times in turn (A B A B), so that a drift of the machine hits all alike; medians."""
+    found: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, measure in work.items():
+            found[name].append(measure())
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+Suite = Callable[[bool], Iterator[Row]]  # rows(quick)
