@@ -18,7 +18,7 @@ from serl_launcher.gateway.actors import Actors
 from serl_launcher.gateway.files import read_json, write_json
 from serl_launcher.gateway.forward import InferForwarder
 from serl_launcher.gateway.ingest import Ingest
-from serl_launcher.gateway.internal import INFER_REPLY
+from serl_launcher.gateway.internal import INFER, INFER_REPLY
 from serl_launcher.gateway.ledger import ADHOC, LedgerRow, scope_of
 from serl_launcher.gateway.operator_state import OperatorState
 from serl_launcher.gateway.progress import TrainerProgress
@@ -101,6 +101,7 @@ class Gateway:
         roles.handle("progress", self._progress)
         roles.handle("status", lambda peer, envelope, body: self.status())
         roles.handle("serving", self._serving)
+        roles.handle(INFER, self.forwarder.infer_for_role, raw=True)
         roles.handle(INFER_REPLY, self.forwarder.answered, raw=True)
 
     @property

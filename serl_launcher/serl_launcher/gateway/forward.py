@@ -1,6 +1,9 @@
 """Inference through the gateway: an actor's frames go to the policy server and its answer comes back, both unread.
 
-    actor ─▶ infer(token, frames) ─▶ [in flight] ─▶ policy server ─▶ infer_reply(token, frames) ─▶ actor
+    actor, or a role that speaks for one ─▶ infer ─▶ [in flight] ─▶ policy server ─▶ infer_reply ─▶ who asked
+
+A forwarded question carries this host's monotonic time of arrival, in nanoseconds, in its envelope's seq: deadlines run
+from there, not from when a busy policy server came to read it.
 
 The policy server registers by its `serving` report, once a second. When it falls silent, or another process takes its
 place, whatever is in flight is answered with `not_ready`, so that no actor waits for a dead process.
@@ -8,6 +11,7 @@ place, whatever is in flight is answered with `not_ready`, so that no actor wait
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -20,36 +24,47 @@ from serl_transport.errors import NotReady, WireError
 from serl_transport.router import Peer, Reply, Router
 
 log = logging.getLogger("gateway")
+Answer = Callable[[bytes, Reply], None]
 SILENT_S = 5.0
 
 
 class InferForwarder:
     """roles: the internal router; reply: answers an actor by token."""
 
-    def __init__(self, roles: Router, reply: Callable[[bytes, Reply], None]) -> None:
+    def __init__(self, roles: Router, reply: Answer) -> None:
         self._roles = roles
         self._reply = reply
         self._server: bytes | None = None  # the policy server's address
         self._pid: Any = None
         self._last = 0.0
-        self._in_flight: set[bytes] = set()
+        self._in_flight: dict[bytes, tuple[Answer, bytes]] = {}  # our token -> whom to answer, with their token
+        self._ids = itertools.count(1)
         self._serving: dict[str, Any] = {}
 
     def infer(self, peer: Peer, envelope: Envelope, frames: Frames) -> None:
         """An actor asks. Raises NotReady when nobody serves."""
+        self._forward(envelope, frames, self._reply)
+
+    def infer_for_role(self, peer: Peer, envelope: Envelope, frames: Frames) -> None:
+        """A role asks for somebody behind it (the openpi server). Raises NotReady when nobody serves."""
+        self._forward(envelope, frames, self._roles.reply)
+
+    def _forward(self, envelope: Envelope, frames: Frames, answer: Answer) -> None:
         if self._server is None:
             raise NotReady("no policy server is running yet (or it is restarting); ask again")
-        self._in_flight.add(envelope.token)
-        self._roles.push(self._server, Envelope(INFER, envelope.actor_id, request_id=envelope.token), frames)
+        token = next(self._ids).to_bytes(8)
+        self._in_flight[token] = answer, envelope.token
+        forwarded = Envelope(INFER, envelope.actor_id, seq=time.monotonic_ns(), request_id=token)
+        self._roles.push(self._server, forwarded, frames)
 
     def answered(self, peer: Peer, envelope: Envelope, frames: Frames) -> None:
         """The policy server answers; an answer to what was given up meanwhile is dropped."""
         token = envelope.request_id
         if not isinstance(token, bytes) or token not in self._in_flight:
             return
-        self._in_flight.discard(token)
+        answer, asker = self._in_flight.pop(token)
         error = envelope.error
-        self._reply(token, frames if error is None else WireError.from_code(*error))
+        answer(asker, frames if error is None else WireError.from_code(*error))
 
     def serving(self, peer: Peer, body: dict[str, Any]) -> None:
         """The policy server is there; its figures go into the status."""
@@ -57,7 +72,7 @@ class InferForwarder:
             log.info("policy server %s serves", body.get("pid"))
             self._give_up("the policy server was replaced; ask again")
         self._server, self._pid, self._last = peer.address, body.get("pid"), time.monotonic()
-        self._serving = {key: body.get(key) for key in ("version", "requests", "batch_mean", "p50_ms")}
+        self._serving = {key: value for key, value in body.items() if key != "pid"}
 
     def check(self) -> None:
         """Give up on a silent policy server; call once a second."""
@@ -71,6 +86,6 @@ class InferForwarder:
         return {**self._serving, "alive": self._server is not None}
 
     def _give_up(self, why: str) -> None:
-        tokens, self._in_flight = self._in_flight, set()
-        for token in tokens:
-            self._reply(token, NotReady(why))
+        waiting, self._in_flight = self._in_flight, {}
+        for answer, token in waiting.values():
+            answer(token, NotReady(why))

@@ -125,6 +125,8 @@ class InferRequest:
 
     token: bytes  # return address for `reply`
     body: dict[str, Any]  # the actor's `infer` body, arrays as read-only views
+    actor: str = ""  # who asks
+    arrived: float = 0.0  # monotonic seconds of this host, when the gateway got it
 
 
 class PolicyLink(_Link):
@@ -146,7 +148,8 @@ class PolicyLink(_Link):
             if envelope.kind != INFER or not isinstance(envelope.request_id, bytes):
                 continue  # the gateway's answer to `serving`
             try:
-                return InferRequest(envelope.request_id, codec.unpack(frames))
+                body = codec.unpack(frames)
+                return InferRequest(envelope.request_id, body, envelope.actor_id, envelope.seq / 1e9)
             except WireError as error:
                 self.reply(envelope.request_id, error)
         return None
@@ -159,16 +162,10 @@ class PolicyLink(_Link):
         else:
             self._send(Envelope(INFER_REPLY, self.role, request_id=token), codec.pack(dict(result)))
 
-    def serving(self, *, version: int, requests: int, batch_mean: float, p50_ms: float | None) -> None:
+    def serving(self, *, version: int, **figures: float | None) -> None:
         """Register with the gateway and report, once a second; version −1: nothing to serve yet. Does not wait.
 
-        requests: answered so far; batch_mean: mean batch size; p50_ms: median time in the server, milliseconds.
+        figures: shown in the status document's `serving`.
         """
-        body = {
-            "pid": os.getpid(),
-            "version": version,
-            "requests": requests,
-            "batch_mean": batch_mean,
-            "p50_ms": p50_ms,
-        }
+        body = {"pid": os.getpid(), "version": version, **figures}
         self._send(Envelope("serving", self.role, request_id=next(self._ids)), codec.pack(body))

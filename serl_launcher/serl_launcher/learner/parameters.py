@@ -100,14 +100,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
 
 
-@torch.no_grad()
-def load_into(policy: nn.Module, path: Path, base: str | None = None) -> dict[str, str]:
-    """Fill a policy's trainable tensors from a published file, strictly; returns the metadata.
+def checked_tensors(want: dict[str, Tensor], path: Path, base: str | None = None) -> tuple[dict, dict[str, str]]:
+    """Tensors of a published file that fit `want` exactly, with its dtypes and devices, and the file's metadata.
 
-    Raises ValueError naming the tensors that do not fit, or both hashes when the frozen base differs.
+    Nothing is changed: a file can be made ready beside a policy that is in use. Raises ValueError naming the tensors
+    that do not fit, or both hashes when the frozen base differs.
     """
     tensors, metadata = read_tensors(path)
-    want = trainable(policy)
     problems = describe_mismatch(want, tensors)
     if problems:
         raise ValueError(f"{path.name} does not fit this policy: " + "; ".join(problems))
@@ -117,6 +116,17 @@ def load_into(policy: nn.Module, path: Path, base: str | None = None) -> dict[st
             f"{path.name} was trained on another frozen base: expected {base[:12]}, got {theirs[:12]}; "
             "check policy.seed and checkpoint_path on both sides"
         )
+    return {name: tensors[name].to(device=p.device, dtype=p.dtype) for name, p in want.items()}, metadata
+
+
+@torch.no_grad()
+def load_into(policy: nn.Module, path: Path, base: str | None = None) -> dict[str, str]:
+    """Fill a policy's trainable tensors from a published file, strictly; returns the metadata.
+
+    Raises ValueError as `checked_tensors` does.
+    """
+    want = trainable(policy)
+    tensors, metadata = checked_tensors(want, path, base)
     for name, p in want.items():
         p.copy_(tensors[name])
     return metadata

@@ -60,9 +60,7 @@ def sample_realtime(
     return x
 
 
-def guided_velocity(
-    policy: FlowPolicy, prefix: Prefix, x_t: Tensor, t: float, known: Tensor, mask: Tensor
-) -> Tensor:
+def guided_velocity(policy: FlowPolicy, prefix: Prefix, x_t: Tensor, t: float, known: Tensor, mask: Tensor) -> Tensor:
     """v + weight · (mask · (known − a))ᵀ ∂a/∂x_t, where a = x_t + (1 − t) v is where the flow is heading."""
     with torch.enable_grad():
         # The Jacobian must go through the velocity: x_t requires grad before v is computed, not after.

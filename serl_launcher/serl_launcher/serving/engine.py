@@ -1,36 +1,43 @@
 """A policy with its newest published parameters, answering batches of observations.
 
-The policy server (serving.server) and the local policy (serving.local) own one. Parameters are swapped between two
-batches, never inside one; a file that does not fit is reported and the last good version goes on serving.
+The policy server (serving.server) and the local policy (serving.local) own one. New parameters are made ready beside
+those in use (`stage`, any thread, reads the disk) and take their place between two batches (`swap`, only pointers), so
+that nobody waits for them. A file that does not fit is reported and the last good version goes on serving.
+
+    latest.json ─▶ stage: read, check, copy to the device ─▶ [ one staged version, the newest ] ─▶ swap ─▶ act
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
-from serl_launcher.learner.parameters import Published, base_sha256, load_into
-from serl_launcher.policies.base import PolicyInput, sample
+from serl_launcher.learner.parameters import Published, base_sha256, checked_tensors
+from serl_launcher.policies.base import PolicyInput, Prefix, sample, trainable
+from serl_launcher.policies.realtime import sample_realtime, soft_mask
+from serl_launcher.policies.rows import take
+from serl_launcher.serving.query import Query, query_from_body
 from serl_transport.specs import TaskSpec
 
+__all__ = ["PolicyEngine", "Query", "query_from_body"]
 log = logging.getLogger("policy")
 
 
 @dataclass(frozen=True, slots=True)
-class Query:
-    """One observation that wants a chunk."""
+class Staged:
+    """A version that is ready to take over."""
 
-    images: dict[str, np.ndarray]  # camera -> uint8[h, w, 3]
-    state: np.ndarray  # float32[s], physical units
-    prompt: str
-    seed: int | None = None  # of the sampling noise; None draws from the engine's generator
+    version: int
+    tensors: dict[str, Tensor]  # of the policy's shapes, dtypes and device
 
 
 class PolicyEngine:
@@ -45,61 +52,118 @@ class PolicyEngine:
         self.spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
         self.policy = instantiate(cfg.policy, spec=self.spec).to(self.device).eval()
         self._base = base_sha256(self.policy)
+        self._published = trainable(self.policy)
+        self.policy.requires_grad_(False)  # guidance differentiates by actions, never by weights
         self._params_dir, self._steps = params_dir, cfg.serving.flow_steps
         self._noise = torch.Generator().manual_seed(cfg.seed)
         self._seen: Published | None = None
+        self._refused = -1
+        self._staged: deque[Staged] = deque(maxlen=1)  # a newer one replaces it; safe between threads
         self.version = -1
 
+    # Parameters.
+
     def refresh(self) -> bool:
-        """Load the newest published version if there is a new one; True when the served version changed."""
+        """Stage and swap at once; True when the served version changed."""
+        self.stage()
+        return self.swap()
+
+    def stage(self) -> bool:
+        """Make the newest published version ready, if it is new; True when it is. One thread at a time, any thread."""
         newest = Published.read(self._params_dir)
         if newest is None or newest == self._seen:
             return False
-        self._seen = newest
-        return self.load(self._params_dir / newest.file, newest.version)
-
-    def load(self, path: Path, version: int) -> bool:
-        """Serve this file as `version`; False, with the reason logged, when it does not fit."""
         try:
-            self.load_or_raise(path, version)
+            self.stage_file(self._params_dir / newest.file, newest.version)
         except (ValueError, OSError) as problem:
-            log.error("version %d refused, serving %d on: %s", version, self.version, problem)
+            self._refused = newest.version
+            log.error("version %d refused, serving %d on: %s", newest.version, self.version, problem)
             return False
+        finally:
+            self._seen = newest
         return True
 
-    def load_or_raise(self, path: Path, version: int) -> None:
-        """Serve this file as `version`. Raises ValueError that names what does not fit."""
-        load_into(self.policy, path, self._base)
-        self.version = version
+    def stage_file(self, path: Path, version: int) -> None:
+        """Make this file ready as `version`. Raises ValueError that names what does not fit."""
+        self._staged.append(Staged(version, checked_tensors(self._published, path, self._base)[0]))
 
-    @torch.inference_mode()
-    def act(self, queries: list[Query]) -> np.ndarray:
-        """One chunk a query: float32[b, ah, ad], physical units, within the task's limits."""
-        observation = PolicyInput(
+    def swap(self) -> bool:
+        """Serve what is staged from the next batch on; True when there was something. Where `act` is called."""
+        try:
+            staged = self._staged.pop()
+        except IndexError:
+            return False
+        for name, parameter in self._published.items():
+            parameter.data = staged.tensors[name]
+        self.version = staged.version
+        return True
+
+    def will_serve(self, version: int) -> bool:
+        """Whether `version` or a newer one is published and on its way here."""
+        newest = Published.read(self._params_dir)
+        return newest is not None and newest.version >= version and newest.version != self._refused
+
+    # Actions.
+
+    def act(self, queries: Sequence[Query]) -> list[np.ndarray]:
+        """One answer a query: float32[ah, ad], or float32[n, ah, ad] where `samples` is given; physical, in limits.
+
+        Each observation is encoded once, however many chunks are made of it.
+        """
+        guided = [row for row, query in enumerate(queries) if query.prefix_actions is not None]
+        plain = [row for row, query in enumerate(queries) if query.prefix_actions is None]
+        # Tensors of inference mode cannot be differentiated through later, as guidance must.
+        with torch.no_grad() if guided else torch.inference_mode():
+            prefix = self.policy.encode(self._observation(queries))
+            answers: dict[int, np.ndarray] = {}
+            for rows, make in ((plain, self._sample), (guided, self._sample_guided)):
+                if rows:
+                    part = take(prefix, self._index(queries, rows))
+                    chunks = make(part, [queries[row] for row in rows])
+                    answers.update(zip(rows, self._physical(chunks, [queries[row] for row in rows]), strict=True))
+        return [answers[row] for row in range(len(queries))]
+
+    def _observation(self, queries: Sequence[Query]) -> PolicyInput:
+        return PolicyInput(
             images={camera: np.stack([q.images[camera] for q in queries]) for camera in self.spec.cameras},
             state=np.stack([q.state for q in queries]),
             prompts=[q.prompt for q in queries],
         )
-        prefix = self.policy.encode(observation)
-        noise = torch.cat([self._draw(q.seed) for q in queries]).to(self.device)
-        chunk = sample(self.policy, prefix, noise, self._steps)
-        return self.policy.physical_actions(chunk).float().cpu().numpy()
 
-    def _draw(self, seed: int | None) -> torch.Tensor:
-        generator = self._noise if seed is None else torch.Generator().manual_seed(seed)
-        return torch.randn(1, self.policy.action_horizon, self.policy.action_dim, generator=generator)
+    def _index(self, queries: Sequence[Query], rows: Sequence[int]) -> Tensor:
+        return torch.tensor([row for row in rows for _ in range(queries[row].rows)], device=self.device)
 
+    def _sample(self, prefix: Prefix, queries: Sequence[Query]) -> Tensor:
+        return sample(self.policy, prefix, self._draw(queries), self._steps)
 
-def query_from_body(body: dict[str, Any], spec: TaskSpec) -> Query:
-    """Validate an `infer` body. Raises ValueError naming the key, what was expected and what came."""
-    from serl_transport.schema import Observation
+    def _sample_guided(self, prefix: Prefix, queries: Sequence[Query]) -> Tensor:
+        noise = self._draw(queries)
+        known, mask = torch.zeros_like(noise), torch.zeros_like(noise)
+        row = 0
+        for query in queries:
+            running = torch.as_tensor(query.prefix_actions, device=self.device)[: noise.shape[1]]
+            k, robot = running.shape
+            weights = soft_mask(query.inference_delay, k, noise.shape[1]).to(self.device)
+            for _ in range(query.rows):
+                known[row, :k] = self.policy.normalise_actions(running)
+                mask[row, :, :robot] = weights[:, None]
+                row += 1
+        return sample_realtime(self.policy, prefix, noise, self._steps, known, mask)
 
-    observation = body.get("observation")
-    if not isinstance(observation, dict) or not isinstance(observation.get("images"), dict):
-        raise ValueError("infer: expected observation {images: {camera: uint8[h, w, 3]}, state: float32[s]}")
-    checked = Observation(images=observation["images"], state=observation.get("state"))
-    spec.check_observation(checked)
-    seed = body.get("seed")
-    return Query(
-        dict(checked.images), checked.state, str(body.get("prompt") or spec.prompt), None if seed is None else int(seed)
-    )
+    def _physical(self, chunks: Tensor, queries: Sequence[Query]) -> list[np.ndarray]:
+        actions = self.policy.physical_actions(chunks).float().cpu().numpy()
+        parts = np.split(actions, np.cumsum([query.rows for query in queries])[:-1])
+        return [part[0] if query.samples is None else part for part, query in zip(parts, queries, strict=True)]
+
+    def _draw(self, queries: Sequence[Query]) -> Tensor:
+        """Noise float32[rows, ah, ad]: of its own generator where a query has a seed."""
+        shape = self.policy.action_horizon, self.policy.action_dim
+        noise = [
+            torch.randn(
+                query.rows,
+                *shape,
+                generator=self._noise if query.seed is None else torch.Generator().manual_seed(query.seed),
+            )
+            for query in queries
+        ]
+        return torch.cat(noise).to(self.device)

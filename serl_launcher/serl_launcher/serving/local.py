@@ -3,7 +3,7 @@
 `rollout.local_policy` in yaml names `build`; the actor calls it when `rollout.policy=local`. Answers like the remote
 policy. Evaluating a finished run needs no learner: `ip=null checkpoint_path=runs/<name>`.
 
-    learner ──5589 notify, 5588 params──▶ listener thread ─▶ folder/latest.json ─▶ refresh, between two chunks
+    learner ──5589 notify, 5588 params──▶ listener thread ─▶ folder/latest.json ─▶ stage ─▶ swap, between two chunks
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def build(cfg: DictConfig, link: ParameterSource) -> LocalPolicy:
 
     def keep(blob: Blob) -> None:
         store(Path(folder.name), blob.version, blob.blob, time.time())
+        policy.stage()
 
     link.recv_network_callback(keep, raw=True)
     return policy
@@ -51,10 +52,10 @@ class LocalPolicy:
     """`infer(body) -> {actions, policy_version, server_ms}` in this process."""
 
     def __init__(self, cfg: DictConfig, params_dir: Path, *, owned: tempfile.TemporaryDirectory | None = None) -> None:
-        """params_dir: followed at each question; owned: a folder that lives as long as this policy."""
+        """params_dir: where `stage` looks; owned: a folder that lives as long as this policy."""
         self._engine = PolicyEngine(cfg, params_dir)
         self._owned = owned
-        self._follows = True
+        self._engine.stage()
 
     @classmethod
     def from_checkpoint(cls, cfg: DictConfig) -> LocalPolicy:
@@ -63,9 +64,13 @@ class LocalPolicy:
         policy = cls(cfg, path.parent)
         published = Published.read(path.parent)
         version = published.version if published and published.file == path.name else 0
-        policy._engine.load_or_raise(path, version)
-        policy._follows = False
+        policy._engine.stage_file(path, version)
+        policy._engine.swap()
         return policy
+
+    def stage(self) -> None:
+        """Make the newest parameters of the folder ready for the next question; not in the control loop's thread."""
+        self._engine.stage()
 
     def reset(self) -> None:
         """A new episode; there is nothing to forget."""
@@ -74,8 +79,7 @@ class LocalPolicy:
         """Answer an `infer` body as the policy server would. Raises NotReady below `min_version`."""
         started = time.perf_counter()
         wanted = int(body.get("min_version") or 0)
-        if self._follows:
-            self._engine.refresh()
+        self._engine.swap()
         if self._engine.version < wanted:
             raise NotReady(f"policy version {wanted} was asked for, {self._engine.version} is here")
         actions = self._engine.act([query_from_body(body, self._engine.spec)])[0]

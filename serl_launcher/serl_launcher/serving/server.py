@@ -2,8 +2,9 @@
 
 Started by the supervisor as `python -m serl_launcher.serving <run_dir>`.
 
-    gateway ──infer──▶ PolicyLink ─▶ [ batch: first request, then company for ≤ max_wait_ms ] ─▶ engine ─▶ replies
-                                                    params/latest.json ─▶ engine.refresh, between two batches
+    gateway ──infer──▶ PolicyLink ─▶ admit ─▶ [ BatchQueue ≤ max_queue ] ─▶ engine.act ─▶ replies
+                                       └ typed refusal     └ deadline_missed      └ internal, to the culprit alone
+    loader thread: params/latest.json ─▶ engine.stage ─────────────────▶ engine.swap, between two batches
 
 Blocks on: the next question, at most `POLL_S`, so that new parameters are noticed when nobody asks.
 """
@@ -11,98 +12,165 @@ Blocks on: the next question, at most `POLL_S`, so that new parameters are notic
 from __future__ import annotations
 
 import logging
-import statistics
+import math
 import time
-from collections import deque
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.gateway.internal import InferRequest, PolicyLink
 from serl_launcher.paths import RunPaths
+from serl_launcher.serving.batching import BatchQueue, Waiting
 from serl_launcher.serving.engine import PolicyEngine, query_from_body
-from serl_transport.errors import BadFrame, NotReady, SchemaMismatch
+from serl_launcher.serving.figures import ServingFigures
+from serl_launcher.serving.loader import ParameterLoader
+from serl_transport.errors import DeadlineMissed, Internal, NotReady, SchemaMismatch, WireError
 
 log = logging.getLogger("policy")
 
 POLL_S = 0.05
 REPORT_S = 1.0
+_SLEEP_FLOOR_S = 0.0005  # zmq waits in whole milliseconds; a shorter rest is not worth a call
 
 
 class PolicyServer:
-    """Answers until the process is ended; one thread."""
+    """Answers until `stop`; one thread, and the loader's."""
 
     def __init__(self, cfg: DictConfig, paths: RunPaths) -> None:
+        serving = cfg.serving
+        self._queue = BatchQueue(
+            serving.max_batch, serving.max_wait_ms / 1e3, serving.max_queue, serving.evaluation_patience_ms / 1e3
+        )
         self._engine = PolicyEngine(cfg, paths.params)
+        self._engine.refresh()
         self._link = PolicyLink(paths.root)
-        self._max_batch, self._max_wait_s = cfg.serving.max_batch, cfg.serving.max_wait_ms / 1e3
-        self._answered = 0
-        self._batches: deque[int] = deque(maxlen=200)
-        self._latencies: deque[float] = deque(maxlen=200)
-        self._reported = 0.0
+        self._loader = ParameterLoader(self._engine)
+        self._parked: list[InferRequest] = []  # they want a version that is on its way
+        self._max_parked: int = serving.max_queue
+        self._figures = ServingFigures()
+        self._reported = -math.inf
+        self._stopping = False
 
     def run(self) -> None:
-        """Serve for ever."""
-        while True:
-            if self._engine.refresh():
-                log.info("serving policy version %d", self._engine.version)
-            self._report()
-            if batch := self._collect():
-                self._answer(batch)
-
-    def _collect(self) -> list[InferRequest]:
-        """The first question within POLL_S and whatever joins it within max_wait_ms, at most max_batch."""
-        first = self._link.receive(POLL_S)
-        if first is None:
-            return []
-        batch, deadline = [first], time.monotonic() + self._max_wait_s
-        while len(batch) < self._max_batch:
-            request = self._link.receive(max(0.0, deadline - time.monotonic()))
-            if request is None:
-                break
-            batch.append(request)
-        return batch
-
-    def _answer(self, batch: list[InferRequest]) -> None:
-        started = time.perf_counter()
-        ready = [(request, query) for request in batch if (query := self._admit(request)) is not None]
-        if not ready:
-            return
-        chunks = self._engine.act([query for _, query in ready])
-        elapsed_ms = (time.perf_counter() - started) * 1e3
-        for (request, _), actions in zip(ready, chunks, strict=True):
-            reply = {"actions": actions, "policy_version": self._engine.version, "server_ms": elapsed_ms}
-            self._link.reply(request.token, reply)
-        self._answered += len(ready)
-        self._batches.append(len(ready))
-        self._latencies.append(elapsed_ms)
-
-    def _admit(self, request: InferRequest):
-        """The validated question, or None after a typed refusal was sent."""
+        """Serve until `stop`."""
         try:
-            wanted = int(request.body.get("min_version") or 0)
-            if self._engine.version < wanted:
-                self._engine.refresh()
-            if self._engine.version < wanted:
-                raise NotReady(f"policy version {wanted} was asked for, {self._engine.version} is served: ask again")
-            return query_from_body(request.body, self._engine.spec)
-        except (NotReady, BadFrame) as refusal:
-            self._link.reply(request.token, refusal)
+            while not self._stopping:
+                self._take_over()
+                self._report()
+                self._receive()
+                self._refuse_late()
+                if self._queue.wait_s(time.monotonic()) == 0.0:
+                    self._answer(self._queue.take())
+        finally:
+            self._loader.stop()
+            self._link.close()
+
+    def stop(self) -> None:
+        """Make `run` return; from any thread."""
+        self._stopping = True
+
+    def _take_over(self) -> None:
+        """A batch boundary: the staged version, if there is one, serves from here on."""
+        if self._engine.swap():
+            log.info("serving policy version %d", self._engine.version)
+            self._figures.swaps += 1
+        parked, self._parked = self._parked, []
+        for request in parked:
+            self._admit(request)
+
+    def _receive(self) -> None:
+        """Wait for the next question as long as the batch in hand may, then take whatever is there."""
+        wait = self._queue.wait_s(time.monotonic())
+        timeout = POLL_S if wait is None else min(wait, POLL_S)
+        if self._parked:
+            timeout = min(timeout, 0.005)
+        request = self._link.receive(timeout if timeout > _SLEEP_FLOOR_S else 0)
+        while request is not None:
+            self._admit(request)
+            request = self._link.receive(0)
+
+    def _admit(self, request: InferRequest) -> None:
+        """Queue the question, park it, or send its typed refusal."""
+        try:
+            waiting = self._waiting(request)
+        except WireError as refusal:
+            self._refuse(request, refusal)
+            return
         except (ValueError, TypeError) as mistake:
-            self._link.reply(request.token, SchemaMismatch(str(mistake)))
-        return None
+            self._refuse(request, SchemaMismatch(str(mistake)))
+            return
+        if waiting is None:
+            self._parked.append(request)
+        elif (crowded := self._queue.offer(waiting)) is not None:
+            self._refuse(crowded.request, NotReady(f"the policy server is busy: {len(self._queue)} wait; ask again"))
+
+    def _waiting(self, request: InferRequest) -> Waiting | None:
+        """The validated question; None while a version that it wants is on its way."""
+        body, version = request.body, self._engine.version
+        wanted = int(body.get("min_version") or 0)
+        if version < wanted:
+            if self._engine.will_serve(wanted) and len(self._parked) < self._max_parked:
+                return None
+            raise NotReady(f"policy version {wanted} was asked for, {version} is served: ask again")
+        query = query_from_body(body, self._engine.spec)
+        return Waiting(
+            request,
+            query,
+            request.actor,
+            request.arrived,
+            request.arrived + _deadline_s(body),
+            evaluation=body.get("mode") == "eval",
+        )
+
+    def _refuse_late(self) -> None:
+        now = time.monotonic()
+        for late in self._queue.expire(now):
+            waited = (now - late.arrived) * 1e3
+            self._refuse(late.request, DeadlineMissed(f"not executed: waited {waited:.0f} ms, past its deadline_ms"))
+
+    def _refuse(self, request: InferRequest, refusal: WireError) -> None:
+        self._figures.refused[refusal.code] += 1
+        self._link.reply(request.token, refusal)
+
+    def _answer(self, batch: list[Waiting]) -> None:
+        started = time.monotonic()
+        try:
+            chunks = self._engine.act([item.query for item in batch])
+        except Exception:
+            log.exception("a batch of %d failed on version %d", len(batch), self._engine.version)
+            self._answer_one_by_one(batch)
+            return
+        done = time.monotonic()
+        for item, actions in zip(batch, chunks, strict=True):
+            body = {"actions": actions, "policy_version": self._engine.version, "server_ms": (done - started) * 1e3}
+            self._link.reply(item.request.token, body)
+        self._queue.served(batch, done - started, time.monotonic())
+        self._figures.answered(len(batch), [(done - item.arrived) * 1e3 for item in batch])
+
+    def _answer_one_by_one(self, batch: list[Waiting]) -> None:
+        """After a failure: whoever caused it gets the error, the others their actions."""
+        if len(batch) > 1:
+            for item in batch:
+                self._answer([item])
+            return
+        message = f"the policy failed on this question (version {self._engine.version}); see the policy server's log"
+        self._refuse(batch[0].request, Internal(message))
 
     def _report(self) -> None:
         now = time.monotonic()
-        if now - self._reported < REPORT_S:
-            return
-        self._reported = now
-        self._link.serving(
-            version=self._engine.version,
-            requests=self._answered,
-            batch_mean=statistics.fmean(self._batches) if self._batches else 0.0,
-            p50_ms=statistics.median(self._latencies) if self._latencies else None,
-        )
+        if now - self._reported >= REPORT_S:
+            self._reported = now
+            self._link.serving(version=self._engine.version, **self._figures.to_body(len(self._queue)))
+
+
+def _deadline_s(body: dict) -> float:
+    """Seconds after arrival within which an answer is of use."""
+    value = body.get("deadline_ms")
+    if value is None:
+        return math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"infer: deadline_ms: expected a number above 0, got {value!r}")
+    return value / 1e3
 
 
 def main(run_dir: str) -> int:

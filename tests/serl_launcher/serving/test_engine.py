@@ -39,13 +39,13 @@ def engine(tmp_path):
 def test_a_batch_answers_as_its_members_would_alone(engine):
     queries = [query_from_body(body(seed), SPEC) for seed in range(3)]
     together = engine.act(queries)
-    assert together.shape == (3, HORIZON, 2)
+    assert np.stack(together).shape == (3, HORIZON, 2)
     for query, chunk in zip(queries, together, strict=True):
         np.testing.assert_allclose(engine.act([query])[0], chunk, atol=1e-5)
 
 
 def test_actions_are_physical_and_within_the_limits(engine):
-    chunk = engine.act([query_from_body(body(), SPEC)] * 8)
+    chunk = np.stack(engine.act([query_from_body(body(), SPEC)] * 8))
     assert (np.abs(chunk[..., 0]) <= 0.02).all()
     assert (np.abs(chunk[..., 1]) <= 1).all()
 

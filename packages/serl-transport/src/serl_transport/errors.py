@@ -68,6 +68,12 @@ class NotReady(WireError):
     code = "not_ready"
 
 
+class DeadlineMissed(WireError):
+    """The question waited past its deadline and was not executed: its answer would have come too late."""
+
+    code = "deadline_missed"
+
+
 class Refused(WireError):
     """A well-formed request that will never be accepted as it stands."""
 
@@ -108,6 +114,7 @@ _BY_CODE: dict[str, type[WireError]] = {
         Unauthorized,
         HelloRequired,
         NotReady,
+        DeadlineMissed,
         Refused,
         StorageFull,
         UnknownKind,
