@@ -112,8 +112,8 @@ def test_weights_that_are_never_read_are_neither_trained_nor_published(policy):
 
 
 def test_the_prompt_is_that_of_the_library(policy, observation):
-    from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
     from lerobot.lerobot_types import TransitionKey
+    from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
 
     state = torch.tensor([[-1.5, 0.0, 0.999], [1.0, -1.0, 2.0]])
     task = ["pick_up\nit ", "lift"]

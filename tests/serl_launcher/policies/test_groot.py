@@ -1,0 +1,168 @@
+"""GR00T N1.7 behind the flow-policy interface against lerobot's own forward path, at tiny size."""
+
+import numpy as np
+import pytest
+import torch
+
+from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
+from serl_launcher.policies.groot import TUNE, build_groot, tune_flags
+from serl_launcher.policies.groot_tiny import TinyGrootSize, patches
+from serl_transport.specs import TaskSpec
+
+pytest.importorskip("diffusers", reason="GR00T's action head needs lerobot[groot]")
+
+SPEC = TaskSpec.from_dict(
+    {
+        "name": "t",
+        "prompt": "pick up the red cube",
+        "cameras": {"front": [32, 32], "wrist": [32, 32]},
+        "state_names": ["a", "b", "c"],
+        "state_low": [-1, -1, 0],
+        "state_high": [1, 1, 2],
+        "action_names": ["x", "g"],
+        "action_low": [-0.02, -1],
+        "action_high": [0.02, 1],
+        "control_hz": 10,
+        "max_ticks": 60,
+    }
+)
+SIZE = TinyGrootSize(image_size=32, max_state_dim=5, max_action_dim=4)  # wider than the robot, as checkpoints are
+B, AH, WIDE, AD = 3, 4, 4, 2
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return build_groot("t", SPEC, "random", 0, AH, SIZE, embodiment=2)
+
+
+@pytest.fixture(scope="module")
+def observation():
+    rng = np.random.default_rng(0)
+    images = {camera: rng.integers(0, 256, (B, 32, 32, 3), dtype=np.uint8) for camera in SPEC.cameras}
+    return PolicyInput(
+        images, rng.uniform(-1, 1, (B, 3)).astype(np.float32), ["pick up", "pick up the red cube", "lift"]
+    )
+
+
+def library_inputs(policy, observation, chunk=None):
+    """The batch that lerobot's model takes, from the same observation."""
+    state = torch.zeros(B, 1, 5)
+    state[:, 0, :3] = policy.state_units.to_model(torch.tensor(observation.state))
+    batch = policy.inputs(observation.images, observation.prompts)
+    batch |= {"state": state, "embodiment_id": torch.full((B,), 2)}
+    if chunk is not None:
+        mask = torch.zeros(B, AH, WIDE)
+        mask[..., :AD] = 1
+        batch |= {"action": chunk, "action_mask": mask}
+    return batch
+
+
+def test_loss_and_gradients_equal_the_librarys_forward(policy, observation, monkeypatch):
+    torch.manual_seed(0)
+    chunk, noise, t = torch.randn(B, AH, WIDE), torch.randn(B, AH, WIDE), torch.rand(B) * 0.999
+    head = policy.core.action_head
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: noise)
+    monkeypatch.setattr(head, "sample_time", lambda *a, **k: t)
+    policy.zero_grad()
+    out = policy.core(library_inputs(policy, observation, chunk))
+    theirs = out["action_loss"].sum((1, 2)) / out["action_mask"].sum((1, 2))
+    theirs.mean().backward()
+    want = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+    policy.zero_grad()
+    keep = torch.zeros(B, AH, dtype=torch.bool)
+    ours = flow_loss(policy, policy.encode(observation), chunk, keep, torch.ones(B), noise, t)
+    ours.mean().backward()
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert len(want) > 100
+    for name, p in policy.named_parameters():
+        ours, theirs = (torch.zeros_like(p) if g is None else g for g in (p.grad, want.get(name)))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("steps", [4, 7, 10])
+def test_sampling_equals_the_librarys_from_the_same_noise(policy, observation, monkeypatch, steps):
+    torch.manual_seed(1)
+    noise = torch.randn(B, AH, WIDE)
+    with torch.no_grad():
+        ours = sample(policy, policy.encode(observation), noise, steps=steps)
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: noise.clone())
+    monkeypatch.setattr(policy.core.action_head, "num_inference_timesteps", steps)
+    theirs = policy.core.get_action(library_inputs(policy, observation))["action_pred"]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_samples_from_one_prefix_equal_separate_calls(policy, observation):
+    noise = torch.randn(B * 3, AH, WIDE)
+    with torch.no_grad():
+        together = sample(policy, policy.encode(observation), noise, steps=3, n=3)
+        apart = [sample(policy, policy.encode(observation), noise[k::3], steps=3) for k in range(3)]
+    for k in range(3):
+        torch.testing.assert_close(together[k::3], apart[k], atol=1e-5, rtol=1e-4)
+
+
+def test_patch_rows_are_those_of_the_qwen_processor():
+    from transformers import Qwen2VLImageProcessor
+
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)
+    processor = Qwen2VLImageProcessor(
+        patch_size=16,
+        temporal_patch_size=2,
+        merge_size=2,
+        min_pixels=32 * 32,
+        max_pixels=256 * 256,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    theirs = processor(images=list(images), return_tensors="pt")["pixel_values"]
+    ours = patches(torch.as_tensor(images).permute(0, 3, 1, 2).float().div(127.5).sub(1))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_training_mode_changes_no_output_unless_dropout_is_wanted(observation):
+    policy = build_groot("t", SPEC, "random", 0, AH, SIZE)
+    noise, t = torch.randn(B, AH, WIDE), torch.rand(B)
+
+    def velocity():
+        return policy.velocity(policy.encode(observation), noise, t)
+
+    with torch.no_grad():
+        rest = policy.eval() and velocity()
+        policy.train()
+        assert torch.equal(velocity(), rest)
+        policy.dropout = True
+        policy.train()
+        assert not torch.equal(velocity(), rest)
+
+
+@pytest.mark.parametrize("flag", TUNE)
+def test_every_tune_flag_decides_alone_what_gets_a_gradient(flag, observation):
+    policy = build_groot("t", SPEC, "random", 0, AH, SIZE, tune={name: name == flag for name in TUNE})
+    chunk, noise = torch.randn(B, AH, WIDE), torch.randn(B, AH, WIDE)
+    keep = torch.zeros(B, AH, dtype=torch.bool)
+    flow_loss(policy, policy.encode(observation), chunk, keep, torch.ones(B), noise, torch.rand(B)).sum().backward()
+    got = {name for name, p in policy.named_parameters() if p.grad is not None}
+    assert got == set(trainable(policy))
+    part = {
+        "llm": "backbone.model.model.language_model",
+        "visual": "backbone.model.model.visual",
+        "projector": "action_head.action_encoder",
+        "diffusion_model": "action_head.model",
+        "vlln": "action_head.vl",
+    }[flag]
+    assert any(part in name for name in got)
+    others = {"language_model", ".visual.", "action_encoder", "action_head.model", "action_head.vl"}
+    assert not [n for n in got for other in others if other in n and other not in part and part not in n]
+
+
+def test_unknown_flags_and_slots_are_refused():
+    with pytest.raises(ValueError, match="unknown flag 'vision'"):
+        tune_flags({"vision": True})
+    with pytest.raises(ValueError, match=r"policy\.embodiment: expected a slot below 4, got 4"):
+        build_groot("t", SPEC, "random", 0, AH, SIZE, embodiment=4)
+
+
+def test_actions_map_to_physical_units_and_back(policy):
+    wide = policy.normalise_actions(torch.tensor([[[0.01, 0.5]]]))
+    np.testing.assert_allclose(wide, [[[0.5, 0.5, 0, 0]]], rtol=1e-6)
+    np.testing.assert_allclose(policy.physical_actions(wide), [[[0.01, 0.5]]], rtol=1e-6)
+    np.testing.assert_allclose(policy.physical_actions(9 * wide), [[[0.02, 1.0]]], rtol=1e-6)
