@@ -501,3 +501,43 @@ def test_a_connection_forgotten_by_the_server_says_hello_again_by_itself(serve, 
     server.call_soon(server.router.peers.clear)
     assert client.request("any") == {"ok": True}
     assert server.router.counters["hello_required"] > 0
+
+
+@pytest.mark.parametrize("place", ["seq", "array"])
+def test_a_message_changed_on_its_way_is_refused_and_sent_again(serve, connect, monkeypatch, place):
+    monkeypatch.setattr("serl_transport.outbox.RETRY_S", 0.05)
+    taken = []
+    server = serve(data_callback=lambda name, payload: taken.append(payload))
+    client = connect(server)
+    send, flips = client._data._transmit, []
+
+    def flip_once(parts):
+        envelope = Envelope.from_frame(parts[0])
+        if envelope.kind != "data" or flips:
+            return send(parts)
+        flips.append(place)
+        if place == "array":
+            return send([*parts[:-1], bytes(len(parts[-1]))])
+        changed = Envelope("data", envelope.actor_id, envelope.boot_id, 9, envelope.request_id, envelope.target)
+        wire = {**msgpack.unpackb(changed.to_frame()), "c": envelope.crc}
+        return send([msgpack.packb(wire), *parts[1:]])
+
+    client._data._transmit = flip_once
+    client.send_item({"x": np.arange(5)})
+    assert client.flush(WAIT)
+    assert flips
+    assert [payload["last_id"] for payload in taken] == [1]
+    np.testing.assert_array_equal(taken[0]["data"][0]["x"], np.arange(5))
+    assert server.router.counters["corrupt"] == 1
+
+
+def test_a_reply_changed_on_its_way_is_not_believed(serve, connect, monkeypatch):
+    server = serve(config={"request_types": ["x"]}, request_callback=lambda kind, payload: {"n": 1})
+    client = connect(server)
+    right = Envelope._checksum
+    monkeypatch.setattr(Envelope, "_checksum", lambda self, frames: right(self, frames) ^ (self.kind == "reply"))
+    spoilt = Envelope("reply", request_id=1).to_frame([])
+    monkeypatch.setattr(Envelope, "_checksum", right)
+    with pytest.raises(WireError, match="changed on its way"):
+        Envelope.from_frame(spoilt).check([])
+    assert client.request("x") == {"n": 1}

@@ -1,15 +1,19 @@
 """The first frame of every message: who sends what to whom, without the body.
 
 A message is `[envelope, *body frames]`, so that a gateway can route a body unread. Router and link make and read them.
+Over TCP it carries a CRC of itself and the frames: TCP's own 16 bits let a flipped bit through now and then, and a
+flipped seq, request id or action would be worse than a lost message.
 """
 
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
 
 from serl_transport.codec import buffer_of
-from serl_transport.errors import BadFrame, WireError
+from serl_transport.errors import BadFrame, Corrupt, WireError
 
 PROTOCOL = 1
 MAX_ENVELOPE_BYTES = 64 << 10
@@ -28,10 +32,11 @@ class Envelope:
     target: str = ""  # name of the data store, type of the request
     error: tuple[str, str] | None = None  # (code, message), in a reply only
     version: int = PROTOCOL  # of the sender
+    crc: int | None = field(default=None, compare=False)  # of envelope and frames, as received; None: it had none
     token: bytes = field(default=b"", compare=False)  # receiver side: the return address for `reply`; not on the wire
 
-    def to_frame(self) -> bytes:
-        """The envelope as msgpack."""
+    def to_frame(self, frames: Sequence[Any] | None = None) -> bytes:
+        """The envelope as msgpack; with the body's `frames` it carries their checksum and its own."""
         wire: dict[str, Any] = {
             "v": self.version,
             "k": self.kind,
@@ -43,6 +48,8 @@ class Envelope:
         }
         if self.error is not None:
             wire["error"] = {"code": self.error[0], "message": self.error[1]}
+        if frames is not None:
+            wire["c"] = self._checksum(frames)
         return msgpack.packb(wire)  # type: ignore[return-value]  (None only with autoreset off)
 
     @classmethod
@@ -60,7 +67,22 @@ class Envelope:
             raise BadFrame("an envelope has k, a, b, t: texts of at most 256 characters and s: a whole number")
         kind, actor_id, boot_id, target = texts
         error = None if "error" not in wire else _read_error(wire["error"])
-        return cls(kind, actor_id, boot_id, seq, request_id, target, error, version)  # type: ignore[arg-type]
+        crc = wire.get("c")
+        if crc is not None and type(crc) is not int:
+            raise BadFrame("an envelope's c is a whole number")
+        return cls(kind, actor_id, boot_id, seq, request_id, target, error, version, crc)  # type: ignore[arg-type]
+
+    def check(self, frames: Sequence[Any]) -> None:
+        """Raise Corrupt when envelope or frames are not what the sender summed up."""
+        if self.crc is not None and self.crc != self._checksum(frames):
+            raise Corrupt("the message was changed on its way (checksum): send it again")
+
+    def _checksum(self, frames: Sequence[Any]) -> int:
+        fields = (self.version, self.kind, self.actor_id, self.boot_id, self.seq, self.request_id, self.target)
+        crc = zlib.crc32(repr((fields, self.error)).encode())
+        for frame in frames:
+            crc = zlib.crc32(buffer_of(frame), crc)
+        return crc
 
     def raise_error(self) -> None:
         """Raise the typed error that a reply carries, if it carries one."""

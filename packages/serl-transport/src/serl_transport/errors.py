@@ -44,6 +44,12 @@ class BadFrame(WireError):
     code = "bad_frame"
 
 
+class Corrupt(WireError):
+    """The message was changed on its way (its checksum differs): send it again."""
+
+    code = "corrupt"
+
+
 class TooLarge(WireError):
     """A message above the agreed limits."""
 
@@ -110,6 +116,7 @@ _BY_CODE: dict[str, type[WireError]] = {
         ProtocolMismatch,
         SchemaMismatch,
         BadFrame,
+        Corrupt,
         TooLarge,
         Unauthorized,
         HelloRequired,

@@ -23,7 +23,7 @@ from zmq.utils.monitor import parse_monitor_message
 from serl_transport import auth
 from serl_transport.codec import DEFAULT_LIMITS, Frames, Limits, pack, unpack
 from serl_transport.envelope import PROTOCOL, REPLY, Envelope
-from serl_transport.errors import HelloRequired, ProtocolMismatch, ServerSilent, Unauthorized, WireError
+from serl_transport.errors import Corrupt, HelloRequired, ProtocolMismatch, ServerSilent, Unauthorized, WireError
 from serl_transport.keys import ClientKeys
 from serl_transport.loop import EventLoop
 
@@ -171,7 +171,7 @@ class Link:
             self._finish(_id(envelope), self.refused)
 
     def _send_pending(self, pending: _Pending) -> None:
-        if self._transmit([pending.envelope.to_frame(), *pending.frames]):
+        if self._transmit([pending.envelope.to_frame(pending.frames), *pending.frames]):
             pending.sent_at = time.monotonic()
 
     def _transmit(self, parts: Frames) -> bool:
@@ -198,13 +198,16 @@ class Link:
 
     def _say_hello(self, now: float) -> None:
         envelope = self._envelope("hello")
-        if self._transmit([envelope.to_frame(), *pack(self._hello(), self._limits)]):
+        frames = pack(self._hello(), self._limits)
+        if self._transmit([envelope.to_frame(frames), *frames]):
             self._last_hello = now
             self._pending[_id(envelope)] = _Pending(envelope, [], self._hello_answered, now)
 
     def _hello_answered(self, result: Frames | WireError) -> None:
         for request_id in [r for r, pending in self._pending.items() if pending.envelope.kind == "hello"]:
             del self._pending[request_id]  # earlier hellos that were lost
+        if isinstance(result, Corrupt):
+            return  # the next tick says it again
         if isinstance(result, WireError):
             self._refuse(result)
         else:
@@ -251,6 +254,8 @@ class Link:
                 log.error("a bad message from %s: %s", self.endpoint, error.message)
 
     def _handle(self, envelope: Envelope, frames: Frames) -> None:
+        if envelope.version == PROTOCOL:
+            envelope.check(frames)
         self._last_heard = time.monotonic()
         if envelope.version != PROTOCOL:
             self._refuse(

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from serl_transport.codec import Frames, join, split, unpack
-from serl_transport.errors import Internal, NotReady, SpoolError, StorageFull, Unauthorized, UnknownKind, WireError
+from serl_transport.errors import (
+    Corrupt,
+    Internal,
+    NotReady,
+    SpoolError,
+    StorageFull,
+    Unauthorized,
+    UnknownKind,
+    WireError,
+)
 from serl_transport.link import Link
 from serl_transport.spool import ItemKey, Spool
 
@@ -27,7 +36,14 @@ log = logging.getLogger(__name__)
 WINDOW_ITEMS = 64
 WINDOW_BYTES = 32 << 20
 RETRY_S = 1.0
-_RETRIED = (StorageFull, NotReady, Internal, Unauthorized, UnknownKind)  # the learner's trouble, not the item's
+_RETRIED = (
+    StorageFull,
+    NotReady,
+    Internal,
+    Unauthorized,
+    UnknownKind,
+    Corrupt,
+)  # the learner's trouble, not the item's
 
 
 def make_item(store: str, body_frames: Frames) -> bytes:

@@ -78,6 +78,7 @@ class Router:
         self._loop = loop
         self._require_hello = require_hello
         self._permit = permit
+        self._checked = require_hello  # peers across a network: checksums on everything
         self._handlers: dict[str, tuple[Handler, bool]] = {}
         self.socket = context.socket(zmq.ROUTER)
         auth.configure(self.socket, limits, keys)
@@ -111,7 +112,7 @@ class Router:
         else:
             frames = result if isinstance(result, list) else pack(result, self.limits)
         envelope = Envelope(REPLY, boot_id=self.boot_id, request_id=request_id, error=error)
-        self._send_anywhere([address, envelope.to_frame(), *frames])
+        self._send_anywhere([address, envelope.to_frame(frames if self._checked else None), *frames])
 
     def push(self, address: bytes, envelope: Envelope, frames: Frames) -> None:
         """Send an unasked message to a peer, for example forwarded work to a role. Thread-safe.
@@ -176,6 +177,7 @@ class Router:
                 f"the learner speaks protocol {PROTOCOL}, this peer {envelope.version}; "
                 "install the same release on both sides"
             )
+        envelope.check(parts[1:])
         if self._permit is not None:
             self._permit(frame_key(parts[0]), envelope)
         handler, raw = self._handlers.get(envelope.kind, (None, False))
