@@ -34,6 +34,11 @@ class RunPaths:
         return self.root / "episodes.jsonl"
 
     @property
+    def acceptance(self) -> Path:
+        """Which episodes are imitated, and why, one line per verdict (derived)."""
+        return self.root / "acceptance.jsonl"
+
+    @property
     def dataset(self) -> Path:
         """LeRobotDataset v3 (derived)."""
         return self.root / "dataset"

@@ -59,4 +59,5 @@ def random_batch(b: int = 6, seed: int = 0) -> ChunkBatch:
         is_pad=np.zeros((b, HORIZON), bool),
         demo=np.zeros(b, bool),
         operator=np.zeros(b, bool),
+        weight=np.ones(b, np.float32),
     )

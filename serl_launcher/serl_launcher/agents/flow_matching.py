@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from serl_launcher.agents.base import ParameterGroup
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, flow_loss, sample_times, trainable
 from serl_launcher.replay.views import ChunkBatch
 
@@ -22,24 +23,46 @@ class FlowMatchingAgent(nn.Module):
         self.prompt = prompt
         self.noise_samples = noise_samples
 
-    def forward(self, batch: ChunkBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, a scalar with gradient, and metrics for the log (detached scalars)."""
-        k, b = self.noise_samples, len(batch)
-        prefix = self.policy.encode(PolicyInput(batch.images, batch.state, [self.prompt] * b)).repeat(k)
-        device = prefix.state.device
-        chunk = self.policy.normalise_actions(torch.as_tensor(batch.action, device=device)).repeat_interleave(k, 0)
-        is_pad = torch.as_tensor(batch.is_pad, device=device).repeat_interleave(k, 0)
-        noise, t = torch.randn_like(chunk), sample_times(b * k).to(device)
-        per_sample = flow_loss(self.policy, prefix, chunk, is_pad, torch.ones(b * k, device=device), noise, t)
-        demo = torch.as_tensor(batch.demo, device=device).repeat_interleave(k, 0)
-        metrics = {
-            "losses/flow": per_sample.mean().detach(),
-            "batch/demo_share": demo.float().mean(),
-            "batch/operator_share": torch.as_tensor(batch.operator, device=device).float().mean(),
-            "batch/pad_share": is_pad.float().mean(),
-        }
-        return per_sample.mean(), metrics
+    def forward(self, batch: ChunkBatch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The loss of the one group, `policy`, and metrics for the log (detached scalars)."""
+        loss, metrics = imitation_loss(self.policy, self.prompt, batch, self.noise_samples)
+        return {"policy": loss}, metrics
+
+    def groups(self) -> dict[str, ParameterGroup]:
+        return {"policy": ParameterGroup(trainable(self.policy))}
+
+    def begin_stage(self, mode: str) -> None:
+        """Every stage is the same to it."""
+
+    def after_step(self) -> None:
+        """Nothing follows."""
 
     def trainable_state(self) -> dict[str, Tensor]:
         """What the optimizer moves and what is published."""
         return trainable(self.policy)
+
+    def carried(self) -> dict[str, Tensor]:
+        """Nothing more."""
+        return {}
+
+
+def imitation_loss(
+    policy: FlowPolicy, prompt: str, batch: ChunkBatch, noise_samples: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The flow-matching loss of a batch of accepted chunks, a scalar with gradient, and metrics."""
+    k, b = noise_samples, len(batch)
+    prefix = policy.encode(PolicyInput(batch.images, batch.state, [prompt] * b)).repeat(k)
+    device = prefix.state.device
+    chunk = policy.normalise_actions(torch.as_tensor(batch.action, device=device)).repeat_interleave(k, 0)
+    is_pad = torch.as_tensor(batch.is_pad, device=device).repeat_interleave(k, 0)
+    weight = torch.as_tensor(batch.weight, device=device).repeat_interleave(k, 0)
+    noise, t = torch.randn_like(chunk), sample_times(b * k).to(device)
+    per_sample = flow_loss(policy, prefix, chunk, is_pad, weight, noise, t)
+    demo = torch.as_tensor(batch.demo, device=device).repeat_interleave(k, 0)
+    metrics = {
+        "losses/flow": per_sample.mean().detach(),
+        "batch/demo_share": demo.float().mean(),
+        "batch/operator_share": torch.as_tensor(batch.operator, device=device).float().mean(),
+        "batch/pad_share": is_pad.float().mean(),
+    }
+    return per_sample.mean(), metrics

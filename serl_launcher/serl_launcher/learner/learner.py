@@ -1,22 +1,25 @@
-"""One optimisation step after another: owns the optimizer, the learning-rate schedule, clipping and the average.
+"""One optimisation step after another: owns the optimizers, the learning-rate schedule, clipping and the average.
 
 The trainer (learner.trainer) calls `step` with a batch and reads `averaged` when it publishes. The agent only returns
-losses; everything that persists between steps is here.
+losses, one a parameter group (agents.base); everything that persists between steps is here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from serl_launcher.agents.flow_matching import FlowMatchingAgent
+from serl_launcher.agents.base import Agent, ParameterGroup
 from serl_launcher.learner.parameters import describe_mismatch
-from serl_launcher.replay.views import ChunkBatch
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,51 +39,84 @@ class Schedule:
 
 
 class Learner:
-    """Trains an agent; `averaged` is the exponential moving average that is served."""
+    """Trains an agent; `averaged` is the exponential moving average that is served.
+
+    optimizer: makes the optimizer of every group that `optimizers` does not name.
+    """
 
     def __init__(
         self,
-        agent: FlowMatchingAgent,
-        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        agent: Agent,
+        optimizer: OptimizerFactory,
         accelerator: Accelerator,
         *,
         max_grad_norm: float,
         ema_decay: float,
+        optimizers: Mapping[str, OptimizerFactory] | None = None,
     ) -> None:
-        self._accelerator = accelerator
-        self._state = agent.trainable_state()
-        built = optimizer(self._state.values())
-        self._base_lr = [group["lr"] for group in built.param_groups]
+        optimizers = optimizers or {}
         self.agent = agent
-        self._prepared, self.optimizer = accelerator.prepare(agent, built)
+        self._accelerator = accelerator
+        self._groups = agent.groups()
+        unknown = [name for name in optimizers if name not in self._groups]
+        if unknown:
+            raise ValueError(f"algo.optimizers: expected groups of {', '.join(self._groups)}, got {', '.join(unknown)}")
+        built = {name: optimizers.get(name, optimizer)(group.tensors.values()) for name, group in self._groups.items()}
+        self._base_lr = {name: [g["lr"] for g in opt.param_groups] for name, opt in built.items()}
+        self._prepared, *prepared = accelerator.prepare(agent, *built.values())
+        self._optimizers = dict(zip(built, prepared, strict=True))
+        self._state = agent.trainable_state()
         self._max_grad_norm, self._ema_decay = max_grad_norm, ema_decay
         self.averaged = {name: p.detach().clone() for name, p in self._state.items()}
         self.step_count = 0
         self._average_age = 0
 
-    def begin_stage(self) -> None:
+    def begin_stage(self, mode: str) -> None:
         """Let the average forget faster for a while: the loss landscape of a new stage differs."""
         self._average_age = min(self._average_age, 50)
+        self.agent.begin_stage(mode)
 
-    def step(self, batch: ChunkBatch, lr_scale: float) -> dict[str, float]:
-        """One optimizer step; returns its metrics. Raises FloatingPointError when loss or gradient is not finite."""
-        for group, base in zip(self.optimizer.param_groups, self._base_lr, strict=True):
-            group["lr"] = base * lr_scale
-        loss, metrics = self._prepared(batch, self.step_count)
-        self.optimizer.zero_grad()
-        self._accelerator.backward(loss)
-        norm = self._accelerator.clip_grad_norm_(self._state.values(), self._max_grad_norm)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            figures = f"loss {loss.item():.3g}, gradient norm {norm.item():.3g}"
-            raise FloatingPointError(f"step {self.step_count}: {figures}; the step was not taken")
-        self.optimizer.step()
+    def step(self, batch: Any, lr_scale: float) -> dict[str, float]:
+        """One optimizer step; returns its metrics. Raises FloatingPointError when loss or gradient is not finite.
+
+        Nothing has changed then: neither parameters nor optimizers nor targets.
+        """
+        losses, metrics = self._prepared(batch, self.step_count)
+        for optimizer in self._optimizers.values():
+            optimizer.zero_grad()
+        self._accelerator.backward(reduce(torch.add, losses.values()))
+        norms = {
+            name: self._accelerator.clip_grad_norm_(self._groups[name].tensors.values(), self._max_grad_norm)
+            for name in losses
+        }
+        self._check_finite(losses, norms)
+        for name in losses:
+            self._set_rate(name, self._groups[name], lr_scale)
+            self._optimizers[name].step()
+        self.agent.after_step()
         self.step_count += 1
         self._average()
+        first = next(iter(self._groups))
+        shown = (
+            {f"optim/grad_norm_{name}": float(norm) for name, norm in norms.items()} if len(self._groups) > 1 else {}
+        )
         return {
             **{k: float(v) for k, v in metrics.items()},
-            "optim/grad_norm": float(norm),
-            "optim/lr": self._base_lr[0] * lr_scale,
+            **shown,
+            "optim/grad_norm": max(map(float, norms.values())),
+            "optim/lr": self._base_lr[first][0] * lr_scale,
         }
+
+    def _set_rate(self, name: str, group: ParameterGroup, lr_scale: float) -> None:
+        scale = lr_scale if group.scheduled else 1.0
+        for param_group, base in zip(self._optimizers[name].param_groups, self._base_lr[name], strict=True):
+            param_group["lr"] = base * scale
+
+    def _check_finite(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
+        for name, loss in losses.items():
+            if not (torch.isfinite(loss) and torch.isfinite(norms[name])):
+                figures = f"{name} loss {loss.item():.3g}, gradient norm {norms[name].item():.3g}"
+                raise FloatingPointError(f"step {self.step_count}: {figures}; the step was not taken")
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -89,9 +125,31 @@ class Learner:
         torch._foreach_lerp_(list(self.averaged.values()), [p.detach() for p in self._state.values()], 1 - decay)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a checkpoint must hold, under flat names: parameters and their average."""
+        """Everything a checkpoint must hold, under flat names: parameters, their average, targets and the like."""
         raw = {f"raw.{name}": p.detach() for name, p in self._state.items()}
-        return raw | {f"averaged.{name}": p for name, p in self.averaged.items()}
+        published = {id(p) for p in self._state.values()}
+        further = {
+            f"{group}.{name}": p.detach()
+            for group, members in self._groups.items()
+            for name, p in members.tensors.items()
+            if id(p) not in published
+        }
+        carried = {f"carried.{name}": p for name, p in self.agent.carried().items()}
+        return raw | {f"averaged.{name}": p for name, p in self.averaged.items()} | further | carried
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """State of every optimizer, by group."""
+        return {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `optimizer_state`. Raises ValueError when the groups are others."""
+        if set(state) != set(self._optimizers):
+            raise ValueError(
+                f"checkpoint is of another algorithm: expected optimizers of {', '.join(self._optimizers)}, "
+                f"got {', '.join(map(str, state))}"
+            )
+        for name, optimizer in self._optimizers.items():
+            optimizer.load_state_dict(state[name])
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:

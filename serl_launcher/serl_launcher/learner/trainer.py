@@ -29,7 +29,10 @@ from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.limiter import StepLimiter
 from serl_launcher.learner.parameters import Published, base_sha256, find_parameters, publish, read_tensors
 from serl_launcher.paths import RunPaths
+from serl_launcher.replay.learning import LearningView
 from serl_launcher.replay.ring import RingError, RingReader
+from serl_launcher.replay.transitions import TransitionView
+from serl_launcher.replay.verdicts import VerdictLedger, rule_text
 from serl_launcher.replay.views import ChunkView
 from serl_launcher.telemetry.metrics import MetricsWriter
 from serl_transport.specs import TaskSpec
@@ -55,8 +58,9 @@ class Trainer:
             accelerator,
             max_grad_norm=cfg.trainer.max_grad_norm,
             ema_decay=cfg.trainer.ema_decay,
+            optimizers={name: instantiate(o, _partial_=True) for name, o in (cfg.algo.get("optimizers") or {}).items()},
         )
-        self.view = ChunkView(instantiate(cfg.algo.rule), spec, policy.action_horizon)
+        self.view = build_view(cfg, paths, spec, policy.action_horizon)
         self.limiter = StepLimiter(cfg.trainer.max_steps_per_tick)
         self.base = base_sha256(policy)
         self.stage_steps: dict[str, int] = {}
@@ -81,7 +85,7 @@ class Trainer:
                 continue
             if stage["name"] != stage_name:
                 stage_name = stage["name"]
-                self.learner.begin_stage()
+                self.learner.begin_stage(stage["mode"])
                 log.info("stage %s: %d steps from step %d", stage_name, stage["steps_goal"], self.learner.step_count)
             self._train_for_a_while(stage, status)
         self.metrics.close()
@@ -109,8 +113,7 @@ class Trainer:
         if self.ring_path is None:
             return False
         self.view.refresh()
-        online = status["stage"]["mode"] == "online"
-        return len(self.view) > 0 and (not online or self.view.accepted["online"] >= self.cfg.algo.min_accepted)
+        return self.view.ready(status["stage"]["mode"], self.cfg.algo.min_accepted)
 
     def _train_for_a_while(self, stage: dict[str, Any], status: dict[str, Any]) -> None:
         """Steps of one stage until it is time to talk to the gateway again (a second), or the stage is done."""
@@ -140,8 +143,7 @@ class Trainer:
         metrics = metrics | {
             "time/sample_s": sample_s,
             "time/step_s": step_s,
-            "replay/chunks": float(len(self.view)),
-            "replay/accepted_online": float(self.view.accepted["online"]),
+            **self.view.counts(),
             "policy/version": float(self.version),
         }
         self.latest = metrics
@@ -185,7 +187,7 @@ class Trainer:
             "rng": self.rng.bit_generator.state,
             "torch_rng": torch.get_rng_state().tolist(),
         }
-        optimizer = self.learner.optimizer.state_dict()
+        optimizer = self.learner.optimizer_state()
         checkpoint.save(
             self.paths.checkpoints,
             self.learner.step_count,
@@ -202,7 +204,7 @@ class Trainer:
         if folders:
             tensors, optimizer, state = checkpoint.load(folders[-1])
             self.learner.load_tensors(tensors)
-            self.learner.optimizer.load_state_dict(optimizer)
+            self.learner.load_optimizer_state(optimizer)
             self.learner.load_counters(state["counters"])
             self.stage_steps, self.stage_start = state["stage_steps"], state["stage_start"]
             self.rng.bit_generator.state = state["rng"]
@@ -218,6 +220,24 @@ class Trainer:
             log.info("starting from %s", path)
         if not folders and newest is not None:
             self.version = newest.version
+
+
+def build_view(cfg: DictConfig, paths: RunPaths, spec: TaskSpec, action_horizon: int) -> ChunkView | LearningView:
+    """The acceptance view of `algo`, with transitions beside it where the algorithm learns values."""
+    algo, rule = cfg.algo, instantiate(cfg.algo.rule)
+    imitation = ChunkView(
+        rule,
+        spec,
+        action_horizon,
+        threshold=instantiate(algo.threshold) if algo.get("threshold") else None,
+        weights=algo.get("source_weights"),
+        on_verdict=VerdictLedger(paths.acceptance, rule_text(rule)).note,
+    )
+    if not algo.get("transitions"):
+        return imitation
+    settings = algo.transitions
+    transitions = TransitionView(spec, cfg.rollout.execute_horizon, settings.gamma, settings.demo_share)
+    return LearningView(imitation, transitions, settings.min_online)
 
 
 def main(run_dir: str) -> int:

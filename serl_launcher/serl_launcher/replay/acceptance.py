@@ -21,6 +21,7 @@ class EpisodeColumns:
     reward: np.ndarray  # float32[n]
     action: np.ndarray  # float32[n, ad], executed, in the model's units ([-1, 1] over the action range)
     intervention: np.ndarray  # bool[n]
+    threshold: float | None = None  # m of a schedule (replay.threshold); None: the rule's own
 
     def __len__(self) -> int:
         return len(self.reward)
@@ -58,7 +59,8 @@ class SuccessRule:
         n = len(episode)
         if n < self.min_ticks:
             return Selection.rejected(n, "short")
-        if float(episode.reward.sum()) < self.min_return:
+        threshold = self.min_return if episode.threshold is None else episode.threshold
+        if float(episode.reward.sum()) < threshold:
             return Selection.rejected(n, "return")
         labels = ~before_takeover(episode.intervention, self.mask_before_takeover)
         labels &= ~leading_noops(episode.action, self.noop_threshold, self.noop_dims)

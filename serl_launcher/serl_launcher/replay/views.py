@@ -6,16 +6,19 @@ rule about each, keeps the indices, and gathers batches by index: nothing is cop
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from serl_launcher.replay.acceptance import EpisodeColumns, Selection
 from serl_launcher.replay.ring import EpisodeRow, Evicted, RingReader
+from serl_launcher.replay.threshold import Threshold
+from serl_launcher.replay.verdicts import Verdict
 from serl_transport.specs import TaskSpec
 
-COLUMNS = ("action", "next.reward", "intervention")
+COLUMNS = ("action", "next.reward", "intervention", "policy_version")
+SOURCES = ("demo", "autonomous", "operator")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +31,32 @@ class ChunkBatch:
     is_pad: np.ndarray  # bool[b, ah], past the episode's end or not a label
     demo: np.ndarray  # bool[b], from a demonstration
     operator: np.ndarray  # bool[b], the operator drove the first tick
+    weight: np.ndarray  # float32[b], of the sample in the loss, by its source
 
     def __len__(self) -> int:
         return len(self.state)
 
 
 class ChunkView:
-    """The accepted ticks of a ring, as chunk starts."""
+    """The accepted ticks of a ring, as chunk starts.
 
-    def __init__(self, rule: Callable[[EpisodeColumns], Selection], spec: TaskSpec, horizon: int) -> None:
+    threshold: schedule of m; weights: loss weight of `demo`, `autonomous` and `operator` chunks (1 where not named);
+    on_verdict: told of each episode, in ordinal order, again from the first after `clear`.
+    """
+
+    def __init__(
+        self,
+        rule: Callable[[EpisodeColumns], Selection],
+        spec: TaskSpec,
+        horizon: int,
+        *,
+        threshold: Threshold | None = None,
+        weights: Mapping[str, float] | None = None,
+        on_verdict: Callable[[Verdict], None] = lambda verdict: None,
+    ) -> None:
         low, high = np.float32(spec.action_low), np.float32(spec.action_high)
-        self._rule, self._horizon = rule, horizon
+        self._rule, self._horizon, self._threshold, self._on_verdict = rule, horizon, threshold, on_verdict
+        self._weights = _source_weights(weights or {})
         self._offset, self._scale = (high + low) / 2, (high - low) / 2
         self._cameras = tuple(spec.cameras)
         self._ring: RingReader | None = None
@@ -50,8 +68,12 @@ class ChunkView:
         self._frames = np.zeros((0, self._horizon), np.int64)  # absolute frame of each chunk tick, clipped at the end
         self._is_pad = np.zeros((0, self._horizon), bool)
         self._demo = np.zeros(0, bool)
+        self._ordinal = np.zeros(0, np.int64)
+        self._verdicts: dict[int, Verdict] = {}  # of accepted episodes, where a schedule may still reject them
         self.accepted: dict[str, int] = {"demo": 0, "online": 0}
         self.reasons: dict[str, int] = {}
+        if self._threshold is not None:
+            self._threshold.reset()
 
     def attach(self, ring: RingReader) -> None:
         """Read from this ring; a new one (the gateway restarted) starts the view over."""
@@ -75,34 +97,67 @@ class ChunkView:
             self._drop_before(self._ring.first_valid)
         return len(rows)
 
+    def ready(self, mode: str, min_accepted: int) -> bool:
+        """Is there enough to train on in a stage of this mode?"""
+        return len(self) > 0 and (mode != "online" or self.accepted["online"] >= min_accepted)
+
+    def counts(self) -> dict[str, float]:
+        """For the log."""
+        known = {"replay/chunks": float(len(self)), "replay/accepted_online": float(self.accepted["online"])}
+        return known if self._threshold is None else known | {"replay/threshold": self._threshold.value}
+
     def _add(self, row: EpisodeRow) -> None:
         n = row.n_ticks
-        ticks = np.arange(row.first_frame, row.first_frame + n)
-        columns = self._ring.gather(ticks, COLUMNS)
-        selection = self._rule(
-            EpisodeColumns(
-                mode=row.mode,
-                success=row.success,
-                reward=columns["next.reward"],
-                action=(columns["action"] - self._offset) / self._scale,
-                intervention=columns["intervention"],
-            )
+        columns = self._ring.gather(np.arange(row.first_frame, row.first_frame + n), COLUMNS)
+        episode = EpisodeColumns(
+            mode=row.mode,
+            success=row.success,
+            reward=columns["next.reward"],
+            action=(columns["action"] - self._offset) / self._scale,
+            intervention=columns["intervention"],
+            threshold=None if self._threshold is None else self._threshold.value,
         )
+        finite = bool(np.isfinite(episode.reward).all())
+        selection = self._rule(episode) if finite else Selection.rejected(n, "reward_not_finite")
+        verdict = _verdict(row, episode, columns["policy_version"], selection)
+        self._on_verdict(verdict)
         self.reasons[selection.reason] = self.reasons.get(selection.reason, 0) + 1
-        if not selection.accepted:
-            return
+        if selection.accepted:
+            self._admit(row, selection, verdict)
+        if self._threshold is not None and finite:
+            self._threshold.observe(row.mode, verdict.return_)
+            self._reject_below(self._threshold.value)
+
+    def _admit(self, row: EpisodeRow, selection: Selection, verdict: Verdict) -> None:
+        n = row.n_ticks
         self.accepted[row.mode] = self.accepted.get(row.mode, 0) + 1
+        if self._threshold is not None:
+            self._verdicts[row.ordinal] = verdict
         starts = np.flatnonzero(selection.starts)
         steps = starts[:, None] + np.arange(self._horizon)
         inside = np.minimum(steps, n - 1)
         self._frames = np.concatenate([self._frames, row.first_frame + inside])
         self._is_pad = np.concatenate([self._is_pad, (steps >= n) | ~selection.labels[inside]])
         self._demo = np.concatenate([self._demo, np.full(len(starts), row.mode == "demo")])
+        self._ordinal = np.concatenate([self._ordinal, np.full(len(starts), row.ordinal)])
+
+    def _reject_below(self, m: float) -> None:
+        """m has risen: online episodes below it are imitated no longer (the indicator I_m is of today's m)."""
+        for ordinal in [o for o, v in self._verdicts.items() if v.mode == "online" and v.return_ < m]:
+            verdict = self._verdicts.pop(ordinal)
+            self.accepted[verdict.mode] -= 1
+            self.reasons["accepted"] -= 1
+            self.reasons["threshold_rose"] = self.reasons.get("threshold_rose", 0) + 1
+            self._keep(self._ordinal != ordinal)
+            self._on_verdict(replace(verdict, accepted=False, reason="threshold_rose", threshold=m))
 
     def _drop_before(self, first_frame: int) -> None:
-        keep = self._frames[:, 0] >= first_frame
+        self._keep(self._frames[:, 0] >= first_frame)
+
+    def _keep(self, keep: np.ndarray) -> None:
         if not keep.all():
-            self._frames, self._is_pad, self._demo = self._frames[keep], self._is_pad[keep], self._demo[keep]
+            self._frames, self._is_pad = self._frames[keep], self._is_pad[keep]
+            self._demo, self._ordinal = self._demo[keep], self._ordinal[keep]
 
     def sample(self, rng: np.random.Generator, b: int) -> ChunkBatch:
         """b chunks drawn uniformly over the accepted starts. Raises ValueError when there are none."""
@@ -127,4 +182,30 @@ class ChunkView:
             is_pad=self._is_pad[rows],
             demo=self._demo[rows],
             operator=first["intervention"],
+            weight=self._weights[np.where(self._demo[rows], 0, np.where(first["intervention"], 2, 1))],
         )
+
+
+def _source_weights(weights: Mapping[str, float]) -> np.ndarray:
+    """Weights in the order of SOURCES: float32[3]. ValueError for a source that is not known."""
+    unknown = [name for name in weights if name not in SOURCES]
+    if unknown or any(not w >= 0 for w in weights.values()):
+        raise ValueError(f"algo.source_weights: expected weights ≥ 0 of {', '.join(SOURCES)}, got {dict(weights)}")
+    return np.array([weights.get(name, 1.0) for name in SOURCES], np.float32)
+
+
+def _verdict(row: EpisodeRow, episode: EpisodeColumns, versions: np.ndarray, selection: Selection) -> Verdict:
+    return Verdict(
+        ordinal=row.ordinal,
+        mode=row.mode,
+        ticks=row.n_ticks,
+        return_=float(episode.reward.sum()),
+        success=row.success,
+        operator_ticks=int(episode.intervention.sum()),
+        policy_versions=(int(versions.min()), int(versions.max())),
+        accepted=selection.accepted,
+        reason=selection.reason,
+        starts=int(selection.starts.sum()),
+        labels=int(selection.labels.sum()),
+        threshold=episode.threshold,
+    )

@@ -43,14 +43,14 @@ def test_resuming_gives_the_same_parameters_as_going_on(tmp_path):
     for k in range(3):
         first.step(random_batch(seed=k), 1.0)
     state = {"counters": first.counters(), "torch_rng": torch.get_rng_state().tolist()}
-    folder = checkpoint.save(tmp_path, 3, first.tensors(), first.optimizer.state_dict(), state, keep=2)
+    folder = checkpoint.save(tmp_path, 3, first.tensors(), first.optimizer_state(), state, keep=2)
     for k in range(3, 6):
         first.step(random_batch(seed=k), 1.0)
 
     second = make_learner()
     tensors, optimizer, state = checkpoint.load(folder)
     second.load_tensors(tensors)
-    second.optimizer.load_state_dict(optimizer)
+    second.load_optimizer_state(optimizer)
     second.load_counters(state["counters"])
     torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
     for k in range(3, 6):
@@ -82,7 +82,7 @@ def test_a_checkpoint_of_another_shape_is_named():
 def test_a_checkpoint_without_manifest_never_existed(tmp_path):
     learner = make_learner()
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, learner.tensors(), learner.optimizer.state_dict(), {}, keep=2)
+        checkpoint.save(tmp_path, step, learner.tensors(), learner.optimizer_state(), {}, keep=2)
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_000002", "step_000003"]
     (tmp_path / "step_000003" / "manifest.json").unlink()
     (tmp_path / "step_000002" / "tensors.safetensors").write_bytes(b"torn")

@@ -1,0 +1,76 @@
+"""What the trainer samples from: accepted chunks for imitation, and, for agents that learn values, transitions too.
+
+Both views read one ring. The trainer asks `ready` before a stage's steps and `sample` for each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from serl_launcher.replay.ring import RingReader
+from serl_launcher.replay.transitions import TransitionBatch, TransitionView
+from serl_launcher.replay.views import ChunkBatch, ChunkView
+
+
+@dataclass(frozen=True, slots=True)
+class LearningBatch:
+    """One step's data of an agent that learns values."""
+
+    imitation: ChunkBatch | None  # None while no tick is accepted
+    transitions: TransitionBatch
+
+    def __len__(self) -> int:
+        return len(self.transitions)
+
+
+class LearningView:
+    """An acceptance view and a transition view over one ring; answers what a ChunkView answers.
+
+    min_online: online transitions before training may begin in an online stage.
+    """
+
+    def __init__(self, imitation: ChunkView, transitions: TransitionView, min_online: int) -> None:
+        self.imitation, self.transitions, self._min_online = imitation, transitions, min_online
+
+    @property
+    def accepted(self) -> dict[str, int]:
+        """Accepted episodes by mode."""
+        return self.imitation.accepted
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Episodes by verdict."""
+        return self.imitation.reasons
+
+    def attach(self, ring: RingReader) -> None:
+        """Read from this ring."""
+        self.imitation.attach(ring)
+        self.transitions.attach(ring)
+
+    def refresh(self) -> int:
+        """Take in new episodes; returns how many."""
+        self.imitation.refresh()
+        return self.transitions.refresh()
+
+    def __len__(self) -> int:
+        return len(self.transitions)
+
+    def ready(self, mode: str, min_accepted: int) -> bool:
+        """Is there enough to train on in a stage of this mode?"""
+        if mode == "online":
+            return self.transitions.count("online") >= max(1, self._min_online)
+        return len(self.imitation) > 0 and len(self.transitions) > 0
+
+    def sample(self, rng: np.random.Generator, b: int) -> LearningBatch:
+        """b transitions, and b accepted chunks when there are any."""
+        imitation = self.imitation.sample(rng, b) if len(self.imitation) else None
+        return LearningBatch(imitation, self.transitions.sample(rng, b))
+
+    def counts(self) -> dict[str, float]:
+        """For the log."""
+        return self.imitation.counts() | {
+            "replay/transitions_demo": float(self.transitions.count("demo")),
+            "replay/transitions_online": float(self.transitions.count("online")),
+        }

@@ -1,0 +1,73 @@
+"""The acceptance ledger: for every finished episode, whether it is imitated, why, by which rule and policy version.
+
+The chunk view (replay.views) reports verdicts; the trainer keeps them in runs/<name>/acceptance.jsonl. Derived: it can
+be made again from the journal, with the run's rule or with another one (tools/reaccept.py).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a rule said of one episode."""
+
+    ordinal: int  # of the journal
+    mode: str  # demo or online
+    ticks: int  # n
+    return_: float  # Σ r
+    success: bool
+    operator_ticks: int
+    policy_versions: tuple[int, int]  # oldest and newest that acted (−1: none)
+    accepted: bool
+    reason: str  # one word
+    starts: int  # ticks at which a chunk may begin
+    labels: int  # ticks whose action is a label
+    threshold: float | None  # m when the episode came, where a schedule sets it
+
+
+def rule_text(rule: Any) -> str:
+    """A rule and its settings, for people and for telling rules apart."""
+    if not is_dataclass(rule):
+        return type(rule).__name__
+    settings = ", ".join(f"{key}={value!r}" for key, value in asdict(rule).items())
+    return f"{type(rule).__name__}({settings})"
+
+
+class VerdictLedger:
+    """Appends verdicts that are new: a rebuilt view repeats what it said before a restart."""
+
+    def __init__(self, path: Path, rule: str) -> None:
+        self._path, self._rule = path, rule
+        self._told = {(row["ordinal"], row["accepted"], row["reason"]) for row in read(path) if row["rule"] == rule}
+        _drop_torn_line(path)
+
+    def note(self, verdict: Verdict) -> None:
+        """One line, unless this rule said the same before."""
+        key = (verdict.ordinal, verdict.accepted, verdict.reason)
+        if key in self._told:
+            return
+        self._told.add(key)
+        row = asdict(verdict)
+        row["return"] = row.pop("return_")
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row | {"rule": self._rule}) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a ledger; [] when there is none."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was torn by a kill
+    return [json.loads(line) for line in lines]
+
+
+def _drop_torn_line(path: Path) -> None:
+    if path.exists():
+        data = path.read_bytes()
+        if not data.endswith(b"\n") and data:
+            path.write_bytes(data[: data.rfind(b"\n") + 1])
