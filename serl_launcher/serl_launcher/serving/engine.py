@@ -158,12 +158,9 @@ class PolicyEngine:
     def _draw(self, queries: Sequence[Query]) -> Tensor:
         """Noise float32[rows, ah, ad]: of its own generator where a query has a seed."""
         shape = self.policy.action_horizon, self.policy.action_dim
-        noise = [
-            torch.randn(
-                query.rows,
-                *shape,
-                generator=self._noise if query.seed is None else torch.Generator().manual_seed(query.seed),
-            )
-            for query in queries
-        ]
-        return torch.cat(noise).to(self.device)
+        noise = []
+        for query in queries:
+            generator = self._noise if query.seed is None else torch.Generator().manual_seed(query.seed)
+            # Row by row: torch draws a large tensor in another order, and sample k must not depend on n.
+            noise += [torch.randn(shape, generator=generator) for _ in range(query.rows)]
+        return torch.stack(noise).to(self.device)

@@ -3,29 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from tiny import HORIZON, SPEC, tiny_config, tiny_policy
+from serving_samples import body, put
+from tiny import HORIZON, SPEC, tiny_config
 
-from serl_launcher.learner.parameters import base_sha256, publish
-from serl_launcher.policies.base import trainable
 from serl_launcher.serving.engine import PolicyEngine, Query, query_from_body
 from serl_launcher.serving.local import LocalPolicy, build
 from serl_transport.errors import NotReady
 from serl_transport.params import Published as Blob
-
-
-def put(folder, version, shift=0.0, damage=False):
-    policy = tiny_policy()
-    tensors = {n: p.detach() + shift for n, p in trainable(policy).items()}
-    if damage:
-        tensors.pop("core.action_out_proj.bias")
-    base = base_sha256(policy)
-    publish(folder, tensors, version=version, step=0, base=base, policy="t", now=0.0, keep=3)
-
-
-def body(seed=0, **extra):
-    rng = np.random.default_rng(seed)
-    images = {camera: rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for camera in SPEC.cameras}
-    return {"observation": {"images": images, "state": rng.uniform(0, 1, 3).astype(np.float32)}, "seed": 1} | extra
 
 
 @pytest.fixture
