@@ -499,6 +499,7 @@ def test_a_connection_forgotten_by_the_server_says_hello_again_by_itself(serve, 
     server = serve(handlers={"request": lambda *_: {"ok": True}})
     client = connect(server)
     server.call_soon(server.router.peers.clear)
+    eventually(lambda: not server.router.peers or server.router.counters["hello_required"], "the server forgot")
     assert client.request("any") == {"ok": True}
     assert server.router.counters["hello_required"] > 0
 

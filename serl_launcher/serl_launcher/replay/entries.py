@@ -6,7 +6,6 @@ head, and for a step batch the very frames the actor sent, so that a checksum of
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,12 +61,12 @@ class DataEntry:
     @property
     def crc32(self) -> int:
         """Of the joined frames: the same number that the actor's ledger holds for this item."""
-        return zlib.crc32(codec.join(self.frames))
+        return codec.blob_crc32(self.frames)
 
-    def payload(self) -> bytes:
-        """The record's bytes."""
+    def payload(self) -> list[Any]:
+        """The record's bytes, as buffers that are written one after the other: the frames are not copied."""
         head = {"kind": "data", "actor_id": self.actor_id, "boot_id": self.boot_id, "seq": self.seq}
-        return _blob(head, self.frames)
+        return codec.join_parts([msgpack.packb(head), *self.frames])
 
 
 @dataclass(frozen=True, slots=True)

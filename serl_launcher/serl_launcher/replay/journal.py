@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SEGMENT_MAGIC = b"FSJRNL01"
 RECORD_MAGIC = b"FSR1"
@@ -57,10 +58,13 @@ def segment_numbers(folder: Path) -> list[int]:
     return sorted(int(path.stem) for path in folder.glob("*.seg") if path.stem.isdigit())
 
 
-def record_bytes(payload: bytes, sequence: int, time_ns: int, synced: int) -> bytes:
-    """Header and payload of one record."""
-    tail = struct.pack("<QQqQ", len(payload), sequence, time_ns, synced)
-    return RECORD_MAGIC + struct.pack("<I", zlib.crc32(payload, zlib.crc32(tail))) + tail + payload
+def record_header(payload: Sequence[Any], sequence: int, time_ns: int, synced: int) -> bytes:
+    """The header of a record whose payload is these buffers, one after the other."""
+    tail = struct.pack("<QQqQ", sum(map(len, payload)), sequence, time_ns, synced)
+    crc = zlib.crc32(tail)
+    for part in payload:
+        crc = zlib.crc32(part, crc)
+    return RECORD_MAGIC + struct.pack("<I", crc) + tail
 
 
 def encode_mark(position: Position) -> bytes:

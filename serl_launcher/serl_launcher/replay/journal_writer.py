@@ -16,9 +16,10 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from serl_launcher.replay.journal import (
     MARK_FILE,
@@ -26,10 +27,11 @@ from serl_launcher.replay.journal import (
     JournalReader,
     Position,
     encode_mark,
-    record_bytes,
+    record_header,
     segment_path,
 )
 from serl_transport.errors import StorageFull
+from serl_transport.files import write_buffers
 
 GROUP_BYTES = 64 << 20
 Done = Callable[[StorageFull | None, int], None]  # (error or None, the record's wall clock in ns)
@@ -81,7 +83,7 @@ class JournalWriter:
         self._folder = folder
         self._post = post
         self._segment_bytes = segment_bytes
-        self._queue: queue.SimpleQueue[tuple[bytes, Done] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Sequence[Any], Done] | None] = queue.SimpleQueue()
         self._sequence = reader.next_sequence
         self._end = reader.position
         self._file: int | None = None
@@ -91,15 +93,16 @@ class JournalWriter:
             self._writable_segment()
             self._publish()
             if first is not None and self._sequence == 0:
-                self._write_group([first], time.time_ns())
+                self._write_group([[first]], time.time_ns())
         except OSError as failure:
             raise StorageFull(_explain(failure, folder)) from None
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
-    def append(self, payload: bytes, done: Done) -> None:
-        """Queue one record."""
-        self._queue.put((payload, done))
+    def append(self, payload: bytes | Sequence[Any], done: Done) -> None:
+        """Queue one record: bytes, or flat buffers that are written one after the other without being joined."""
+        parts = [payload] if isinstance(payload, bytes) else payload
+        self._queue.put((parts, done))
 
     def close(self) -> None:
         """Write and sync what is queued, then stop. Callbacks are still posted."""
@@ -118,12 +121,12 @@ class JournalWriter:
             if items:
                 self._commit(items)
 
-    def _take_group(self) -> list[tuple[bytes, Done] | None]:
+    def _take_group(self) -> list[tuple[Sequence[Any], Done] | None]:
         """Block for one item, then take what else is there; a None ends it and means stop."""
         item = self._queue.get()
         group, size = [item], 0
         while item is not None and size < GROUP_BYTES:
-            size += len(item[0])
+            size += sum(map(len, item[0]))
             try:
                 item = self._queue.get_nowait()
             except queue.Empty:
@@ -131,7 +134,7 @@ class JournalWriter:
             group.append(item)
         return group
 
-    def _commit(self, group: list[tuple[bytes, Done]]) -> None:
+    def _commit(self, group: list[tuple[Sequence[Any], Done]]) -> None:
         now = time.time_ns()
         try:
             self._write_group([payload for payload, _ in group], now)
@@ -141,19 +144,20 @@ class JournalWriter:
         for _, done in group:  # one call each: a callback that fails must not take the others with it
             self._post(partial(done, error, now))
 
-    def _write_group(self, payloads: list[bytes], now: int) -> None:
+    def _write_group(self, payloads: list[Sequence[Any]], now: int) -> None:
         file = self._writable_segment()
         synced = self._end.offset
-        records = [record_bytes(p, self._sequence + i, now, synced) for i, p in enumerate(payloads)]
-        block = b"".join(records)
+        buffers: list[Any] = []
+        for i, parts in enumerate(payloads):
+            buffers += [record_header(parts, self._sequence + i, now, synced), *parts]
         try:
-            _write_all(file, block, synced)
+            written = write_buffers(file, buffers, synced)
             os.fdatasync(file)
         except OSError:
             self._cut_back(file)
             raise
         self._sequence += len(payloads)
-        self._end = Position(self._end.segment, synced + len(block))
+        self._end = Position(self._end.segment, synced + written)
         self._publish()
 
     def _cut_back(self, file: int) -> None:
@@ -176,7 +180,7 @@ class JournalWriter:
         file = os.open(segment_path(self._folder, self._end.segment), os.O_CREAT | os.O_RDWR, 0o644)
         try:
             os.ftruncate(file, self._end.offset)
-            _write_all(file, SEGMENT_MAGIC, 0)
+            write_buffers(file, [SEGMENT_MAGIC], 0)
             os.fsync(file)
             _sync_folder(self._folder)
         except OSError:
@@ -198,13 +202,6 @@ class JournalWriter:
 
     def _publish(self) -> None:
         self._mark[:] = encode_mark(self._end)
-
-
-def _write_all(file: int, block: bytes, offset: int) -> None:
-    view = memoryview(block)
-    while view:
-        written = os.pwrite(file, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def _sync_folder(folder: Path) -> None:

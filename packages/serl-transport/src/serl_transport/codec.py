@@ -9,6 +9,7 @@ into one blob and back, for files.
 import math
 import struct
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,11 +92,27 @@ def check_sizes(frames: Sequence[Any], limits: Limits = DEFAULT_LIMITS) -> None:
 
 def join(frames: Sequence[Any]) -> bytes:
     """One blob of `frames` for a file; every frame starts at a multiple of 8 bytes."""
-    sizes = [nbytes(frame) for frame in frames]
-    parts: list[Any] = [_BLOB.pack(_BLOB_MAGIC, len(sizes)), struct.pack(f"<{len(sizes)}Q", *sizes)]
-    for frame, size in zip(frames, sizes, strict=True):
-        parts += [buffer_of(frame), bytes(-size % 8)]
-    return b"".join(parts)
+    return b"".join(join_parts(frames))
+
+
+def join_parts(frames: Sequence[Any]) -> list[Any]:
+    """The same blob as flat buffers to be written one after the other; frames are not copied."""
+    views = [buffer_of(frame) for frame in frames]
+    sizes = [view.nbytes for view in views]
+    parts: list[Any] = [_BLOB.pack(_BLOB_MAGIC, len(sizes)) + struct.pack(f"<{len(sizes)}Q", *sizes)]
+    for view, size in zip(views, sizes, strict=True):
+        parts.append(view)
+        if size % 8:
+            parts.append(bytes(-size % 8))
+    return parts
+
+
+def blob_crc32(frames: Sequence[Any]) -> int:
+    """crc32 of `join(frames)`, without joining them."""
+    crc = 0
+    for part in join_parts(frames):
+        crc = zlib.crc32(part, crc)
+    return crc
 
 
 def split(buffer: Buffer) -> list[memoryview]:

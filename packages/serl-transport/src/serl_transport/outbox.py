@@ -13,11 +13,10 @@ import json
 import logging
 import os
 import threading
-import zlib
 from pathlib import Path
 from typing import Any
 
-from serl_transport.codec import Frames, join, split, unpack
+from serl_transport.codec import Frames, blob_crc32, join, split, unpack
 from serl_transport.errors import (
     Corrupt,
     Internal,
@@ -191,7 +190,7 @@ def _ledger_row(key: ItemKey, frames: Frames) -> dict[str, Any]:
     return {
         "boot": key.boot_id,
         "seq": key.seq,
-        "crc32": zlib.crc32(join(frames)),
+        "crc32": blob_crc32(frames),
         "episode_id": episode.get("episode_id") if isinstance(episode, dict) else None,
         "first_tick": body.get("first_tick"),
         "n": len(arrays["action"]) if isinstance(arrays, dict) and "action" in arrays else None,

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from serl_transport.errors import SpoolError
+from serl_transport.files import write_buffers
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Segment:
         head = struct.pack("<QI", seq, len(item))
         record = _RECORD.pack(len(item), zlib.crc32(item, zlib.crc32(head)), seq)
         try:
-            _write_all(self._fd, [record, item], self.size)
+            write_buffers(self._fd, [record, item], self.size)
         except OSError:
             os.ftruncate(self._fd, self.size)
             raise
@@ -143,12 +144,3 @@ def _check(data: bytes, offset: int) -> tuple[int, bytes] | None:
     if len(item) != length or zlib.crc32(item, zlib.crc32(struct.pack("<QI", seq, length))) != crc:
         return None
     return seq, item
-
-
-def _write_all(descriptor: int, parts: list[bytes], offset: int) -> None:
-    """pwritev may write less than asked (a full disk, a signal): go on until all is written or it raises."""
-    buffer = b"".join(parts)
-    view = memoryview(buffer)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
