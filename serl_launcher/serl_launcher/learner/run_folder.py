@@ -202,7 +202,8 @@ def _archive_summary(paths: RunPaths) -> None:
     """A summary of an earlier schedule (data collection before training) keeps its figures under its own time."""
     if paths.summary.exists():
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(paths.summary.stat().st_mtime))
-        paths.summary.rename(paths.root / f"summary.{stamp}.json")
+        kept = paths.summary.rename(paths.root / f"summary.{stamp}.json")
+        print(f"another schedule finished here before; its figures are kept in {kept}", flush=True)
 
 
 def _write_config(paths: RunPaths, cfg: DictConfig) -> None:
