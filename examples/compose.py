@@ -25,6 +25,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.mode": ("follow", "demo", "online", "eval"),
     "rollout.policy": ("remote", "local"),
+    "rollout.realtime": ("off", "async", "rtc"),
     "resume": ("auto", "never"),
     "on_complete": ("keep", "rotate"),
 }

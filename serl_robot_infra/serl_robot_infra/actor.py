@@ -15,6 +15,7 @@ from typing import TextIO
 from omegaconf import DictConfig
 
 from serl_robot_infra.episode import EpisodeRunner
+from serl_robot_infra.estop import EmergencyStop
 from serl_robot_infra.evaluation import EvaluationSummary
 from serl_robot_infra.link import LearnerLink, Run, Stop, Ticket, Wait, parse_ticket
 from serl_robot_infra.observers.base import Observer
@@ -22,6 +23,7 @@ from serl_robot_infra.pacing import PoliteStop
 from serl_transport.errors import Internal, NotReady, ServerSilent, StorageFull
 
 _RETRY_S = 1.0
+_LATCHED_S = 0.1
 _REQUEST_MS = 3000
 _WANTS = ("follow", "demo", "online", "eval")
 
@@ -44,6 +46,7 @@ class Actor:
         stop: asked between episodes.
         mode: what to ask for: follow (the learner's schedule), demo, online or eval.
         episodes: stop after this many; None: until told to.
+        estop: while it is latched no episode is begun.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Actor:
         stop: PoliteStop,
         mode: str = "follow",
         episodes: int | None = None,
+        estop: EmergencyStop | None = None,
     ):
         if mode not in _WANTS:
             raise ValueError(f"rollout.mode: expected one of {', '.join(_WANTS)}, got {mode!r}")
@@ -63,6 +67,7 @@ class Actor:
         self._stop = stop
         self._mode = mode
         self._limit = episodes
+        self._estop = estop
         self._count = 0
         self._evaluation = EvaluationSummary()
 
@@ -79,6 +84,10 @@ class Actor:
         while not self._stop:
             if self._limit is not None and self._count >= self._limit:
                 return f"{self._count} episodes done"
+            if self._estop is not None and (reason := self._estop.reason()):
+                self._observer.message(f"e-stop pressed: {reason}. When it is safe, remove {self._estop.path} to go on")
+                self._stop.wait(_LATCHED_S)
+                continue
             match self._next_ticket():
                 case Run() as ticket:
                     self._run_episode(ticket)
@@ -112,12 +121,14 @@ def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
         task.env {_target_}             the environment
         task.operator {_target_}        called with env=; null: none
         task.reward {_target_}          null or absent: the environment's own reward
-        task.safety {max_speed, workspace}   optional limits of `safety.SafetyChain`
+        task.safety {max_speed, max_acceleration, workspace, targets}   optional limits of `safety.SafetyChain`
         rollout.mode                    follow | demo | online | eval
         rollout.episodes                null: until the learner says stop
         rollout.policy                  remote | local | none (demonstrations only)
         rollout.local_policy {_target_} for policy=local; called with cfg=, link=; a `BasePolicy`
         rollout.execute_horizon         4
+        rollout.realtime                off | async | rtc
+        rollout.watchdog                {enabled: auto | true | false, hold_after_chunks, stop_ms}
         rollout.rate_hz                 0: as fast as possible; null: the task's control_hz
         rollout.operator                true: the operator may take over
         rollout.demo_noise              0.15

@@ -1,9 +1,9 @@
 """Runs one episode: reset, then tick by tick until it ends or is cut. Called by `actor.Actor` with a ticket.
 
-One tick:  policy chunk ─▶ operator ─▶ safety ─▶ env.step ─▶ reward ─▶ adder
+One tick:  policy chunk ─▶ operator ─▶ safety ─▶ guard ─▶ env.step ─▶ reward ─▶ adder
 
 What is recorded as `action` is what left the safety chain, so what was executed. A tick that may not be executed
-(NaN, silent policy, stop) ends the episode before it: truncated, with every tick that was executed kept.
+(NaN, silent policy, e-stop, watchdog, stop) ends the episode before it: truncated, with every executed tick kept.
 """
 
 import time
@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from openpi_client.action_chunk_broker import ActionChunkBroker
+from openpi_client.realtime_chunk_broker import RealtimeChunkBroker
 from serl_robot_infra.adder import Adder
 from serl_robot_infra.envs.base import Environment, StepResult
+from serl_robot_infra.guard import RobotGuard
 from serl_robot_infra.interventions.base import Intervention
 from serl_robot_infra.interventions.none import NoIntervention
 from serl_robot_infra.link import Run
@@ -53,12 +55,15 @@ class Body:
     """What an episode is run with: the robot and all that stands between it and whoever drives."""
 
     env: Environment
-    broker: ActionChunkBroker | None  # the policy, one action at a time; None: demonstrations only
+    broker: (
+        ActionChunkBroker | RealtimeChunkBroker | None
+    )  # the policy, one action at a time; None: demonstrations only
     operator: Intervention
     safety: SafetyChain
     reward: RewardSource
     adder: Adder
     pace: Pace
+    guard: RobotGuard  # e-stop and watchdog
 
 
 class EpisodeRunner:
@@ -125,6 +130,7 @@ class EpisodeRunner:
         operator = self._body.operator if ticket.mode == "demo" or takeover else NoIntervention()
         operator.reset(np.random.default_rng([ticket.seed, 2]), from_start=ticket.mode == "demo")
         self._body.reward.reset()
+        self._body.safety.reset()
         if self._body.broker:
             self._body.broker.reset()
         info = EpisodeInfo(
@@ -143,6 +149,7 @@ class EpisodeRunner:
         return operator
 
     def _reset(self, now: _Progress) -> None:
+        self._check_stop()  # a reset moves the robot
         noise = self._demo_noise if now.ticket.mode == "demo" else 0.0
         observation = self._body.env.reset(now.ticket.seed, actuator_noise=noise)
         now.seen_at = time.monotonic_ns()
@@ -159,7 +166,11 @@ class EpisodeRunner:
         if intervened and self._body.broker:
             self._body.broker.drop_chunk()  # it was planned from where the robot no longer is
         source = "operator" if intervened else f"policy version {now.policy_version}"
+        if self._body.guard.held:
+            self._body.safety.reset()
         action = self._body.safety.filter(action, before.state, source)
+        if (reason := self._body.guard.feed()) is not None:
+            raise EpisodeCutError(reason)
         result = self._limit_time(now, self._body.reward.judge(self._body.env.step(action)))
         now.seen_at = time.monotonic_ns()
         self._body.safety.check_observation(result.observation)
@@ -197,6 +208,7 @@ class EpisodeRunner:
         return Outcome(result.success, self._body.reward.success_source, cut)
 
     def _end(self, now: _Progress, outcome: Outcome, reason: str | None) -> EpisodeReport:
+        self._body.guard.disarm()
         if now.observation is None:
             self._body.adder.abandon()
         else:
@@ -224,7 +236,7 @@ class EpisodeRunner:
             assert now.observation is not None
             # Evaluation is repeatable: the sampled noise is a function of the episode's seed and the tick.
             seed = ticket.seed * 4096 + now.tick if ticket.mode == "eval" else None
-            body = infer_body(now.observation, self._body.env.spec.prompt, ticket.min_version, seed)
+            body = infer_body(now.observation, self._body.env.spec.prompt, ticket.min_version, seed, ticket.mode)
             answer = self._patiently(now, lambda: broker.infer(body))
             now.policy_version = int(answer["policy_version"])
             return answer["actions"]
@@ -250,5 +262,7 @@ class EpisodeRunner:
             self._stop.wait(_RETRY_S)
 
     def _check_stop(self) -> None:
+        if (reason := self._body.guard.forbids()) is not None:
+            raise EpisodeCutError(reason)
         if self._stop:
             raise EpisodeCutError(f"stopped{f' by {self._stop.signal.name}' if self._stop.signal else ''}")

@@ -15,13 +15,16 @@ from serl_robot_infra.link import LearnerLink
 from serl_transport.schema import Observation
 
 
-def infer_body(observation: Observation, prompt: str, min_version: int, seed: int | None) -> dict[str, Any]:
+def infer_body(
+    observation: Observation, prompt: str, min_version: int, seed: int | None, mode: str = "online"
+) -> dict[str, Any]:
     """The body of one `infer` message; a seed makes the sampled chunk a function of observation and version."""
     return {
         "observation": {"images": dict(observation.images), "state": observation.state},
         "prompt": prompt,
         "min_version": min_version,
         "seed": seed,
+        "mode": mode,
     }
 
 
@@ -41,8 +44,8 @@ class RemotePolicy(BasePolicy):
         self._timeout_ms = timeout_ms
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
-        """Ask for one chunk."""
-        return self._link.infer(obs, timeout_ms=self._timeout_ms)
+        """Ask for one chunk; a policy server that comes to it after the timeout refuses it instead of executing it."""
+        return self._link.infer({**obs, "deadline_ms": self._timeout_ms}, timeout_ms=self._timeout_ms)
 
 
 class MeasuredPolicy(BasePolicy):

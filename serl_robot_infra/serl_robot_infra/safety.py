@@ -1,18 +1,32 @@
-"""Between whoever drives and the robot: finite check, absolute limits, speed limits, workspace box, in this order.
+"""Between whoever drives and the robot: finite check, absolute limits, velocity and acceleration limits, workspace box.
 
-Called by the actor loop for every action, human or policy; what comes out is what is executed and what is recorded.
-The limits bend an action; a non-finite number stops the episode, since no safe meaning can be given to it.
+Called by the actor loop for every action, human or policy; what comes out is what is sent and what is recorded. The
+limits bend an action; a non-finite number stops the episode, since no safe meaning can be given to it.
+
+    action ─▶ finite? ─▶ absolute ─▶ velocity ─▶ acceleration ─▶ workspace box ─▶ send
+                 └ UnsafeTickError          └ against what was sent before
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from serl_transport.schema import Observation
 from serl_transport.specs import TaskSpec
 
-Filter = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(action float32[ad], state float32[s]) -> action float32[ad]."""
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """What a limit may look at."""
+
+    state: np.ndarray  # float32[s], sensed now
+    origin: np.ndarray  # float32[ad], from where an action is a displacement: 0, or the last target of a target dim
+    last_move: np.ndarray  # float32[ad], displacement that was sent at the tick before; 0 when the robot stood
+
+
+Limit = Callable[[np.ndarray, Tick], np.ndarray]
+"""(action float32[ad], tick) -> action float32[ad]."""
 
 
 class UnsafeTickError(Exception):
@@ -24,26 +38,44 @@ class SafetyChain:
 
     Args:
         spec: names, limits and control rate.
-        max_speed: action name -> largest |value| per second, for actions that are displacements per tick.
-        workspace: state name -> {low, high, action}: the named action, a displacement of that state, never carries it
-            further out of [low, high].
+        max_speed: action name -> largest |velocity|, units per second.
+        max_acceleration: action name -> largest |change of velocity|, units per second squared.
+        workspace: state name -> {low, high, action}: the named action never carries that state further out of
+            [low, high].
+        targets: action name -> state name, for actions that are target positions of that state. All others are
+            displacements per tick.
 
     Raises:
-        ValueError: a name that the task does not have.
+        ValueError: a name that the task does not have, or a limit that is not above 0.
     """
 
     def __init__(
         self,
         spec: TaskSpec,
         max_speed: Mapping[str, float] | None = None,
+        max_acceleration: Mapping[str, float] | None = None,
         workspace: Mapping[str, Mapping] | None = None,
+        targets: Mapping[str, str] | None = None,
     ):
         self._spec = spec
-        self._filters: list[Filter] = [absolute_limits(spec)]
+        self._targets = {
+            _index(spec.action_names, action, "targets"): _index(spec.state_names, state, f"targets.{action}")
+            for action, state in (targets or {}).items()
+        }
+        self._limits: list[Limit] = [absolute_limits(spec)]
         if max_speed:
-            self._filters.append(speed_limits(spec, max_speed))
+            self._limits.append(speed_limits(spec, max_speed))
+        if max_acceleration:
+            self._limits.append(acceleration_limits(spec, max_acceleration))
         for name, box in (workspace or {}).items():
-            self._filters.append(workspace_box(spec, name, **box))
+            self._limits.append(workspace_box(spec, name, **box, targets=frozenset(self._targets)))
+        self._sent: np.ndarray | None = None
+        self._last_move = np.zeros(spec.action_dim, np.float32)
+
+    def reset(self) -> None:
+        """The robot stands still: an episode begins, or it held."""
+        self._sent = None
+        self._last_move = np.zeros(self._spec.action_dim, np.float32)
 
     def check_observation(self, observation: Observation) -> None:
         """UnsafeTickError naming the camera, key or dim that does not fit the task or is not finite."""
@@ -53,34 +85,54 @@ class SafetyChain:
             raise UnsafeTickError(f"observation: {error}") from None
 
     def filter(self, action: np.ndarray, state: np.ndarray, source: str) -> np.ndarray:
-        """The float32[ad] to execute; UnsafeTickError, naming the source, when it is not finite or misshapen."""
+        """The float32[ad] to send, which the next tick's limits take for sent.
+
+        Raises UnsafeTickError, naming the source, when the action is not finite or misshapen.
+        """
         action = np.asarray(action, np.float32)
         try:
             self._spec.check_action(action)
         except ValueError as error:
             raise UnsafeTickError(f"{source}: {error}") from None
-        for bend in self._filters:
-            action = bend(action, state)
+        tick = Tick(state, self._origin(state), self._last_move)
+        for limit in self._limits:
+            action = limit(action, tick)
+        self._sent, self._last_move = action, action - tick.origin
         return action
 
+    def _origin(self, state: np.ndarray) -> np.ndarray:
+        origin = np.zeros(self._spec.action_dim, np.float32)
+        for action, sensed in self._targets.items():
+            origin[action] = state[sensed] if self._sent is None else self._sent[action]
+        return origin
 
-def absolute_limits(spec: TaskSpec) -> Filter:
+
+def absolute_limits(spec: TaskSpec) -> Limit:
     """Clip to the task's action limits."""
     low, high = np.asarray(spec.action_low, np.float32), np.asarray(spec.action_high, np.float32)
-    return lambda action, state: np.clip(action, low, high)
+    return lambda action, tick: np.clip(action, low, high)
 
 
-def speed_limits(spec: TaskSpec, max_speed: Mapping[str, float]) -> Filter:
-    """Clip displacements per tick to `max_speed` per second."""
-    limit = np.full(spec.action_dim, np.inf, np.float32)
-    for name, speed in max_speed.items():
-        if speed <= 0:
-            raise ValueError(f"max_speed.{name}: expected a number above 0, got {speed}")
-        limit[_index(spec.action_names, name, "max_speed")] = speed / spec.control_hz
-    return lambda action, state: np.clip(action, -limit, limit)
+def speed_limits(spec: TaskSpec, max_speed: Mapping[str, float]) -> Limit:
+    """No displacement above `max_speed` per second."""
+    step = _per_action(spec, max_speed, "max_speed") / spec.control_hz
+    return lambda action, tick: tick.origin + np.clip(action - tick.origin, -step, step)
 
 
-def workspace_box(spec: TaskSpec, name: str, low: float, high: float, action: str) -> Filter:
+def acceleration_limits(spec: TaskSpec, max_acceleration: Mapping[str, float]) -> Limit:
+    """No displacement that differs from the one before by more than `max_acceleration` allows in a tick."""
+    change = _per_action(spec, max_acceleration, "max_acceleration") / spec.control_hz**2
+
+    def bend(action: np.ndarray, tick: Tick) -> np.ndarray:
+        move = np.clip(action - tick.origin, tick.last_move - change, tick.last_move + change)
+        return (tick.origin + move).astype(np.float32)
+
+    return bend
+
+
+def workspace_box(
+    spec: TaskSpec, name: str, low: float, high: float, action: str, targets: frozenset[int] = frozenset()
+) -> Limit:
     """Keep state `name` within [low, high]; from outside only moves that do not lead further out remain."""
     if not low < high:
         raise ValueError(f"workspace.{name}: low {low} must be below high {high}")
@@ -89,12 +141,25 @@ def workspace_box(spec: TaskSpec, name: str, low: float, high: float, action: st
         _index(spec.action_names, action, f"workspace.{name}.action"),
     )
 
-    def bend(command: np.ndarray, state: np.ndarray) -> np.ndarray:
-        bent = command.copy()
-        bent[moves] = np.clip(bent[moves], min(low - state[where], 0.0), max(high - state[where], 0.0))
+    def bend(command: np.ndarray, tick: Tick) -> np.ndarray:
+        at, bent = tick.state[where], command.copy()
+        if moves in targets:
+            bent[moves] = np.clip(bent[moves], min(low, at), max(high, at))
+        else:
+            bent[moves] = np.clip(bent[moves], min(low - at, 0.0), max(high - at, 0.0))
         return bent
 
     return bend
+
+
+def _per_action(spec: TaskSpec, limits: Mapping[str, float], key: str) -> np.ndarray:
+    """float32[ad] of limits, infinite where none is given."""
+    values = np.full(spec.action_dim, np.inf, np.float32)
+    for name, value in limits.items():
+        if value <= 0:
+            raise ValueError(f"{key}.{name}: expected a number above 0, got {value}")
+        values[_index(spec.action_names, name, key)] = value
+    return values
 
 
 def _index(names: Sequence[str], name: str, key: str) -> int:

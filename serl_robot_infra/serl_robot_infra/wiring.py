@@ -7,6 +7,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,10 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from openpi_client.action_chunk_broker import ActionChunkBroker
+from openpi_client.base_policy import BasePolicy
+from openpi_client.realtime_chunk_broker import RealtimeChunkBroker
 from serl_robot_infra.actor import Actor
 from serl_robot_infra.adder import Adder
 from serl_robot_infra.envs.base import Environment
 from serl_robot_infra.episode import Body, EpisodeRunner
+from serl_robot_infra.estop import EmergencyStop
+from serl_robot_infra.guard import RobotGuard, Stoppable
 from serl_robot_infra.interventions.none import NoIntervention
 from serl_robot_infra.link import LearnerLink
 from serl_robot_infra.observers.base import Observer, ObserverGroup
@@ -68,22 +73,23 @@ def run_actor(cfg: DictConfig, stream: TextIO) -> int:
 
 def _run(cfg: DictConfig, stream: TextIO, stop: PoliteStop) -> None:
     spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))  # type: ignore[arg-type]
-    env = build_env(cfg, spec)
-    try:
+    with ExitStack() as resources:
+        env = build_env(cfg, spec)
+        resources.callback(env.close)
         renderer = getattr(env, "renderer_name", "none")
         learner = f"{cfg.ip}:{cfg.port}" if cfg.ip else "none"
         print(f"task {spec.name}, renderer {renderer}, learner {learner}", file=stream, flush=True)
+        estop = EmergencyStop(Path(cfg.runs_dir) / cfg.run / "estop")
+        resources.enter_context(estop.installed())
+        guard = build_guard(cfg, env, estop)
+        resources.callback(guard.close)
         link = connect_learner(cfg, spec, stream, stop) if cfg.ip else standalone(cfg)
-        try:
-            actor, observer = build_actor(cfg, env, link, stream, stop)
-            result = actor.run()
-            observer.message(f"{result.stopped_by}; {result.episodes} episodes")
-            _flush(link, cfg.rollout.flush_timeout_s, observer)
-            observer.close()
-        finally:
-            link.stop()
-    finally:
-        env.close()
+        resources.callback(link.stop)
+        actor, observer = build_actor(cfg, env, link, stream, stop, guard)
+        result = actor.run()
+        observer.message(f"{result.stopped_by}; {result.episodes} episodes")
+        _flush(link, cfg.rollout.flush_timeout_s, observer)
+        observer.close()
 
 
 def _refuse(message: str, stream: TextIO) -> int:
@@ -101,12 +107,37 @@ def build_env(cfg: DictConfig, spec: TaskSpec) -> Environment:
     return env
 
 
+def build_guard(cfg: DictConfig, env: Environment, estop: EmergencyStop) -> RobotGuard:
+    """The guard of this environment: with a watchdog where the robot moves by itself, or where the config says so."""
+    watchdog, rate = cfg.rollout.get("watchdog") or {}, cfg.rollout.rate_hz
+    robot = env if isinstance(env, Stoppable) else None
+    enabled = watchdog.get("enabled", "auto")
+    if enabled not in (True, False, "auto"):
+        raise ValueError(f"rollout.watchdog.enabled: expected auto, true or false, got {enabled!r}")
+    watched = robot is not None if enabled == "auto" else enabled
+    stop_s = watchdog.get("stop_ms", 500.0) / 1e3 if watched else None
+    return RobotGuard(robot, estop, env.spec.control_hz if rate is None else rate, stop_s)
+
+
+def build_broker(cfg: DictConfig, policy: BasePolicy | None) -> ActionChunkBroker | RealtimeChunkBroker | None:
+    """How chunks become single actions: one after the other, or the next while one is executed (rollout.realtime)."""
+    rollout = cfg.rollout
+    mode = rollout.get("realtime", "off")
+    if policy is None:
+        return None
+    if mode in ("off", False):  # yaml reads a bare off as false
+        return ActionChunkBroker(policy, rollout.execute_horizon)
+    misses = (rollout.get("watchdog") or {}).get("hold_after_chunks", 2)
+    return RealtimeChunkBroker(policy, rollout.execute_horizon, mode, misses)
+
+
 def build_actor(
-    cfg: DictConfig, env: Environment, link: LearnerLink, stream: TextIO, stop: PoliteStop
+    cfg: DictConfig, env: Environment, link: LearnerLink, stream: TextIO, stop: PoliteStop, guard: RobotGuard
 ) -> tuple[Actor, Observer]:
     """The actor and its observers, on an environment and a link."""
     rollout = cfg.rollout
     policy = build_policy(cfg, link)
+    broker = build_broker(cfg, policy)
     pace = Pace(env.spec.control_hz if rollout.rate_hz is None else rollout.rate_hz)
     observer = ObserverGroup(_observers(cfg, env, link, stream, lambda: Vitals(
         infer_p50_ms=policy.p50_ms if policy else None,
@@ -116,12 +147,13 @@ def build_actor(
     )))  # fmt: skip
     body = Body(
         env=env,
-        broker=ActionChunkBroker(policy, rollout.execute_horizon) if policy else None,
+        broker=broker,
         operator=build_operator(cfg, env),
         safety=SafetyChain(env.spec, **_plain(cfg.task.get("safety")) or {}),
         reward=instantiate(cfg.task.reward) if cfg.task.get("reward") else EnvironmentReward(),
         adder=Adder(keeper(link, observer, stop), rollout.batch_ticks),
         pace=pace,
+        guard=guard,
     )
     runner = EpisodeRunner(
         body,
@@ -133,7 +165,7 @@ def build_actor(
         demo_noise=rollout.demo_noise,
         hold_limit_s=rollout.hold_limit_s,
     )
-    return Actor(runner, link, observer, stop, rollout.mode, rollout.episodes), observer
+    return Actor(runner, link, observer, stop, rollout.mode, rollout.episodes, guard.estop), observer
 
 
 def build_policy(cfg: DictConfig, link: LearnerLink) -> MeasuredPolicy | None:

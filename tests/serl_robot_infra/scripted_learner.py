@@ -3,12 +3,14 @@
 It validates and keeps what arrives, so a test asks `episodes()` for what a journal would hold.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+from serl_robot_infra.envs.pick import PickEnv
 from serl_transport.config import TrainerConfig
 from serl_transport.schema import Episode, StepBatch
 from serl_transport.server import TrainerServer
@@ -132,3 +134,31 @@ class LocalStill:
 
     def __init__(self, cfg: DictConfig, link: Any):
         self.infer = still_policy()
+
+
+class RobotPick(PickEnv):
+    """The pick task as a robot that moves by itself between two actions; notes what was sent to it, and when."""
+
+    last: "RobotPick | None" = None  # the newest one: `main` builds it from yaml
+
+    def __init__(self, **options: Any):
+        super().__init__(image_size=32, renderer="ray", **options)
+        self.sent: list[tuple[float, np.ndarray]] = []
+        self.holds: list[float] = []
+        self.stops: list[float] = []
+        self.resets: list[float] = []
+        RobotPick.last = self
+
+    def reset(self, seed: int, *, actuator_noise: float = 0.0):
+        self.resets.append(time.monotonic())
+        return super().reset(seed, actuator_noise=actuator_noise)
+
+    def step(self, action: np.ndarray):
+        self.sent.append((time.monotonic(), action.copy()))
+        return super().step(action)
+
+    def hold(self) -> None:
+        self.holds.append(time.monotonic())
+
+    def stop(self) -> None:
+        self.stops.append(time.monotonic())

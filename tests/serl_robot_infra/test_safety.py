@@ -1,5 +1,7 @@
 """The safety chain: what is bent, what is refused, and in which order."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -39,12 +41,55 @@ def test_workspace_box_stops_at_the_wall_and_lets_out_of_trouble():
     chain = SafetyChain(SPEC, workspace={"x": {"low": -0.1, "high": 0.1, "action": "dx"}})
 
     def dx(x, command):
+        chain.reset()
         return chain.filter(np.float32([command, 0, 0, 0]), np.float32([x, 0, 0, 0, 0]), "x")[0]
 
     assert dx(0.09, 0.02) == pytest.approx(0.01)
     assert dx(0.09, -0.02) == pytest.approx(-0.02)
     assert dx(0.15, 0.02) == 0.0  # outside: no further out
     assert dx(0.15, -0.02) == pytest.approx(-0.02)  # and back in no faster than commanded
+
+
+def test_acceleration_is_limited_against_what_was_sent():
+    chain = SafetyChain(SPEC, max_acceleration={"dx": 0.5})  # 10 Hz: 5 mm a tick more or less than the tick before
+
+    def dx(command):
+        return chain.filter(np.float32([command, 0.02, 0, 1]), STATE, "x")[0]
+
+    assert [dx(0.02), dx(0.02), dx(0.02)] == pytest.approx([0.005, 0.010, 0.015])
+    assert [dx(-0.02), dx(-0.02)] == pytest.approx([0.010, 0.005])
+    chain.reset()  # it stood
+    assert dx(0.02) == pytest.approx(0.005)
+
+
+def test_speed_comes_before_acceleration_and_the_box_after_both():
+    chain = SafetyChain(SPEC, {"dx": 0.1}, {"dx": 0.5}, workspace={"x": {"low": -0.1, "high": 0.1, "action": "dx"}})
+    at_wall = np.float32([0.099, 0, 0.1, 1, -1])
+    assert chain.filter(np.float32([0.02, 0, 0, 1]), STATE, "x")[0] == pytest.approx(0.005)
+    assert chain.filter(np.float32([0.02, 0, 0, 1]), STATE, "x")[0] == pytest.approx(0.010)
+    assert chain.filter(np.float32([0.02, 0, 0, 1]), STATE, "x")[0] == pytest.approx(0.010)  # 0.1 per second
+    assert chain.filter(np.float32([0.02, 0, 0, 1]), at_wall, "x")[0] == pytest.approx(
+        0.001, rel=1e-4
+    )  # the wall is harder
+
+
+def test_targets_are_limited_by_their_distance_from_the_last_target():
+    spec = replace(SPEC, action_low=(-0.2, -0.2, 0.0, -1.0), action_high=(0.2, 0.2, 0.4, 1.0))
+    chain = SafetyChain(
+        spec,
+        {"dx": 0.1},
+        workspace={"x": {"low": -0.1, "high": 0.035, "action": "dx"}},
+        targets={"dx": "x"},
+    )
+
+    def target(x, command):
+        return chain.filter(np.float32([command, 0, 0, 0]), np.float32([x, 0, 0, 0, 0]), "x")[0]
+
+    assert target(0.01, 0.2) == pytest.approx(0.02)  # from where it is
+    assert target(0.01, 0.2) == pytest.approx(0.03)  # from what was sent, though the robot lags behind
+    assert target(0.02, 0.2) == pytest.approx(0.035)  # the box
+    chain.reset()
+    assert target(0.02, -0.2) == pytest.approx(0.01)
 
 
 def test_observations_are_checked_naming_the_key():
@@ -65,5 +110,9 @@ def test_unknown_names_and_empty_boxes_are_refused():
         SafetyChain(SPEC, workspace={"q": {"low": 0, "high": 1, "action": "dx"}})
     with pytest.raises(ValueError, match=r"workspace\.x: low 1 must be below high 0"):
         SafetyChain(SPEC, workspace={"x": {"low": 1, "high": 0, "action": "dx"}})
+    with pytest.raises(ValueError, match="targets: expected one of dx, dy, dz, grip, got 'dq'"):
+        SafetyChain(SPEC, targets={"dq": "x"})
+    with pytest.raises(ValueError, match=r"max_acceleration\.dx: expected a number above 0, got 0"):
+        SafetyChain(SPEC, max_acceleration={"dx": 0})
     with pytest.raises(ValueError, match=r"max_speed\.dx: expected a number above 0, got -1"):
         SafetyChain(SPEC, max_speed={"dx": -1})

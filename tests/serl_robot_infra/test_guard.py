@@ -1,0 +1,253 @@
+"""E-stop and watchdog: the latch, the guard's thread, and both in a running actor whose learner is stopped."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+from omegaconf import OmegaConf
+from scripted_learner import RobotPick, ScriptedLearner, actor_config, still_policy, ticket
+
+from serl_robot_infra.actor import main
+from serl_robot_infra.estop import EmergencyStop
+from serl_robot_infra.guard import RobotGuard
+
+PERIOD_S = 0.05  # 20 Hz
+
+
+class Robot:
+    def __init__(self):
+        self.holds, self.stops, self.fail = [], [], 0
+
+    def hold(self):
+        self.holds.append(time.monotonic())
+
+    def stop(self):
+        if self.fail:
+            self.fail -= 1
+            raise OSError("the driver is busy")
+        self.stops.append(time.monotonic())
+
+
+@pytest.fixture
+def estop(tmp_path):
+    return EmergencyStop(tmp_path / "run" / "estop")
+
+
+@pytest.fixture
+def robot():
+    return Robot()
+
+
+@pytest.fixture
+def guard(robot, estop):
+    guard = RobotGuard(robot, estop, rate_hz=20, stop_s=0.3)
+    yield guard
+    guard.close()
+
+
+def wait_for(question, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not question():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.002)
+
+
+def test_the_latch_is_the_file_and_only_a_person_removes_it(estop, tmp_path):
+    assert estop.reason() is None
+    estop.press("the red button")
+    assert estop.reason().startswith("the red button at ")
+    assert estop.path.exists()
+    assert EmergencyStop(estop.path).reason().startswith("the red button")  # another process, or a later one
+    estop.path.unlink()
+    assert estop.reason() is None
+    estop.path.touch()
+    assert estop.reason() == f"the file {estop.path}"
+
+
+def test_sigusr1_presses_it_even_while_the_main_thread_is_busy(estop):
+    with estop.installed():
+        seen = []
+        watcher = threading.Thread(target=lambda: (wait_for(estop.reason), seen.append(estop.reason())))
+        watcher.start()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        watcher.join()
+        assert seen[0].startswith("SIGUSR1")
+
+
+def test_a_latch_that_cannot_be_written_stays_pressed(tmp_path):
+    estop = EmergencyStop(tmp_path / "estop" / "latch")
+    (tmp_path / "estop").rmdir()
+    (tmp_path / "estop").touch()  # a file where the folder should be
+    estop.press("x")
+    for _ in range(2):
+        assert "cannot be written: restart the actor" in estop.reason()
+
+
+def test_the_guard_stops_the_robot_once_for_a_press_and_forbids_actions_until_the_reset(guard, estop, robot):
+    assert guard.feed() is None
+    estop.press("x")
+    assert guard.feed().startswith("e-stop pressed: x")
+    wait_for(lambda: robot.stops)
+    time.sleep(0.2)
+    assert len(robot.stops) == 1
+    assert guard.forbids()
+    estop.path.unlink()
+    assert guard.feed() is None
+
+
+def test_silence_holds_then_stops_and_ends_the_episode(guard, robot):
+    time.sleep(0.5)
+    assert not robot.holds  # not armed before the first action
+    started = time.monotonic()
+    assert guard.feed() is None
+    wait_for(lambda: guard.tripped)
+    assert "controlled stop" in guard.feed()
+    wait_for(lambda: robot.stops)
+    assert robot.holds[0] - started >= 2 * PERIOD_S
+    assert len(robot.holds) >= 2
+    assert 0.3 <= robot.stops[0] - started <= 0.3 + 2 * PERIOD_S
+    guard.disarm()
+    assert guard.feed() is None
+
+
+def test_a_stop_that_fails_is_tried_again(guard, robot, caplog):
+    robot.fail = 2
+    guard.feed()
+    wait_for(lambda: robot.stops)
+    assert "trying again" in caplog.text
+
+
+def run(learner, tmp_path, **rollout):
+    watchdog = {"enabled": "auto", "hold_after_chunks": 2, "stop_ms": 300}
+    config = actor_config(learner, tmp_path, rate_hz=20, watchdog=watchdog, **rollout)
+    config.task.env = {"_target_": "scripted_learner.RobotPick"}
+    stream = io.StringIO()
+    code = main(config, stream)
+    return code, stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def spec():
+    env = RobotPick()
+    yield env.spec
+    env.close()
+
+
+def when_moving(ticks, action):
+    """Do `action` when the robot has moved for some ticks; returns the thread and the list with its time."""
+    times = []
+    RobotPick.last = None
+
+    def wait():
+        wait_for(lambda: RobotPick.last is not None and len(RobotPick.last.sent) >= ticks)
+        times.append(time.monotonic())
+        action()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread, times
+
+
+@pytest.mark.parametrize("by", ["signal", "file"])
+def test_an_estop_acts_within_one_period_and_holds_until_the_file_is_gone(spec, tmp_path, by):
+    latch = tmp_path / "test" / "estop"
+    press = (lambda: os.kill(os.getpid(), signal.SIGUSR1)) if by == "signal" else latch.touch
+    with ScriptedLearner(spec, [ticket("eval", 1), ticket("eval", 2)]) as learner:
+        thread, pressed = when_moving(5, press)
+        released = []
+
+        def release():
+            thread.join()
+            time.sleep(1.6)
+            released.append((time.monotonic(), len(RobotPick.last.resets)))
+            latch.unlink()
+
+        releasing = threading.Thread(target=release)
+        releasing.start()
+        code, out = run(learner, tmp_path)
+        releasing.join()
+        first, second = learner.episodes()
+    robot = RobotPick.last
+    assert code == 0, out
+    assert "e-stop pressed" in out
+    assert "remove" in out
+    at, resets = released[0]
+    after = [t for t, _ in robot.sent if pressed[0] < t < at]
+    assert all(t - pressed[0] <= PERIOD_S for t in after)
+    assert robot.stops[0] - pressed[0] <= PERIOD_S
+    assert resets == 1  # nothing moved while it was latched
+    # What was sent is what is recorded, to the last tick.
+    assert first.outcome.truncated_by == "stop"
+    assert [a.tolist() for a in first.arrays["action"]] == [a.tolist() for _, a in robot.sent[: first.n]]
+    assert second.n == 60
+
+
+LEARNER = """
+    import sys, time
+    from scripted_learner import RobotPick, ScriptedLearner, ticket
+    with ScriptedLearner(RobotPick().spec, [ticket("eval", 1)]) as learner:
+        print(learner.server.config.port_number, learner.server.config.broadcast_port, flush=True)
+        sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("realtime", ["off", "async"])
+def test_a_stopped_learner_trips_the_watchdog_within_two_periods(spec, tmp_path, realtime):
+    paths = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+    learner = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(LEARNER)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    try:
+        port, broadcast = map(int, learner.stdout.readline().split())
+        config = actor_config(None, tmp_path, rate_hz=20, realtime=realtime, flush_timeout_s=5.0)
+        OmegaConf.update(config, "rollout.watchdog", {"stop_ms": 300}, force_add=True)
+        config.task.env = {"_target_": "scripted_learner.RobotPick"}
+        config.task.spec = spec.to_dict()
+        config.port, config.broadcast_port = port, broadcast
+        config.rollout.episodes = 1
+        thread, _ = when_moving(6, lambda: learner.send_signal(signal.SIGSTOP))
+        stream = io.StringIO()
+        waking = threading.Thread(
+            target=lambda: (thread.join(), wait_for(lambda: RobotPick.last.stops), learner.send_signal(signal.SIGCONT))
+        )
+        waking.start()
+        code = main(config, stream)
+        waking.join()
+    finally:
+        learner.send_signal(signal.SIGCONT)
+        learner.stdin.close()
+        learner.wait(20)
+    robot = RobotPick.last
+    assert code == 0, stream.getvalue()
+    assert "controlled stop (rollout.watchdog.stop_ms)" in stream.getvalue()
+    last_action = robot.sent[-1][0]
+    assert robot.holds
+    assert robot.holds[0] > last_action
+    assert 0.3 <= robot.stops[0] - last_action <= 0.3 + 2 * PERIOD_S
+    assert len(robot.sent) >= 6
+
+
+def test_a_policy_that_is_slow_but_answers_only_makes_the_robot_hold(spec, tmp_path):
+    still = still_policy()
+
+    def slow(body):
+        time.sleep(0.2)
+        return still(body)
+
+    with ScriptedLearner(spec, [ticket("eval", 1)], slow) as learner:
+        code, out = run(learner, tmp_path, execute_horizon=8)
+        (episode,) = learner.episodes()
+    assert code == 0, out
+    assert episode.n == 60
+    assert RobotPick.last.holds
+    assert not RobotPick.last.stops
