@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from serl_launcher.policies.base import PolicyInput, Prefix
+from serl_launcher.policies.build import build_flow_policy
 from serl_launcher.policies.gemma import run_layers
 from serl_launcher.policies.normalise import Units, pad_last
+from serl_launcher.policies.precision import check_precision, compute, full
 from serl_transport.specs import TaskSpec
 
 Tokenizer = Callable[[list[str]], tuple[Tensor, Tensor]]
@@ -35,15 +37,19 @@ class PI0FlowPolicy(nn.Module):
         units: Units | None = None,
         attention: str = "eager",
         checkpointing: bool = False,
+        precision: str = "float32",
+        cameras: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__()
         if attention not in ("eager", "sdpa"):
             raise ValueError(f"policy.attention: expected eager or sdpa, got {attention!r}")
+        if precision != "float32" and attention != "sdpa":
+            raise ValueError("policy.precision: bfloat16 needs policy.attention=sdpa")
         if checkpointing and attention != "sdpa":
             raise ValueError("policy.checkpointing: needs policy.attention=sdpa (eager would nest two checkpoints)")
         self.core = core
         self.tokenizer = tokenizer
-        self.cameras = tuple(spec.cameras)
+        self.cameras = cameras or tuple(spec.cameras)
         self.image_size: int = core.config.image_resolution[0]
         self.action_horizon: int = core.config.chunk_size
         self.action_dim: int = core.config.max_action_dim
@@ -53,6 +59,9 @@ class PI0FlowPolicy(nn.Module):
         self.register_buffer("_low", torch.tensor(spec.action_low), persistent=False)
         self.register_buffer("_high", torch.tensor(spec.action_high), persistent=False)
         self.attention, self.checkpointing = attention, checkpointing
+        self.precision = check_precision(precision)
+        if precision == "bfloat16":
+            _keep_float32(core.paligemma_with_expert.paligemma.model.vision_tower.vision_model.embeddings)
         self._freeze_dead_weights()
 
     def _freeze_dead_weights(self) -> None:
@@ -95,7 +104,8 @@ class PI0FlowPolicy(nn.Module):
 
         Without gradient when nothing of the backbone is trained.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._backbone_trains()):
+        grad = torch.is_grad_enabled() and self._backbone_trains()
+        with torch.set_grad_enabled(grad), compute(self.precision, self.device):
             return self._encode(observation)
 
     def _backbone_trains(self) -> bool:
@@ -114,8 +124,8 @@ class PI0FlowPolicy(nn.Module):
         return Prefix(keys_values, pad_mask, hidden, pad_last(state, self.core.config.max_state_dim))
 
     def _prompts(self, prompts: list[str], state: Tensor) -> list[str]:
-        """What the tokenizer gets. PI0 puts the state beside the actions, not into the text."""
-        return prompts
+        """What the tokenizer gets: PI0's prompts end in a newline; its state goes beside the actions."""
+        return [prompt if prompt.endswith("\n") else f"{prompt}\n" for prompt in prompts]
 
     def _run_prefix(self, embeddings: Tensor, pad_mask: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         language = self.backbone.model.language_model
@@ -138,18 +148,25 @@ class PI0FlowPolicy(nn.Module):
 
     def _pixels(self, images: dict[str, np.ndarray]) -> Tensor:
         """uint8[b, h, w, 3] per camera to float32[cameras·b, 3, size, size] in [−1, 1], camera-major."""
-        stacked = torch.as_tensor(np.concatenate([images[camera] for camera in self.cameras])).to(self.device)
-        pixels = stacked.permute(0, 3, 1, 2).float().div(127.5).sub(1)
-        if pixels.shape[-2:] != (self.image_size, self.image_size):
-            from lerobot.policies.common.vla_utils import resize_with_pad_torch
+        given = [images[camera] for camera in self.cameras]
+        if len({x.shape for x in given}) > 1:
+            return torch.cat([self._centred(x) for x in given])
+        return self._centred(np.concatenate(given))
 
-            pixels = resize_with_pad_torch(pixels, self.image_size, self.image_size)
-        return pixels
+    def _centred(self, images: np.ndarray) -> Tensor:
+        pixels = torch.as_tensor(images).to(self.device).permute(0, 3, 1, 2).float()
+        if pixels.shape[-2:] == (self.image_size, self.image_size):
+            return pixels.div(127.5).sub(1)
+        from lerobot.policies.common.vla_utils import resize_with_pad_torch
+
+        # It clamps to [0, 1], so that it must see pixels before they are centred.
+        return resize_with_pad_torch(pixels.div(255), self.image_size, self.image_size).mul(2).sub(1)
 
     def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
         """v(x_t, t | prefix): float32[b, ah, ad], differentiable."""
         if self.attention == "sdpa":
-            return -self._expert(prefix, x_t, 1 - t)
+            with compute(self.precision, self.device):
+                return -self._expert(prefix, x_t, 1 - t)
         from transformers import DynamicCache
 
         cache = DynamicCache(tuple((keys, values, None) for keys, values in prefix.keys_values))
@@ -165,14 +182,16 @@ class PI0FlowPolicy(nn.Module):
         """The library's backward velocity from the cached prefix: float32[b, ah, ad]."""
         from lerobot.policies.common.vla_utils import make_att_2d_masks
 
-        x, pad, blocks, condition = self._embed_suffix(prefix, x_tau, tau)
+        with full(self.device, self.precision):
+            x, pad, blocks, condition = self._embed_suffix(prefix, x_tau, tau)
         n = x.shape[1]
         seen = prefix.pad_mask[:, None, :].expand(-1, n, -1)
         mask = torch.cat([seen, make_att_2d_masks(pad, blocks)], dim=2)[:, None]
         positions = prefix.pad_mask.sum(-1, keepdim=True) + torch.arange(n, device=x.device)
         expert = self.core.paligemma_with_expert.gemma_expert.model
         hidden, _ = run_layers(expert, x, positions, mask, prefix.keys_values, condition, self.checkpointing)
-        return self.core.action_out_proj(hidden[:, -self.action_horizon :].float())
+        with full(self.device, self.precision):
+            return self.core.action_out_proj(hidden[:, -self.action_horizon :].float())
 
     def features(self, prefix: Prefix) -> Tensor:
         """Mean of the last hidden states over the tokens that count, with the state beside it."""
@@ -189,17 +208,23 @@ class PI0FlowPolicy(nn.Module):
         return self.action_units.to_physical(chunk[..., : self.robot_dim]).clamp(self._low, self._high)
 
 
-def build_pi0(name: str, spec: TaskSpec, init: str, seed: int, action_horizon: int, size: Callable) -> PI0FlowPolicy:
-    """A PI0 policy for one task. `init: random` is the only start there is without a checkpoint, and must be asked for.
+def _keep_float32(module: nn.Module) -> None:
+    """Run a module outside autocast."""
+    inner = module.forward
 
-    size: builds the core and its tokenizer, `size(spec, action_horizon) -> (core, tokenizer)`.
-    Raises ValueError for an `init` that is not known.
+    def forward(*args, **kwargs):
+        with torch.autocast(next(module.parameters()).device.type, enabled=False):
+            return inner(*args, **kwargs)
+
+    module.forward = forward
+
+
+def build_pi0(
+    name: str, spec: TaskSpec, init: str, seed: int, action_horizon: int | None, size: Callable, **options
+) -> PI0FlowPolicy:
+    """A PI0 policy for one task; `options` are those of `policies.build.build_flow_policy`.
+
+    size: `size(spec, action_horizon) -> (core, tokenizer)`, `size.config(...)`, `size.build(config)`.
+    Raises ValueError in the user's words.
     """
-    if init != "random":
-        raise ValueError(
-            f"policy.init: expected 'random' (weights of a checkpoint come by checkpoint_path), got {init!r}"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        core, tokenizer = size(spec, action_horizon)
-    return PI0FlowPolicy(core, spec, tokenizer)
+    return build_flow_policy(PI0FlowPolicy, "pi0", spec, init, seed, action_horizon, size, **options)

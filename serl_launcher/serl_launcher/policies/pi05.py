@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from serl_launcher.policies.base import Prefix
+from serl_launcher.policies.build import build_flow_policy
 from serl_launcher.policies.pi0 import PI0FlowPolicy
 from serl_transport.specs import TaskSpec
 
@@ -39,13 +39,8 @@ def state_prompts(prompts: list[str], state: np.ndarray) -> list[str]:
     return [f"Task: {text}, State: {' '.join(map(str, row))};\nAction: " for text, row in zip(words, bins, strict=True)]
 
 
-def build_pi05(name: str, spec: TaskSpec, init: str, seed: int, action_horizon: int, size: Callable) -> PI05FlowPolicy:
-    """A PI0.5 policy for one task; arguments as `build_pi0`. Raises ValueError for an `init` that is not known."""
-    if init != "random":
-        raise ValueError(
-            f"policy.init: expected 'random' (weights of a checkpoint come by checkpoint_path), got {init!r}"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        core, tokenizer = size(spec, action_horizon)
-    return PI05FlowPolicy(core, spec, tokenizer)
+def build_pi05(
+    name: str, spec: TaskSpec, init: str, seed: int, action_horizon: int | None, size: Callable, **options
+) -> PI05FlowPolicy:
+    """A PI0.5 policy for one task; arguments as `build_pi0`."""
+    return build_flow_policy(PI05FlowPolicy, "pi05", spec, init, seed, action_horizon, size, **options)

@@ -32,6 +32,7 @@ class TinySize:
     patch_size: int = 16
     prompt_tokens: int = 4
     conv_stem: bool = True  # strided convolutions in place of the linear patch embedding: learns from fewer images
+    expert_width: int | None = None  # None: as the language model
     vocabulary: int = 32  # token ids; the last one is PaliGemma's image token
 
     def __call__(self, spec: TaskSpec, action_horizon: int) -> tuple[nn.Module, WordHashTokenizer]:
@@ -107,7 +108,8 @@ def shrunk(pi0, size: TinySize) -> Iterator[None]:
     saved = {name: getattr(pi0, name) for name in names}
 
     def gemma(variant: str):
-        return pi0.GemmaConfig(size.width, size.depth, 2 * size.width, 8, 1, size.head_dim)
+        width = size.width if variant == "gemma_2b" else size.expert_width or size.width
+        return pi0.GemmaConfig(width, size.depth, 2 * width, 8, 1, size.head_dim)
 
     def vlm(config):
         config._vocab_size, config.image_token_index = size.vocabulary, size.vocabulary - 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import zlib
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -43,3 +45,39 @@ class StateWordTokenizer(WordHashTokenizer):
         if word.isdigit() and int(word) < 256:
             return 1 + int(word)
         return 257 + zlib.crc32(word.encode()) % (self.vocab - 258)
+
+
+class HubTokenizer:
+    """A Hugging Face tokenizer from a local folder or the local hub cache, padded on the right.
+
+    Padding goes to the longest prompt of a batch, rounded up to 16: masked tokens change nothing but the time.
+    """
+
+    def __init__(self, source: str, length: int) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=_is_offline(source))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"policy.tokenizer={source}: cannot be loaded ({str(error).splitlines()[0]}); "
+                "name a folder that holds tokenizer.json and tokenizer_config.json"
+            ) from None
+        self.source, self.length = source, length
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids int64[b, l] and mask bool[b, l]; longer prompts lose their tail, as in training."""
+        out = self.tokenizer(
+            prompts,
+            max_length=self.length,
+            truncation=True,
+            padding="longest",
+            pad_to_multiple_of=min(16, self.length),
+            padding_side="right",
+            return_tensors="pt",
+        )
+        return out["input_ids"][:, : self.length], out["attention_mask"][:, : self.length].bool()
+
+
+def _is_offline(source: str) -> bool:
+    return Path(source).exists() or os.environ.get("HF_HUB_OFFLINE") == "1"

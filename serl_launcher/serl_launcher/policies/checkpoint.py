@@ -1,0 +1,139 @@
+"""A policy checkpoint folder in LeRobot's format, read without building anything: config, tensors, statistics.
+
+policies.loading fills a model from it, policies.saving writes one. Files: config.json, model.safetensors (or shards
+with an index), policy_preprocessor.json and policy_postprocessor.json with the normalisation statistics beside them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used as it is; the message says which file and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where a checkpoint's pieces lie."""
+
+    folder: Path
+    config: dict[str, Any]  # config.json
+    files: dict[str, Path]  # tensor name -> file that holds it
+
+    @classmethod
+    def find(cls, source: str) -> Checkpoint:
+        """Open a local folder or a hub repository. Raises CheckpointError naming the file that is not there."""
+        folder = _folder(source)
+        config = folder / "config.json"
+        if not config.is_file():
+            raise CheckpointError(f"{folder}: no config.json; expected a folder that LeRobot's save_pretrained wrote")
+        try:
+            content = json.loads(config.read_text())
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{config}: not JSON: {error}") from None
+        return cls(folder, content, _tensor_files(folder))
+
+    def expect_type(self, *types: str) -> None:
+        """Raise CheckpointError unless config.json names one of these policy types."""
+        got = self.config.get("type") or self.config.get("model_type")
+        if got not in types:
+            raise CheckpointError(f"{self.folder}: expected a checkpoint of type {' or '.join(types)}, got {got!r}")
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, on the CPU, as it is stored."""
+        with safe_open(self.files[name], framework="pt") as f:
+            return f.get_tensor(name)
+
+    def tensors(self, names: list[str]):
+        """(name, tensor) of each, one at a time: a file is opened once."""
+        for file in sorted({self.files[name] for name in names}):
+            with safe_open(file, framework="pt") as f:
+                for name in names:
+                    if self.files[name] == file:
+                        yield name, f.get_tensor(name)
+
+
+def _folder(source: str) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or source.startswith(".") or source.count("/") != 1:
+        raise CheckpointError(f"policy.checkpoint={source}: no such folder (and not a hub name of the form owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.model"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"policy.checkpoint={source}: no such folder, and the hub did not give it: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """tensor name -> file. Raises CheckpointError when weights are absent or torn."""
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text())["weight_map"]
+        absent = sorted({name for name in index.values() if not (folder / name).is_file()})
+        if absent:
+            raise CheckpointError(f"{folder}: {INDEX} names shards that are not there: {', '.join(absent)}")
+        return {name: folder / file for name, file in index.items()}
+    if not (folder / SINGLE).is_file():
+        raise CheckpointError(f"{folder}: no weights; expected {SINGLE} or {INDEX}")
+    try:
+        with safe_open(folder / SINGLE, framework="pt") as f:
+            return {name: folder / SINGLE for name in f.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own type for a torn file
+        raise CheckpointError(f"{folder / SINGLE}: cannot be read: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Normalisation of one feature as a LeRobot processor step holds it."""
+
+    mode: str  # MEAN_STD, QUANTILES, QUANTILE10, MIN_MAX or IDENTITY
+    values: dict[str, Tensor]  # mean, std, min, max, q01, … float32[dims]
+
+
+def read_statistics(checkpoint: Checkpoint, file: str, feature: str, kind: str) -> Statistics:
+    """Statistics of `feature` (type `kind`: STATE or ACTION) in a processor file.
+
+    Raises CheckpointError when the file, its normaliser or its statistics are absent: without them every action
+    would be rescaled in silence.
+    """
+    path = checkpoint.folder / file
+    if not path.is_file():
+        raise CheckpointError(
+            f"{checkpoint.folder}: no {file}, so no normalisation statistics; export the checkpoint with its processors"
+        )
+    steps = json.loads(path.read_text())["steps"]
+    step = next((s for s in steps if s.get("registry_name", "").endswith("normalizer_processor")), None)
+    if step is None:
+        raise CheckpointError(f"{path}: no normalizer step, so no normalisation statistics")
+    mode = step["config"].get("norm_map", {}).get(kind, "IDENTITY")
+    values = _stored_values(checkpoint.folder, step, feature)
+    if mode != "IDENTITY" and not values:
+        raise CheckpointError(f"{path}: no normalisation statistics of {feature!r}, which {mode} needs")
+    return Statistics(mode, values)
+
+
+def _stored_values(folder: Path, step: dict[str, Any], feature: str) -> dict[str, Tensor]:
+    name = step.get("state_file")
+    if name is None:
+        return {}
+    if not (folder / name).is_file():
+        raise CheckpointError(f"{folder}: no {name}, which holds the normalisation statistics")
+    with safe_open(folder / name, framework="pt") as f:
+        keys = [key for key in f.keys() if key.rpartition(".")[0] == feature]  # noqa: SIM118
+        return {key.rpartition(".")[2]: f.get_tensor(key).to(torch.float32) for key in keys}

@@ -1,0 +1,146 @@
+"""Fill a model from a checkpoint, strictly: every tensor matched, or an error that names those that are not.
+
+The heads' builders call `fill`. Nothing stays at random: a tensor that the checkpoint lacks, of another shape, or with
+a NaN, is an error; a tensor that the model does not know is one too. The report says what matched.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from serl_launcher.policies.checkpoint import Checkpoint, CheckpointError
+
+log = logging.getLogger("policy")
+SHOWN = 8  # names of each kind of problem
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What became of a checkpoint's tensors."""
+
+    source: str
+    matched: int  # tensors copied into the model
+    parameters: int  # numbers in them
+    tied: tuple[str, ...]  # filled from another name that the file keeps for the same tensor
+    dropped: tuple[str, ...]  # in the file, never read by a flow policy, not held in memory
+    dropped_parameters: int
+
+    def __str__(self) -> str:
+        lines = f"loaded {self.source}: {self.matched} tensors, {self.parameters / 1e6:,.1f}M parameters, all matched"
+        if self.tied:
+            lines += f"; tied: {', '.join(self.tied)}"
+        if self.dropped:
+            lines += f"; dropped as never read: {', '.join(self.dropped)} ({self.dropped_parameters / 1e6:,.1f}M)"
+        return lines
+
+
+def fill(
+    core: nn.Module,
+    checkpoint: Checkpoint,
+    prefix: str,
+    aliases: dict[str, str],
+    dead: Callable[[str], bool],
+    dtype: Callable[[str], torch.dtype],
+) -> LoadReport:
+    """Assign every parameter and persistent buffer of `core` (which may be on the meta device) from the checkpoint.
+
+    prefix: of the names in the file; aliases: name -> another name the file may use for the same tensor; dead: names
+    that no output reads (not loaded, may be absent); dtype: what a tensor is held in. Raises CheckpointError.
+    """
+    wanted = {name: tensor for name, tensor in core.state_dict().items() if not dead(name)}
+    stored = {_strip(name, prefix): name for name in checkpoint.files}
+    source = {name: name if name in stored else aliases.get(name, name) for name in wanted}
+    problems = _name_problems(wanted, stored, source, dead)
+    dropped, by_stored = [n for n in stored if dead(n) and n not in source.values()], {}
+    for name, theirs in source.items():
+        if theirs in stored:
+            by_stored.setdefault(stored[theirs], []).append(name)
+    filled: dict[str, Tensor] = {}
+    for theirs, tensor in checkpoint.tensors(list(by_stored)):
+        for name in by_stored[theirs]:
+            problem = _value_problem(name, wanted[name], tensor)
+            if problem:
+                problems.append(problem)
+            else:
+                filled[name] = tensor.to(dtype(name)) if tensor.is_floating_point() else tensor
+    if problems:
+        raise CheckpointError(f"{checkpoint.folder} does not fit this policy: " + "; ".join(_short(problems)))
+    _assign(core, filled)
+    return LoadReport(
+        str(checkpoint.folder),
+        len(filled),
+        sum(t.numel() for t in filled.values()),
+        tuple(name for name, theirs in source.items() if name != theirs),
+        tuple(dropped),
+        sum(checkpoint.tensor(stored[name]).numel() for name in dropped),
+    )
+
+
+def _strip(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix)
+
+
+def _name_problems(
+    wanted: dict[str, Tensor], stored: dict[str, str], source: dict[str, str], dead: Callable[[str], bool]
+) -> list[str]:
+    problems = [f"missing {name}" for name in wanted if source[name] not in stored]
+    used = set(source.values())
+    return problems + [f"unknown {name}" for name in stored if name not in used and not dead(name)]
+
+
+def _value_problem(name: str, mine: Tensor, theirs: Tensor) -> str | None:
+    if mine.shape != theirs.shape:
+        return f"{name}: expected shape {tuple(mine.shape)}, got {tuple(theirs.shape)}"
+    if theirs.is_floating_point() and not torch.isfinite(theirs).all():
+        return f"{name}: holds NaN or Inf"
+    return None
+
+
+def _short(problems: list[str]) -> list[str]:
+    return problems if len(problems) <= SHOWN else [*problems[:SHOWN], f"and {len(problems) - SHOWN} more"]
+
+
+def _assign(core: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put tensors in place of parameters and buffers, keeping ties and requires_grad."""
+    homes = dict(core.named_modules())
+    replaced: dict[int, nn.Parameter] = {}
+    for name, tensor in tensors.items():
+        home, leaf = homes[name.rpartition(".")[0]], name.rpartition(".")[2]
+        old = getattr(home, leaf)
+        if isinstance(old, nn.Parameter):
+            if id(old) not in replaced:
+                replaced[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+            setattr(home, leaf, replaced[id(old)])
+        else:
+            home.register_buffer(leaf, tensor)
+
+
+def materialise_buffers(core: nn.Module) -> None:
+    """Recompute the non-persistent buffers of a model built on the meta device (rotary frequencies, position ids).
+
+    Raises CheckpointError naming a buffer that no rule knows: it would hold garbage.
+    """
+    for path, module in core.named_modules():
+        pending = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if not pending:
+            continue
+        if "inv_freq" in pending and hasattr(module, "config"):
+            fresh = type(module)(module.config)
+        elif pending == ["inv_freq"] and hasattr(module, "dim") and hasattr(module, "theta"):
+            fresh = type(module)(module.dim, module.theta)
+        elif pending == ["embed_scale"]:
+            module.register_buffer("embed_scale", torch.tensor(module.scalar_embed_scale), persistent=False)
+            continue
+        elif pending == ["position_ids"]:
+            shape = module.position_ids.shape
+            module.register_buffer("position_ids", torch.arange(shape[-1]).expand(shape), persistent=False)
+            continue
+        else:
+            raise CheckpointError(f"{path}: no rule to compute the buffers {pending} of {type(module).__name__}")
+        for name in pending:
+            module.register_buffer(name, getattr(fresh, name), persistent=False)

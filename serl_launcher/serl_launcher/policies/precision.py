@@ -1,0 +1,48 @@
+"""In which numbers a policy is held and computed: bf16 compute over fp32 masters, or fp32 throughout.
+
+What trains is held in fp32 (an optimizer step of 1e-5 vanishes in bf16's 8 bits); what is frozen is held in bf16,
+except vectors (norms, biases) and SigLIP's embeddings. The forward pass runs under autocast; the action projections
+and the flow's arithmetic stay in fp32.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+def check_precision(precision: str) -> str:
+    """The value itself. Raises ValueError for one that is not known."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"policy.precision: expected one of {list(PRECISIONS)}, got {precision!r}")
+    return precision
+
+
+def stays_float32(name: str, ndim: int) -> bool:
+    """Is a tensor held in fp32 even where it is frozen or only served?"""
+    action_path = ("action_in_proj", "action_out_proj", "time_mlp", "state_proj", "action_head.action_decoder")
+    return ndim < 2 or "vision_model.embeddings" in name or any(part in name for part in action_path)
+
+
+def compute(precision: str, device: torch.device) -> AbstractContextManager:
+    """The context of a forward pass."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def full(device: torch.device, precision: str) -> AbstractContextManager:
+    """Inside `compute`: fp32 arithmetic for a part of the pass."""
+    return torch.autocast(device.type, enabled=False) if precision == "bfloat16" else nullcontext()
+
+
+@torch.no_grad()
+def hold(policy: nn.Module, precision: str, masters: bool) -> None:
+    """Cast a policy's matrices: to bf16 where they only serve, with `masters` only those that do not train."""
+    if precision != "bfloat16":
+        return
+    for name, parameter in policy.named_parameters():
+        if not stays_float32(name, parameter.ndim) and not (masters and parameter.requires_grad):
+            parameter.data = parameter.data.to(torch.bfloat16)
