@@ -163,11 +163,16 @@ class Learner:
 
     @torch.no_grad()
     def start_from(self, published: dict[str, Tensor]) -> None:
-        """Begin at published parameters (checkpoint_path): both the raw weights and their average."""
-        problems = describe_mismatch(self._state, published)
+        """Begin at published parameters (checkpoint_path): both the raw weights and their average.
+
+        What the agent calls `fresh` may be absent and keeps its initial values.
+        """
+        fresh = tuple(getattr(self.agent, "fresh", ()))
+        want = {n: p for n, p in self._state.items() if n in published or not (fresh and n.startswith(fresh))}
+        problems = describe_mismatch(want, published)
         if problems:
             raise ValueError("checkpoint_path does not fit this policy: " + "; ".join(problems))
-        for name, p in self._state.items():
+        for name, p in want.items():
             p.copy_(published[name])
             self.averaged[name].copy_(published[name])
 

@@ -23,8 +23,10 @@ from accelerate import Accelerator
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from serl_launcher.agents.build import build_agent, build_policy
 from serl_launcher.gateway.internal import InternalClient
 from serl_launcher.learner import checkpoint
+from serl_launcher.learner.guard import GO_BACK, HOLD, EvaluationWatch, FaultGuard, evaluation_goals
 from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.limiter import StepLimiter
 from serl_launcher.learner.parameters import Published, base_sha256, find_parameters, publish, read_tensors
@@ -38,6 +40,7 @@ from serl_launcher.telemetry.metrics import MetricsWriter
 from serl_transport.specs import TaskSpec
 
 log = logging.getLogger("trainer")
+COMPLAINT_S = 30.0
 
 
 class Trainer:
@@ -50,8 +53,8 @@ class Trainer:
         self.rng = np.random.default_rng(cfg.seed)
         spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
         accelerator = Accelerator(cpu=cfg.trainer.device == "cpu")
-        policy = instantiate(cfg.policy, spec=spec)
-        agent = instantiate(cfg.algo.agent, policy=policy, prompt=spec.prompt).to(accelerator.device)
+        policy = build_policy(cfg, spec)
+        agent = build_agent(cfg, policy, spec).to(accelerator.device)
         self.learner = Learner(
             agent,
             instantiate(cfg.trainer.optimizer, _partial_=True),
@@ -68,6 +71,10 @@ class Trainer:
         self.version = 0  # the first one published is 1
         self.publish_requests = 0  # of operators, that were obeyed
         self.ring_path: str | None = None
+        self.guard = FaultGuard()
+        self.watch = EvaluationWatch(paths.params, evaluation_goals(cfg.schedule.stages), cfg.trainer.rollback_margin)
+        self.held: str | None = None  # why no more steps are taken
+        self._next_complaint = 0.0
         self._resume()
         self.metrics = MetricsWriter(paths, cfg)
 
@@ -77,7 +84,11 @@ class Trainer:
         if self.version < 1:
             self.publish()
         stage_name = None
-        while not (status := self.report()).get("done"):
+        while True:
+            status = self.report()
+            self._roll_back_after_a_fall(status)
+            if status.get("done"):
+                break
             self._publish_on_request(status)
             stage = status["stage"]
             if not self._trains(stage) or not self._ready(status):
@@ -98,8 +109,23 @@ class Trainer:
             self.publish()
         self.publish_requests = asked
 
+    def _roll_back_after_a_fall(self, status: dict[str, Any]) -> None:
+        fall = self.watch.look(status.get("eval") or {})
+        if fall is None:
+            return
+        self.learner.start_from(read_tensors(fall.parameters)[0])
+        self.publish()
+        log.error(
+            "evaluation %s fell to %.2f, more than rollback_margin below the %.2f of %s: version %d is rolled back to "
+            "version %d, published again as version %d",
+            fall.stage, fall.rate, fall.best_rate, fall.best_stage, self.version - 1, fall.best_version, self.version,
+        )  # fmt: skip
+
     def _trains(self, stage: dict[str, Any]) -> bool:
         goal = stage.get("steps_goal")
+        if self.held:
+            self._complain(self.held)
+            return False
         return bool(goal) and self.stage_steps.get(stage["name"], 0) < goal
 
     def _ready(self, status: dict[str, Any]) -> bool:
@@ -113,7 +139,16 @@ class Trainer:
         if self.ring_path is None:
             return False
         self.view.refresh()
-        return self.view.ready(status["stage"]["mode"], self.cfg.algo.min_accepted)
+        mode = status["stage"]["mode"]
+        if problem := self.view.problem(mode, self.cfg.algo.min_accepted):
+            self._complain(f"{problem}; policy version {self.version} goes on being served")
+        return self.view.ready(mode, self.cfg.algo.min_accepted)
+
+    def _complain(self, problem: str) -> None:
+        """Say it now and then again."""
+        if time.monotonic() >= self._next_complaint:
+            self._next_complaint = time.monotonic() + COMPLAINT_S
+            log.warning("%s", problem)
 
     def _train_for_a_while(self, stage: dict[str, Any], status: dict[str, Any]) -> None:
         """Steps of one stage until it is time to talk to the gateway again (a second), or the stage is done."""
@@ -134,9 +169,28 @@ class Trainer:
             started = time.perf_counter()
             batch = self.view.sample(self.rng, self.cfg.trainer.batch_size)
             sampled = time.perf_counter()
-            metrics = self.learner.step(batch, schedule.scale(done))
+            try:
+                metrics = self.learner.step(batch, schedule.scale(done))
+            except FloatingPointError as fault:
+                self._recover(fault)
+                return
+            self.guard.good()
             self.stage_steps[name] = done + 1
             self._after_step(name, goal, metrics, sampled - started, time.perf_counter() - sampled)
+
+    def _recover(self, fault: FloatingPointError) -> None:
+        """A step was refused: nothing of it is kept, and what is served stays."""
+        folders = checkpoint.complete(self.paths.checkpoints)
+        decision = self.guard.after(can_go_back=bool(folders))
+        log.error("%s (%s; policy version %d goes on being served)", fault, decision, self.version)
+        if decision == GO_BACK:
+            steps = self.learner.step_count
+            self._restore(folders[-1])
+            self.learner.step_count = steps  # metrics and versions never go back
+            log.error("training goes on from checkpoint %s", folders[-1].name)
+        elif decision == HOLD:
+            self.held = f"training holds: {fault}"
+            self.latest = self.latest | {"trainer/held": 1.0}
 
     def _after_step(self, stage: str, goal: int, metrics: dict[str, float], sample_s: float, step_s: float) -> None:
         step, cfg = self.learner.step_count, self.cfg.trainer
@@ -197,15 +251,20 @@ class Trainer:
             self.cfg.trainer.keep_checkpoints,
         )
 
+    def _restore(self, folder: Path) -> dict[str, Any]:
+        """Parameters, optimizers and counters of a checkpoint; returns the rest of its state."""
+        tensors, optimizer, state = checkpoint.load(folder)
+        self.learner.load_tensors(tensors)
+        self.learner.load_optimizer_state(optimizer)
+        self.learner.load_counters(state["counters"])
+        return state
+
     def _resume(self) -> None:
         """From the newest whole checkpoint of this run; else from checkpoint_path; else from scratch."""
         folders = checkpoint.complete(self.paths.checkpoints)
         newest = Published.read(self.paths.params)
         if folders:
-            tensors, optimizer, state = checkpoint.load(folders[-1])
-            self.learner.load_tensors(tensors)
-            self.learner.load_optimizer_state(optimizer)
-            self.learner.load_counters(state["counters"])
+            state = self._restore(folders[-1])
             self.stage_steps, self.stage_start = state["stage_steps"], state["stage_start"]
             self.rng.bit_generator.state = state["rng"]
             torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))

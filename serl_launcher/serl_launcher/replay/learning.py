@@ -63,6 +63,13 @@ class LearningView:
             return self.transitions.count("online") >= max(1, self._min_online)
         return len(self.imitation) > 0 and len(self.transitions) > 0
 
+    def problem(self, mode: str, min_accepted: int) -> str | None:
+        """What is wrong with the data of a stage of this mode, in words; None while nothing is."""
+        low, high = self.transitions.reward_range
+        if mode == "online" and self.transitions.count("online") and low == high:
+            return f"every transition has the same reward, {low:g}: a critic cannot tell good from bad"
+        return self.imitation.problem(mode, min_accepted) if mode == "train" else None
+
     def sample(self, rng: np.random.Generator, b: int) -> LearningBatch:
         """b transitions, and b accepted chunks when there are any."""
         imitation = self.imitation.sample(rng, b) if len(self.imitation) else None

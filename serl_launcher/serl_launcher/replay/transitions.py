@@ -122,6 +122,7 @@ class TransitionView:
         """Forget every index; the next `refresh` rebuilds them from the ring."""
         self._next_ordinal = 0
         self._index = {"demo": ChunkIndex.empty(), "online": ChunkIndex.empty()}
+        self.reward_range = (float("inf"), float("-inf"))  # lowest and highest reward of a tick
 
     def attach(self, ring: RingReader) -> None:
         """Read from this ring; a new one starts the view over."""
@@ -153,6 +154,8 @@ class TransitionView:
         columns = self._ring.gather(np.arange(row.first_frame, row.first_frame + row.n_ticks), COLUMNS)
         reward = columns["next.reward"]
         if np.isfinite(reward).all():
+            low, high = self.reward_range
+            self.reward_range = min(low, float(reward.min())), max(high, float(reward.max()))
             fresh = index_episode(row.first_frame, reward, columns["next.done"], self.horizon, self.gamma)
             self._index[row.mode] = self._index[row.mode].join(fresh)
 

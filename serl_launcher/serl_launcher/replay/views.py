@@ -18,6 +18,7 @@ from serl_launcher.replay.verdicts import Verdict
 from serl_transport.specs import TaskSpec
 
 COLUMNS = ("action", "next.reward", "intervention", "policy_version")
+PATIENCE_EPISODES = 5  # rejected in a row before anybody is told
 SOURCES = ("demo", "autonomous", "operator")
 
 
@@ -71,6 +72,7 @@ class ChunkView:
         self._ordinal = np.zeros(0, np.int64)
         self._verdicts: dict[int, Verdict] = {}  # of accepted episodes, where a schedule may still reject them
         self.accepted: dict[str, int] = {"demo": 0, "online": 0}
+        self.seen: dict[str, int] = {"demo": 0, "online": 0}
         self.reasons: dict[str, int] = {}
         if self._threshold is not None:
             self._threshold.reset()
@@ -101,6 +103,18 @@ class ChunkView:
         """Is there enough to train on in a stage of this mode?"""
         return len(self) > 0 and (mode != "online" or self.accepted["online"] >= min_accepted)
 
+    def problem(self, mode: str, min_accepted: int) -> str | None:
+        """What is wrong with the data of a stage of this mode, in words; None while nothing is."""
+        seen, accepted = (self.seen, self.accepted)
+        if mode == "online" and seen["online"] >= max(PATIENCE_EPISODES, min_accepted) and not accepted["online"]:
+            return f"all {seen['online']} online episodes were rejected ({self._rejections()}): nothing to learn from"
+        if mode == "train" and sum(seen.values()) and not len(self):
+            return f"all {sum(seen.values())} episodes were rejected ({self._rejections()}): nothing to learn from"
+        return None
+
+    def _rejections(self) -> str:
+        return ", ".join(f"{reason}: {n}" for reason, n in self.reasons.items() if reason != "accepted" and n)
+
     def counts(self) -> dict[str, float]:
         """For the log."""
         known = {"replay/chunks": float(len(self)), "replay/accepted_online": float(self.accepted["online"])}
@@ -121,6 +135,7 @@ class ChunkView:
         selection = self._rule(episode) if finite else Selection.rejected(n, "reward_not_finite")
         verdict = _verdict(row, episode, columns["policy_version"], selection)
         self._on_verdict(verdict)
+        self.seen[row.mode] = self.seen.get(row.mode, 0) + 1
         self.reasons[selection.reason] = self.reasons.get(selection.reason, 0) + 1
         if selection.accepted:
             self._admit(row, selection, verdict)

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from serl_launcher.agents.build import build_policy
+from serl_launcher.agents.steering import steer
 from serl_launcher.learner.parameters import Published, base_sha256, checked_tensors
 from serl_launcher.policies.base import PolicyInput, Prefix, sample, trainable
 from serl_launcher.policies.realtime import sample_realtime, soft_mask
@@ -50,7 +51,7 @@ class PolicyEngine:
             "cuda" if wanted == "auto" and torch.cuda.is_available() else "cpu" if wanted == "auto" else wanted
         )
         self.spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
-        self.policy = instantiate(cfg.policy, spec=self.spec).to(self.device).eval()
+        self.policy = build_policy(cfg, self.spec).to(self.device).eval()
         self._base = base_sha256(self.policy)
         self._published = trainable(self.policy)
         self.policy.requires_grad_(False)  # guidance differentiates by actions, never by weights
@@ -134,10 +135,10 @@ class PolicyEngine:
         return torch.tensor([row for row in rows for _ in range(queries[row].rows)], device=self.device)
 
     def _sample(self, prefix: Prefix, queries: Sequence[Query]) -> Tensor:
-        return sample(self.policy, prefix, self._draw(queries), self._steps)
+        return sample(self.policy, prefix, steer(self.policy, prefix, self._draw(queries)), self._steps)
 
     def _sample_guided(self, prefix: Prefix, queries: Sequence[Query]) -> Tensor:
-        noise = self._draw(queries)
+        noise = steer(self.policy, prefix, self._draw(queries))
         known, mask = torch.zeros_like(noise), torch.zeros_like(noise)
         row = 0
         for query in queries:

@@ -1,0 +1,62 @@
+"""Training that goes wrong: skipped, taken back, held; evaluations that fall."""
+
+import torch
+
+from serl_launcher.learner.guard import GO_BACK, HOLD, SKIP, EvaluationWatch, FaultGuard, evaluation_goals
+from serl_launcher.learner.parameters import publish, read_tensors
+
+
+def put(folder, version, value):
+    """Publish a version whose only tensor says its value."""
+    publish(folder, {"p": torch.tensor([value])}, version=version, step=version, base="b", policy="t", now=0.0, keep=2)
+
+
+def test_a_bad_batch_is_skipped_a_bad_state_taken_back_and_a_hopeless_one_held():
+    guard = FaultGuard(patience=2, returns=1)
+    assert guard.after(True) == SKIP
+    guard.good()
+    assert guard.after(True) == SKIP  # the count starts anew after a good step
+    assert guard.after(True) == GO_BACK
+    assert [guard.after(True), guard.after(True)] == [SKIP, HOLD]
+
+
+def test_without_a_checkpoint_training_holds():
+    guard = FaultGuard(patience=1)
+    assert guard.after(False) == HOLD
+
+
+def results(**rates):
+    return {stage: {"episodes": 10, "successes": round(10 * rate)} for stage, rate in rates.items()}
+
+
+def test_a_fall_beyond_the_margin_names_the_best_version_and_its_parameters(tmp_path):
+    watch = EvaluationWatch(tmp_path, {"before": 10, "after": 10}, 0.2)
+    put(tmp_path, 1, 1.0)
+    assert watch.look(results(before=0.7)) is None
+    for version in range(2, 6):  # the pruning of params/ leaves the kept file alone
+        put(tmp_path, version, float(version))
+    watch = EvaluationWatch(tmp_path, {"before": 10, "after": 10}, 0.2)  # a restarted trainer knows
+    fall = watch.look(results(before=0.7, after=0.4))
+    assert (fall.stage, fall.rate, fall.best_stage, fall.best_rate, fall.best_version) == (
+        "after",
+        0.4,
+        "before",
+        0.7,
+        1,
+    )
+    assert read_tensors(fall.parameters)[0]["p"].item() == 1.0
+    assert watch.look(results(before=0.7, after=0.4)) is None  # told once
+
+
+def test_a_small_fall_and_an_unfinished_evaluation_are_let_be(tmp_path):
+    watch = EvaluationWatch(tmp_path, {"before": 10, "middle": 20, "after": 10}, 0.2)
+    put(tmp_path, 1, 1.0)
+    assert watch.look(results(before=0.7)) is None
+    assert watch.look(results(before=0.7, middle=0.0)) is None  # 10 of its 20 episodes
+    assert watch.look(results(before=0.7, after=0.5)) is None
+    assert EvaluationWatch(tmp_path, {"last": 10}, None).look(results(last=0.0)) is None
+
+
+def test_goals_are_those_of_evaluation_stages():
+    stages = [{"name": "demos", "mode": "demo", "episodes": 3}, {"name": "a", "mode": "eval", "episodes": 7}]
+    assert evaluation_goals(stages) == {"a": 7}

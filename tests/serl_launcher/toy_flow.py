@@ -1,0 +1,76 @@
+"""A flow policy without images, for tests whose answer is known: velocity is a small network of (state, x, t)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from serl_launcher.policies.base import PolicyInput, Prefix
+from serl_launcher.replay.transitions import TransitionBatch
+from serl_launcher.replay.views import ChunkBatch
+
+
+class ToyFlow(nn.Module):
+    """Answers `policies.base.FlowPolicy`; features are the state itself."""
+
+    def __init__(self, state_dim: int = 1, ah: int = 1, ad: int = 1, width: int = 32) -> None:
+        super().__init__()
+        self.action_horizon, self.action_dim, self.robot_dim = ah, ad, ad
+        flat = ah * ad
+        self.net = nn.Sequential(
+            nn.Linear(state_dim + flat + 1, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, flat),
+        )
+
+    def encode(self, observation: PolicyInput) -> Prefix:
+        state = torch.as_tensor(observation.state)
+        empty = torch.zeros(len(state), 0)
+        return Prefix([], empty.bool(), empty[..., None], state)
+
+    def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.net(torch.cat([prefix.state, x_t.flatten(1), t[:, None]], -1)).view_as(x_t)
+
+    def features(self, prefix: Prefix) -> Tensor:
+        return prefix.state
+
+    def normalise_actions(self, chunk: Tensor) -> Tensor:
+        return chunk
+
+    def physical_actions(self, chunk: Tensor) -> Tensor:
+        return chunk.clamp(-1, 1)
+
+
+def transitions(state, action, reward, next_state, discount, bootstrap) -> TransitionBatch:
+    """A batch without images from float arrays [b, s], [b, h, ad], [b], [b, s], [b], [b]."""
+    b, h = action.shape[:2]
+    return TransitionBatch(
+        images={},
+        state=np.asarray(state, np.float32),
+        action=np.asarray(action, np.float32),
+        is_pad=np.zeros((b, h), bool),
+        reward=np.asarray(reward, np.float32),
+        discount=np.asarray(discount, np.float32),
+        bootstrap=np.asarray(bootstrap, bool),
+        next_images={},
+        next_state=np.asarray(next_state, np.float32),
+        to_go=np.asarray(reward, np.float32),
+        demo=np.zeros(b, bool),
+    )
+
+
+def chunks(state, action) -> ChunkBatch:
+    """Accepted chunks without images."""
+    b, h = action.shape[:2]
+    return ChunkBatch(
+        images={},
+        state=np.asarray(state, np.float32),
+        action=np.asarray(action, np.float32),
+        is_pad=np.zeros((b, h), bool),
+        demo=np.zeros(b, bool),
+        operator=np.zeros(b, bool),
+        weight=np.ones(b, np.float32),
+    )
