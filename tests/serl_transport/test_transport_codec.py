@@ -1,6 +1,8 @@
 """Frames: what goes in comes out, and nothing hostile comes out as anything but a typed error."""
 
 import contextlib
+import os
+import zlib
 
 import msgpack
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serl_transport.codec import DTYPES, Limits, buffer_of, join, pack, split, unpack
+from serl_transport.codec import DTYPES, Limits, blob_crc32, buffer_of, join, pack, split, unpack
 from serl_transport.errors import BadFrame, TooLarge, WireError
+from serl_transport.files import write_buffers
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(allow_nan=False), st.text(), st.binary()
@@ -183,3 +186,13 @@ def test_a_blob_of_any_other_length_is_refused():
             split(blob[:cut])
     with pytest.raises(BadFrame, match="8 bytes after"):
         split(blob + bytes(8))
+
+
+def test_many_buffers_are_written_whole_whatever_the_system_takes_at_a_time(tmp_path, monkeypatch):
+    buffers = [bytes([i % 251]) * (i % 7) for i in range(3000)]
+    real = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda fd, parts, at: real(fd, [b"".join(map(bytes, parts))[:1001]], at))
+    with open(tmp_path / "f", "wb") as file:
+        assert write_buffers(file.fileno(), buffers, 3) == sum(map(len, buffers))
+    assert (tmp_path / "f").read_bytes() == b"\0\0\0" + b"".join(buffers)
+    assert blob_crc32([b"abc", b""]) == zlib.crc32(join([b"abc", b""]))

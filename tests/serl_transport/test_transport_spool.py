@@ -157,14 +157,15 @@ def test_a_folder_that_cannot_be_written_is_one_clear_message(tmp_path):
 def test_a_full_disk_is_spool_full_and_loses_nothing(tmp_path, monkeypatch):
     spool = DiskSpool(tmp_path)
     spool.append(b"before")
-    real = os.pwrite
+    real, calls = os.pwritev, []
 
-    def half_then_full(descriptor, data, offset):
-        if len(data) > 100:
-            return real(descriptor, data[:100], offset)
+    def half_then_full(descriptor, buffers, offset):
+        calls.append(offset)
+        if len(calls) == 1:
+            return real(descriptor, [buffers[0], buffers[1][:100]], offset)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", half_then_full)
+    monkeypatch.setattr(os, "pwritev", half_then_full)
     with pytest.raises(SpoolFull, match=r"cannot write to the spool .*: No space left on device"):
         spool.append(bytes(1050))
     monkeypatch.undo()

@@ -1,0 +1,69 @@
+"""A full disk under the journal: no acknowledgements, the actor keeps everything, ingest comes back by itself."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from rig import until
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """An 8 MB tmpfs; skipped where this user may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    made = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk(rig, small_disk: Path, figures):
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(6 << 20))
+    (small_disk / "journal").mkdir()
+    run = rig(pixels=64, journal=small_disk / "journal")
+    run.start_gateway()
+    actor = run.start_actor()
+    run.await_acknowledged(2, 60)
+    until(lambda: "disk is full" in (run.run / "gateway.log").read_text(), 60, "the disk fills up")
+    time.sleep(3)
+    refused_at = run.acknowledged()
+    time.sleep(1.5)
+    assert run.acknowledged() == refused_at, "something was acknowledged on a full disk"
+    ballast.unlink()
+    back_s = run.await_acknowledged(1, 20)
+    report = run.finish(actor)
+    run.stop_gateway()
+    counts = run.judge()
+    assert counts["items in the journal"] == report["sent"]
+    figures["full_disk"] = {"ingest_back_s": round(back_s, 2), "lost": 0}
+    assert back_s <= 2.0
+
+
+def test_a_journal_file_that_may_not_grow(rig, figures):
+    """The same without mounting: a file size limit on the gateway, lifted later."""
+    run = rig(pixels=64)
+    gateway = run.start_gateway()
+    actor = run.start_actor()
+    run.await_acknowledged(5, 60)
+    limit = max(path.stat().st_size for path in (run.run / "journal").glob("*.seg")) + 100_000
+    resource.prlimit(gateway.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    until(lambda: "disk is full" in (run.run / "gateway.log").read_text(), 60, "the file reaches its limit")
+    time.sleep(2)
+    refused_at = run.acknowledged()
+    time.sleep(1.5)
+    assert run.acknowledged() == refused_at
+    resource.prlimit(gateway.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    back_s = run.await_acknowledged(1, 20)
+    report = run.finish(actor)
+    run.stop_gateway()
+    assert run.judge()["items in the journal"] == report["sent"]
+    figures["file_limit"] = {"ingest_back_s": round(back_s, 2), "lost": 0}
+    assert back_s <= 2.0

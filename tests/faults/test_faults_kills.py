@@ -1,0 +1,98 @@
+"""kill -9, SIGSTOP, duplicates, version mismatch: nothing that was acknowledged is lost or doubled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from serl_transport import TrainerClient, TrainerConfig
+from serl_transport.errors import SchemaMismatch
+
+LEARNER_KILLS = int(os.environ.get("FAULTS_LEARNER_KILLS", "20"))
+ACTOR_KILLS = int(os.environ.get("FAULTS_ACTOR_KILLS", "10"))
+
+
+def test_learner_and_actor_are_killed_again_and_again(rig, figures):
+    """Also the whole way: ledger ⊆ journal ⊆ dataset, at the end."""
+    run = rig()
+    run.start_gateway()
+    actor = run.start_actor()
+    run.await_acknowledged(5, 60)
+    resumes = []
+    for _ in range(LEARNER_KILLS):
+        time.sleep(0.3)
+        run.gateway.kill()
+        run.gateway.wait()
+        killed = time.monotonic()
+        run.start_gateway()
+        run.await_acknowledged(1, 30)
+        resumes.append(time.monotonic() - killed)
+    actor_resumes = []
+    for _ in range(ACTOR_KILLS):
+        time.sleep(0.5)
+        actor.kill()
+        actor.wait()
+        killed = time.monotonic()
+        actor = run.start_actor()
+        run.await_acknowledged(1, 30)
+        actor_resumes.append(time.monotonic() - killed)
+    run.finish(actor)
+    run.stop_gateway()
+    counts = run.judge(dataset=True)
+    figures["kills"] = {
+        "learner_kills": LEARNER_KILLS, "actor_kills": ACTOR_KILLS, "lost": 0, "duplicates": 0,
+        "acknowledged_items": counts["acknowledged items"], "episodes_in_dataset": counts["episodes in the dataset"],
+        "learner_resume_s_max": round(max(resumes), 2), "actor_resume_s_max": round(max(actor_resumes), 2),
+    }  # fmt: skip
+    assert max(resumes + actor_resumes) <= 10
+
+
+def test_every_message_three_times(rig, figures):
+    run = rig()
+    run.start_gateway()
+    actor = run.start_actor(tripled=True)
+    run.await_acknowledged(20, 60)
+    report = run.finish(actor)
+    run.stop_gateway()
+    counts = run.judge()
+    assert counts["items in the journal"] == report["sent"]
+    figures["tripled"] = {"items": report["sent"], "duplicates": counts["items in the journal"] - report["sent"]}
+
+
+def test_a_stopped_learner_is_noticed_within_the_timeout(rig, figures):
+    """SIGSTOP: TCP stays up, nobody answers. Questions end at their timeout and the control loop goes on."""
+    run, timeout_ms = rig(), 500
+    run.start_gateway()
+    actor = run.start_actor(infer_ms=timeout_ms)
+    run.await_acknowledged(5, 60)
+    run.gateway.send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    time.sleep(4)
+    run.gateway.send_signal(signal.SIGCONT)
+    woken = time.monotonic()
+    resume_s = run.await_acknowledged(1, 30)
+    report = run.finish(actor)
+    run.stop_gateway()
+    run.judge()
+    silent = [took for at, took, code in report["silences"] if code == "server_silent" and stopped < at < woken - 1]
+    assert silent
+    period = 1 / run.hz
+    late = max(silent) - timeout_ms / 1e3
+    figures["sigstop"] = {"watchdog_late_periods": round(late / period, 2), "resume_s": round(resume_s, 2)}
+    assert late <= 2 * period
+
+
+def test_other_versions_are_refused_by_name(rig):
+    run = rig()
+    run.start_gateway()
+    actor = run.start_actor()
+    run.await_acknowledged(2, 60)
+    with pytest.raises(SchemaMismatch, match=r"version: '0\.0\.1' on the actor, '0\.1\.0' on the learner"):
+        TrainerClient("old", "127.0.0.1", TrainerConfig(*run.ports, version="0.0.1"), wait_for_server=False)
+    run.await_acknowledged(2)
+    run.finish(actor)
+    run.stop_gateway()
+    run.judge()
