@@ -24,6 +24,7 @@ from serl_launcher.agents.build import build_policy
 from serl_launcher.agents.steering import steer
 from serl_launcher.learner.parameters import Published, base_sha256, checked_tensors
 from serl_launcher.policies.base import PolicyInput, Prefix, sample, trainable
+from serl_launcher.policies.precision import hold
 from serl_launcher.policies.realtime import sample_realtime, soft_mask
 from serl_launcher.policies.rows import take
 from serl_launcher.serving.query import Query, query_from_body
@@ -53,6 +54,7 @@ class PolicyEngine:
         self.spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
         self.policy = build_policy(cfg, self.spec).to(self.device).eval()
         self._base = base_sha256(self.policy)
+        hold(self.policy, getattr(self.policy, "precision", "float32"), masters=False)
         self._published = trainable(self.policy)
         self.policy.requires_grad_(False)  # guidance differentiates by actions, never by weights
         self._params_dir, self._steps = params_dir, cfg.serving.flow_steps

@@ -1,0 +1,66 @@
+"""tools/export_checkpoint.py on a run folder that trained from a LeRobot checkpoint."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from serl_launcher.learner.parameters import base_sha256, publish
+from serl_launcher.policies.base import trainable
+from serl_launcher.policies.saving import save_policy
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "serl_launcher" / "policies")]
+
+from checkpoints import AH, SIZE, SPEC, loaded_policy, make_tokenizer, random_policy  # noqa: E402
+from export_checkpoint import main  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def started_from(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    return save_policy(random_policy("pi0", make_tokenizer(folder / "tokenizer")), folder / "pi0")
+
+
+@pytest.fixture
+def run(started_from, tmp_path):
+    """A run whose trainer moved one tensor of the expert."""
+    policy = loaded_policy("pi0", started_from, train="expert")
+    with torch.no_grad():
+        policy.core.action_out_proj.weight.add_(1)
+    folder = tmp_path / "run"
+    published = {"version": 7, "step": 70, "base": base_sha256(policy), "policy": "pi0", "now": time.time(), "keep": 3}
+    publish(folder / "params", trainable(policy), **published)
+    size = {"_target_": "serl_launcher.policies.pi0_tiny.TinySize"} | {
+        name: getattr(SIZE["pi0"], name) for name in SIZE["pi0"].__slots__
+    }
+    named = {"_target_": "serl_launcher.policies.pi0.build_pi0", "name": "pi0", "init": "checkpoint", "seed": 0}
+    cfg = {
+        "seed": 0,
+        "task": {"spec": SPEC.to_dict()},
+        "policy": named | {"action_horizon": AH, "checkpoint": str(started_from), "train": "expert", "size": size},
+    }
+    OmegaConf.save(OmegaConf.create(cfg), folder / "config.yaml")
+    return folder
+
+
+def test_the_folder_holds_what_was_trained_and_the_rest_as_it_was(run, started_from, tmp_path, capsys):
+    assert main([str(run), str(tmp_path / "out")]) == 0
+    assert "policy version 7" in capsys.readouterr().out
+    was, now = (load_file(folder / "model.safetensors") for folder in (started_from, tmp_path / "out"))
+    moved = [name for name in was if not torch.equal(was[name], now[name])]
+    assert moved == ["model.action_out_proj.weight"]
+    torch.testing.assert_close(now[moved[0]], was[moved[0]] + 1)
+
+
+def test_mistakes_are_told_in_one_line(run, tmp_path, capsys):
+    assert main([str(tmp_path / "nothing"), str(tmp_path / "out")]) == 2
+    assert "not a run folder" in capsys.readouterr().err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert main([str(run), str(tmp_path / "full")]) == 2
+    assert "holds files already" in capsys.readouterr().err
