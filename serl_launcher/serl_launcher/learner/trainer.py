@@ -31,6 +31,7 @@ from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.limiter import StepLimiter
 from serl_launcher.learner.parameters import Published, base_sha256, find_parameters, publish, read_tensors
 from serl_launcher.paths import RunPaths
+from serl_launcher.policies.trains import parameter_table
 from serl_launcher.replay.learning import LearningView
 from serl_launcher.replay.ring import RingError, RingReader
 from serl_launcher.replay.transitions import TransitionView
@@ -65,7 +66,8 @@ class Trainer:
         )
         self.view = build_view(cfg, paths, spec, policy.action_horizon)
         self.limiter = StepLimiter(cfg.trainer.max_steps_per_tick)
-        self.base = base_sha256(policy)
+        self.policy, self.base = policy, base_sha256(policy)
+        log.info("parameters of %s\n%s", cfg.policy.name, parameter_table(policy))
         self.stage_steps: dict[str, int] = {}
         self.stage_start: dict[str, int] = {}  # transitions seen when a stage began, for the limiter
         self.version = 0  # the first one published is 1
@@ -100,6 +102,8 @@ class Trainer:
                 log.info("stage %s: %d steps from step %d", stage_name, stage["steps_goal"], self.learner.step_count)
             self._train_for_a_while(stage, status)
         self.metrics.close()
+        if base_sha256(self.policy) != self.base:
+            raise RuntimeError("frozen parameters changed while training: published versions do not fit their base")
 
     def _publish_on_request(self, status: dict[str, Any]) -> None:
         """An operator may ask for a version out of turn; a count that falls belongs to a restarted gateway."""
