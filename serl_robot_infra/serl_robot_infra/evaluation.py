@@ -13,7 +13,7 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     rate, spread = successes / n, z * z / n
     centre = (rate + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / n + spread / (4 * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return 0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half
 
 
 class EvaluationSummary:

@@ -201,9 +201,10 @@ class Gateway:
         current = None if state.done else state.stage
         if current is not None and (want == "follow" or (want == current.mode and limit is None)):
             return self._ticket(current, actor, boot, state.min_version)
+        if state.done and state.stage is not None:
+            return stop("every stage of the schedule is done")
         if want == "follow":
-            reason = "every stage of the schedule is done" if state.stage else "the schedule names no stage"
-            return stop(f"{reason}; an actor may still ask for rollout.mode=demo, online or eval")
+            return stop("the schedule names no stage; an actor may ask for rollout.mode=demo, online or eval")
         needed = {"demo": -1, "online": 0, "eval": max(self.params.version or 0, 0)}[want]
         stage = Stage(f"{ADHOC}{want}", want, limit, takeover=want != "eval")
         return self._ticket(stage, actor, boot, needed)

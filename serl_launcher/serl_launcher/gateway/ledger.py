@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import numpy as np
 
 from serl_launcher.gateway.tickets import Scope, ScopeCounts
 from serl_launcher.replay.assembler import ClosedEpisode
+from serl_launcher.telemetry.statistics import wilson
 from serl_transport.schema import Episode
 
 WINDOW = 40  # online episodes that the rates look back on
@@ -162,7 +162,7 @@ class Ledger:
         """Success without help and share of helped episodes over the last WINDOW online ones; None before the first."""
         n = len(self._online)
         wins, helped = sum(win for win, _ in self._online), sum(had for _, had in self._online)
-        low, high = wilson(wins, n)
+        low, high = wilson(wins, n) if n else (None, None)
         return {
             "success_rate": wins / n if n else None,
             "success_low": low,
@@ -186,13 +186,3 @@ class Ledger:
 def scope_of(stage: str, actor: str, boot: str) -> Scope:
     """A stage of the schedule is counted for all; what an actor asked for itself, for that process alone."""
     return (stage, actor, boot) if stage.startswith(ADHOC) else (stage,)
-
-
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float | None, float | None]:
-    """95% score interval of a proportion (Wilson 1927); (None, None) for n = 0."""
-    if n == 0:
-        return None, None
-    p, z2 = successes / n, z * z
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)

@@ -17,8 +17,8 @@ from serl_launcher.learner.children import ChildSpec
 from serl_launcher.learner.lifeline import EXIT_FILE
 from serl_launcher.paths import RunPaths
 
-# Stop order of a run; the gateway goes last, so that an actor's last ticks and the others' last reports are taken.
-STOP_ORDER = ("trainer", "policy", "exporter", "gateway")
+# Stop order of a run: whoever feeds another goes first; the exporter writes out what the gateway journalled last.
+STOP_ORDER = ("trainer", "policy", "gateway", "exporter")
 
 
 def roles_for(cfg: DictConfig, paths: RunPaths, stages: Sequence[Stage]) -> list[ChildSpec]:

@@ -2,7 +2,7 @@
 
     start all ─▶ every 0.2 s: dead role? ─▶ restart with backoff │ exit 2: stop all, show why │ 5 in a row: give up
                  every second: status.json ─▶ dashboard; done? ─▶ stop in order ─▶ summary.json, learning_curve.png
-    SIGINT, SIGTERM ─▶ stop in order: trainer, policy, exporter (writes out what is journalled), gateway
+    SIGINT, SIGTERM ─▶ stop in order: trainer, policy, gateway, exporter (writes out what is journalled)
 
 Nothing waits on the roles: the loop only reads a file and polls processes. A role is a process group that the kernel
 ends when the supervisor dies.

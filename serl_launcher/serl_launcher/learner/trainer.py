@@ -12,6 +12,7 @@ Blocks on: the gateway's answer (bounded by a timeout, retried), and the limiter
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import time
 from pathlib import Path
@@ -77,16 +78,17 @@ class Trainer:
         self.watch = EvaluationWatch(paths.params, evaluation_goals(cfg.schedule.stages), cfg.trainer.rollback_margin)
         self.held: str | None = None  # why no more steps are taken
         self._next_complaint = 0.0
+        self._stopping = False
         self._resume()
         self.metrics = MetricsWriter(paths, cfg)
 
     def run(self) -> None:
-        """Until the gateway says that every stage is done."""
+        """Until the gateway says that every stage is done, or `stop`."""
         status = self.link.hello()
         if self.version < 1:
             self.publish()
         stage_name = None
-        while True:
+        while not self._stopping:
             status = self.report()
             self._roll_back_after_a_fall(status)
             if status.get("done"):
@@ -101,9 +103,16 @@ class Trainer:
                 self.learner.begin_stage(stage["mode"])
                 log.info("stage %s: %d steps from step %d", stage_name, stage["steps_goal"], self.learner.step_count)
             self._train_for_a_while(stage, status)
+        if self._stopping:
+            self.save()
+            log.info("stopped at step %d, checkpoint written", self.learner.step_count)
         self.metrics.close()
         if base_sha256(self.policy) != self.base:
             raise RuntimeError("frozen parameters changed while training: published versions do not fit their base")
+
+    def stop(self) -> None:
+        """End after the step in hand, with a checkpoint; from a signal handler."""
+        self._stopping = True
 
     def _publish_on_request(self, status: dict[str, Any]) -> None:
         """An operator may ask for a version out of turn; a count that falls belongs to a restarted gateway."""
@@ -166,7 +175,7 @@ class Trainer:
         transitions = status["counts"]["transitions"]
         began = self.stage_start.setdefault(name, transitions)
         deadline = time.monotonic() + 1.0
-        while time.monotonic() < deadline and (done := self.stage_steps.get(name, 0)) < goal:
+        while not self._stopping and time.monotonic() < deadline and (done := self.stage_steps.get(name, 0)) < goal:
             if online and not self.limiter.allows(done, transitions - began):
                 time.sleep(0.1)
                 return
@@ -313,6 +322,7 @@ def main(run_dir: str) -> int:
     except (ValueError, FileNotFoundError) as mistake:
         print(f"trainer: {mistake}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
     trainer.run()
     return 0
 

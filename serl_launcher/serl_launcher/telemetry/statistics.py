@@ -18,7 +18,8 @@ def wilson(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
     p, z2 = successes / n, z * z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the extremes the bounds are exact, and rounding must not put them on the wrong side of p.
+    return 0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half
 
 
 def sliding(outcomes: Sequence[bool], window: int) -> list[tuple[int, int]]:
