@@ -122,3 +122,19 @@ def test_a_local_policy_follows_the_parameters_that_its_link_brings(tmp_path):
 def test_a_local_policy_without_learner_needs_a_checkpoint():
     with pytest.raises(ValueError, match="checkpoint_path"):
         build(tiny_config(ip=None), None)
+
+
+def test_guided_and_plain_questions_share_a_batch(engine):
+    """A question with a running chunk agrees with it in physical units; its neighbours are what they are alone."""
+    running = np.float32([[0.015, -0.5], [0.01, 0.5], [-0.015, 0.9]])
+    plain = query_from_body(body(1), SPEC)
+    guided = query_from_body(body(2, prefix_actions=running, inference_delay=2, samples=3), SPEC)
+    first, chunks, last = engine.act([plain, guided, plain])
+    alone = engine.act([plain])[0]
+    np.testing.assert_allclose(first, alone, atol=1e-6)
+    np.testing.assert_allclose(last, alone, atol=1e-6)
+    assert chunks.shape == (3, HORIZON, 2)
+    assert np.abs(chunks[:, :2, 0] - running[:2, 0]).max() < 0.1 * 0.02
+    assert np.abs(chunks[:, :2, 1] - running[:2, 1]).max() < 0.1
+    unguided = engine.act([query_from_body(body(2, samples=3), SPEC)])[0]
+    assert np.abs(unguided[:, :2, 1] - running[:2, 1]).mean() > 0.3
