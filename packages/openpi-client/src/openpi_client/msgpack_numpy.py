@@ -32,8 +32,17 @@ def _dtype(name: Any) -> np.dtype:
 
 
 def _decode(value: dict) -> Any:
+    try:
+        return _decode_map(value)
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, OverflowError, SyntaxError) as error:
+        raise ValueError(f"a malformed array: {type(error).__name__}: {error}") from None
+
+
+def _decode_map(value: dict) -> Any:
     if b"__ndarray__" in value:
         dtype, shape = _dtype(value[b"dtype"]), tuple(value[b"shape"])
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"a shape holds whole numbers from 0, got {shape}")
         expected = math.prod(shape) * dtype.itemsize
         if len(value[b"data"]) != expected:
             raise ValueError(f"expected {expected} bytes for {dtype}{list(shape)}, got {len(value[b'data'])}")
@@ -46,5 +55,10 @@ def _decode(value: dict) -> Any:
 packb = functools.partial(msgpack.packb, default=_encode)
 """Nested dicts and lists of scalars and arrays -> bytes. ValueError or TypeError for anything else."""
 
-unpackb = functools.partial(msgpack.unpackb, object_hook=_decode, strict_map_key=False)
-"""Bytes -> what was packed; arrays are read-only views. ValueError where the bytes do not hold what they announce."""
+
+def unpackb(data: bytes) -> Any:
+    """Bytes -> what was packed; arrays are read-only views. ValueError for anything else."""
+    try:
+        return msgpack.unpackb(data, object_hook=_decode, strict_map_key=False)
+    except (msgpack.UnpackException, TypeError, RecursionError) as error:
+        raise ValueError(f"not msgpack: {type(error).__name__}: {error}") from None
