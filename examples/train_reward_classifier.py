@@ -1,0 +1,90 @@
+"""Train a reward classifier from the labelled episodes of a run, and say how good it is on held-out ones.
+
+    python examples/train_reward_classifier.py run=runs/quickstart [kind=outcome|process] [any key of the yaml]
+
+Settings: config/reward_classifier.yaml. Writes reward.safetensors, reward.json and plots to <run>/reward; serve it with
+`reward=classifier reward.model=<run>/reward` on both sides. Exit codes: 0 done, 2 a mistake of the user.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from compose import CONFIG_DIR, ConfigError, nearest
+from omegaconf import DictConfig, OmegaConf
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train; returns the process's exit code."""
+    if {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\n{(CONFIG_DIR / 'reward_classifier.yaml').read_text()}")
+        return 0
+    try:
+        run(read_settings(argv))
+    except (ConfigError, ValueError, FileNotFoundError) as mistake:
+        print(f"train_reward_classifier: {mistake}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_settings(argv: Sequence[str]) -> DictConfig:
+    """The yaml with key=value words over it. ConfigError names a word that is wrong."""
+    settings = OmegaConf.load(CONFIG_DIR / "reward_classifier.yaml")
+    known = [*settings, *(f"fit.{key}" for key in settings.fit)]
+    for word in argv:
+        key, equals, _ = word.partition("=")
+        if not equals:
+            raise ConfigError(f"cannot read {word!r}: expected key=value, such as seed=3")
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r}{nearest(key, known)}")
+    return OmegaConf.merge(settings, OmegaConf.from_dotlist(list(argv)))
+
+
+def run(settings: DictConfig) -> None:
+    """Journal to classifier."""
+    import numpy as np
+
+    from serl_launcher.replay.episodes import journal_episodes
+    from serl_launcher.rewards.labels import label_episodes, split_by_episode
+    from serl_launcher.rewards.model import RewardCard, save
+    from serl_launcher.rewards.training import Fit, plot, train
+    from serl_transport.specs import TaskSpec
+
+    folder = Path(settings.run)
+    if not (folder / "config.yaml").exists():
+        raise FileNotFoundError(f"run={folder}: expected a run folder with config.yaml and a journal")
+    spec = TaskSpec.from_dict(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml").task.spec, resolve=True))
+    cameras = tuple(settings.cameras or spec.cameras)
+    unknown = [camera for camera in cameras if camera not in spec.cameras]
+    if unknown:
+        raise ValueError(f"cameras: expected some of {', '.join(spec.cameras)}, got {', '.join(unknown)}")
+    card = RewardCard(
+        kind=settings.kind,
+        classes=2 if settings.kind == "outcome" else settings.stages,
+        cameras=cameras,
+        image_size=settings.image_size,
+        use_state=settings.use_state,
+        task=spec.to_dict(),
+        patience=settings.patience,
+    )
+    episodes = label_episodes(
+        journal_episodes(folder, spec), cameras, settings.kind, settings.stages, settings.positive, settings.margin
+    )
+    shares = (settings.validation_share, settings.test_share)
+    split = split_by_episode(episodes, shares, settings.kind, np.random.default_rng(settings.seed))
+    print(f"episodes: {len(split.train)} train, {len(split.validation)} validation, {len(split.test)} test", flush=True)
+    model, card, figures = train(split, card, Fit(**settings.fit), settings.seed)
+    out = Path(settings.out or folder / "reward")
+    save(out, model, card, figures)
+    plot(figures, card.kind, out)
+    for key, value in figures.items():
+        if key not in ("precision", "recall"):
+            print(f"  {key}: {value}")
+    print(f"{out}: serve it with reward=classifier reward.model={out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,119 @@
+"""The reward classifier: a small convolutional network over all cameras, optionally with the robot's state.
+
+Two kinds share it: `outcome` (classes: not yet, success) and `process` (n stages of the task). Trained by
+rewards.training, served by rewards.server, audited by tools/audit_reward.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from serl_launcher.policies.normalise import Affine
+from serl_transport.specs import TaskSpec
+
+KINDS = ("outcome", "process")
+MODEL, CARD = "reward.safetensors", "reward.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RewardCard:
+    """What a trained classifier is, beside its weights (reward.json)."""
+
+    kind: str  # outcome | process
+    classes: int  # 2 for outcome; stages of a process
+    cameras: tuple[str, ...]  # that it looks at, in order
+    image_size: int  # pixels, square; larger or smaller images are resized
+    use_state: bool  # does it read observation.state
+    task: dict  # the TaskSpec it was trained on, as a dict
+    temperature: float = 1.0  # logits are divided by it (Guo et al., 1706.04599)
+    threshold: float = 0.5  # outcome: probability from which an observation counts as success
+    patience: int = 1  # outcome: observations in a row that must
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS or self.classes < 2:
+            raise ValueError(f"reward.kind: expected one of {', '.join(KINDS)} with 2 or more classes, got {self.kind}")
+
+    @property
+    def spec(self) -> TaskSpec:
+        """The task."""
+        return TaskSpec.from_dict(self.task)
+
+
+class RewardClassifier(nn.Module):
+    """logits float32[b, classes] of observations."""
+
+    def __init__(self, card: RewardCard, width: int = 32) -> None:
+        super().__init__()
+        self.card = card
+        spec = card.spec
+        channels = [3, width, width, 2 * width, 2 * width]
+        layers: list[nn.Module] = []
+        for a, b in pairwise(channels):
+            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(4, b), nn.SiLU()]
+        self.eye = nn.Sequential(*layers)
+        grid = max(1, card.image_size // 16)
+        self.state_units = Affine.from_bounds(spec.state_low, spec.state_high)
+        size = len(card.cameras) * 2 * width * grid * grid + (len(spec.state_names) if card.use_state else 0)
+        self.head = nn.Sequential(
+            nn.Dropout(0.1), nn.Linear(size, 64), nn.LayerNorm(64), nn.SiLU(), nn.Linear(64, card.classes)
+        )
+
+    def forward(self, images: Mapping[str, np.ndarray | Tensor], state: np.ndarray | Tensor) -> Tensor:
+        """images: camera -> uint8[b, h, w, 3]; state: float32[b, s], physical units."""
+        return self.logits({camera: self.pixels(images[camera]) for camera in self.card.cameras}, state)
+
+    def logits(self, pixels: Mapping[str, Tensor], state: np.ndarray | Tensor) -> Tensor:
+        """The same from what `pixels` returns."""
+        parts = [self.eye(pixels[camera]).flatten(1) for camera in self.card.cameras]
+        if self.card.use_state:
+            parts.append(self.state_units.to_model(torch.as_tensor(state, device=parts[0].device)))
+        return self.head(torch.cat(parts, dim=-1))
+
+    def pixels(self, images: np.ndarray | Tensor) -> Tensor:
+        """uint8[b, h, w, 3] -> float32[b, 3, size, size] in [−1, 1]."""
+        x = torch.as_tensor(images, device=self.state_units.offset.device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+        size = self.card.image_size
+        return x if x.shape[-2:] == (size, size) else nn.functional.interpolate(x, (size, size), mode="area")
+
+    @torch.no_grad()
+    def probabilities(self, images: Mapping[str, np.ndarray], state: np.ndarray) -> np.ndarray:
+        """Calibrated float32[b, classes]."""
+        self.eval()
+        return (self(images, state) / self.card.temperature).softmax(-1).cpu().numpy()
+
+
+def save(folder: Path, model: RewardClassifier, card: RewardCard, report: dict) -> None:
+    """Weights, card and the training's report; the card last, so that a folder without one never existed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / MODEL)
+    part = folder / f"{CARD}.part"
+    part.write_text(json.dumps(asdict(card) | {"report": report}, indent=2))
+    os.replace(part, folder / CARD)
+
+
+def load(folder: str | Path) -> RewardClassifier:
+    """A saved classifier. Raises FileNotFoundError or ValueError in the user's words."""
+    folder = Path(folder)
+    if not (folder / CARD).exists():
+        raise FileNotFoundError(
+            f"reward.model={folder}: expected a folder with {CARD}, as train_reward.sh writes; there is none"
+        )
+    values = json.loads((folder / CARD).read_text())
+    values.pop("report", None)
+    card = RewardCard(**(values | {"cameras": tuple(values["cameras"])}))
+    model = RewardClassifier(card)
+    try:
+        model.load_state_dict(load_file(folder / MODEL))
+    except RuntimeError as error:
+        raise ValueError(f"{folder / MODEL} does not fit {CARD}: {str(error).splitlines()[-1].strip()}") from None
+    return model.eval()
