@@ -1,0 +1,218 @@
+"""Policies: the step and the sample of our forward path against LeRobot's, and what of the machine's peak is used.
+
+On a CPU at a middle size (arithmetic dominates): an expert-only step against the library's joint path with equal
+gradients, and n = 8 samples from one prefix against 8 calls. On a GPU the same, then docs/performance.md's table
+at full size with random weights: time, and the fraction of the bf16 matrix-multiply rate measured in the same run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from rows import Row, alternate
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
+from serl_launcher.policies.build import build_flow_policy
+from serl_launcher.policies.full_size import FullSize
+from serl_launcher.policies.pi0 import PI0FlowPolicy
+from serl_launcher.policies.pi0_tiny import TinySize
+from serl_transport.specs import TaskSpec
+
+CAMERAS = ("front", "side", "wrist")
+# Per call on an H100: floor from FLOPs and bytes, goal. DESIGN's table; ms.
+FULL_GOALS = {
+    "inference/batch1": 15.0,
+    "inference/batch32": 300.0,
+    "expert_step/batch32": 300.0,
+    "full_step/batch32": 1100.0,
+}
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    """Every figure of the suite."""
+    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        yield from against_library(device, 224, FullSize("pi0"), 50, 2 if quick else 16, 1 if quick else 5)
+        yield from table(device, FullSize("pi0"), 224, 50, (1, 4) if quick else (1, 32), 2 if quick else 10, "bfloat16")
+        return
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    size = middle(2 if quick else 6)
+    yield from against_library(device, size.image_size, size, 16, 4, 1 if quick else 5)
+    yield from table(device, size, size.image_size, 16, (1, 4), 1 if quick else 3, "float32")
+
+
+def middle(depth: int) -> TinySize:
+    """Between tiny and full: a language model four times the expert's cost per token, as in the full model."""
+    shape = dict(width=512, expert_width=256, head_dim=32, vision_width=256, vision_layers=depth, vision_heads=4)
+    return TinySize(depth=depth, image_size=112, patch_size=14, prompt_tokens=16, conv_stem=False, **shape)
+
+
+def against_library(device, side: int, size, horizon: int, batch: int, rounds: int) -> Iterator[Row]:
+    """Ours against lerobot's joint forward (expert-only, fp32), and one prefix against eight."""
+    policy, work = prepared(device, side, size, horizon, batch, "expert", "float32")
+    ours, theirs = step_gradients(policy, work)
+    worst = max((ours[n] - theirs[n]).abs().max().item() / (theirs[n].abs().max().item() + 1e-8) for n in theirs)
+    if ours.keys() != theirs.keys() or worst > 1e-2:
+        raise AssertionError(f"gradients differ: {worst:.2e} of the largest, {ours.keys() ^ theirs.keys()}")
+    yield Row.of("policy/expert_step/gradient_difference", worst, "of the largest")
+    found = alternate(
+        {
+            "ours": lambda: seconds(device, lambda: our_step(policy, work)),
+            "joint": lambda: seconds(device, lambda: library_step(policy, work)),
+        },
+        rounds,
+    )
+    name = f"policy/expert_step/batch{batch}"
+    yield Row.of(name, 1 / found["ours"], "steps/s", 1 / found["joint"], ">= 1.6")
+    one = prepared(device, side, size, horizon, 1, "expert", "float32", policy)[1]
+    found = alternate(
+        {
+            "shared": lambda: seconds(device, lambda: draw(policy, one, 8)),
+            "apart": lambda: seconds(device, lambda: [draw(policy, one, 1) for _ in range(8)]),
+        },
+        rounds,
+    )
+    yield Row.of("policy/samples8/one_prefix", 1 / found["shared"], "calls/s", 1 / found["apart"], ">= 3.0")
+
+
+def table(device, size, side: int, horizon: int, batches: tuple, rounds: int, precision: str) -> Iterator[Row]:
+    """Time of inference and of the two training steps, and the fraction of the measured peak that they reach."""
+    peak = matmul_rate(device, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    yield Row.of(f"policy/peak/{precision}", peak / 1e12, "TFLOP/s")
+    for mode in ("expert", "full"):
+        policy, work = prepared(device, side, size, horizon, batches[1], mode, precision)
+        policy.checkpointing = mode == "full"
+        if mode == "expert":
+            for batch in batches:
+                one = prepared(device, side, size, horizon, batch, mode, precision, policy)[1]
+                call = partial(draw, policy, one, 1)
+                yield from timed(device, f"inference/batch{batch}", call, peak, rounds)
+        optimizer = torch.optim.AdamW(trainable(policy).values(), lr=1e-5, fused=device.type == "cuda")
+        call = partial(training_step, policy, work, optimizer)
+        yield from timed(device, f"{mode}_step/batch{batches[1]}", call, peak, rounds)
+        del policy, optimizer, call  # the next mode needs the memory
+
+
+def training_step(policy, work: Work, optimizer) -> None:
+    """Forward, backward and the optimizer."""
+    our_step(policy, work)
+    optimizer.step()
+
+
+def timed(device, name: str, work: Callable, peak: float, rounds: int) -> Iterator[Row]:
+    """Median time in ms against the time that its own FLOPs take at the measured peak."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    median = float(np.median([seconds(device, work) for _ in range(rounds)])) * 1e3
+    floor = counter.get_total_flops() / peak * 1e3
+    yield Row.of(f"policy/{name}", median, "ms", floor)
+    goal = FULL_GOALS.get(name) if device.type == "cuda" else None
+    if goal:
+        yield Row.of(f"policy/{name}/goal", median, "ms", goal, "<= 1.0")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One batch, and the noise that both paths get."""
+
+    observation: PolicyInput
+    chunk: Tensor  # float32[b, ah, ad]
+    noise: Tensor  # float32[b, ah, ad]
+    t: Tensor  # float32[b]
+
+
+def prepared(device, side, size, horizon, batch, train, precision, policy=None) -> tuple[nn.Module, Work]:
+    """A policy at this size with random weights, and a batch for it."""
+    spec = task(side)
+    if policy is None:
+        with torch.device(device):
+            policy = build_flow_policy(
+                PI0FlowPolicy, "pi0", spec, "random", 0, horizon, size,
+                train=train, attention="sdpa", precision=precision,
+            )  # fmt: skip
+        policy = policy.to(device)
+    rng = np.random.default_rng(0)
+    images = {c: rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8) for c in CAMERAS}
+    observation = PolicyInput(images, rng.uniform(-1, 1, (batch, 7)).astype(np.float32), [spec.prompt] * batch)
+    chunk, noise = (torch.randn(batch, horizon, policy.action_dim, device=device) for _ in range(2))
+    return policy, Work(observation, chunk, noise, torch.rand(batch, device=device))
+
+
+def task(side: int) -> TaskSpec:
+    """Three cameras, 7 joints."""
+    joints = [f"j{k}" for k in range(7)]
+    low, high = [-1.0] * 7, [1.0] * 7
+    return TaskSpec.from_dict(
+        dict(name="bench", prompt="pick up the red cube", cameras={c: [side, side] for c in CAMERAS})
+        | dict(state_names=joints, state_low=low, state_high=high)
+        | dict(action_names=joints, action_low=low, action_high=high, control_hz=10, max_ticks=60)
+    )
+
+
+def our_step(policy, work: Work) -> None:
+    """Forward and backward of our path."""
+    policy.zero_grad(set_to_none=True)
+    b, horizon = work.chunk.shape[:2]
+    keep = torch.zeros(b, horizon, dtype=torch.bool, device=work.t.device)
+    prefix = policy.encode(work.observation)
+    flow_loss(
+        policy, prefix, work.chunk, keep, torch.ones(b, device=work.t.device), work.noise, work.t
+    ).mean().backward()
+
+
+def library_step(policy, work: Work) -> None:
+    """Forward and backward of lerobot's joint path, its loss cut to the robot's dims as its policy does."""
+    policy.zero_grad(set_to_none=True)
+    b = len(work.observation)
+    images = list(policy._pixels(work.observation.images).split(b))
+    device = work.t.device
+    ids, mask = (x.to(device) for x in policy.tokenizer(policy._prompts(work.observation.prompts, None)))
+    state = policy.state_units.to_model(torch.as_tensor(work.observation.state, device=device))
+    state = torch.nn.functional.pad(state, (0, policy.core.config.max_state_dim - state.shape[-1]))
+    present = [torch.ones(b, dtype=torch.bool, device=device)] * len(images)
+    loss = policy.core(images, present, ids, mask, state, work.chunk, work.noise, 1 - work.t)
+    loss[..., : policy.robot_dim].mean().backward()
+
+
+def step_gradients(policy, work: Work) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients of both paths for the same noise and times."""
+    found = []
+    for step in (our_step, library_step):
+        step(policy, work)
+        found.append({n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None})
+    policy.zero_grad(set_to_none=True)
+    return found[0], found[1]
+
+
+@torch.inference_mode()
+def draw(policy, work: Work, n: int) -> Tensor:
+    """n chunks of each observation in 10 flow steps, from one encoding."""
+    noise = work.noise.repeat_interleave(n, 0)
+    return sample(policy, policy.encode(work.observation), noise, 10, n)
+
+
+def matmul_rate(device, dtype) -> float:
+    """FLOP/s of a large matrix product, the best of five."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return max(2 * n**3 / seconds(device, lambda: a @ b) for _ in range(5))
+
+
+def seconds(device, work: Callable) -> float:
+    """Wall time of a call, the device's queue included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
