@@ -1,6 +1,7 @@
 """Which roles a run needs and how each is started. Called by the learner's main; the supervisor runs what comes out.
 
 gateway    always: sockets, journal, ring
+openpi     serving.openpi_port is set: openpi clients get actions, too
 policy     someone asks for actions: an online or evaluation stage, or a schedule without stages (serving)
 exporter   always: journal to LeRobotDataset
 trainer    a stage names steps, or there is nothing to serve yet and it must publish the first version
@@ -18,7 +19,7 @@ from serl_launcher.learner.lifeline import EXIT_FILE
 from serl_launcher.paths import RunPaths
 
 # Stop order of a run: whoever feeds another goes first; the exporter writes out what the gateway journalled last.
-STOP_ORDER = ("trainer", "policy", "gateway", "exporter")
+STOP_ORDER = ("openpi", "trainer", "policy", "gateway", "exporter")
 
 
 def roles_for(cfg: DictConfig, paths: RunPaths, stages: Sequence[Stage]) -> list[ChildSpec]:
@@ -28,6 +29,8 @@ def roles_for(cfg: DictConfig, paths: RunPaths, stages: Sequence[Stage]) -> list
     roles = [_role(paths, "gateway", "serl_launcher.gateway", grace_s=20.0)]
     if serves:
         roles.append(_role(paths, "policy", "serl_launcher.serving"))
+        if OmegaConf.select(cfg, "serving.openpi_port") is not None:
+            roles.append(_role(paths, "openpi", "serl_launcher.serving.openpi_server"))
     roles.append(_role(paths, "exporter", "serl_launcher.exporter", grace_s=120.0))
     if trains:
         roles.append(_trainer(cfg, paths))

@@ -4,6 +4,7 @@ Protocol: on connecting the server sends its metadata; then each request is one 
 packed answer. A text message is the server's error.
 """
 
+import ssl
 from typing import Any
 
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
@@ -26,6 +27,7 @@ class WebsocketClientPolicy(BasePolicy):
         api_key: sent as `Authorization: Api-Key <key>`.
         timeout_s: bound on connecting and on each reply, seconds.
         max_bytes: largest reply accepted.
+        ca_file: certificates (PEM) to trust for wss://; None: the system's.
 
     Raises:
         PolicyServerError: naming the address and what to change.
@@ -38,12 +40,14 @@ class WebsocketClientPolicy(BasePolicy):
         api_key: str | None = None,
         timeout_s: float = 10.0,
         max_bytes: int = 64 << 20,
+        ca_file: str | None = None,
     ):
         scheme_and_host = host if "://" in host else f"ws://{host}"
         self._uri = scheme_and_host if port is None else f"{scheme_and_host}:{port}"
         self._timeout_s = timeout_s
         self._max_bytes = max_bytes
         self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
+        self._tls = ssl.create_default_context(cafile=ca_file) if self._uri.startswith("wss:") else None
         self._socket, self._metadata = self._connect()
 
     @property
@@ -71,6 +75,7 @@ class WebsocketClientPolicy(BasePolicy):
                 max_size=self._max_bytes,
                 open_timeout=self._timeout_s,
                 additional_headers=self._headers,
+                ssl=self._tls,
             )
         except (OSError, InvalidHandshake) as error:
             raise PolicyServerError(

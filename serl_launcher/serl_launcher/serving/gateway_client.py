@@ -1,0 +1,84 @@
+"""Asks the gateway for actions from an asyncio program: many questions under way on one socket.
+
+coroutine ─▶ infer(body) ─▶ DEALER ─▶ gateway ─▶ policy server      reader task ─▶ [request id → future] ─▶ coroutine
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from serl_launcher.gateway.internal import INFER
+from serl_launcher.paths import internal_endpoint
+from serl_transport import codec
+from serl_transport.envelope import REPLY, Envelope
+from serl_transport.errors import ServerSilent, WireError
+
+log = logging.getLogger("openpi")
+
+
+class GatewayClient:
+    """One socket; made inside the running event loop."""
+
+    def __init__(self, run_dir: str | Path, role: str) -> None:
+        self._role = role
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        self._socket.connect(internal_endpoint(run_dir))
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._reader = asyncio.create_task(self._read())
+
+    async def hello(self) -> None:
+        """Tell the gateway that the role is here."""
+        await self._call("role_hello", {"role": self._role, "pid": os.getpid()}, 60.0)
+
+    async def infer(self, body: dict[str, Any], asker: str, timeout_s: float) -> dict[str, Any]:
+        """The policy server's answer. Raises its WireError, or ServerSilent after `timeout_s`."""
+        return await self._call(INFER, body, timeout_s, asker)
+
+    def close(self) -> None:
+        """Close the socket; whoever waits is told."""
+        self._reader.cancel()
+        for future in self._waiting.values():
+            future.cancel()
+        self._context.destroy(linger=0)
+
+    async def _call(self, kind: str, body: dict[str, Any], timeout_s: float, asker: str = "") -> dict[str, Any]:
+        request_id = next(self._ids)
+        future = self._waiting[request_id] = asyncio.get_running_loop().create_future()
+        try:
+            envelope = Envelope(kind, asker or self._role, request_id=request_id)
+            with contextlib.suppress(zmq.Again):  # a gateway that is away: the timeout says so
+                await self._socket.send_multipart([envelope.to_frame(), *codec.pack(body)], zmq.NOBLOCK)
+            return await asyncio.wait_for(future, timeout_s)
+        except TimeoutError:
+            raise ServerSilent(f"no answer from the gateway within {timeout_s:g} s") from None
+        finally:
+            del self._waiting[request_id]
+
+    async def _read(self) -> None:
+        while True:
+            parts = await self._socket.recv_multipart(copy=False)
+            try:
+                envelope = Envelope.from_frame(parts[0])
+                future = self._waiting.get(envelope.request_id) if isinstance(envelope.request_id, int) else None
+                if envelope.kind != REPLY or future is None or future.done():
+                    continue  # an answer that nobody waits for any more
+                if envelope.error is not None:
+                    future.set_exception(WireError.from_code(*envelope.error))
+                else:
+                    future.set_result(codec.unpack(parts[1:]) if len(parts) > 1 else {})
+            except WireError:
+                log.exception("a bad message from the gateway")

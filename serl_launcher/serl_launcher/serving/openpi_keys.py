@@ -1,0 +1,87 @@
+"""Observations of openpi clients in our terms. Called by the openpi server with each decoded message.
+
+openpi has no one observation format: each of its robots names its own keys. What is understood here, per camera <cam>
+and state of the task, first match wins:
+
+    1. serving.openpi_keys.<cam> and serving.openpi_keys.state     the keys of your client, e.g. observation/wrist_image
+    2. observation: {images: {<cam>: …}, state}                    our own `infer` body
+    3. images: {<cam>: …}, state                                   openpi's ALOHA client
+    4. observation/<cam>, observation/images/<cam>, observation.images.<cam>; observation/state, observation.state
+
+Images may be uint8 or float in [0, 1], height × width × 3 or 3 × height × width, of any size: they are padded and
+resized to the task's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from openpi_client.image_tools import resize_with_pad
+from serl_transport.specs import TaskSpec
+
+PASSED_ON = ("seed", "samples", "min_version", "deadline_ms", "prefix_actions", "inference_delay", "mode")
+
+
+def infer_body(message: Mapping[str, Any], spec: TaskSpec, keys: Mapping[str, str]) -> dict[str, Any]:
+    """The `infer` body of an openpi observation. Raises ValueError naming what is missing or misshapen."""
+    images = {camera: _image(message, camera, size, keys) for camera, size in spec.cameras.items()}
+    body: dict[str, Any] = {"observation": {"images": images, "state": _state(message, spec, keys)}}
+    prompt = message.get("prompt")
+    if prompt is not None:
+        body["prompt"] = _text(prompt)
+    return body | {key: _plain(message[key]) for key in PASSED_ON if message.get(key) is not None}
+
+
+def _candidates(name: str, folder: str, keys: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Paths into the message where `name` may be found."""
+    inside = (folder, name) if folder else (name,)
+    flat = [f"observation/{name}", f"observation.{name}"]
+    if folder:
+        flat += [f"observation/{folder}/{name}", f"observation.{folder}.{name}"]
+    named = [(keys[name],)] if name in keys else []
+    return [*named, ("observation", *inside), inside, *((key,) for key in flat)]
+
+
+def _find(message: Mapping[str, Any], paths: list[tuple[str, ...]], what: str) -> np.ndarray:
+    for path in paths:
+        value: Any = message
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if isinstance(value, np.ndarray):
+            return value
+    tried = ", ".join("/".join(path) for path in paths)
+    raise ValueError(f"no array for {what}; tried {tried}; the message has {sorted(map(str, message))[:20]}")
+
+
+def _image(message: Mapping[str, Any], camera: str, size: tuple[int, int], keys: Mapping[str, str]) -> np.ndarray:
+    image = _find(message, _candidates(camera, "images", keys), f"camera {camera!r}")
+    if image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3:
+        image = np.moveaxis(image, 0, 2)
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"camera {camera!r}: expected [h, w, 3] or [3, h, w], got {list(image.shape)}")
+    if image.dtype.kind == "f":
+        image = np.nan_to_num(image).clip(0, 1) * 255
+    return resize_with_pad(np.ascontiguousarray(image, np.uint8), *size)
+
+
+def _state(message: Mapping[str, Any], spec: TaskSpec, keys: Mapping[str, str]) -> np.ndarray:
+    state = _find(message, _candidates("state", "", keys), "state")
+    if state.shape != (len(spec.state_names),):
+        raise ValueError(f"state: expected {len(spec.state_names)} numbers, got shape {list(state.shape)}")
+    return state.astype(np.float32)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if not isinstance(value, str):
+        raise ValueError(f"prompt: expected a text, got {type(value).__name__}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars as Python's."""
+    return value.item() if isinstance(value, np.generic) else value

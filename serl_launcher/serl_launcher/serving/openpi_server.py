@@ -1,0 +1,264 @@
+"""The openpi websocket protocol in front of our policy server: a stock openpi client gets actions from this run.
+
+Started by the supervisor as `python -m serl_launcher.serving.openpi_server <run_dir>` when `serving.openpi_port` is
+set. Torch-free; it hands each observation to the gateway, so clients share the policy server's batches.
+
+    client ─▶ handshake (token) ─▶ metadata ─▶ { observation ─▶ gateway ─▶ policy server ─▶ answer } …
+    GET /healthz ─▶ 200 OK
+
+Protocol: binary messages are msgpack with arrays as openpi packs them; a text message is an error, in words for people
+and never a traceback, after which the next observation may follow. A message that is no such msgpack closes the
+connection. Dtypes that would need pickle are refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import http
+import logging
+import signal
+import ssl
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from websockets.asyncio.server import Request, Response, Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
+
+from openpi_client import msgpack_numpy
+from serl_launcher.gateway.files import read_json
+from serl_launcher.paths import RunPaths
+from serl_launcher.serving.gateway_client import GatewayClient
+from serl_launcher.serving.openpi_keys import infer_body
+from serl_transport.auth import is_loopback
+from serl_transport.errors import WireError
+from serl_transport.specs import TaskSpec
+
+log = logging.getLogger("openpi")
+HANDSHAKE_S, CLOSE_S, IDLE_PING_S = 10.0, 2.0, 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class OpenpiSettings:
+    """`serving.openpi_*` of the config, checked."""
+
+    host: str
+    port: int  # 0: any free one
+    token: str | None  # bearer token; None: everyone who reaches the port
+    tls: tuple[str, str] | None  # certificate chain and key files
+    max_bytes: int  # of one message
+    max_clients: int
+    timeout_s: float  # for one answer
+    keys: dict[str, str]  # camera or "state" -> key in the client's observations
+
+    @staticmethod
+    def of(cfg: DictConfig) -> OpenpiSettings:
+        """Raises ValueError in the user's words."""
+        serving = cfg.serving
+        cert, key = serving.openpi_tls_cert, serving.openpi_tls_key
+        if (cert is None) != (key is None):
+            raise ValueError("serving.openpi_tls_cert and serving.openpi_tls_key: expected both or none")
+        for name, path in (("cert", cert), ("key", key)):
+            if path is not None and not Path(path).is_file():
+                raise ValueError(f"serving.openpi_tls_{name}: no file {path}")
+        token = serving.openpi_token
+        if token is not None and not str(token).isascii():
+            raise ValueError("serving.openpi_token: expected ASCII characters, as HTTP headers take them")
+        if token is None and not is_loopback(serving.openpi_host) and not cfg.insecure:
+            raise ValueError(
+                f"serving.openpi_host={serving.openpi_host} lets anyone on that network ask the policy; "
+                "set serving.openpi_token, or insecure=true if that network is yours alone"
+            )
+        known = {*cfg.task.spec.cameras, "state"}
+        keys = {str(k): str(v) for k, v in (serving.openpi_keys or {}).items()}
+        if unknown := sorted(set(keys) - known):
+            raise ValueError(f"serving.openpi_keys.{unknown[0]}: expected one of {', '.join(sorted(known))}")
+        return OpenpiSettings(
+            host=serving.openpi_host,
+            port=serving.openpi_port,
+            token=None if token is None else str(token),
+            tls=None if cert is None else (cert, key),
+            max_bytes=serving.openpi_max_mb << 20,
+            max_clients=serving.openpi_max_clients,
+            timeout_s=serving.openpi_timeout_s,
+            keys=keys,
+        )
+
+
+class OpenpiServer:
+    """Serves one run."""
+
+    def __init__(self, settings: OpenpiSettings, spec: TaskSpec, run: str, paths: RunPaths) -> None:
+        self._settings, self._spec, self._run, self._paths = settings, spec, run, paths
+        self._clients = 0
+        self._gateway: GatewayClient | None = None
+
+    async def start(self) -> Server:
+        """Listen. Raises OSError when the port cannot be had, ValueError for certificates that do not fit."""
+        settings = self._settings
+        context = None
+        if settings.tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            try:
+                context.load_cert_chain(*settings.tls)
+            except ssl.SSLError as error:
+                raise ValueError(f"serving.openpi_tls_cert and _key do not fit: {error.reason}") from None
+        self._gateway = GatewayClient(self._paths.root, "openpi")
+        return await serve(
+            self._serve_client,
+            settings.host,
+            settings.port,
+            ssl=context,
+            process_request=self._admit,
+            compression=None,
+            max_size=settings.max_bytes,
+            max_queue=2,  # a client that asks faster than it is answered is slowed down by its socket
+            open_timeout=HANDSHAKE_S,
+            close_timeout=CLOSE_S,
+            ping_interval=IDLE_PING_S,
+        )
+
+    def close(self) -> None:
+        """Release the link to the gateway."""
+        if self._gateway is not None:
+            self._gateway.close()
+
+    def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Before the handshake: health, token, number of clients."""
+        if request.path == "/healthz":
+            return connection.respond(http.HTTPStatus.OK, "OK\n")
+        if not self._token_fits(request.headers.get_all("Authorization")):
+            return connection.respond(http.HTTPStatus.UNAUTHORIZED, "expected Authorization: Bearer <token>\n")
+        if self._clients >= self._settings.max_clients:
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "too many clients\n")
+        return None
+
+    def _token_fits(self, headers: list[str]) -> bool:
+        """`Bearer <token>`, or `Api-Key <token>` as the stock client sends it; compared in constant time."""
+        if self._settings.token is None:
+            return True
+        scheme, _, given = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
+        same = hmac.compare_digest(given.strip().encode(), self._settings.token.encode())
+        return same and scheme.lower() in ("bearer", "api-key")
+
+    async def _serve_client(self, socket: ServerConnection) -> None:
+        self._clients += 1
+        name = f"openpi-{socket.remote_address[0]}:{socket.remote_address[1]}"
+        log.info("%s connected", name)
+        try:
+            await socket.send(self._pack(self._metadata()))
+            total_ms = None
+            async for message in socket:
+                started = time.monotonic()
+                reply = await self._answer(socket, name, message, total_ms)
+                if reply is None:
+                    return
+                await socket.send(reply)
+                total_ms = (time.monotonic() - started) * 1e3
+        except ConnectionClosed as closed:
+            log.debug("%s: %s", name, closed)
+        finally:
+            self._clients -= 1
+            log.info("%s left", name)
+
+    async def _answer(
+        self, socket: ServerConnection, name: str, message: str | bytes, previous_ms: float | None
+    ) -> bytes | str | None:
+        """The packed answer, an error in words, or None after the connection was closed."""
+        try:
+            observation = decode(message)
+        except ValueError as error:
+            await socket.send(f"bad_frame: {error}")
+            await socket.close(CloseCode.INVALID_DATA, "not the openpi protocol")
+            return None
+        assert self._gateway is not None
+        try:
+            started = time.monotonic()
+            body = infer_body(observation, self._spec, self._settings.keys)
+            answer = await self._gateway.infer(body, name, self._settings.timeout_s)
+        except ValueError as mistake:
+            return f"schema_mismatch: {mistake}"
+        except WireError as error:
+            return f"{error.code}: {error.message}"
+        except Exception:
+            log.exception("a question of %s failed", name)
+            return "internal: the server failed on this observation; see its log"
+        timing = {"infer_ms": (time.monotonic() - started) * 1e3}
+        if previous_ms is not None:
+            timing["prev_total_ms"] = previous_ms
+        return self._pack(
+            {
+                "actions": answer["actions"],
+                "policy_version": answer["policy_version"],
+                "server_timing": timing,
+                "policy_timing": {"infer_ms": answer["server_ms"]},
+            }
+        )
+
+    def _metadata(self) -> dict[str, Any]:
+        """What the client learns on connecting: the task, and which keys fill it."""
+        serving = (read_json(self._paths.status) or {}).get("serving") or {}
+        return {
+            "server": "flowserl",
+            "run": self._run,
+            "task": self._spec.to_dict(),
+            "keys": self._settings.keys,
+            "policy_version": serving.get("version", -1),
+        }
+
+    def _pack(self, body: dict[str, Any]) -> bytes:
+        return msgpack_numpy.packb(body)  # type: ignore[return-value]  (None only with autoreset off)
+
+
+def decode(message: str | bytes) -> dict[str, Any]:
+    """A client's message. Raises ValueError for text, other bytes, other types and dtypes that would need pickle."""
+    if isinstance(message, str):
+        raise ValueError("expected a binary message")
+    try:
+        body = msgpack_numpy.unpackb(message)
+    except Exception as error:  # msgpack and numpy raise a zoo of types on hostile bytes
+        raise ValueError(f"not msgpack with arrays: {error}") from None
+    if not isinstance(body, dict):
+        raise ValueError(f"expected a map, got {type(body).__name__}")
+    return body
+
+
+async def run(server: OpenpiServer) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    listening = await server.start()
+    try:
+        for socket in listening.sockets:
+            log.info("openpi clients: %s port %d", *socket.getsockname()[:2])
+        await stop.wait()
+    finally:
+        listening.close()
+        await listening.wait_closed()
+        server.close()
+
+
+def main(run_dir: str) -> int:
+    """Entry of the role. Returns 2 on a mistake in the config or a port that is taken, said in one line."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("websockets").setLevel(logging.WARNING)
+    paths = RunPaths(Path(run_dir))
+    try:
+        cfg = OmegaConf.load(paths.config)
+        spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
+        server = OpenpiServer(OpenpiSettings.of(cfg), spec, cfg.run, paths)
+        asyncio.run(run(server))
+    except (ValueError, OSError) as mistake:
+        log.error("%s", mistake)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
