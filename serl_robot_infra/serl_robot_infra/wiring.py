@@ -32,6 +32,7 @@ from serl_robot_infra.observers.console import ConsoleObserver, Vitals
 from serl_robot_infra.observers.status import StatusObserver
 from serl_robot_infra.pacing import Pace, PoliteStop
 from serl_robot_infra.policy_client import MeasuredPolicy, RemotePolicy
+from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.rewards.environment import EnvironmentReward
 from serl_robot_infra.safety import SafetyChain
 from serl_robot_infra.standalone import StandaloneLink
@@ -150,7 +151,7 @@ def build_actor(
         broker=broker,
         operator=build_operator(cfg, env),
         safety=SafetyChain(env.spec, **_plain(cfg.task.get("safety")) or {}),
-        reward=instantiate(cfg.task.reward) if cfg.task.get("reward") else EnvironmentReward(),
+        reward=build_reward(cfg),
         adder=Adder(keeper(link, observer, stop), rollout.batch_ticks),
         pace=pace,
         guard=guard,
@@ -182,6 +183,12 @@ def build_policy(cfg: DictConfig, link: LearnerLink) -> MeasuredPolicy | None:
             return None
         case other:
             raise ValueError(f"rollout.policy: expected remote, local or none, got {other!r}")
+
+
+def build_reward(cfg: DictConfig) -> RewardSource:
+    """The reward source of the task's own yaml, else of the `reward` group, else the environment's."""
+    node = cfg.task.get("reward") or cfg.get("reward")
+    return instantiate(node) if node else EnvironmentReward()
 
 
 def build_operator(cfg: DictConfig, env: Environment) -> Any:

@@ -3,6 +3,7 @@
 gateway    always: sockets, journal, ring
 openpi     serving.openpi_port is set: openpi clients get actions, too
 policy     someone asks for actions: an online or evaluation stage, or a schedule without stages (serving)
+reward     a learned reward is asked for: answers actors' questions about observations
 exporter   always: journal to LeRobotDataset
 trainer    a stage names steps, or there is nothing to serve yet and it must publish the first version
 """
@@ -31,6 +32,8 @@ def roles_for(cfg: DictConfig, paths: RunPaths, stages: Sequence[Stage]) -> list
         roles.append(_role(paths, "policy", "serl_launcher.serving"))
         if OmegaConf.select(cfg, "serving.openpi_port") is not None:
             roles.append(_role(paths, "openpi", "serl_launcher.serving.openpi_server"))
+    if OmegaConf.select(cfg, "reward.model"):
+        roles.append(_role(paths, "reward", "serl_launcher.rewards"))
     roles.append(_role(paths, "exporter", "serl_launcher.exporter", grace_s=120.0))
     if trains:
         roles.append(_trainer(cfg, paths))

@@ -1,0 +1,103 @@
+"""A learned reward: asks the reward server on the GPU box about every observation. Torch-free.
+
+Outcome classifier: reward 1 and termination when `patience` observations in a row reach the threshold. Process
+classifier: reward for each stage reached for the first time, 1 in sum; the last stage is success. `reward=classifier`.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from serl_robot_infra.envs.base import StepResult
+from serl_transport.client import TrainerClient
+from serl_transport.config import TrainerConfig
+from serl_transport.errors import Internal, NotReady, ServerSilent
+from serl_transport.specs import TaskSpec
+
+log = logging.getLogger(__name__)
+RETRY_S = 0.2
+
+
+class Asks(Protocol):
+    """One connection to a reward server."""
+
+    def request(self, type: str, payload: dict[str, Any], timeout_ms: float) -> dict[str, Any]:
+        """See `serl_launcher.rewards.server`."""
+        ...
+
+
+class ClassifierReward:
+    """Answers `rewards.base.RewardSource`.
+
+    environment_may_end: does a termination by the environment itself (a robot's safety stop, a lost object) end the
+    episode, as a failure; its success and reward never count. patience_s: a reward server that is silent for longer
+    ends the episode as truncated, its last tick kept with reward 0.
+    """
+
+    success_source = "classifier"
+
+    def __init__(self, link: Asks, patience_s: float = 5.0, environment_may_end: bool = False) -> None:
+        self._link, self._patience_s, self._environment_may_end = link, patience_s, environment_may_end
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin an episode."""
+        self._in_a_row = 0
+        self._stage = 0
+
+    def judge(self, result: StepResult) -> StepResult:
+        """The classifier's reward, success and termination for this step."""
+        answer = self._ask(result)
+        if answer is None:
+            return replace(result, reward=0.0, terminated=False, truncated=True, success=False)
+        reward, success = self._outcome(answer) if answer["kind"] == "outcome" else self._process(answer)
+        ended = success or (result.terminated and self._environment_may_end)
+        return replace(result, reward=reward, success=success, terminated=ended, truncated=result.truncated)
+
+    def _outcome(self, answer: Mapping[str, Any]) -> tuple[float, bool]:
+        sure = float(answer["probabilities"][1]) >= answer["threshold"]
+        self._in_a_row = self._in_a_row + 1 if sure else 0
+        success = self._in_a_row >= answer["patience"]
+        return float(success), success
+
+    def _process(self, answer: Mapping[str, Any]) -> tuple[float, bool]:
+        said = np.asarray(answer["probabilities"])
+        last, stage = len(said) - 1, int(said.argmax())
+        # One stage at a time: a classifier that jumps is wrong more often than a robot is that fast.
+        reached = min(stage, self._stage + 1)
+        reward = max(0, reached - self._stage) / last
+        self._stage = max(self._stage, reached)
+        return reward, self._stage == last
+
+    def _ask(self, result: StepResult) -> dict[str, Any] | None:
+        """The answer, or None when the server stayed silent; the robot holds meanwhile."""
+        payload = {"images": dict(result.observation.images), "state": result.observation.state}
+        since = time.monotonic()
+        while True:
+            try:
+                return self._link.request("reward", payload, timeout_ms=1000 * self._patience_s)
+            except (ServerSilent, NotReady, Internal) as problem:
+                if time.monotonic() - since >= self._patience_s:
+                    log.warning("no reward for %.0f s, the episode ends here: %s", self._patience_s, problem)
+                    return None
+                time.sleep(RETRY_S)
+
+
+def connect(
+    ip: str,
+    port: int,
+    name: str,
+    spec: Mapping[str, Any],
+    patience_s: float = 5.0,
+    environment_may_end: bool = False,
+    keys_dir: str | None = None,
+    model: str | None = None,
+) -> ClassifierReward:
+    """The reward of config/reward/classifier.yaml; waits for the reward server. `model` is the server's business."""
+    config = TrainerConfig(port_number=port, broadcast_port=port + 1, keys_dir=keys_dir)
+    client = TrainerClient(name, ip, config, spec=TaskSpec.from_dict(dict(spec)))
+    return ClassifierReward(client, patience_s, environment_may_end)
