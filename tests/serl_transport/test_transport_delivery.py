@@ -17,7 +17,7 @@ from serl_transport.codec import Limits, join, pack, unpack
 from serl_transport.dedup import SeenItems
 from serl_transport.errors import BadFrame, Refused, StorageFull, TooLarge
 from serl_transport.outbox import Ledger
-from serl_transport.params import Published, pull, read_chunk
+from serl_transport.params import Offer, Published, pull, read_chunk
 from serl_transport.schema import StepBatch
 from serl_transport.spool import DiskSpool
 
@@ -297,6 +297,48 @@ def test_a_ledger_that_cannot_be_written_delays_the_forgetting(serve, connect, t
     assert "the ledger cannot be written, trying again" in caplog.text
 
 
+class Ready:
+    """A reply that is here."""
+
+    def __init__(self, reply: dict):
+        self.reply = reply
+
+    def result(self, timeout_s: float) -> dict:
+        return self.reply
+
+
+def test_many_chunks_and_odd_sizes_arrive_whole(monkeypatch):
+    monkeypatch.setattr("serl_transport.params.CHUNK_BYTES", 64)
+    rng = np.random.default_rng(0)
+    frames = pack({f"t{i}": rng.integers(0, 256, n, np.uint8) for i, n in enumerate((0, 1, 7, 64, 65, 500, 3))})
+    offer = Offer.of_frames(1, frames)
+    assert len(offer.chunks) > 8
+    published = pull(lambda payload: Ready(read_chunk(offer, payload)))
+    assert bytes(published.blob) == join(frames)
+    assert published.sha256 is None
+    empty = Offer.of(Published.of(2, b""))
+    assert bytes(pull(lambda payload: Ready(read_chunk(empty, payload))).blob) == b""
+
+
+def test_the_published_file_is_mapped_only_when_it_is_the_very_one(tmp_path):
+    path = tmp_path / "v1"
+    path.write_bytes(b"file")
+    stat = path.stat()
+    offer = Offer.of(Published.of(1, b"wire"))
+
+    def fetch(same_host=True, **file) -> bytes:
+        reply = {"path": str(path), "dev": stat.st_dev, "ino": stat.st_ino} | file
+        got = pull(lambda payload: Ready(read_chunk(offer, payload) | {"file": reply}), same_host=same_host)
+        return bytes(got.blob)
+
+    assert fetch() == b"file"
+    for other in ({"ino": 1}, {"dev": 1}, {"path": str(tmp_path / "no")}, {"path": 5}, {"path": "\0"}):
+        assert fetch(**other) == b"wire"
+    assert fetch(same_host=False) == b"wire"
+    path.write_bytes(b"longer")
+    assert fetch() == b"wire"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -307,9 +349,9 @@ def test_a_ledger_that_cannot_be_written_delays_the_forgetting(serve, connect, t
 )
 def test_parameters_that_do_not_add_up_are_refused(change, message):
     published = Published.of(4, b"abc")
-    assert pull(lambda payload: read_chunk(published, payload)) == published
+    assert pull(lambda payload: Ready(read_chunk(Offer.of(published), payload))) == published
     with pytest.raises(BadFrame, match=message):
-        pull(lambda payload: {**read_chunk(published, payload), **change})
+        pull(lambda payload: Ready({**read_chunk(Offer.of(published), payload), **change}))
 
 
 @pytest.mark.parametrize(
@@ -318,4 +360,4 @@ def test_parameters_that_do_not_add_up_are_refused(change, message):
 )
 def test_a_chunk_that_does_not_exist_is_refused(payload, error):
     with pytest.raises(error):
-        read_chunk(Published.of(4, b"abc"), payload)
+        read_chunk(Offer.of(Published.of(4, b"abc")), payload)

@@ -29,6 +29,7 @@ from serl_launcher.gateway.tickets import Ticket, TicketOffice, stop, wait
 from serl_launcher.paths import RunPaths, internal_endpoint
 from serl_launcher.replay.journal_writer import JournalLock
 from serl_transport.allow_list import OPERATOR_REQUESTS
+from serl_transport.codec import Frames, pack
 from serl_transport.config import TrainerConfig
 from serl_transport.envelope import Envelope
 from serl_transport.errors import BadFrame, UnknownKind
@@ -160,7 +161,7 @@ class Gateway:
         self.actors.heartbeat(peer.actor_id, body)
         return self.server.heartbeat_reply()
 
-    def _request(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
+    def _request(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any] | Frames:
         self.actors.seen(peer.actor_id)
         if envelope.target == "next_episode":
             return self.next_episode(peer.actor_id, peer.boot_id, body)
@@ -168,7 +169,7 @@ class Gateway:
             return self.status()
         if envelope.target == "params":
             self._announce_params()
-            return self.params.chunk(body)
+            return pack(self.params.chunk(body))
         if envelope.target in OPERATOR_REQUESTS:
             return self._operate(peer.actor_id, envelope.target)
         known = ["next_episode", "status", "params", *sorted(OPERATOR_REQUESTS)]

@@ -1,22 +1,22 @@
 """Published parameters as the gateway sees them: which version is newest, and its bytes in chunks for who pulls.
 
 The trainer writes params/ (serl_launcher.learner.parameters); the gateway only reads. A file that is being pulled is
-kept open, so that the trainer may prune it meanwhile.
+kept mapped, so that the trainer may prune it meanwhile, and sent straight from the page cache.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from serl_launcher.gateway.files import read_json
-from serl_transport.errors import BadFrame, NotReady, Refused
+from serl_transport.errors import NotReady, Refused
+from serl_transport.params import Offer, read_chunk
+from serl_transport.params import Published as TransportPublished
 
-CHUNK_BYTES = 4 << 20
 KEEP_OPEN = 3
 
 
@@ -27,7 +27,7 @@ class PublishedParams:
         self._dir = params_dir
         self._stamp: tuple[int, int] | None = None
         self._latest: dict[str, Any] | None = None
-        self._open: OrderedDict[int, tuple[int, dict[str, Any]]] = OrderedDict()  # version -> (file, its entry)
+        self._open: OrderedDict[int, tuple[Offer, dict[str, Any]]] = OrderedDict()  # version -> (bytes, where)
         self.times: dict[int, float] = {}  # version -> unix time of publishing
 
     @property
@@ -57,27 +57,30 @@ class PublishedParams:
         if self._latest is None:
             raise NotReady("no parameters have been published yet")
         version = self.version if version is None else version
-        file, entry = self._file(version)
-        if type(offset) is not int or not 0 <= offset <= entry["bytes"]:
-            raise BadFrame(f"offset: expected 0..{entry['bytes']}, got {offset!r}")
-        return {
-            "version": version,
-            "total_bytes": entry["bytes"],
-            "sha256": entry["sha256"],
-            "offset": offset,
-            "data": np.frombuffer(os.pread(file, CHUNK_BYTES, offset), np.uint8),
-        }
+        offer, where = self._offer(version)
+        reply = read_chunk(offer, {"version": version, "offset": offset})
+        return reply if offset else reply | {"file": where}
 
-    def _file(self, version: Any) -> tuple[int, dict[str, Any]]:
+    def _offer(self, version: Any) -> tuple[Offer, dict[str, Any]]:
         if version not in self._open:
             assert self._latest is not None
             if version != self.version:
                 raise Refused(f"version {version!r} is not held, the newest is {self.version}")
+            path = self._dir / self._latest["file"]
             try:
-                file = os.open(self._dir / self._latest["file"], os.O_RDONLY)
+                blob, stat = map_file(path)
             except FileNotFoundError:
                 raise NotReady(f"version {version} is being replaced, ask again") from None
-            self._open[version] = (file, self._latest)
+            offer = Offer.of(TransportPublished(version, blob, self._latest["sha256"]))
+            self._open[version] = (offer, {"path": str(path.resolve()), "dev": stat.st_dev, "ino": stat.st_ino})
             while len(self._open) > KEEP_OPEN:
-                os.close(self._open.popitem(last=False)[1][0])
+                self._open.popitem(last=False)
         return self._open[version]
+
+
+def map_file(path: Path) -> tuple[memoryview, os.stat_result]:
+    """The bytes of a file that never changes (it is only ever replaced), straight from the page cache."""
+    with path.open("rb") as file:
+        stat = os.fstat(file.fileno())
+        blob = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if stat.st_size else b""
+    return memoryview(blob), stat

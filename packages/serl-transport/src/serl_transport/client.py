@@ -67,6 +67,7 @@ class TrainerClient:
         if not 0 < len(name) <= 128:
             raise ValueError(f"a client's name (unique_identifier) has 1 to 128 characters, got {name!r}")
         self.name, self.config, self.timeout_ms = name, config, timeout_ms
+        self._server_ip = server_ip
         self._server = f"{server_ip}:{config.port_number}"
         self._spec, self._role = spec, role
         self._keys = None if config.keys_dir is None else ClientKeys.load(config.keys_dir, name)
@@ -139,8 +140,13 @@ class TrainerClient:
         return self._control.call("request", payload or {}, target=type, timeout_ms=timeout_ms or self.timeout_ms)
 
     def fetch_params(self, version: int | None = None) -> Published:
-        """Pull the newest (or one) version of the parameters, checked against its hash."""
-        return pull(lambda payload: self.request("params", payload), version)
+        """Pull the newest (or one) version of the parameters, whole and checked."""
+        # Over the data link: a large reply would hold up the answers to `infer` on the other one.
+        return pull(
+            lambda payload: self._data.ask("request", payload, target="params"),
+            version,
+            same_host=auth.is_loopback(self._server_ip),
+        )
 
     # Being told.
 

@@ -41,7 +41,35 @@ class _Pending:
     envelope: Envelope  # with its request id
     frames: Frames  # of the body
     on_reply: OnReply  # called once, in the loop's thread
+    repeat: bool = False  # send again when it stays unanswered: the server deduplicates it
     sent_at: float = 0.0  # time.monotonic(); 0: not sent on this connection
+
+
+class Answer:
+    """A reply on its way."""
+
+    def __init__(self, link: "Link", request_id: int, kind: str):
+        self._link, self._request_id, self._kind = link, request_id, kind
+        self._lock = threading.Lock()  # held until the reply is here
+        self._lock.acquire()
+        self._result: Frames | WireError = []
+
+    def take(self, result: Frames | WireError) -> None:
+        """The reply; in the loop's thread."""
+        self._result = result
+        self._lock.release()
+
+    def result(self, timeout_s: float) -> dict[str, Any]:
+        """Wait for the reply's body, once. Raises the server's typed error, or ServerSilent after `timeout_s`."""
+        link = self._link
+        if not self._lock.acquire(timeout=timeout_s):
+            link.loop.call_soon(lambda: link.give_up(self._request_id))
+            raise ServerSilent(
+                f"no reply to {self._kind!r} from {link.endpoint} in {timeout_s * 1e3:g} ms; {link.state()}"
+            )
+        if isinstance(self._result, WireError):
+            raise self._result
+        return unpack(self._result, link.limits) if self._result else {}
 
 
 class Link:
@@ -75,7 +103,7 @@ class Link:
         self.hello_reply: dict[str, Any] = {}
         self._actor_id, self._boot_id = actor_id, boot_id
         self._hello, self._heartbeat, self._on_heartbeat = hello, heartbeat, on_heartbeat
-        self._resend_s, self._limits = resend_s, limits
+        self._resend_s, self.limits = resend_s, limits
         self._ids = itertools.count(1)
         self._pending: OrderedDict[int, _Pending] = OrderedDict()
         self._on_ready: list[Callable[[], None]] = []
@@ -115,29 +143,21 @@ class Link:
         self, kind: str, body: dict[str, Any] | Frames, *, target: str = "", timeout_ms: float = 5000
     ) -> dict[str, Any]:
         """Ask and wait for the reply's body. Raises the server's typed error, or ServerSilent after `timeout_ms`."""
-        frames = body if isinstance(body, list) else pack(body, self._limits)
-        answered = threading.Event()
-        box: list[Frames | WireError] = []
+        return self.ask(kind, body, target=target).result(timeout_ms / 1e3)
 
-        def on_reply(result: Frames | WireError) -> None:
-            box.append(result)
-            answered.set()
-
+    def ask(self, kind: str, body: dict[str, Any] | Frames, *, target: str = "") -> "Answer":
+        """Ask without waiting; several questions may be on their way. Thread-safe."""
+        frames = body if isinstance(body, list) else pack(body, self.limits)
         envelope = self._envelope(kind, target)
-        self.loop.call_soon(lambda: self._submit(envelope, frames, on_reply))
-        if not answered.wait(timeout_ms / 1e3):
-            self.loop.call_soon(lambda: self._give_up(_id(envelope)))
-            raise ServerSilent(f"no reply to {kind!r} from {self.endpoint} in {timeout_ms:g} ms; {self.state()}")
-        result = box[0]
-        if isinstance(result, WireError):
-            raise result
-        return unpack(result, self._limits) if result else {}
+        answer = Answer(self, _id(envelope), kind)
+        self.loop.call_soon(lambda: self._submit(envelope, frames, answer.take))
+        return answer
 
     def submit(
         self, kind: str, frames: Frames, on_reply: OnReply, *, target: str = "", seq: int = 0, boot_id: str = ""
     ) -> None:
         """Send without waiting; `on_reply` gets the reply's frames or the typed error. In the loop's thread."""
-        self._submit(self._envelope(kind, target, seq, boot_id), frames, on_reply)
+        self._submit(self._envelope(kind, target, seq, boot_id), frames, on_reply, repeat=True)
 
     def on_ready(self, fn: Callable[[], None]) -> None:
         """Call `fn` in the loop's thread after each accepted hello."""
@@ -163,8 +183,8 @@ class Link:
     def _envelope(self, kind: str, target: str = "", seq: int = 0, boot_id: str = "") -> Envelope:
         return Envelope(kind, self._actor_id, boot_id or self._boot_id, seq, next(self._ids), target)
 
-    def _submit(self, envelope: Envelope, frames: Frames, on_reply: OnReply) -> None:
-        pending = self._pending[_id(envelope)] = _Pending(envelope, frames, on_reply)
+    def _submit(self, envelope: Envelope, frames: Frames, on_reply: OnReply, repeat: bool = False) -> None:
+        pending = self._pending[_id(envelope)] = _Pending(envelope, frames, on_reply, repeat)
         if self.ready.is_set():
             self._send_pending(pending)
         elif self.refused is not None and self._resend_s is None:
@@ -191,17 +211,17 @@ class Link:
             if now - self._last_heartbeat >= HEARTBEAT_S:
                 self._beat(now)
             for pending in list(self._pending.values()):
-                stale = self._resend_s is not None and now - pending.sent_at > self._resend_s
+                stale = self._resend_s is not None and pending.repeat and now - pending.sent_at > self._resend_s
                 if not pending.sent_at or stale:
                     self._send_pending(pending)
         self.loop.call_later(0.2 if self.ready.is_set() else 0.05, self._tick)
 
     def _say_hello(self, now: float) -> None:
         envelope = self._envelope("hello")
-        frames = pack(self._hello(), self._limits)
+        frames = pack(self._hello(), self.limits)
         if self._transmit([envelope.to_frame(frames), *frames]):
             self._last_hello = now
-            self._pending[_id(envelope)] = _Pending(envelope, [], self._hello_answered, now)
+            self._pending[_id(envelope)] = _Pending(envelope, [], self._hello_answered, sent_at=now)
 
     def _hello_answered(self, result: Frames | WireError) -> None:
         for request_id in [r for r, pending in self._pending.items() if pending.envelope.kind == "hello"]:
@@ -211,7 +231,7 @@ class Link:
         if isinstance(result, WireError):
             self._refuse(result)
         else:
-            self._accepted(unpack(result, self._limits) if result else {})
+            self._accepted(unpack(result, self.limits) if result else {})
 
     def _accepted(self, reply: dict[str, Any]) -> None:
         self.hello_reply, self.refused = reply, None
@@ -236,11 +256,11 @@ class Link:
         self._pending.pop(self._heartbeat_id, None)  # an unanswered one is not repeated
         envelope = self._envelope("heartbeat")
         self._heartbeat_id = _id(envelope)
-        self._submit(envelope, pack(self._heartbeat(), self._limits), self._beaten)
+        self._submit(envelope, pack(self._heartbeat(), self.limits), self._beaten)
 
     def _beaten(self, result: Frames | WireError) -> None:
         if not isinstance(result, WireError) and result and self._on_heartbeat is not None:
-            self._on_heartbeat(unpack(result, self._limits))
+            self._on_heartbeat(unpack(result, self.limits))
 
     def _receive(self) -> None:
         while True:
@@ -311,7 +331,8 @@ class Link:
                 fn()
         self._server_boot = boot_id
 
-    def _give_up(self, request_id: int) -> None:
+    def give_up(self, request_id: int) -> None:
+        """Nobody waits for that reply any more; in the loop's thread."""
         self._pending.pop(request_id, None)
 
     def _finish(self, request_id: int, result: Frames | WireError) -> None:

@@ -103,7 +103,10 @@ class Router:
         self._handlers[kind] = (fn, raw)
 
     def reply(self, token: bytes, result: Reply) -> None:
-        """Answer the message that `token` came with: a body, a WireError, or a body's frames. Thread-safe."""
+        """Answer the message that `token` came with: a body, a WireError, or a body's frames. Thread-safe.
+
+        Frames are sent as they lie, without a copy: their memory must not change any more.
+        """
         address, request_id = _read_token(token)
         error, frames = None, []
         if isinstance(result, WireError):
@@ -112,14 +115,15 @@ class Router:
         else:
             frames = result if isinstance(result, list) else pack(result, self.limits)
         envelope = Envelope(REPLY, boot_id=self.boot_id, request_id=request_id, error=error)
-        self._send_anywhere([address, envelope.to_frame(frames if self._checked else None), *frames])
+        parts = [address, envelope.to_frame(frames if self._checked else None), *frames]
+        self._send_anywhere(parts, copy=not isinstance(result, list))
 
     def push(self, address: bytes, envelope: Envelope, frames: Frames) -> None:
         """Send an unasked message to a peer, for example forwarded work to a role. Thread-safe.
 
         A peer that has gone loses the message, silently: use replies or timeouts to notice.
         """
-        self._send_anywhere([address, envelope.to_frame(), *frames])
+        self._send_anywhere([address, envelope.to_frame(), *frames], copy=False)
 
     def forget_silent(self, timeout_s: float) -> None:
         """Drop the state of connections that said nothing for `timeout_s`."""
@@ -131,15 +135,15 @@ class Router:
         """Close the socket, after the loop has ended."""
         self.socket.close()
 
-    def _send_anywhere(self, parts: Frames) -> None:
+    def _send_anywhere(self, parts: Frames, copy: bool) -> None:
         if self._loop.in_loop:
-            self._send(parts)
+            self._send(parts, copy)
         else:
-            self._loop.call_soon(lambda: self._send(parts))
+            self._loop.call_soon(lambda: self._send(parts, copy))
 
-    def _send(self, parts: Frames) -> None:
+    def _send(self, parts: Frames, copy: bool) -> None:
         try:
-            self.socket.send_multipart(parts, zmq.NOBLOCK)
+            self.socket.send_multipart(parts, zmq.NOBLOCK, copy=copy)
         except zmq.ZMQError as error:
             self.counters["send_failed"] += 1
             log.warning("a reply could not be sent: %s", error)

@@ -18,7 +18,7 @@ import zmq
 
 from serl_transport import auth
 from serl_transport.allow_list import ROLES, AllowList
-from serl_transport.codec import join, pack
+from serl_transport.codec import buffer_of, pack
 from serl_transport.config import TrainerConfig
 from serl_transport.data_store import DataStoreBase
 from serl_transport.dedup import SeenItems
@@ -26,7 +26,7 @@ from serl_transport.envelope import PROTOCOL, Envelope
 from serl_transport.errors import BadFrame, CannotListen, Refused, SchemaMismatch, UnknownKind
 from serl_transport.keys import ServerKeys
 from serl_transport.loop import EventLoop
-from serl_transport.params import Published, read_chunk
+from serl_transport.params import Offer, read_chunk
 from serl_transport.replay_guard import Boots
 from serl_transport.router import Handler, Peer, Reply, Router
 from serl_transport.specs import TaskSpec
@@ -65,7 +65,7 @@ class TrainerServer:
         self._stores: dict[str, DataStoreBase] = {}
         self._seen = SeenItems()
         self._extra_routers: list[Router] = []
-        self._published: Published | None = None
+        self._published: Offer | None = None
         self._ended: threading.Event | None = None  # set when `start` has returned; None: never started
         self.files = auth.raise_file_limit()  # one per connection, half-open ones included
         self._boots = Boots()
@@ -100,14 +100,15 @@ class TrainerServer:
         """Names of the registered stores."""
         return set(self._stores)
 
-    def publish_network(self, params: Any) -> int:
+    def publish_network(self, params: Any, *, copy: bool = True) -> int:
         """Make `params` (nested dicts, lists and arrays) the newest version, tell clients to pull; returns the version.
 
-        Thread-safe. Clients that missed the announcement or join later pull it as well.
+        Thread-safe. Clients that missed the announcement or join later pull it as well. Without `copy` the arrays must
+        not change until the next version is published.
         """
         version = self.params_version + 1
-        published = Published.of(version, join(pack({"params": params}, self.config.limits)))
-        self._published = published
+        frames = pack({"params": params}, self.config.limits)
+        self._published = Offer.of_frames(version, [bytes(buffer_of(f)) for f in frames] if copy else frames)
         self.announce_params(version)
         return version
 
@@ -271,7 +272,7 @@ class TrainerServer:
         """Default: `params` from the last `publish_network`, else `request_callback` for the configured types."""
         kind = envelope.target
         if kind == "params":
-            return read_chunk(self._published, body)
+            return pack(read_chunk(self._published, body), self.config.limits)
         if kind not in self.config.request_types or self._request_callback is None:
             raise UnknownKind(f"no request {kind!r} here; the types are {sorted(self.config.request_types)}")
         return self._request_callback(kind, body) or {}
