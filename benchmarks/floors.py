@@ -121,7 +121,8 @@ def tcp_rate(port: int, messages: Sequence[Sequence[Any]], seconds: float, windo
 
 def memcpy_seconds(nbytes: int) -> float:
     """One copy of `nbytes` within memory that has been touched before."""
-    source, target = bytes(nbytes), bytearray(nbytes)
+    source = os.urandom(1 << 20) * (nbytes >> 20)  # zeros would all lie in one page
+    target = bytearray(nbytes)
     memoryview(target)[:] = source
     start = time.perf_counter()
     memoryview(target)[:] = source

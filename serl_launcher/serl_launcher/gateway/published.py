@@ -52,14 +52,14 @@ class PublishedParams:
         return before != self.version
 
     def chunk(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """Answer one `params` request `{version | null, offset}`. NotReady, Refused or BadFrame."""
-        version, offset = payload.get("version"), payload.get("offset", 0)
+        """Answer one `params` request `{version | null, offset | where}`. NotReady, Refused or BadFrame."""
+        version = payload.get("version")
         if self._latest is None:
             raise NotReady("no parameters have been published yet")
         version = self.version if version is None else version
         offer, where = self._offer(version)
-        reply = read_chunk(offer, {"version": version, "offset": offset})
-        return reply if offset else reply | {"file": where}
+        reply = read_chunk(offer, payload | {"version": version})
+        return reply | {"file": where} if payload.get("where") else reply
 
     def _offer(self, version: Any) -> tuple[Offer, dict[str, Any]]:
         if version not in self._open:

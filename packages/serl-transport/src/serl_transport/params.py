@@ -82,12 +82,17 @@ class Offer:
 
 
 def read_chunk(offer: Offer | None, payload: dict[str, Any]) -> dict[str, Any]:
-    """Answer one `params` request `{version | null, offset}`; the first reply lists where the chunks begin."""
+    """Answer one `params` request `{version | null, offset}`; the first reply lists where the chunks begin.
+
+    With `where` the reply describes the version and carries no data.
+    """
     if offer is None:
         raise NotReady("no parameters have been published yet")
     version, offset = payload.get("version"), payload.get("offset", 0)
     if version is not None and version != offer.version:
         raise Refused(f"version {version!r} is not held, the newest is {offer.version}")
+    if payload.get("where"):
+        return {"version": offer.version, "total_bytes": offer.total_bytes, "sha256": offer.sha256}
     if type(offset) is not int or not 0 <= offset <= offer.total_bytes:
         raise BadFrame(f"offset: expected 0..{offer.total_bytes}, got {offset!r}")
     number = int(np.searchsorted(offer.offsets, offset, side="right")) - 1
@@ -107,9 +112,11 @@ def pull(ask: Ask, version: int | None = None, *, same_host: bool = False) -> Pu
 
     `ask(payload)` gives the reply on its way. `same_host`: a file that the reply names may be mapped instead.
     """
+    if same_host:
+        told = ask({"version": version, "where": True}).result(REPLY_S)
+        if (mapped := _map_file(told.get("file"), told["total_bytes"])) is not None:
+            return Published(told["version"], mapped, told["sha256"])
     first = ask({"version": version, "offset": 0}).result(REPLY_S)
-    if same_host and (mapped := _map_file(first.get("file"), first["total_bytes"])) is not None:
-        return Published(first["version"], mapped, first["sha256"])
     buffer = np.empty(first["total_bytes"], np.uint8)
     with _Hasher(first["sha256"]) as hasher:
         _fill(buffer, first, ask, hasher)
