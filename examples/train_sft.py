@@ -1,0 +1,108 @@
+"""Fine-tune a policy on a LeRobot dataset: no robot, no gateway, one process.
+
+    python examples/train_sft.py DATASET OUTPUT policy=pi0 policy.checkpoint=<folder> [sft.steps=2000] [sft.batch_size=8]
+
+DATASET is a LeRobotDataset v3 folder; with meta/modality.json its slices and cameras are used, else LeRobot's names.
+The task (sizes, ranges, prompt) comes from the dataset, the units from the checkpoint. OUTPUT gets config.yaml,
+metrics.jsonl and params/ (so that tools/export_checkpoint.py and tools/eval_open_loop.py take it as a run).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from serl_launcher.agents.build import build_agent
+from serl_launcher.learner.learner import Learner, Schedule
+from serl_launcher.learner.modality import Modality
+from serl_launcher.learner.parameters import base_sha256, publish
+from serl_launcher.learner.sft import Chunks, Columns, spec_of, train
+from serl_launcher.policies.trains import frozen_hash, parameter_table
+
+CONFIG = Path(__file__).resolve().parents[1] / "config"
+SFT = {"steps": 1000, "batch_size": 8, "lr": 5e-4, "warmup": 50, "max_samples": None, "log_period": 10}
+
+
+def configured(overrides: list[str]) -> DictConfig:
+    """config/base.yaml with `algo=sft_pi0` and the user's overrides; `sft.*` are this script's own keys."""
+    own = [o for o in overrides if o.lstrip("+").startswith("sft.")]
+    with initialize_config_dir(str(CONFIG), version_base=None):
+        cfg = compose("base", ["algo=sft_pi0", *(o for o in overrides if o not in own)])
+    OmegaConf.set_struct(cfg, False)
+    cfg.sft = OmegaConf.create(SFT)
+    OmegaConf.set_struct(cfg.sft, True)
+    cfg.sft.merge_with(OmegaConf.from_dotlist([o.lstrip("+").removeprefix("sft.") for o in own]))
+    return cfg
+
+
+def run(dataset: Path, output: Path, cfg: DictConfig) -> None:
+    """Train and write. Raises ValueError or OSError in the user's words."""
+    from lerobot.datasets import LeRobotDatasetMetadata
+
+    if not (dataset / "meta" / "info.json").is_file():
+        raise FileNotFoundError(f"{dataset}: no LeRobot dataset (meta/info.json)")
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output}: holds files already; name a folder that does not exist")
+    meta, modality = LeRobotDatasetMetadata("local/sft", root=dataset), Modality.read(dataset)
+    if modality:
+        columns, names = modality.columns, (modality.names("state"), modality.names("action"))
+    else:
+        cameras = {key.removeprefix("observation.images."): key for key in meta.camera_keys}
+        whole = slice(None)
+        columns, names = Columns(cameras, [("observation.state", whole)], [("action", whole)]), (None, None)
+    spec = spec_of(meta, columns, *names)
+    torch.manual_seed(cfg.seed)
+    torch.set_num_threads(cfg.trainer.threads)
+    policy = instantiate(cfg.policy, spec=spec)
+    chunks = Chunks(str(dataset), spec, policy.action_horizon, columns, cfg.sft.max_samples)
+    print(f"{len(chunks)} samples of {meta.total_episodes} episodes\n{parameter_table(policy)}", flush=True)
+    accelerator = Accelerator(cpu=cfg.trainer.device == "cpu")
+    agent = build_agent(cfg, policy, spec).to(accelerator.device)
+    optimizer = instantiate(cfg.trainer.optimizer, _partial_=True, lr=cfg.sft.lr)
+    limits = {"max_grad_norm": cfg.trainer.max_grad_norm, "ema_decay": cfg.trainer.ema_decay}
+    learner, frozen = Learner(agent, optimizer, accelerator, **limits), frozen_hash(policy)
+    output.mkdir(parents=True, exist_ok=True)
+    cfg.task = {"name": "dataset", "spec": spec.to_dict()}
+    OmegaConf.save(cfg, output / "config.yaml", resolve=True)
+    schedule = Schedule(steps=cfg.sft.steps, warmup=cfg.sft.warmup)
+    with (output / "metrics.jsonl").open("w") as log:
+        for step, metrics in enumerate(
+            train(learner, chunks, cfg.sft.steps, cfg.sft.batch_size, cfg.seed, schedule), 1
+        ):
+            log.write(json.dumps({"step": step, **metrics}) + "\n")
+            if step % cfg.sft.log_period == 0:
+                print(f"step {step}/{cfg.sft.steps}  loss {metrics['losses/flow']:.4f}", flush=True)
+    if frozen_hash(policy) != frozen:
+        raise RuntimeError("frozen parameters changed while training")
+    published = {"version": 1, "step": cfg.sft.steps, "base": base_sha256(policy), "policy": cfg.policy.name}
+    publish(output / "params", learner.averaged, now=time.time(), keep=1, **published)
+    print(f"written: {output}; take it out with tools/export_checkpoint.py {output} <folder>")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit 0, or 2 on a mistake of the user."""
+    arguments = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if len(arguments) < 2 or "=" in arguments[0] or "=" in arguments[1]:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        run(Path(arguments[0]), Path(arguments[1]), configured(arguments[2:]))
+    except (ValueError, OSError, HydraException) as mistake:
+        print(f"train_sft: {mistake}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+#!/usr/bin/env python
+"""What would the policy have done? Its actions against the recorded ones, over episodes of a LeRobot dataset.
+
+    python tools/eval_open_loop.py runs/<name> [--dataset DIR] [--episodes 0 3 -1] [--stride 4] [--output DIR]
+
+Every `stride` ticks the policy sees the recorded observation and predicts a chunk, compared for `stride` ticks. Writes
+open_loop.json, errors.png and one trajectory picture an episode, and prints a table with two baselines: hold still, and
+repeat the last action. A policy that does not beat both has learnt nothing that matters here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from serl_launcher.learner.parameters import find_parameters
+from serl_launcher.paths import RunPaths
+from serl_launcher.policies.open_loop import (
+    METHODS,
+    OpenLoop,
+    errors_by_tick_of_chunk,
+    figures,
+    hold_still,
+    run_episode,
+)
+from serl_launcher.serving.engine import PolicyEngine, Query
+
+COLOURS = {"policy": "tab:blue", "hold_still": "tab:gray", "repeat_last": "tab:orange"}
+SHOWN = 8  # trajectory pictures at most
+
+
+def open_dataset(folder: Path):
+    """LeRobot's reader on a local folder. Raises FileNotFoundError in the user's words."""
+    if not (folder / "meta" / "info.json").is_file():
+        raise FileNotFoundError(f"{folder}: no LeRobot dataset (meta/info.json); name one with --dataset")
+    from lerobot.datasets import LeRobotDataset
+
+    return LeRobotDataset(f"local/{folder.name}", root=folder)
+
+
+def check_features(dataset, spec) -> None:
+    """Raise ValueError naming what the dataset lacks or has in another size."""
+    features = dataset.meta.features
+    for key, size in (("observation.state", len(spec.state_names)), ("action", len(spec.action_names))):
+        got = features.get(key, {}).get("shape")
+        if got is None or tuple(got) != (size,):
+            raise ValueError(f"dataset: {key}: expected {size} dims as the task, got {got}")
+    for camera, (height, width) in spec.cameras.items():
+        got = features.get(f"observation.images.{camera}", {}).get("shape")
+        if got is None or tuple(got) != (height, width, 3):
+            raise ValueError(f"dataset: camera {camera!r}: expected {(height, width, 3)} as the task, got {got}")
+
+
+def rows_of(dataset, episode: int) -> tuple[int, int]:
+    """First and last + 1 index of an episode."""
+    entry = dataset.meta.episodes[episode]
+    return int(entry["dataset_from_index"]), int(entry["dataset_to_index"])
+
+
+def predictor(engine: PolicyEngine, dataset, first: int) -> Callable[[int], np.ndarray]:
+    """f(tick) -> the policy's chunk from the recorded observation, float32[ah, ad], the same noise at every run."""
+
+    def predict(tick: int) -> np.ndarray:
+        row = dataset[first + tick]
+        images = {
+            c: (row[f"observation.images.{c}"].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+            for c in engine.spec.cameras
+        }
+        query = Query(images, row["observation.state"].numpy(), row.get("task") or engine.spec.prompt, seed=tick)
+        return engine.act([query])[0]
+
+    return predict
+
+
+def evaluate(cfg: DictConfig, run: Path, dataset_dir: Path, episodes: list[int] | None, stride: int, output: Path):
+    """Run all episodes, write the files, return the figures."""
+    path = find_parameters(run)
+    engine = PolicyEngine(cfg, path.parent)
+    engine.refresh()
+    spec = engine.spec
+    dataset = open_dataset(dataset_dir)
+    check_features(dataset, spec)
+    total = dataset.meta.total_episodes
+    chosen = range(total) if episodes is None else [e + total if e < 0 else e for e in episodes]
+    outside = [e for e in chosen if not 0 <= e < total]
+    if outside:
+        raise ValueError(f"--episodes: the dataset has {total}, there is no episode {outside[0]}")
+    if not 1 <= stride <= engine.policy.action_horizon:
+        raise ValueError(f"--stride: expected 1 to {engine.policy.action_horizon} (the chunk), got {stride}")
+    still = hold_still(spec.action_names, spec.state_names, cfg.task.get("noop_dims"))
+    table = dataset.hf_dataset.select_columns(["observation.state", "action"]).with_format("numpy")
+    done = []
+    for episode in chosen:
+        first, end = rows_of(dataset, episode)
+        part = table[first:end]
+        recorded, states = (np.stack(part[k]).astype(np.float32) for k in ("action", "observation.state"))
+        done.append(run_episode(episode, recorded, states, predictor(engine, dataset, first), still, stride))
+    scale = engine.policy.action_units.scale.cpu().numpy()
+    out = {"run": str(run), "dataset": str(dataset_dir), "policy_version": engine.version, "stride": stride}
+    out |= figures(done, spec.action_names, scale)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "open_loop.json").write_text(json.dumps(out, indent=2))
+    draw_errors(done, spec.action_names, scale, stride, output / "errors.png")
+    for episode in done[:SHOWN]:
+        draw_trajectory(episode, spec.action_names, output / f"episode_{episode.episode:04d}.png")
+    return out
+
+
+def draw_trajectory(episode: OpenLoop, names: Sequence[str], path: Path) -> None:
+    """Recorded and predicted actions over time, one row a joint; dots where a chunk began."""
+    figure, axes = plt.subplots(len(names), 1, figsize=(10, 1.7 * len(names)), sharex=True, squeeze=False)
+    for k, (name, axis) in enumerate(zip(names, axes[:, 0], strict=True)):
+        predicted = episode.predicted["policy"][:, k]
+        axis.plot(episode.recorded[:, k], color="black", linewidth=1.5, label="recorded")
+        axis.plot(predicted, color=COLOURS["policy"], linewidth=1.2, label="policy")
+        axis.plot(episode.starts, predicted[episode.starts], ".", color=COLOURS["policy"], label="chunk begins")
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(loc="upper right", ncol=3, fontsize=8)
+    axes[0, 0].set_title(f"episode {episode.episode}")
+    axes[-1, 0].set_xlabel("tick")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def draw_errors(episodes: Sequence[OpenLoop], names: Sequence[str], scale: np.ndarray, stride: int, path: Path) -> None:
+    """Three views of the normalised error: per joint, its distribution, and over the ticks of a chunk."""
+    figure, (joints, spread, place) = plt.subplots(1, 3, figsize=(15, 4))
+    width = 0.8 / len(METHODS)
+    bins = np.logspace(-4, 1, 40)
+    for k, method in enumerate(METHODS):
+        error = np.concatenate([(e.predicted[method] - e.recorded) / scale for e in episodes])
+        label, colour = method.replace("_", " "), COLOURS[method]
+        joints.bar(np.arange(len(names)) + k * width, np.square(error).mean(0), width, label=label, color=colour)
+        magnitude = np.clip(np.abs(error).max(1), bins[0], bins[-1])
+        spread.hist(magnitude, bins=bins, histtype="step", linewidth=1.5, label=label, color=colour)
+        by_tick = errors_by_tick_of_chunk(episodes, scale, stride)[method]
+        place.plot(np.arange(stride), by_tick, "o-", label=label, color=colour)
+    joints.set_xticks(np.arange(len(names)) + width, names)
+    joints.set_title("mean squared error per joint")
+    spread.set_xscale("log")
+    spread.set_title("largest error of a tick, ticks per bin")
+    place.set_xticks(np.arange(stride))
+    place.set_title("mean squared error by tick of the chunk")
+    for axis in (joints, spread, place):
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.suptitle("errors in the model's units")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def text(out: dict) -> str:
+    """The table that is printed."""
+    lines = [f"{out['episodes']} episodes, {out['ticks']} ticks, policy version {out['policy_version']}"]
+    lines.append(f"{'':<14}{'mse (model)':>13}{'mse (phys.)':>13}{'max (model)':>13}{'smoothness':>13}")
+    for method in METHODS:
+        row = out[method]
+        values = (row["mse_normalised"], row["mse_physical"], row["max_error_normalised"], row["smoothness"])
+        lines.append(f"{method.replace('_', ' '):<14}" + "".join(f"{v:>13.4g}" for v in values))
+    lines.append(f"{'recorded':<14}{'':>39}{out['recorded_smoothness']:>13.4g}")
+    verdict = "beats both baselines" if out["better_than_best_baseline"] else "does NOT beat both baselines"
+    return "\n".join([*lines, f"the policy {verdict} (share of the better one: {out['share_of_best_baseline']:.2f})"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit 0, or 2 on a mistake of the user."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder, runs/<name>")
+    parser.add_argument("--dataset", type=Path, help="LeRobot dataset; default: the run's own")
+    parser.add_argument("--episodes", type=int, nargs="+", help="indices, negative ones from the end; default: all")
+    parser.add_argument(
+        "--stride", type=int, help="ticks of a chunk that are compared; default: rollout.execute_horizon"
+    )
+    parser.add_argument("--output", type=Path, help="folder of the results; default: <run>/open_loop")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        paths = RunPaths(args.run)
+        if not paths.config.is_file():
+            raise FileNotFoundError(f"{args.run}: not a run folder (no config.yaml)")
+        cfg = OmegaConf.load(paths.config)
+        stride = args.stride or cfg.rollout.execute_horizon
+        output = args.output or args.run / "open_loop"
+        out = evaluate(cfg, args.run, args.dataset or paths.dataset, args.episodes, stride, output)
+    except (ValueError, OSError) as mistake:
+        print(f"eval_open_loop: {mistake}", file=sys.stderr)
+        return 2
+    print(text(out))
+    print(f"written: {output}/open_loop.json, errors.png and {min(SHOWN, out['episodes'])} trajectories")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
