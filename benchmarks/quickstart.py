@@ -1,4 +1,4 @@
-"""The quick start, measured: each seed as `bash start.sh --no-tmux`, then what the same compute gives without its parts.
+"""The quick start, measured: each seed as `bash start.sh --no-tmux`, then what the compute gives without its parts.
 
     python benchmarks/quickstart.py --seeds 0 1 2 --variants full no_operator offline > quickstart.json
 
@@ -46,13 +46,17 @@ def run_once(variant: str, seed: int, extra: list[str]) -> dict:
         print(finished.stdout[-3000:], file=sys.stderr)
         return row
     figures = json.loads(summary.read_text())
+    for stage in figures["stages"]:  # a run without an online stage has no "before online"
+        if stage["name"] == "before" and figures.get("success_rate_before_online") is None:
+            figures["success_rate_before_online"] = stage["success_rate"]
     return row | {key: figures.get(key) for key in FIGURES}
 
 
 def medians(rows: list[dict]) -> dict:
     """Median success rates and minutes of a variant's seeds."""
     keys = ("success_rate_before_online", "success_rate", "minutes", "wall_minutes")
-    return {key: statistics.median(row[key] for row in rows if row.get(key) is not None) for key in keys}
+    values = {key: [row[key] for row in rows if row.get(key) is not None] for key in keys}
+    return {key: statistics.median(found) for key, found in values.items() if found}
 
 
 def main() -> None:
