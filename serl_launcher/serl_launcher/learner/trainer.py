@@ -213,9 +213,11 @@ class Trainer:
             **self.view.counts(),
             "policy/version": float(self.version),
         }
-        self.latest = metrics
+        # A loss that is not due every step shows the value of its last turn since the log before.
+        self.latest = self.latest | metrics
         if step % cfg.log_period == 0:
-            self.metrics.write(step, metrics | {"stage": stage})
+            self.metrics.write(step, self.latest | {"stage": stage})
+            self.latest = metrics
         finished = self.stage_steps[stage] >= goal
         if finished or step % cfg.publish_period == 0:
             self.publish()

@@ -7,17 +7,17 @@ rule about each, keeps the indices, and gathers batches by index: nothing is cop
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from serl_launcher.replay.acceptance import EpisodeColumns, Selection
 from serl_launcher.replay.ring import EpisodeRow, Evicted, RingReader
+from serl_launcher.replay.rulebook import COLUMNS, RuleBook
 from serl_launcher.replay.threshold import Threshold
 from serl_launcher.replay.verdicts import Verdict
 from serl_transport.specs import TaskSpec
 
-COLUMNS = ("action", "next.reward", "intervention", "policy_version")
 PATIENCE_EPISODES = 5  # rejected in a row before anybody is told
 SOURCES = ("demo", "autonomous", "operator")
 
@@ -55,10 +55,9 @@ class ChunkView:
         weights: Mapping[str, float] | None = None,
         on_verdict: Callable[[Verdict], None] = lambda verdict: None,
     ) -> None:
-        low, high = np.float32(spec.action_low), np.float32(spec.action_high)
-        self._rule, self._horizon, self._threshold, self._on_verdict = rule, horizon, threshold, on_verdict
+        self._book = RuleBook(rule, spec, threshold)
+        self._horizon, self._on_verdict = horizon, on_verdict
         self._weights = _source_weights(weights or {})
-        self._offset, self._scale = (high + low) / 2, (high - low) / 2
         self._cameras = tuple(spec.cameras)
         self._ring: RingReader | None = None
         self.clear()
@@ -70,12 +69,10 @@ class ChunkView:
         self._is_pad = np.zeros((0, self._horizon), bool)
         self._demo = np.zeros(0, bool)
         self._ordinal = np.zeros(0, np.int64)
-        self._verdicts: dict[int, Verdict] = {}  # of accepted episodes, where a schedule may still reject them
         self.accepted: dict[str, int] = {"demo": 0, "online": 0}
         self.seen: dict[str, int] = {"demo": 0, "online": 0}
         self.reasons: dict[str, int] = {}
-        if self._threshold is not None:
-            self._threshold.reset()
+        self._book.clear()
 
     def attach(self, ring: RingReader) -> None:
         """Read from this ring; a new one (the gateway restarted) starts the view over."""
@@ -118,36 +115,23 @@ class ChunkView:
     def counts(self) -> dict[str, float]:
         """For the log."""
         known = {"replay/chunks": float(len(self)), "replay/accepted_online": float(self.accepted["online"])}
-        return known if self._threshold is None else known | {"replay/threshold": self._threshold.value}
+        threshold = self._book.threshold
+        return known if threshold is None else known | {"replay/threshold": threshold.value}
 
     def _add(self, row: EpisodeRow) -> None:
-        n = row.n_ticks
-        columns = self._ring.gather(np.arange(row.first_frame, row.first_frame + n), COLUMNS)
-        episode = EpisodeColumns(
-            mode=row.mode,
-            success=row.success,
-            reward=columns["next.reward"],
-            action=(columns["action"] - self._offset) / self._scale,
-            intervention=columns["intervention"],
-            threshold=None if self._threshold is None else self._threshold.value,
-        )
-        finite = bool(np.isfinite(episode.reward).all())
-        selection = self._rule(episode) if finite else Selection.rejected(n, "reward_not_finite")
-        verdict = _verdict(row, episode, columns["policy_version"], selection)
+        columns = self._ring.gather(np.arange(row.first_frame, row.first_frame + row.n_ticks), COLUMNS)
+        selection, (verdict, *overturned) = self._book.judge(row.ordinal, row.mode, row.success, columns)
         self._on_verdict(verdict)
         self.seen[row.mode] = self.seen.get(row.mode, 0) + 1
-        self.reasons[selection.reason] = self.reasons.get(selection.reason, 0) + 1
+        self.reasons[verdict.reason] = self.reasons.get(verdict.reason, 0) + 1
         if selection.accepted:
-            self._admit(row, selection, verdict)
-        if self._threshold is not None and finite:
-            self._threshold.observe(row.mode, verdict.return_)
-            self._reject_below(self._threshold.value)
+            self._admit(row, selection)
+        for fallen in overturned:
+            self._expel(fallen)
 
-    def _admit(self, row: EpisodeRow, selection: Selection, verdict: Verdict) -> None:
+    def _admit(self, row: EpisodeRow, selection: Selection) -> None:
         n = row.n_ticks
         self.accepted[row.mode] = self.accepted.get(row.mode, 0) + 1
-        if self._threshold is not None:
-            self._verdicts[row.ordinal] = verdict
         starts = np.flatnonzero(selection.starts)
         steps = starts[:, None] + np.arange(self._horizon)
         inside = np.minimum(steps, n - 1)
@@ -156,15 +140,13 @@ class ChunkView:
         self._demo = np.concatenate([self._demo, np.full(len(starts), row.mode == "demo")])
         self._ordinal = np.concatenate([self._ordinal, np.full(len(starts), row.ordinal)])
 
-    def _reject_below(self, m: float) -> None:
-        """m has risen: online episodes below it are imitated no longer (the indicator I_m is of today's m)."""
-        for ordinal in [o for o, v in self._verdicts.items() if v.mode == "online" and v.return_ < m]:
-            verdict = self._verdicts.pop(ordinal)
-            self.accepted[verdict.mode] -= 1
-            self.reasons["accepted"] -= 1
-            self.reasons["threshold_rose"] = self.reasons.get("threshold_rose", 0) + 1
-            self._keep(self._ordinal != ordinal)
-            self._on_verdict(replace(verdict, accepted=False, reason="threshold_rose", threshold=m))
+    def _expel(self, verdict: Verdict) -> None:
+        """An accepted episode is imitated no longer."""
+        self._on_verdict(verdict)
+        self.accepted[verdict.mode] -= 1
+        self.reasons["accepted"] -= 1
+        self.reasons[verdict.reason] = self.reasons.get(verdict.reason, 0) + 1
+        self._keep(self._ordinal != verdict.ordinal)
 
     def _drop_before(self, first_frame: int) -> None:
         self._keep(self._frames[:, 0] >= first_frame)
@@ -207,20 +189,3 @@ def _source_weights(weights: Mapping[str, float]) -> np.ndarray:
     if unknown or any(not w >= 0 for w in weights.values()):
         raise ValueError(f"algo.source_weights: expected weights ≥ 0 of {', '.join(SOURCES)}, got {dict(weights)}")
     return np.array([weights.get(name, 1.0) for name in SOURCES], np.float32)
-
-
-def _verdict(row: EpisodeRow, episode: EpisodeColumns, versions: np.ndarray, selection: Selection) -> Verdict:
-    return Verdict(
-        ordinal=row.ordinal,
-        mode=row.mode,
-        ticks=row.n_ticks,
-        return_=float(episode.reward.sum()),
-        success=row.success,
-        operator_ticks=int(episode.intervention.sum()),
-        policy_versions=(int(versions.min()), int(versions.max())),
-        accepted=selection.accepted,
-        reason=selection.reason,
-        starts=int(selection.starts.sum()),
-        labels=int(selection.labels.sum()),
-        threshold=episode.threshold,
-    )

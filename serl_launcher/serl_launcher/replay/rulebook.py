@@ -1,0 +1,84 @@
+"""A rule, its threshold schedule, and what they said so far: the judge of a run's episodes, in ordinal order.
+
+The chunk view (replay.views) asks it about the ring's episodes, tools/reaccept.py about the journal's; the same
+episodes in the same order get the same verdicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from serl_launcher.replay.acceptance import EpisodeColumns, Selection
+from serl_launcher.replay.threshold import Threshold
+from serl_launcher.replay.verdicts import Verdict
+from serl_transport.specs import TaskSpec
+
+COLUMNS = ("action", "next.reward", "intervention", "policy_version")
+
+
+class RuleBook:
+    """threshold: a schedule of m; None leaves the rule its own."""
+
+    def __init__(
+        self, rule: Callable[[EpisodeColumns], Selection], spec: TaskSpec, threshold: Threshold | None = None
+    ) -> None:
+        low, high = np.float32(spec.action_low), np.float32(spec.action_high)
+        self._offset, self._scale = (high + low) / 2, (high - low) / 2
+        self._rule, self.threshold = rule, threshold
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every episode."""
+        self._standing: dict[int, Verdict] = {}  # accepted online episodes, which a risen m may still reject
+        if self.threshold is not None:
+            self.threshold.reset()
+
+    def judge(
+        self, ordinal: int, mode: str, success: bool, columns: Mapping[str, np.ndarray]
+    ) -> tuple[Selection, list[Verdict]]:
+        """The next episode: which ticks count, its verdict, and those of earlier ones that it overturns.
+
+        columns: COLUMNS of the episode, n rows each. An overturned verdict: m has risen above an online episode's
+        return, and the indicator I_m of the loss is of today's m.
+        """
+        episode = EpisodeColumns(
+            mode=mode,
+            success=success,
+            reward=columns["next.reward"],
+            action=(columns["action"] - self._offset) / self._scale,
+            intervention=columns["intervention"],
+            threshold=None if self.threshold is None else self.threshold.value,
+        )
+        finite = bool(np.isfinite(episode.reward).all())
+        selection = self._rule(episode) if finite else Selection.rejected(len(episode), "reward_not_finite")
+        verdict = _verdict(ordinal, episode, columns["policy_version"], selection)
+        if self.threshold is None or not finite:
+            return selection, [verdict]
+        if selection.accepted and mode == "online":
+            self._standing[ordinal] = verdict
+        self.threshold.observe(mode, verdict.return_)
+        return selection, [verdict, *self._overturn(self.threshold.value)]
+
+    def _overturn(self, m: float) -> list[Verdict]:
+        fallen = [self._standing.pop(o) for o, v in list(self._standing.items()) if v.return_ < m]
+        return [replace(v, accepted=False, reason="threshold_rose", starts=0, labels=0, threshold=m) for v in fallen]
+
+
+def _verdict(ordinal: int, episode: EpisodeColumns, versions: np.ndarray, selection: Selection) -> Verdict:
+    return Verdict(
+        ordinal=ordinal,
+        mode=episode.mode,
+        ticks=len(episode),
+        return_=float(episode.reward.sum()),
+        success=episode.success,
+        operator_ticks=int(episode.intervention.sum()),
+        policy_versions=(int(versions.min()), int(versions.max())),
+        accepted=selection.accepted,
+        reason=selection.reason,
+        starts=int(selection.starts.sum()),
+        labels=int(selection.labels.sum()),
+        threshold=episode.threshold,
+    )

@@ -1,0 +1,88 @@
+#!/usr/bin/env python
+"""Judge a run's episodes again by another acceptance rule, from the journal: what would be imitated, what changes.
+
+    python tools/reaccept.py runs/night1 algo.rule.min_return=0.8
+    python tools/reaccept.py runs/night1 '+algo.threshold={_target_: serl_launcher.replay.threshold.QuantileThreshold,
+                                          start: 0.5, window: 20}'
+
+Nothing of the run is changed: to train by the new rule start the run again with the same overrides, and its views are
+rebuilt. `--out FILE` writes the verdicts as JSON lines. Exit codes: 0 done, 2 a mistake of the user.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from serl_launcher.replay.episodes import journal_episodes
+from serl_launcher.replay.rulebook import RuleBook
+from serl_launcher.replay.verdicts import Verdict, rule_text
+from serl_transport.specs import TaskSpec
+
+
+def judge(run: Path, cfg: DictConfig) -> list[Verdict]:
+    """The last verdict on every demonstration and online episode of the run, by `cfg.algo`."""
+    spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
+    threshold = instantiate(cfg.algo.threshold) if cfg.algo.get("threshold") else None
+    book = RuleBook(instantiate(cfg.algo.rule), spec, threshold)
+    last: dict[int, Verdict] = {}
+    for ordinal, episode in journal_episodes(run, spec):
+        if episode.info.mode == "eval":
+            continue
+        _, verdicts = book.judge(ordinal, episode.info.mode, episode.outcome.success, episode.arrays)
+        last.update({verdict.ordinal: verdict for verdict in verdicts})
+    return [last[ordinal] for ordinal in sorted(last)]
+
+
+def changes(before: Iterable[Verdict], after: Iterable[Verdict]) -> list[str]:
+    """One line for each episode on which the two disagree."""
+    old = {verdict.ordinal: verdict for verdict in before}
+    lines = []
+    for new in after:
+        was = old[new.ordinal]
+        if was.accepted != new.accepted:
+            lines.append(
+                f"  episode {new.ordinal} ({new.mode}, return {new.return_:g}): {was.reason} -> {new.reason}, "
+                f"{was.labels} -> {new.labels} labels"
+            )
+    return lines
+
+
+def main(argv: list[str]) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("overrides", nargs="*", help="algo.rule.<key>=<value>, algo.threshold=…")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    try:
+        if not (args.run / "config.yaml").exists():
+            raise FileNotFoundError(f"{args.run}: expected a run folder with config.yaml and a journal")
+        cfg = OmegaConf.load(args.run / "config.yaml")
+        other = OmegaConf.merge(cfg, OmegaConf.from_dotlist([word.lstrip("+") for word in args.overrides]))
+        before, after = judge(args.run, cfg), judge(args.run, other)
+    except (FileNotFoundError, ValueError, HydraException, OmegaConfBaseException) as error:
+        mistake: BaseException = error
+        while mistake.__cause__ is not None:  # Hydra wraps what the rule itself says
+            mistake = mistake.__cause__
+        print(f"reaccept: {str(mistake).splitlines()[0]}", file=sys.stderr)
+        return 2
+    print("\n".join(changes(before, after)) or "  no verdict changes")
+    for name, verdicts in (("this run's rule", before), (rule_text(instantiate(other.algo.rule)), after)):
+        reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(v.reason for v in verdicts).items())
+        print(f"  {name}: {reasons}; {sum(v.labels for v in verdicts if v.accepted)} labels")
+    if args.out:
+        args.out.write_text("".join(json.dumps(asdict(verdict)) + "\n" for verdict in after))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
