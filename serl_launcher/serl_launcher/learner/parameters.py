@@ -41,11 +41,11 @@ class Published:
 
 
 def base_sha256(policy: nn.Module) -> str:
-    """Hash over names, shapes and values of the tensors that are not published (frozen weights and buffers)."""
-    published = trainable(policy)
+    """Hash over names, shapes and values of what an action depends on and is not published: frozen weights, buffers."""
+    left_out = trainable(policy).keys() | (policy.dead_parameters() if hasattr(policy, "dead_parameters") else set())
     digest = hashlib.sha256()
     for name, tensor in sorted(policy.state_dict().items()):
-        if name not in published:
+        if name not in left_out:
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

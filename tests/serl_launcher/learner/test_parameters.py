@@ -60,10 +60,16 @@ def test_a_file_that_does_not_fit_is_refused_by_name_and_changes_nothing(tmp_pat
 
 
 def test_another_frozen_base_is_refused(tmp_path):
-    policy = tiny_policy(seed=0)
-    entry = publish_policy(tmp_path, policy, 0)
+    ours, theirs = tiny_policy(seed=0), tiny_policy(seed=1)
+    for policy in (ours, theirs):
+        policy.core.state_proj.requires_grad_(False)
+    entry = publish_policy(tmp_path, theirs, 0)
     with pytest.raises(ValueError, match=r"another frozen base.*policy.seed"):
-        load_into(tiny_policy(seed=1), tmp_path / entry.file, base_sha256(tiny_policy(seed=1)))
+        load_into(ours, tmp_path / entry.file, base_sha256(ours))
+
+
+def test_weights_that_no_action_depends_on_make_no_other_base():
+    assert base_sha256(tiny_policy(seed=0)) == base_sha256(tiny_policy(seed=1))
 
 
 def test_checkpoint_path_may_be_a_file_a_params_folder_or_a_run(tmp_path):
