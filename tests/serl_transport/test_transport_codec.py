@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serl_transport.codec import DTYPES, Limits, blob_crc32, buffer_of, join, pack, split, unpack
+from serl_transport.codec import DTYPES, INLINE_BYTES, Limits, blob_crc32, buffer_of, join, pack, split, unpack
 from serl_transport.errors import BadFrame, TooLarge, WireError
 from serl_transport.files import write_buffers
 
@@ -49,12 +49,23 @@ def test_every_body_survives_frames_and_blob(body):
 
 
 def test_arrays_are_packed_without_a_copy_and_read_only_on_arrival():
-    image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    image = np.zeros((20, 30, 3), np.uint8)
     frames = pack({"image": image})
     assert np.shares_memory(np.frombuffer(frames[1], np.uint8), image)
     got = unpack(frames)["image"]
     with pytest.raises(ValueError, match="read-only"):
         got[0, 0, 0] = 1
+
+
+def test_small_arrays_travel_in_the_header():
+    small = np.arange(INLINE_BYTES, dtype=np.uint8)
+    frames = pack({"small": small, "large": np.zeros(INLINE_BYTES + 1, np.uint8), "none": np.zeros((3, 0), np.float32)})
+    assert len(frames) == 2
+    small[:] = 0  # packed is packed
+    got = unpack(frames)
+    assert got["small"][-1] == 255
+    assert got["none"].shape == (3, 0)
+    assert not got["small"].flags.writeable
 
 
 def test_views_scalars_and_foreign_byte_order_become_plain():
@@ -131,10 +142,10 @@ def test_hostile_frames_are_bad_frames(frames):
 
 @pytest.mark.parametrize(
     "limits",
-    [Limits(header_bytes=10), Limits(frame_bytes=50), Limits(total_bytes=120), Limits(frames=2), Limits(rank=1)],
+    [Limits(header_bytes=10), Limits(frame_bytes=1500), Limits(total_bytes=3000), Limits(frames=2), Limits(rank=1)],
 )
 def test_every_limit_holds_in_both_directions(limits):
-    body = {"a": np.zeros((10, 10), np.uint8), "b": np.zeros(30, np.uint8)}
+    body = {"a": np.zeros((10, 200), np.uint8), "b": np.zeros(1200, np.uint8)}
     with pytest.raises(TooLarge):
         pack(body, limits)
     with pytest.raises(WireError):

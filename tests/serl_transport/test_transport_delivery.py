@@ -265,16 +265,16 @@ def test_items_are_packed_when_sent_not_later(serve, connect):
     got = []
 
     def data(peer, envelope, body):
-        got.append(body["x"].tolist())
+        got.append(set(body["x"].tolist()))
         return {}
 
     client = connect(serve(handlers={"data": data}))
-    buffer = np.zeros(3, np.int64)
+    buffer = np.zeros(300, np.int64)
     for value in range(3):
         buffer[:] = value  # the robot reuses its buffer at once
         client.send_item({"x": buffer})
     assert client.flush(WAIT)
-    assert got == [[0, 0, 0], [1, 1, 1], [2, 2, 2]]
+    assert got == [{0}, {1}, {2}]
     assert len(pack({"x": buffer})) == 2
 
 

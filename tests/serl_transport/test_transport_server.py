@@ -287,7 +287,7 @@ def test_infer_frames_pass_through_a_gateway_unread(serve, connect):
         threading.Thread(target=policy_server, args=(envelope.token, frames)).start()
 
     server = serve(raw_handlers={"infer": forward})
-    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    image = np.arange(1200, dtype=np.int32).astype(np.uint8).reshape(20, 20, 3)
     reply = connect(server).infer({"observation": {"image": image}})
     np.testing.assert_array_equal(reply["actions"], image.astype(np.float32) * 2)
     assert forwarded == [["Frame", "Frame"]]

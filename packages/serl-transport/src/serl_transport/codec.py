@@ -2,7 +2,8 @@
 
 Client, server, spool and journal call this. A body is a nested dict of str keys with None, bool, int, float, str,
 bytes, lists, dicts and numpy arrays. `pack` gives frame 0, a msgpack header in which every array is a descriptor
-(dtype name, shape, frame index), and one frame of little-endian bytes per array. `join` / `split` turn the frames
+(dtype name, shape, frame index), and one frame of little-endian bytes per array; arrays up to 1 KiB lie in the header
+itself. `join` / `split` turn the frames
 into one blob and back, for files.
 """
 
@@ -29,7 +30,10 @@ DTYPES = {
         *("float16", "float32", "float64"),
     )
 }
-_ARRAY = 1  # msgpack extension type of an array's descriptor
+_BOOL = DTYPES["bool"]
+_ARRAY = 1  # msgpack extension type of an array's descriptor: [dtype, shape, frame index]
+_INLINE = 2  # of a small array: [dtype, shape, bytes]
+INLINE_BYTES = 1024  # up to this an array travels in the header: a frame of its own would cost more than a copy
 _SCALARS = (bool, int, float, str, bytes)
 _BLOB = struct.Struct("<4sI")  # magic, number of frames; then u64 lengths, then the frames, each padded to 8 bytes
 _BLOB_MAGIC = b"SJB1"
@@ -176,7 +180,9 @@ def _encode_array(array: np.ndarray, path: str, arrays: Frames, limits: Limits) 
         raise TooLarge(f"{path}: {array.ndim} dims, the limit is {limits.rank}")
     # reshape first: ascontiguousarray would make a 0-d array 1-d
     flat = np.ascontiguousarray(array.reshape(-1), dtype=wire)
-    arrays.append(flat.view(np.uint8).data if flat.size else b"")
+    if flat.nbytes <= INLINE_BYTES:
+        return msgpack.ExtType(_INLINE, msgpack.packb([array.dtype.name, list(array.shape), flat.tobytes()]))
+    arrays.append(flat.view(np.uint8).data)
     descriptor = [array.dtype.name, list(array.shape), len(arrays)]
     return msgpack.ExtType(_ARRAY, msgpack.packb(descriptor))
 
@@ -225,29 +231,37 @@ class _Arrays:
         self._unused = set(range(1, len(frames)))
 
     def resolve(self, code: int, data: bytes) -> np.ndarray:
-        """msgpack's ext_hook: the array that a descriptor names."""
-        dtype, shape, index = self._descriptor(code, data)
-        frame = buffer_of(self._frames[index])
+        """msgpack's ext_hook: the array that a descriptor names, or that lies in the header itself."""
+        if code not in (_ARRAY, _INLINE):
+            raise BadFrame(f"unknown extension type {code}")
+        dtype, shape, rest = self._descriptor(data)
+        if code == _INLINE:
+            if type(rest) is not bytes:
+                raise BadFrame("an array in the header is [dtype, shape, bytes]")
+            where, frame = "the header", memoryview(rest)
+        else:
+            if type(rest) is not int or rest not in self._unused:
+                raise BadFrame(f"an array names frame {rest!r}, which does not exist or is taken")
+            self._unused.discard(rest)
+            where, frame = f"frame {rest}", buffer_of(self._frames[rest])
         expected = math.prod(shape) * dtype.itemsize
         if frame.nbytes != expected:
-            raise BadFrame(f"{dtype.name}{shape} is {expected} bytes, frame {index} has {frame.nbytes}")
+            raise BadFrame(f"{dtype.name}{shape} is {expected} bytes, {where} has {frame.nbytes}")
         array = np.frombuffer(frame, dtype=dtype) if expected else np.empty(0, dtype)
         array = array.reshape(shape)
-        if dtype.name == "bool" and expected and frame_max(array) > 1:
-            raise BadFrame(f"frame {index}: a bool is 0 or 1")
+        if dtype is _BOOL and expected and frame_max(array) > 1:
+            raise BadFrame(f"{where}: a bool is 0 or 1")
         array.flags.writeable = False
         return array if sys.byteorder == "little" else array.astype(dtype.newbyteorder("="))
 
-    def _descriptor(self, code: int, data: bytes) -> tuple[np.dtype, list[int], int]:
-        if code != _ARRAY:
-            raise BadFrame(f"unknown extension type {code}")
+    def _descriptor(self, data: bytes) -> tuple[np.dtype, list[int], Any]:
         try:
             fields = msgpack.unpackb(data, raw=False, strict_map_key=True)
         except Exception as error:  # the same zoo as above
             raise BadFrame(f"an array's descriptor is not msgpack: {type(error).__name__}") from None
         if not isinstance(fields, list) or len(fields) != 3:
             raise BadFrame("an array's descriptor is [dtype, shape, frame]")
-        name, shape, index = fields
+        name, shape, rest = fields
         dtype = DTYPES.get(name) if isinstance(name, str) else None
         if dtype is None:
             raise BadFrame(f"dtype {name!r} is not allowed")
@@ -255,10 +269,7 @@ class _Arrays:
             raise BadFrame(f"a shape is a list of at most {self._limits.rank} sizes")
         if not all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
             raise BadFrame(f"a shape's sizes are whole numbers, got {shape}")
-        if type(index) is not int or index not in self._unused:
-            raise BadFrame(f"an array names frame {index!r}, which does not exist or is taken")
-        self._unused.discard(index)
-        return dtype, shape, index
+        return dtype, shape, rest
 
     def check_all_used(self) -> None:
         """Raise BadFrame when a frame belongs to no array."""

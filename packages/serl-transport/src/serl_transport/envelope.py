@@ -15,9 +15,10 @@ import msgpack
 from serl_transport.codec import buffer_of
 from serl_transport.errors import BadFrame, Corrupt, WireError
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_ENVELOPE_BYTES = 64 << 10
 REPLY = "reply"
+INFER_CHECKED_BYTES = 16 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +81,10 @@ class Envelope:
     def _checksum(self, frames: Sequence[Any]) -> int:
         fields = (self.version, self.kind, self.actor_id, self.boot_id, self.seq, self.request_id, self.target)
         crc = zlib.crc32(repr((fields, self.error)).encode())
-        for frame in frames:
-            crc = zlib.crc32(buffer_of(frame), crc)
+        for view in map(buffer_of, frames):
+            # A flipped pixel of a question does no harm, and its images are most of the round trip's bytes.
+            if self.kind != "infer" or view.nbytes <= INFER_CHECKED_BYTES:
+                crc = zlib.crc32(view, crc)
         return crc
 
     def raise_error(self) -> None:

@@ -197,7 +197,7 @@ def _map_file(where: Any, total: int) -> memoryview | None:
         stat = os.fstat(file)
         if (stat.st_dev, stat.st_ino, stat.st_size) != (where.get("dev"), where.get("ino"), total) or not total:
             return None
-        return memoryview(mmap.mmap(file, total, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ))
+        return memoryview(mmap.mmap(file, total, prot=mmap.PROT_READ))
     finally:
         os.close(file)
 
