@@ -3,6 +3,7 @@
 import contextlib
 import os
 import zlib
+from types import MappingProxyType
 
 import msgpack
 import numpy as np
@@ -55,6 +56,15 @@ def test_arrays_are_packed_without_a_copy_and_read_only_on_arrival():
     got = unpack(frames)["image"]
     with pytest.raises(ValueError, match="read-only"):
         got[0, 0, 0] = 1
+
+
+def test_foreign_arrays_and_mappings_become_plain():
+    class Foreign:
+        def __array__(self, dtype=None, copy=None):
+            return np.arange(3, dtype=np.float32)
+
+    got = unpack(pack({"params": MappingProxyType({"w": Foreign()})}))
+    np.testing.assert_array_equal(got["params"]["w"], [0, 1, 2])
 
 
 def test_small_arrays_travel_in_the_header():

@@ -11,7 +11,7 @@ import math
 import struct
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ DEFAULT_LIMITS = Limits()
 def pack(body: dict[str, Any], limits: Limits = DEFAULT_LIMITS) -> Frames:
     """Frames of `body`: `[header, array bytes, ...]`; array frames are views of the given arrays, not copies.
 
-    Numpy scalars become Python scalars and tuples lists. Raises TypeError for a value that has no form on the wire
+    Numpy scalars become Python scalars, tuples lists, and arrays of other libraries numpy arrays. Raises TypeError for a value that has no form on the wire
     (naming its path) and TooLarge above the limits.
     """
     if not isinstance(body, dict):
@@ -162,13 +162,15 @@ def _encode(value: Any, path: str, depth: int, arrays: Frames, limits: Limits) -
         return _encode(value.item(), path, depth, arrays, limits)
     if depth >= limits.depth:
         raise TooLarge(f"{path}: nested deeper than {limits.depth}")
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
                 raise TypeError(f"{path}: keys are texts, got {key!r}")
         return {key: _encode(item, f"{path}.{key}", depth + 1, arrays, limits) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_encode(item, f"{path}[{i}]", depth + 1, arrays, limits) for i, item in enumerate(value)]
+    if hasattr(type(value), "__array__"):  # arrays of other libraries
+        return _encode_array(np.asarray(value), path, arrays, limits)
     raise TypeError(f"{path}: {type(value).__name__} has no form on the wire")
 
 
