@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.policies.pi0 import PI0FlowPolicy, build_pi0
 from serl_launcher.policies.pi0_tiny import TinySize
+from serl_launcher.replay.transitions import TransitionBatch
 from serl_launcher.replay.views import ChunkBatch
 from serl_transport.specs import TaskSpec
 
@@ -60,4 +61,23 @@ def random_batch(b: int = 6, seed: int = 0) -> ChunkBatch:
         demo=np.zeros(b, bool),
         operator=np.zeros(b, bool),
         weight=np.ones(b, np.float32),
+    )
+
+
+def random_transitions(b: int = 6, horizon: int = 2, seed: int = 0) -> TransitionBatch:
+    """Chunk transitions of the tiny task; every third one terminated."""
+    rng = np.random.default_rng(seed)
+    chunk = random_batch(b, seed)
+    return TransitionBatch(
+        images=chunk.images,
+        state=chunk.state,
+        action=chunk.action[:, :horizon],
+        is_pad=np.zeros((b, horizon), bool),
+        reward=(np.arange(b) % 3 == 0).astype(np.float32),
+        discount=np.full(b, 0.9, np.float32),
+        bootstrap=np.arange(b) % 3 != 0,
+        next_images=random_batch(b, seed + 1).images,
+        next_state=rng.uniform(0, 1, (b, 3)).astype(np.float32),
+        to_go=np.ones(b, np.float32),
+        demo=np.arange(b) % 2 == 0,
     )

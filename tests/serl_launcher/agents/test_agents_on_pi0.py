@@ -1,0 +1,105 @@
+"""SAC and DSRL on the real PI0 classes, tiny: what moves in which stage, and that what is trained is what is served."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from tiny import ROOT, SPEC, random_batch, random_transitions, tiny_config, tiny_policy
+
+from serl_launcher.agents.build import build_agent, build_policy
+from serl_launcher.learner.learner import Learner
+from serl_launcher.learner.parameters import base_sha256, publish
+from serl_launcher.policies.base import trainable
+from serl_launcher.replay.learning import LearningBatch
+from serl_launcher.serving.engine import PolicyEngine
+
+
+def config(algo):
+    cfg = tiny_config(rollout__execute_horizon=2, serving__flow_steps=2, serving__device="cpu")
+    cfg.task.noop_dims = None
+    cfg.algo = OmegaConf.load(ROOT / "config" / "algo" / f"{algo}.yaml")
+    cfg.algo.agent.update({"warmup_steps": 1, "critics": 2, "widths": [16]})
+    if "actor_period" in cfg.algo.agent:
+        cfg.algo.agent.actor_period = 1
+    return cfg
+
+
+def make(algo):
+    cfg = config(algo)
+    torch.manual_seed(0)
+    policy = build_policy(cfg, SPEC)
+    agent = build_agent(cfg, policy, SPEC)
+    optimizers = {name: instantiate(node, _partial_=True) for name, node in cfg.algo.optimizers.items()}
+    learner = Learner(
+        agent, lambda p: torch.optim.AdamW(p, lr=1e-3), Accelerator(cpu=True), max_grad_norm=1.0, ema_decay=0.5,
+        optimizers=optimizers,
+    )  # fmt: skip
+    return cfg, policy, learner
+
+
+def steps(learner, n):
+    for k in range(n):
+        metrics = learner.step(LearningBatch(random_batch(seed=k), random_transitions(seed=k)), 1.0)
+    return metrics
+
+
+def moved(policy, before):
+    return {name for name, p in trainable(policy).items() if not torch.equal(p, before[name])}
+
+
+def snapshot(policy):
+    return {name: p.detach().clone() for name, p in trainable(policy).items()}
+
+
+def test_sac_trains_the_backbone_in_a_train_stage_and_the_expert_alone_online():
+    _, policy, learner = make("sac_pi0")
+    before = snapshot(policy)
+    learner.begin_stage("train")
+    assert "losses/flow" in steps(learner, 2)
+    assert any("vision_tower" in name for name in moved(policy, before))
+    learner.begin_stage("online")
+    before = snapshot(policy)
+    metrics = steps(learner, 3)
+    assert {"losses/actor", "losses/critic", "actor/temperature"} <= metrics.keys()
+    names = moved(policy, before)
+    assert names
+    assert not [name for name in names if "paligemma.model" in name]
+    assert metrics["actor/drift"] > 0
+
+
+def test_dsrl_moves_the_noise_policy_alone_online_and_opens_its_gate():
+    _, policy, learner = make("dsrl_pi0")
+    learner.begin_stage("online")
+    before = snapshot(policy)
+    steps(learner, 3)
+    names = moved(policy, before)
+    assert names
+    assert all(name.startswith("steering.") for name in names)
+    assert policy.steering.gate.item() == 1.0
+
+
+@pytest.mark.parametrize("algo", ["sac_pi0", "dsrl_pi0"])
+def test_the_policy_server_loads_what_the_learner_publishes(algo, tmp_path):
+    cfg, policy, learner = make(algo)
+    learner.begin_stage("online")
+    steps(learner, 6)
+    publish(tmp_path, learner.averaged, version=1, step=6, base=base_sha256(policy), policy="t", now=0.0, keep=2)
+    engine = PolicyEngine(cfg, tmp_path)
+    assert engine.refresh()
+    assert engine.version == 1
+    served = dict(engine.policy.named_parameters())
+    for name, tensor in learner.averaged.items():
+        torch.testing.assert_close(served[name].detach(), tensor)
+    if algo == "dsrl_pi0":
+        assert served["steering.gate"] > 0.5
+
+
+def test_dsrl_starts_from_a_plain_policys_parameters():
+    _, policy, learner = make("dsrl_pi0")
+    plain = {name: p.detach() + 1 for name, p in trainable(tiny_policy()).items()}
+    learner.start_from(plain)
+    name = "core.action_out_proj.weight"
+    assert torch.equal(dict(policy.named_parameters())[name], plain[name])
+    with pytest.raises(ValueError, match=r"missing core\.action_out_proj\.weight"):
+        learner.start_from({k: v for k, v in plain.items() if k != name})
