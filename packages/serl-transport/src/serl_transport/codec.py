@@ -57,8 +57,8 @@ DEFAULT_LIMITS = Limits()
 def pack(body: dict[str, Any], limits: Limits = DEFAULT_LIMITS) -> Frames:
     """Frames of `body`: `[header, array bytes, ...]`; array frames are views of the given arrays, not copies.
 
-    Numpy scalars become Python scalars, tuples lists, and arrays of other libraries numpy arrays. Raises TypeError for a value that has no form on the wire
-    (naming its path) and TooLarge above the limits.
+    Numpy scalars become Python scalars, tuples lists, and arrays of other libraries numpy arrays. Raises TypeError for
+    a value that has no form on the wire (naming its path) and TooLarge above the limits.
     """
     if not isinstance(body, dict):
         raise TypeError(f"a body is a dict, got {type(body).__name__}")
