@@ -1,6 +1,6 @@
 """Fine-tune a policy on a LeRobot dataset: no robot, no gateway, one process.
 
-    python examples/train_sft.py DATASET OUTPUT policy=pi0 policy.checkpoint=<folder> [sft.steps=2000] [sft.batch_size=8]
+    python examples/train_sft.py DATASET OUTPUT policy=pi0 policy.checkpoint=<folder> [sft.steps=2000 sft.batch_size=8]
 
 DATASET is a LeRobotDataset v3 folder; with meta/modality.json its slices and cameras are used, else LeRobot's names.
 The task (sizes, ranges, prompt) comes from the dataset, the units from the checkpoint. OUTPUT gets config.yaml,

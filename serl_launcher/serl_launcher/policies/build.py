@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from serl_launcher.policies.checkpoint import PREPROCESSOR, Checkpoint, CheckpointError
+from serl_launcher.policies.checkpoint import PREPROCESSOR, Checkpoint, CheckpointError, read_statistics
 from serl_launcher.policies.loading import LoadReport, fill, materialise_buffers
 from serl_launcher.policies.precision import hold, stays_float32
 from serl_launcher.policies.tokens import HubTokenizer
@@ -87,6 +87,38 @@ def build_flow_policy(
     policy.checkpoint = found
     log.info("%s", policy.load_report)
     return policy
+
+
+def meta_policy(cfg: Any, spec: TaskSpec, size: Any) -> tuple[nn.Module, str]:
+    """The policy of a config on the meta device (shapes without numbers), and its mode of normalisation.
+
+    Of a checkpoint only config.json and the processors are read. Raises ValueError for a policy other than PI0 and
+    PI0.5, whose forward pass runs on shapes alone.
+    """
+    from serl_launcher.policies.pi0 import PI0FlowPolicy
+    from serl_launcher.policies.pi05 import PI05FlowPolicy
+    from serl_launcher.policies.tokens import WordHashTokenizer
+
+    kinds = {"build_pi0": ("pi0", PI0FlowPolicy), "build_pi05": ("pi05", PI05FlowPolicy)}
+    target = cfg["_target_"].rpartition(".")[2]
+    if target not in kinds:
+        raise ValueError(f"policy={cfg.get('name')}: costs are estimated for {sorted(kinds)} only, got {target}")
+    kind, head = kinds[target]
+    mode = "MEAN_STD" if kind == "pi0" else "QUANTILES"
+    if cfg.get("checkpoint"):
+        found = Checkpoint.find(cfg["checkpoint"])
+        found.expect_type(kind)
+        config = _config(found, spec, cfg.get("action_horizon"))
+        mode = read_statistics(found, PREPROCESSOR, "action", "ACTION").mode
+    else:
+        config = size.config(spec, cfg.get("action_horizon") or 50)
+    with torch.device("meta"):
+        core = size.build(config)
+        _drop_language_heads(core)
+        policy = head(core, spec, WordHashTokenizer(300, config.tokenizer_max_length), attention="sdpa")
+    policy.checkpointing = bool(cfg.get("checkpointing"))
+    choose(policy, cfg.get("train") or "full", cfg.get("lora_rank") or 16)
+    return policy, mode
 
 
 def load_core(

@@ -23,7 +23,8 @@ class PI05FlowPolicy(PI0FlowPolicy):
     """lerobot's `PI05Pytorch` as a flow policy."""
 
     def _prompts(self, prompts: list[str], state: Tensor) -> list[str]:
-        return state_prompts(prompts, state.detach().cpu().numpy())
+        shapes_only = state.is_meta  # policies.estimate counts costs without numbers
+        return state_prompts(prompts, np.zeros(state.shape) if shapes_only else state.detach().cpu().numpy())
 
     def _library_step(self, prefix: Prefix, cache, x_tau: Tensor, tau: Tensor) -> Tensor:
         return self.core.denoise_step(prefix.pad_mask, cache, x_tau, tau)

@@ -1,0 +1,107 @@
+"""tools/preflight.py: counts against the real model, the batch that fits, and what is wrong with a dataset."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from serl_launcher.learner.data_check import findings
+from serl_launcher.learner.sft import Columns
+from serl_launcher.policies.base import trainable
+from serl_launcher.policies.estimate import estimate
+from serl_launcher.policies.pi0 import build_pi0
+from serl_launcher.policies.pi0_tiny import TinySize
+from serl_transport.specs import TaskSpec
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "serl_launcher" / "learner")]
+
+from preflight import main  # noqa: E402
+from sft_samples import make_dataset  # noqa: E402
+
+SPEC = {
+    "name": "t",
+    "prompt": "pick up the red cube",
+    "cameras": {"front": [32, 32], "wrist": [32, 32]},
+    "state_names": ["a", "b", "c"],
+    "state_low": [-1] * 3,
+    "state_high": [1] * 3,
+    "action_names": ["x", "g"],
+    "action_low": [-1] * 2,
+    "action_high": [1] * 2,
+    "control_hz": 10,
+    "max_ticks": 60,
+}
+
+
+def meta_policy(spec, train):
+    size = TinySize(width=16, vision_width=16, image_size=32)
+    policy = build_pi0("t", spec, "random", 0, 4, size, attention="sdpa", train=train)
+    return policy, policy.to("meta")
+
+
+def test_expert_only_costs_less_and_parameters_are_counted_exactly():
+    spec = TaskSpec.from_dict(SPEC)
+    costs = {}
+    for train in ("full", "expert"):
+        policy, meta = meta_policy(spec, train)
+        costs[train] = estimate(meta, spec, "float32", 10, 1)
+        assert costs[train].trainable == sum(p.numel() for p in trainable(policy).values())
+        total = sum(p.numel() for p in policy.parameters())
+        assert costs[train].trainable + costs[train].frozen == total
+        assert costs[train].training_fixed == 4 * costs[train].frozen + 20 * costs[train].trainable
+    assert costs["expert"].train_flops < 0.6 * costs["full"].train_flops
+    assert costs["expert"].activations < costs["full"].activations
+    # Ten velocity steps read one prefix: less than ten whole passes.
+    assert costs["full"].serve_flops < costs["full"].train_flops * 10
+
+
+def test_a_batch_that_does_not_fit_is_told(capsys):
+    assert main(["policy=pi0_tiny", "--gpu-gb", "1", "--tflops", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "= 24 samples a step" in out
+    assert "does NOT fit" not in out
+    assert main(["policy=pi0_tiny", "--gpu-gb", "0.02"]) == 1
+    assert "does NOT fit" in capsys.readouterr().out
+
+
+def test_mistakes_are_told_in_one_line(capsys):
+    assert main(["policy=pi0", "policy.checkpoint=/nowhere/at/all"]) == 2
+    assert capsys.readouterr().err.startswith("preflight: policy.checkpoint=/nowhere/at/all: no such folder")
+    assert main(["policy=groot_tiny"]) == 2
+    assert "costs are estimated for" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data") / "d")
+
+
+def test_a_dataset_that_fits_has_no_findings(dataset):
+    spec = TaskSpec.from_dict(SPEC)
+    assert findings(dataset, spec, Columns.plain(spec)) == []
+
+
+def test_every_kind_of_mistake_in_the_data_is_named(dataset):
+    task = SPEC | {"cameras": {"front": [64, 64], "top": [32, 32]}, "control_hz": 30, "prompt": "fold the towel"}
+    task |= {"action_names": ["x", "y", "g"], "action_low": [-1] * 3, "action_high": [1] * 3}
+    spec = TaskSpec.from_dict(task)
+    stats_file = dataset / "meta" / "stats.json"
+    was = stats_file.read_text()
+    stats = json.loads(was)
+    del stats["observation.state"]["std"]
+    stats["action"]["std"] = [0.0, float("nan")]
+    stats_file.write_text(json.dumps(stats))
+    found = "\n".join(findings(dataset, spec, Columns.plain(spec)))
+    stats_file.write_text(was)
+    for words in (
+        "camera 'front': (32, 32), the task has (64, 64)",
+        "camera 'top': no column 'observation.images.top'",
+        "action: 2 dims, the task has 3",
+        "observation.state has no std",
+        "action holds NaN",
+        "fps: the dataset has 10, the task runs at 30",
+        "prompt: the task says 'fold the towel'",
+    ):
+        assert words in found, words

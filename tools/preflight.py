@@ -1,0 +1,121 @@
+#!/usr/bin/env python
+"""Will it fit, how long will a step take, and is the data right? Answered before any weight is loaded.
+
+    python tools/preflight.py [--dataset DIR] [--gpu-gb 80] [--tflops 800] [--flow-steps 10] policy=pi0 task=pick ...
+
+Takes the overrides of a run. Parameters, bytes and FLOPs are counted on the real classes without memory behind them;
+step time assumes 45% of the peak. Exits 0; 1 when the batch does not fit or the data is wrong; 2 on a mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from serl_launcher.learner.data_check import findings
+from serl_launcher.learner.modality import Modality
+from serl_launcher.learner.sft import Columns
+from serl_launcher.policies.build import meta_policy
+from serl_launcher.policies.estimate import Estimate, estimate
+from serl_launcher.policies.trains import parameter_table
+from serl_transport.specs import TaskSpec
+
+PEAKS = {"H200": 800, "H100": 800, "A100": 280, "L40S": 330, "4090": 150, "3090": 65}  # dense bf16, reached, TFLOP/s
+UTILISATION, USABLE = 0.45, 0.92  # of the peak; of the memory (fragmentation, CUDA's own)
+GB = 1e9
+
+
+def machine(args: argparse.Namespace) -> tuple[str, float | None, float | None]:
+    """Name, memory in GB and peak in TFLOP/s: of this GPU, unless told otherwise; None where unknown."""
+    name, memory, peak = "no GPU here", None, None
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        name, memory = properties.name, properties.total_memory / GB
+        peak = next((tf for key, tf in PEAKS.items() if key in name), None)
+    return name, args.gpu_gb or memory, args.tflops or peak
+
+
+def report(cfg: DictConfig, cost: Estimate, args: argparse.Namespace) -> tuple[list[str], bool]:
+    """Lines on memory, batch and time, and whether the batch fits (True when memory is unknown)."""
+    name, memory, peak = machine(args)
+    batch, devices = cfg.trainer.batch_size, cfg.launch.num_processes
+    accumulation = cfg.trainer.get("accumulation", 1)
+    training = (cost.training_fixed + batch * cost.activations) / GB
+    served = cfg.serving.max_batch
+    serving = (cost.serving_fixed + served * cost.serving_sample) / GB
+    lines = [
+        f"machine    {name}" + (f", {memory:.0f} GB" if memory else "") + (f", {peak:g} TFLOP/s" if peak else ""),
+        f"batch      {batch} per device × {devices} devices × {accumulation} accumulation "
+        f"= {batch * devices * accumulation} samples a step",
+        f"training   {training:.2f} GB = {cost.training_fixed / GB:.2f} weights, gradients, Adam, average "
+        f"+ {batch} × {cost.activations / GB:.4f} activations",
+        f"serving    {serving:.2f} GB = {cost.serving_fixed / GB:.2f} weights and staged copy "
+        f"+ {served} × {cost.serving_sample / GB:.4f} prefix",
+    ]
+    fits = True
+    if memory:
+        together = memory * USABLE - serving
+        largest = int((together * GB - cost.training_fixed) // max(1, cost.activations))
+        fits = largest >= batch
+        lines.append(f"largest    batch {max(0, largest)} beside the policy server on one device")
+        if not fits:
+            lines.append(
+                f"           trainer.batch_size={batch} does NOT fit: lower it, train=expert or checkpointing=true"
+            )
+    flops = cost.train_flops * batch
+    serve = cost.serve_flops
+    lines.append(
+        f"FLOPs      {flops / 1e12:.3f} T a training step, {serve / 1e12:.3f} T a chunk ({args.flow_steps} flow steps)"
+    )
+    if peak:
+        reached = peak * 1e12 * UTILISATION
+        lines.append(
+            f"time       ~{flops / reached * 1e3:.1f} ms a step, ~{serve / reached * 1e3:.1f} ms of arithmetic a chunk"
+        )
+    return lines, fits
+
+
+def data_lines(args: argparse.Namespace, spec: TaskSpec, mode: str) -> list[str]:
+    """Findings about --dataset; empty without one."""
+    if args.dataset is None:
+        return []
+    modality = Modality.read(args.dataset)
+    return findings(args.dataset, spec, modality.columns if modality else Columns.plain(spec), mode)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="as for a run: policy=pi0 trainer.batch_size=32")
+    parser.add_argument("--dataset", type=Path, help="LeRobot dataset to check against the task")
+    parser.add_argument("--gpu-gb", type=float, help="memory of the device, default: this GPU's")
+    parser.add_argument("--tflops", type=float, help="peak of the device, default: by this GPU's name")
+    parser.add_argument("--flow-steps", type=int, default=10)
+    args = parser.parse_intermixed_args(argv)
+    try:
+        with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "config"), version_base=None):
+            cfg = compose("base", args.overrides)
+        spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
+        policy, mode = meta_policy(cfg.policy, spec, instantiate(cfg.policy.size))
+        noise_samples = cfg.algo.agent.get("noise_samples", 1)
+        cost = estimate(policy, spec, cfg.policy.get("precision", "float32"), args.flow_steps, noise_samples)
+    except (ValueError, OSError, HydraException) as mistake:
+        print(f"preflight: {mistake}", file=sys.stderr)
+        return 2
+    lines, fits = report(cfg, cost, args)
+    print(parameter_table(policy), *lines, sep="\n")
+    wrong = data_lines(args, spec, mode)
+    if args.dataset is not None:
+        print("data       " + ("nothing wrong" if not wrong else "\n           ".join(wrong)))
+    return 0 if fits and not wrong else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
