@@ -86,12 +86,12 @@ def client_rate(ports: tuple[int, int], spec: TaskSpec, ticks: int, seconds: flo
         bodies = [b.to_body() for b in make_batches(spec, "x", ticks, client.boot_id)]
         size = sum(array.nbytes for array in bodies[0]["arrays"].values())
         ahead = max(2, 2 * min(WINDOW_ITEMS, -(-WINDOW_BYTES // size)))
-        client.send_item(bodies[0] | {"episode": bodies[0]["episode"] | {"episode_id": "warm"}})
+        client.send_item(bodies[0] | {"episode": bodies[0]["episode"] | {"episode_id": f"{client.boot_id}-warm"}})
         assert client.flush(60)
         sent, episode, start = 0, 0, time.perf_counter()
         while time.perf_counter() - start < seconds:
             for body in bodies:
-                client.send_item(body | {"episode": body["episode"] | {"episode_id": f"e{episode}"}})
+                client.send_item(body | {"episode": body["episode"] | {"episode_id": f"{client.boot_id}-{episode}"}})
                 sent += ticks
                 while client.backlog >= ahead:
                     time.sleep(0.0005)
