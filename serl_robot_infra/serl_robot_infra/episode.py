@@ -25,7 +25,7 @@ from serl_robot_infra.pacing import Pace, PoliteStop
 from serl_robot_infra.policy_client import infer_body
 from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.safety import SafetyChain, UnsafeTickError
-from serl_transport.errors import Internal, NotReady, ServerSilent
+from serl_transport.errors import DeadlineMissed, Internal, NotReady, ServerSilent
 from serl_transport.schema import EpisodeInfo, Observation, Outcome, TimeStep
 
 _RETRY_S = 0.2
@@ -252,7 +252,7 @@ class EpisodeRunner:
         while True:
             try:
                 return ask()
-            except (NotReady, ServerSilent, Internal) as problem:
+            except (NotReady, DeadlineMissed, ServerSilent, Internal) as problem:
                 waited = time.monotonic() - since
                 if now.tick and waited > self._hold_limit_s:
                     raise EpisodeCutError(f"no action for {waited:.0f} s (hold_limit_s): {problem}") from None

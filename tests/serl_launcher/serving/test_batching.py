@@ -24,25 +24,43 @@ def test_a_lone_actor_does_not_wait_for_company():
     assert q.wait_s(0.0) == 0.0
 
 
-def test_the_first_waits_for_those_that_asked_lately_and_no_longer_than_max_wait():
+def met(q, *actors, think_s=0.002, start=0.0):
+    """Actors that have asked twice, `think_s` after an answer; they were answered last at the returned time."""
+    now = start
+    for _ in range(2):
+        for actor in actors:
+            q.offer(ask(actor, now))
+        now += 0.02
+        q.served(q.take(), 0.02, now)
+        now += think_s
+    return now - think_s
+
+
+def test_the_first_waits_for_those_about_to_ask_and_no_longer_than_max_wait():
     q = queue()
-    q.offer(ask("a", 0.0))
-    q.offer(ask("b", 0.0))
-    q.served(q.take(), 0.02, now=0.1)
-    q.offer(ask("a", 0.1))
-    assert q.wait_s(0.102) == pytest.approx(0.008)
-    assert q.wait_s(0.2) == 0.0
-    q.offer(ask("b", 0.103))  # everybody is here
-    assert q.wait_s(0.103) == 0.0
+    now = met(q, "a", "b", think_s=0.004)
+    q.offer(ask("a", now + 0.001))
+    assert q.wait_s(now + 0.002) == pytest.approx(0.009)
+    assert q.wait_s(now + 0.1) == 0.0
+    q.offer(ask("b", now + 0.004))  # everybody is here
+    assert q.wait_s(now + 0.004) == 0.0
+
+
+def test_nobody_waits_for_an_actor_that_asks_much_later():
+    q = queue()
+    now = met(q, "a", "b", think_s=0.1)
+    q.offer(ask("a", now + 0.05))
+    assert q.wait_s(now + 0.05) == 0.0  # b asks at 0.1, after the patience of a
+    q.take()
+    q.offer(ask("a", now + 0.095))
+    assert q.wait_s(now + 0.095) == pytest.approx(0.01)
 
 
 def test_an_actor_that_left_is_no_longer_expected():
     q = queue()
-    q.offer(ask("a", 0.0))
-    q.offer(ask("b", 0.0))
-    q.served(q.take(), 0.02, now=0.1)
-    q.offer(ask("a", 2.0))
-    assert q.wait_s(2.0) == 0.0
+    now = met(q, "a", "b")
+    q.offer(ask("a", now + 0.5))
+    assert q.wait_s(now + 0.5) == 0.0
 
 
 def test_a_full_bucket_fires_and_the_rest_stays():
@@ -56,13 +74,11 @@ def test_a_full_bucket_fires_and_the_rest_stays():
 
 def test_slack_that_runs_out_fires_before_max_wait():
     q = queue(max_wait_s=1.0)
-    q.offer(ask("a", 0.0))
-    q.offer(ask("b", 0.0))
-    q.served(q.take(), 0.02, now=0.1)  # a batch takes 20 ms
-    q.offer(ask("a", 0.1, deadline=0.15))
+    now = met(q, "a", "b")  # a batch takes 20 ms
+    q.offer(ask("a", now, deadline=now + 0.05))
     # 50 ms of time less 20 ms of work
-    assert q.wait_s(0.1) == pytest.approx(0.03)
-    assert q.wait_s(0.13) == 0.0
+    assert q.wait_s(now) == pytest.approx(0.03)
+    assert q.wait_s(now + 0.031) == 0.0
 
 
 def test_the_late_are_taken_out():
