@@ -99,6 +99,18 @@ def join(frames: Sequence[Any]) -> bytes:
     return b"".join(join_parts(frames))
 
 
+def join_large(frames: Sequence[Any]) -> memoryview:
+    """The same blob, copied by numpy, which lets other threads run meanwhile (bytes.join holds the interpreter)."""
+    parts = join_parts(frames)
+    blob = np.empty(sum(map(len, parts)), np.uint8)
+    end = 0
+    for part in parts:
+        start, end = end, end + len(part)
+        blob[start:end] = np.frombuffer(part, np.uint8) if len(part) else 0
+    blob.flags.writeable = False
+    return blob.data
+
+
 def join_parts(frames: Sequence[Any]) -> list[Any]:
     """The same blob as flat buffers to be written one after the other; frames are not copied."""
     views = [buffer_of(frame) for frame in frames]

@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from serl_transport.codec import Frames, blob_crc32, join, split, unpack
+from serl_transport.codec import Frames, blob_crc32, join_large, split, unpack
 from serl_transport.errors import (
     Corrupt,
     Internal,
@@ -45,9 +45,9 @@ _RETRIED = (
 )  # the learner's trouble, not the item's
 
 
-def make_item(store: str, body_frames: Frames) -> bytes:
+def make_item(store: str, body_frames: Frames) -> memoryview:
     """The bytes of one item in the spool: the data store's name, then the body's frames."""
-    return join([store.encode(), *body_frames])
+    return join_large([store.encode(), *body_frames])
 
 
 class Ledger:

@@ -26,7 +26,7 @@ _RECORD = struct.Struct("<IIQ")
 HEAD_BYTES = _HEAD.size + _MARK.size
 
 
-def record_bytes(item: bytes) -> int:
+def record_bytes(item: bytes | memoryview) -> int:
     """Bytes that `item` takes in a segment."""
     return _RECORD.size + len(item)
 
@@ -71,7 +71,7 @@ class Segment:
         segment._scan(data)
         return segment
 
-    def append(self, seq: int, item: bytes) -> None:
+    def append(self, seq: int, item: bytes | memoryview) -> None:
         """Write one record. OSError leaves the file as it was."""
         head = struct.pack("<QI", seq, len(item))
         record = _RECORD.pack(len(item), zlib.crc32(item, zlib.crc32(head)), seq)

@@ -47,7 +47,7 @@ class Spool(ABC):
     boot_id: str  # under which `append` numbers items
 
     @abstractmethod
-    def append(self, item: bytes) -> int:
+    def append(self, item: bytes | memoryview) -> int:
         """Keep `item` and return its seq. Raises SpoolFull when it does not fit."""
 
     @abstractmethod
@@ -55,7 +55,7 @@ class Spool(ABC):
         """Keys of the unacknowledged items, oldest boot first, each boot in order."""
 
     @abstractmethod
-    def read(self, key: ItemKey) -> bytes:
+    def read(self, key: ItemKey) -> bytes | memoryview:
         """The item's bytes. KeyError when it is not pending, SpoolError when the disk returns other bytes."""
 
     @abstractmethod
@@ -86,12 +86,12 @@ class MemorySpool(Spool):
     def __init__(self, max_bytes: int = DEFAULT_BYTES):
         self.boot_id = new_boot_id()
         self._max_bytes = max_bytes
-        self._items: OrderedDict[ItemKey, bytes] = OrderedDict()
+        self._items: OrderedDict[ItemKey, bytes | memoryview] = OrderedDict()
         self._nbytes = 0
         self._last_seq = 0
         self._lock = threading.Lock()
 
-    def append(self, item: bytes) -> int:
+    def append(self, item: bytes | memoryview) -> int:
         with self._lock:
             if self._nbytes + len(item) > self._max_bytes:
                 raise SpoolFull(_full_message("memory", len(self._items), self._nbytes, self._max_bytes))
@@ -104,7 +104,7 @@ class MemorySpool(Spool):
         with self._lock:
             return list(self._items)
 
-    def read(self, key: ItemKey) -> bytes:
+    def read(self, key: ItemKey) -> bytes | memoryview:
         with self._lock:
             return self._items[key]
 
@@ -150,7 +150,7 @@ class DiskSpool(Spool):
         self._current: Segment | None = None
         self._count = sum(len(segment.pending) for segment in self._segments)
 
-    def append(self, item: bytes) -> int:
+    def append(self, item: bytes | memoryview) -> int:
         with self._lock:
             size = record_bytes(item)
             self._make_room(size)
@@ -169,7 +169,7 @@ class DiskSpool(Spool):
         with self._lock:
             return [ItemKey(segment.boot_id, seq) for segment in self._segments for seq in segment.pending]
 
-    def read(self, key: ItemKey) -> bytes:
+    def read(self, key: ItemKey) -> bytes | memoryview:
         with self._lock:
             return self._find(key).read(key.seq)
 
