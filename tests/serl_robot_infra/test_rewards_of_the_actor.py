@@ -1,10 +1,18 @@
-"""Learned rewards on the robot side: outcomes, stages, and a reward server that falls silent."""
+"""Rewards on the robot side: learned ones, a silent reward server, a goal pose, a person's keys (real terminal)."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from serl_robot_infra.envs.base import StepResult
 from serl_robot_infra.rewards.classifier import ClassifierReward
+from serl_robot_infra.rewards.goal_pose import GoalPoseReward
+from serl_robot_infra.rewards.human_key import HumanKeyReward
 from serl_transport.errors import ServerSilent
 from serl_transport.schema import Observation
 
@@ -57,3 +65,78 @@ def test_each_stage_is_rewarded_once_in_order_and_sums_to_one():
 def test_a_silent_reward_server_ends_the_episode_as_truncated_and_keeps_its_tick():
     result = ClassifierReward(Answers("outcome", []), patience_s=0.0).judge(STEP)
     assert (result.reward, result.terminated, result.truncated, result.success) == (0.0, False, True, False)
+
+
+def at(x, ended=False):
+    """A step that ended in state (x, 9)."""
+    state = np.array([x, 9.0], np.float32)
+    return replace(STEP, observation=Observation(images={}, state=state), terminated=ended, success=False)
+
+
+def test_a_goal_pose_must_be_held_and_only_named_states_count():
+    source = GoalPoseReward(["x", "y"], {"x": 1.0}, {"x": 0.1}, hold_ticks=2)
+    results = [source.judge(at(x)) for x in (1.05, 1.2, 0.95, 1.0)]
+    assert [(r.reward, r.terminated) for r in results] == [(0, False), (0, False), (0, False), (1, True)]
+    source.reset()
+    result = source.judge(at(1.0, ended=True))  # the environment may end an episode, but not call it a success
+    assert (result.success, result.terminated, result.reward) == (False, True, 0)
+
+
+def test_a_goal_that_the_task_has_not_got_is_named():
+    with pytest.raises(ValueError, match="expected the same states of x, y, got z and z"):
+        GoalPoseReward(["x", "y"], {"z": 1.0}, {"z": 0.1})
+
+
+TERMINAL = """
+import sys, time
+sys.path[:0] = {paths!r}
+from serl_robot_infra.rewards.human_key import HumanKeyReward
+from test_rewards_of_the_actor import at
+source = HumanKeyReward()
+print("ready", flush=True)
+for expected in (True, False):
+    while not (result := source.judge(at(0.0))).terminated:
+        time.sleep(0.01)
+    print("ended", result.success, result.reward, flush=True)
+"""
+
+
+def test_keys_of_a_terminal_end_an_episode():
+    master, slave = os.openpty()
+    paths = [os.path.dirname(__file__)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", TERMINAL.format(paths=paths)], stdin=slave, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        for key, line in ((b"xs", "ended True 1.0\n"), (b"f", "ended False 0.0\n")):
+            os.write(master, key)
+            assert process.stdout.readline() == line
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        os.close(master)
+        os.close(slave)
+
+
+def test_a_key_pressed_before_the_episode_is_forgotten():
+    keys = ["s"]
+
+    def read():
+        time.sleep(0.001)
+        return keys.pop() if keys else None
+
+    source = HumanKeyReward(read_key=read)
+    while keys:
+        time.sleep(0.001)
+    time.sleep(0.1)
+    source.reset()
+    assert not source.judge(at(0.0)).terminated
+
+
+def test_without_a_terminal_the_mistake_is_named(monkeypatch):
+    monkeypatch.setattr("sys.stdin", open(os.devnull))  # noqa: SIM115
+    with pytest.raises(ValueError, match="needs a terminal"):
+        HumanKeyReward()

@@ -1,0 +1,160 @@
+"""The trainer on bad data: it says what is wrong, publishes nothing bad, and goes on where it can.
+
+The real trainer, agent and ring; only the gateway's answers are scripted.
+"""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny import ROOT, SPEC, tiny_config
+
+from serl_launcher.learner.parameters import Published, read_tensors
+from serl_launcher.learner.trainer import Trainer
+from serl_launcher.paths import RunPaths
+from serl_launcher.replay.ring import RingWriter
+from serl_launcher.replay.verdicts import read
+
+
+class ScriptedGateway:
+    """Answers progress with a status: this stage until its steps are done, or `limit` reports, then done."""
+
+    def __init__(self, ring, stage, limit):
+        self.ring, self.stage, self.limit, self.reports = ring, stage, limit, []
+        self.evaluations = {}
+
+    def hello(self):
+        return {}
+
+    def progress(self, **report):
+        self.reports.append(report)
+        over = report["stage_steps"].get(self.stage["name"], 0) >= self.stage["steps_goal"]
+        return {
+            "stage": self.stage,
+            "done": over or len(self.reports) >= self.limit,
+            "ring": str(self.ring.path),
+            "counts": {"transitions": 1000 * len(self.reports)},  # the rate limiter lets everything pass
+            "eval": self.evaluations,
+        }
+
+
+def put(ring, ordinal, mode="demo", success=True, n=8):
+    rng = np.random.default_rng(ordinal)
+    last = np.arange(n) == n - 1
+    state = rng.uniform(0, 1, (n + 1, 3)).astype(np.float32)
+    ring.append(ordinal, mode, success, {
+        **{f"observation.images.{c}": rng.integers(0, 256, (n + 1, 32, 32, 3), np.uint8) for c in SPEC.cameras},
+        "observation.state": state,
+        "action": rng.uniform(-0.02, 0.02, (n, 2)).astype(np.float32),
+        "next.reward": (last & success).astype(np.float32),
+        "next.done": last & success,
+        "next.truncated": last & (not success),
+        "next.success": last & success,
+        "intervention": np.zeros(n, bool),
+        "policy_version": np.zeros(n, np.int64),
+        "time_ns": np.zeros(n, np.int64),
+    })  # fmt: skip
+
+
+@pytest.fixture
+def ring(tmp_path):
+    writer = RingWriter(SPEC, 400, tmp_path, shared=tmp_path)
+    yield writer
+    writer.close()
+
+
+def make(tmp_path, ring, algo="reject_sampling_pi0", mode="train", steps=4, limit=40, **changes):
+    cfg = tiny_config(
+        trainer__batch_size=4, trainer__device="cpu", trainer__log_period=1, trainer__publish_period=100,
+        trainer__checkpoint_period=2, telemetry__tensorboard=False, rollout__execute_horizon=2,
+        serving__flow_steps=2, **changes,
+    )  # fmt: skip
+    cfg.task.noop_dims = None
+    cfg.algo = OmegaConf.load(ROOT / "config" / "algo" / f"{algo}.yaml")
+    if algo.startswith("sac"):
+        cfg.algo.agent.update({"warmup_steps": 1, "actor_period": 1, "critics": 2, "widths": [16]})
+        cfg.algo.transitions.min_online = 1
+    cfg.schedule = {"stages": [{"name": name, "mode": "eval", "episodes": 10} for name in "ab"]}
+    gateway = ScriptedGateway(ring, {"name": "s", "mode": mode, "steps_goal": steps}, limit)
+    return Trainer(cfg, RunPaths(tmp_path), gateway), gateway
+
+
+def version(tmp_path):
+    return Published.read(tmp_path / "params").version
+
+
+def test_sac_trains_through_the_trainer_and_resumes(tmp_path, ring):
+    for k in range(3):
+        put(ring, 2 * k, "demo")
+        put(ring, 2 * k + 1, "online", success=k == 0)
+    trainer, gateway = make(tmp_path, ring, "sac_pi0", mode="online", steps=4)
+    trainer.run()
+    assert trainer.learner.step_count == 4
+    assert gateway.reports[-1]["metrics"]["losses/critic"] >= 0
+    assert {row["ordinal"]: row["accepted"] for row in read(tmp_path / "acceptance.jsonl")} == {
+        0: True, 1: True, 2: True, 3: False, 4: True, 5: False,
+    }  # fmt: skip
+    want = trainer.learner.tensors()
+    again, _ = make(tmp_path, ring, "sac_pi0", mode="online", steps=4)
+    assert again.learner.step_count == 4
+    assert all(torch.equal(tensor, want[name]) for name, tensor in again.learner.tensors().items())
+
+
+def test_when_everything_is_rejected_it_says_so_and_the_first_version_stays(tmp_path, ring, caplog):
+    for k in range(6):
+        put(ring, k, "online", success=False)
+    trainer, _ = make(tmp_path, ring, mode="online", limit=3)
+    with caplog.at_level(logging.WARNING):
+        trainer.run()
+    assert "all 6 online episodes were rejected (return: 6): nothing to learn from" in caplog.text
+    assert (trainer.learner.step_count, version(tmp_path)) == (0, 1)
+
+
+def test_with_one_class_only_a_critic_has_nothing_to_tell_apart_and_that_is_said(tmp_path, ring, caplog):
+    for k in range(3):
+        put(ring, k, "online", success=False)
+    trainer, _ = make(tmp_path, ring, "sac_pi0", mode="online", steps=1, limit=10)
+    with caplog.at_level(logging.WARNING):
+        trainer.run()
+    assert "every transition has the same reward, 0: a critic cannot tell good from bad" in caplog.text
+
+
+def test_a_diverging_critic_goes_back_then_holds_and_nothing_of_it_is_published(tmp_path, ring, caplog):
+    put(ring, 0, "demo")
+    put(ring, 1, "online")
+    trainer, gateway = make(tmp_path, ring, "sac_pi0", mode="online", steps=4)
+    trainer.run()  # a good start: a checkpoint and a published version
+    good, published = {n: t.clone() for n, t in trainer.learner.averaged.items()}, version(tmp_path)
+
+    trainer, gateway = make(tmp_path, ring, "sac_pi0", mode="online", steps=50, limit=60)
+    trainer.learner.agent.q_limit = 1e-9
+    with caplog.at_level(logging.WARNING):
+        trainer.run()
+    assert "the critic diverges: |Q| =" in caplog.text
+    assert "training goes on from checkpoint step_000004" in caplog.text
+    assert trainer.held.startswith("training holds")
+    assert gateway.reports[-1]["metrics"]["trainer/held"] == 1.0
+    assert version(tmp_path) == published
+    served = read_tensors(tmp_path / "params" / Published.read(tmp_path / "params").file)[0]
+    assert all(torch.equal(served[name], tensor) for name, tensor in good.items())
+
+
+def test_a_fallen_evaluation_brings_the_best_version_back(tmp_path, ring, caplog):
+    put(ring, 0, "demo")
+    trainer, gateway = make(tmp_path, ring, steps=2)
+    trainer.publish()
+    best = {n: t.clone() for n, t in trainer.learner.averaged.items()}
+    gateway.evaluations = {"a": {"episodes": 10, "successes": 9}}
+    trainer._roll_back_after_a_fall({"eval": gateway.evaluations})
+    for tensor in trainer.learner.averaged.values():
+        tensor.add_(1.0)
+    trainer.publish()
+    gateway.evaluations = gateway.evaluations | {"b": {"episodes": 10, "successes": 2}}
+    with caplog.at_level(logging.ERROR):
+        trainer._roll_back_after_a_fall({"eval": gateway.evaluations})
+    assert "evaluation b fell to 0.20" in caplog.text
+    assert "version 2 is rolled back to version 1, published again as version 3" in caplog.text
+    served = read_tensors(tmp_path / "params" / Published.read(tmp_path / "params").file)[0]
+    assert all(torch.equal(served[name], tensor) for name, tensor in best.items())
