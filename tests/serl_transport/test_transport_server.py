@@ -542,3 +542,18 @@ def test_a_reply_changed_on_its_way_is_not_believed(serve, connect, monkeypatch)
     with pytest.raises(WireError, match="changed on its way"):
         Envelope.from_frame(spoilt).check([])
     assert client.request("x") == {"n": 1}
+
+
+def test_a_late_hello_required_is_obeyed_although_nobody_waits_for_it(serve, connect):
+    """A slow server answers a heartbeat after the next one was sent: the client must say hello all the same."""
+    server = serve(handlers={"request": lambda *_: {"ok": True}})
+    client = connect(server)
+    link, hellos = client._control, server.router.counters["hello"]
+    late = Envelope("reply", boot_id=server.router.boot_id, request_id=10**6, error=("hello_required", "who are you"))
+    old = Envelope("reply", boot_id=server.router.boot_id, request_id=1, error=("hello_required", "who are you"))
+    link.loop.call_soon(lambda: link._take_reply(old, []))
+    assert client.request("any") == {"ok": True}
+    assert server.router.counters["hello"] == hellos
+    link.loop.call_soon(lambda: link._take_reply(late, []))
+    eventually(lambda: server.router.counters["hello"] == hellos + 1, "hello was said again")
+    assert client.request("any") == {"ok": True}

@@ -110,7 +110,7 @@ class Link:
         self._on_restart: list[Callable[[], None]] = []
         self._server_boot = ""
         self._last_heard = self._last_hello = self._last_heartbeat = 0.0
-        self._heartbeat_id = 0
+        self._heartbeat_id = self._hello_id = 0
         self._socket = self.context.socket(zmq.DEALER)
         auth.configure(self._socket, limits, keys)
         self._watch_handshakes(keys is not None)
@@ -220,7 +220,7 @@ class Link:
         envelope = self._envelope("hello")
         frames = pack(self._hello(), self.limits)
         if self._transmit([envelope.to_frame(frames), *frames]):
-            self._last_hello = now
+            self._last_hello, self._hello_id = now, _id(envelope)
             self._pending[_id(envelope)] = _Pending(envelope, [], self._hello_answered, sent_at=now)
 
     def _hello_answered(self, result: Frames | WireError) -> None:
@@ -292,22 +292,25 @@ class Link:
 
     def _take_reply(self, envelope: Envelope, frames: Frames) -> None:
         request_id = envelope.request_id
-        if request_id not in self._pending:
-            return  # answered before, or given up
-        assert isinstance(request_id, int)
-        if envelope.error is None:
-            self._finish(request_id, frames)
-            return
-        error = WireError.from_code(*envelope.error)
+        error = None if envelope.error is None else WireError.from_code(*envelope.error)
         if isinstance(error, HelloRequired):
-            # Nothing was done with it: hello again, then it goes out with the others.
+            self._hello_is_required(request_id)
+        elif request_id in self._pending:  # else answered before, or given up
+            assert isinstance(request_id, int)
+            self._finish(request_id, frames if error is None else error)
+
+    def _hello_is_required(self, request_id: int | bytes) -> None:
+        """Nothing was done with that message: hello again, then it goes out with the others.
+
+        Also when nobody waits for it any more (a slow server answers a heartbeat after the next one was sent), but not
+        when it was sent before the last accepted hello.
+        """
+        if isinstance(request_id, int) and request_id in self._pending:
             self._pending[request_id].sent_at = 0.0
-            if self.ready.is_set():
-                self.ready.clear()
-                self._last_hello = 0.0
-                self._say_hello(time.monotonic())
-        else:
-            self._finish(request_id, error)
+        if self.ready.is_set() and isinstance(request_id, int) and request_id > self._hello_id:
+            self.ready.clear()
+            self._last_hello = 0.0
+            self._say_hello(time.monotonic())
 
     def _watch_handshakes(self, has_keys: bool) -> None:
         """A server that refuses our key, or wants one, says so in the handshake only: make it a refusal in words."""
