@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("algo=reject_samplng_pi0", "did you mean 'reject_sampling_pi0'?"),
+        ("algo=reject_samplng_pi0", "did you mean 'reject_sampling_pi0'"),
         ("task=zzz", "no task is called 'zzz'; there are pick, pick_gym_hil"),
         ("prt=1", "unknown key 'prt' in 'prt=1'; did you mean 'port'?"),
         ("broadcastport=1", "did you mean 'broadcast_port'?"),

@@ -189,6 +189,9 @@ class Trainer:
                 return
             self.guard.good()
             self.stage_steps[name] = done + 1
+            metrics["batch/size"] = float(len(batch))
+            if online:
+                metrics["replay/updates_per_transition"] = (done + 1) / max(1, transitions - began)
             self._after_step(name, goal, metrics, sampled - started, time.perf_counter() - sampled)
 
     def _recover(self, fault: FloatingPointError) -> None:

@@ -24,11 +24,11 @@ class GoalPoseReward:
     def __init__(
         self,
         state_names: Sequence[str],
-        goal: Mapping[str, float],
-        tolerance: Mapping[str, float],
+        goal: Mapping[str, float] | None,
+        tolerance: Mapping[str, float] | None,
         hold_ticks: int = 3,
     ) -> None:
-        names = list(state_names)
+        names, goal, tolerance = list(state_names), goal or {}, tolerance or {}
         unknown = [name for name in goal if name not in names]
         if unknown or set(goal) != set(tolerance) or not goal:
             raise ValueError(
