@@ -144,7 +144,7 @@ class PolicyEngine:
         known, mask = torch.zeros_like(noise), torch.zeros_like(noise)
         row = 0
         for query in queries:
-            running = torch.as_tensor(query.prefix_actions, device=self.device)[: noise.shape[1]]
+            running = torch.tensor(query.prefix_actions, device=self.device)[: noise.shape[1]]
             k, robot = running.shape
             weights = soft_mask(query.inference_delay, k, noise.shape[1]).to(self.device)
             for _ in range(query.rows):
