@@ -47,7 +47,7 @@ def test_learner_and_actor_are_killed_again_and_again(rig, figures):
         "acknowledged_items": counts["acknowledged items"], "episodes_in_dataset": counts["episodes in the dataset"],
         "learner_resume_s_max": round(max(resumes), 2), "actor_resume_s_max": round(max(actor_resumes), 2),
     }  # fmt: skip
-    assert max(resumes + actor_resumes) <= 10
+    assert max(resumes + actor_resumes) <= 10, (resumes, run.logs())
 
 
 def test_every_message_three_times(rig, figures):

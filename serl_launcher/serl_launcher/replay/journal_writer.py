@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import queue
@@ -33,7 +34,9 @@ from serl_launcher.replay.journal import (
 from serl_transport.errors import StorageFull
 from serl_transport.files import write_buffers
 
+log = logging.getLogger("gateway")
 GROUP_BYTES = 64 << 20
+SLOW_S = 2.0  # a write and sync that took longer is reported
 Done = Callable[[StorageFull | None, int], None]  # (error or None, the record's wall clock in ns)
 
 
@@ -151,8 +154,11 @@ class JournalWriter:
         for i, parts in enumerate(payloads):
             buffers += [record_header(parts, self._sequence + i, now, synced), *parts]
         try:
+            started = time.monotonic()
             written = write_buffers(file, buffers, synced)
             os.fdatasync(file)
+            if (took := time.monotonic() - started) > SLOW_S:
+                log.warning("the disk took %.1f s to keep %d bytes: acknowledgements wait for it", took, written)
         except OSError:
             self._cut_back(file)
             raise

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 WINDOW_ITEMS = 64
 WINDOW_BYTES = 32 << 20
 RETRY_S = 1.0
+SLOW_S = 2.0  # a ledger write that took longer is reported
 _RETRIED = (
     StorageFull,
     NotReady,
@@ -62,9 +64,12 @@ class Ledger:
 
     def write(self, acknowledged: list[tuple[ItemKey, Frames]]) -> None:
         """Append a line per item and wait until they are on disk."""
+        started = time.monotonic()
         self._file.write("".join(json.dumps(_ledger_row(key, frames)) + "\n" for key, frames in acknowledged))
         self._file.flush()
         os.fsync(self._file.fileno())
+        if (took := time.monotonic() - started) > SLOW_S:
+            log.warning("the disk took %.1f s to keep the ledger: the spool forgets nothing meanwhile", took)
 
     def close(self) -> None:
         """Close the file."""
