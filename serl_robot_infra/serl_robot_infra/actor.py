@@ -120,7 +120,7 @@ def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
         task.spec                       the task's contract, must equal the environment's
         task.env {_target_}             the environment
         task.operator {_target_}        called with env=; null: none
-        task.reward {_target_}          null or absent: the environment's own reward
+        reward {_target_}               who judges (config/reward/); task.reward, where a task names one, wins
         task.safety {max_speed, max_acceleration, workspace, targets}   optional limits of `safety.SafetyChain`
         rollout.mode                    follow | demo | online | eval
         rollout.episodes                null: until the learner says stop

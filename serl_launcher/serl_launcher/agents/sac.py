@@ -91,6 +91,12 @@ class SACAgent(FlowAgent):
         self._reference = {name: p.detach().clone() for name, p in trainable(policy).items()}
         self.register_buffer("online_steps", torch.zeros((), dtype=torch.int64), persistent=False)
 
+    def _apply(self, fn, recurse: bool = True):
+        """`.to(device)` and the like reach the reference, which is no parameter of this module."""
+        super()._apply(fn, recurse)
+        self._reference = {name: fn(p) for name, p in self._reference.items()}
+        return self
+
     # What the learner needs.
 
     def groups(self) -> dict[str, ParameterGroup]:

@@ -120,6 +120,13 @@ def test_at_the_start_of_online_training_the_policy_is_its_own_reference():
     assert metrics["actor/drift"].item() == pytest.approx(0, abs=1e-12)
 
 
+def test_the_reference_moves_with_the_agent():
+    agent = make_agent().double()
+    assert {p.dtype for p in agent.carried().values() if p.is_floating_point()} == {torch.float64}
+    agent.to("meta")
+    assert {p.device.type for p in agent.carried().values()} == {"meta"}
+
+
 def test_each_group_receives_the_gradient_of_its_own_loss_only():
     agent = make_agent(behaviour_weight=1.0)
     agent.begin_stage("online")
