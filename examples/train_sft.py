@@ -72,7 +72,7 @@ def run(dataset: Path, output: Path, cfg: DictConfig) -> None:
     limits = {"max_grad_norm": cfg.trainer.max_grad_norm, "ema_decay": cfg.trainer.ema_decay}
     learner, frozen = Learner(agent, optimizer, accelerator, **limits), frozen_hash(policy)
     output.mkdir(parents=True, exist_ok=True)
-    cfg.task = {"name": "dataset", "spec": spec.to_dict()}
+    cfg.task = {"name": "dataset", "spec": spec.to_dict(), "noop_dims": None, "rate_hz": None}
     OmegaConf.save(cfg, output / "config.yaml", resolve=True)
     schedule = Schedule(steps=cfg.sft.steps, warmup=cfg.sft.warmup)
     with (output / "metrics.jsonl").open("w") as log:

@@ -8,6 +8,7 @@ runs as ours does (t = 0 is noise); it is bucketed to 1000 steps before the netw
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from serl_launcher.policies.base import PolicyInput
+from serl_launcher.policies.checkpoint import Checkpoint, CheckpointError
+from serl_launcher.policies.groot_checkpoint import build_core, fill_core, slot_of, units_of_groot
 from serl_launcher.policies.normalise import Units, pad_last
 from serl_transport.specs import TaskSpec
 
+log = logging.getLogger("policy")
 Inputs = Callable[[dict[str, np.ndarray], list[str]], dict[str, Tensor]]
 
 
@@ -192,22 +196,44 @@ def build_groot(
     embodiment: int = 0,
     dropout: bool = False,
     tune: dict[str, bool] | None = None,
+    checkpoint: str | None = None,
+    embodiment_tag: str = "new_embodiment",
 ) -> GrootFlowPolicy:
     """A GR00T policy for one task; arguments as `build_pi0`. tune: GR00T's flags without `tune_`, default all True.
 
-    Raises ValueError for an `init` or a flag that is not known.
+    init `checkpoint`: weights, units and the slot of `embodiment_tag` from a folder in NVIDIA's layout.
+    Raises ValueError in the user's words.
     """
-    if init != "random":
-        raise ValueError(
-            f"policy.init: expected 'random' (weights of a checkpoint come by checkpoint_path), got {init!r}"
-        )
     require_diffusers()
     flags = tune_flags(tune)
+    if init == "checkpoint":
+        return _from_checkpoint(spec, checkpoint, embodiment_tag, action_horizon, size, dropout, flags)
+    if init != "random":
+        raise ValueError(f"policy.init: expected 'checkpoint' or 'random', got {init!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         core, inputs = size(spec, action_horizon)
     policy = GrootFlowPolicy(core, spec, inputs, embodiment=embodiment, dropout=dropout)
     policy.tune(**flags)
+    return policy
+
+
+def _from_checkpoint(
+    spec: TaskSpec, checkpoint: str | None, tag: str, horizon: int | None, size: Any, dropout: bool, flags: dict
+) -> GrootFlowPolicy:
+    if not checkpoint:
+        raise ValueError("policy.checkpoint: expected a GR00T N1.7 folder or a hub name (or policy.init=random)")
+    found = Checkpoint.find(checkpoint)
+    core = build_core(found)
+    if horizon not in (None, core.config.action_horizon):
+        have = core.config.action_horizon
+        raise CheckpointError(f"policy.action_horizon={horizon}: the checkpoint's chunk is {have}")
+    units, slot = units_of_groot(found, tag, spec), slot_of(found, tag)
+    report = fill_core(core, found)
+    policy = GrootFlowPolicy(core, spec, size.inputs(spec), units, slot, dropout)
+    policy.tune(**flags)
+    policy.checkpoint, policy.load_report = found, report
+    log.info("%s", report)
     return policy
 
 

@@ -40,7 +40,11 @@ class TinyGrootSize:
         """The core (`GR00TN17`, float32, random) for a task, and what prepares its inputs."""
         if self.image_size % (PATCH * MERGE):
             raise ValueError(f"policy.size.image_size: expected a multiple of {PATCH * MERGE}, got {self.image_size}")
-        return self.build(self.config_fields(spec, action_horizon)), TinyInputs(self, tuple(spec.cameras))
+        return self.build(self.config_fields(spec, action_horizon)), self.inputs(spec)
+
+    def inputs(self, spec: TaskSpec) -> TinyInputs:
+        """What prepares the backbone's tensors."""
+        return TinyInputs(self, tuple(spec.cameras))
 
     def build(self, fields: dict[str, Any]) -> nn.Module:
         """`GR00TN17` with the given configuration and this size's backbone."""

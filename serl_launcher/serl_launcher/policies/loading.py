@@ -144,3 +144,6 @@ def materialise_buffers(core: nn.Module) -> None:
             raise CheckpointError(f"{path}: no rule to compute the buffers {pending} of {type(module).__name__}")
         for name in pending:
             module.register_buffer(name, getattr(fresh, name), persistent=False)
+    left = [name for name, parameter in core.named_parameters() if parameter.is_meta]
+    if left:
+        raise CheckpointError(f"nothing filled {_short(left)}")
