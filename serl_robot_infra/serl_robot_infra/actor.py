@@ -139,7 +139,7 @@ def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
         rollout.video_every             20; 0: none
         rollout.rerun                   false
         ip                              null: no learner; evaluates rollout.local_policy for rollout.episodes
-        port, broadcast_port, unique_identifier, runs_dir, run; rollout.ledger
+        port, broadcast_port, unique_identifier, runs_dir, run; rollout.ledger; security.keys_dir
     """
     from serl_robot_infra.wiring import run_actor
 
