@@ -59,7 +59,8 @@ class MeasuredPolicy(BasePolicy):
     @property
     def p50_ms(self) -> float | None:
         """Median latency of the last 100 answers, milliseconds; None before the first."""
-        return float(np.median(self._latencies)) if self._latencies else None
+        latencies = list(self._latencies)  # at once: with real-time chunking another thread appends
+        return float(np.median(latencies)) if latencies else None
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """The policy's answer."""
