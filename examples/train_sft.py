@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -74,6 +75,8 @@ def run(dataset: Path, output: Path, cfg: DictConfig) -> None:
     output.mkdir(parents=True, exist_ok=True)
     cfg.task = {"name": "dataset", "spec": spec.to_dict(), "noop_dims": None, "rate_hz": None}
     OmegaConf.save(cfg, output / "config.yaml", resolve=True)
+    if modality:
+        shutil.copyfile(dataset / "meta" / "modality.json", output / "modality.json")
     schedule = Schedule(steps=cfg.sft.steps, warmup=cfg.sft.warmup)
     with (output / "metrics.jsonl").open("w") as log:
         for step, metrics in enumerate(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Take a run's policy back out in LeRobot's format: config.json, model.safetensors, processors with their statistics.
+"""Take a run's policy back out in LeRobot's format (GR00T in NVIDIA's): config, weights, normalisation statistics.
 
     python tools/export_checkpoint.py runs/<name> <folder> [--version FILE]
 
@@ -14,11 +14,13 @@ import logging
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.agents.build import build_policy
 from serl_launcher.learner.parameters import base_sha256, find_parameters, load_into
 from serl_launcher.paths import RunPaths
+from serl_launcher.policies.groot import GrootFlowPolicy
+from serl_launcher.policies.groot_checkpoint import save_groot
 from serl_launcher.policies.saving import save_policy
 from serl_transport.specs import TaskSpec
 
@@ -35,11 +37,23 @@ def export(run: Path, folder: Path, version: str | None = None) -> Path:
     path = run / "params" / version if version else find_parameters(run)
     policy = build_policy(cfg, TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True)))
     metadata = load_into(policy, path, base_sha256(policy))
-    written = save_policy(getattr(policy, "policy", policy), folder)
+    policy = getattr(policy, "policy", policy)
+    written = save(policy, folder, cfg, config, int(metadata["step"]))
     print(f"{written}: policy version {metadata['version']} of {run}, trainer step {metadata['step']}")
     report = getattr(policy, "load_report", None)
     print(report if report else "The run began at random weights; the task's ranges became the statistics.")
     return written
+
+
+def save(policy, folder: Path, cfg: DictConfig, config: Path, step: int) -> Path:
+    """In LeRobot's layout; GR00T in NVIDIA's, with the run's step and config. Optimizer state never goes along."""
+    if not isinstance(policy, GrootFlowPolicy):
+        return save_policy(policy, folder)
+    extras = {"trainer_state.json": {"global_step": step}, "experiment_cfg/config.yaml": config}
+    modality = config.parent / "modality.json"
+    if modality.is_file():
+        extras["modality.json"] = modality
+    return save_groot(policy, folder, cfg.policy.get("embodiment_tag", "new_embodiment"), extras)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -64,3 +64,28 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, capsys):
     (tmp_path / "full" / "file").touch()
     assert main([str(run), str(tmp_path / "full")]) == 2
     assert "holds files already" in capsys.readouterr().err
+
+
+def test_groot_goes_out_in_nvidias_layout_with_its_sidecars(tmp_path):
+    pytest.importorskip("diffusers", reason="GR00T's action head needs lerobot[groot]")
+    from serl_launcher.policies.groot import build_groot
+    from serl_launcher.policies.groot_tiny import TinyGrootSize
+
+    size, run = {"image_size": 32}, tmp_path / "run"
+    policy = build_groot("g", SPEC, "random", 0, AH, TinyGrootSize(**size), embodiment=1)
+    with torch.no_grad():
+        policy.core.action_head.vlln.weight.fill_(3)
+    published = {"version": 1, "step": 9, "base": base_sha256(policy), "policy": "g", "now": time.time(), "keep": 1}
+    publish(run / "params", trainable(policy), **published)
+    named = {"_target_": "serl_launcher.policies.groot.build_groot", "name": "g", "init": "random", "seed": 0}
+    size["_target_"] = "serl_launcher.policies.groot_tiny.TinyGrootSize"
+    cfg = {"seed": 0, "task": {"spec": SPEC.to_dict()}, "policy": named | {"action_horizon": AH, "embodiment": 1}}
+    cfg["policy"]["size"] = size
+    OmegaConf.save(OmegaConf.create(cfg), run / "config.yaml")
+    (run / "modality.json").write_text("{}")
+    out = tmp_path / "out"
+    assert main([str(run), str(out)]) == 0
+    want = {"config.json", "model.safetensors", "trainer_state.json", "experiment_cfg", "modality.json"}
+    assert want | {"action_head_new_embodiment.safetensors"} <= {path.name for path in out.iterdir()}
+    assert load_file(out / "model.safetensors")["action_head.vlln.weight"].unique().tolist() == [3.0]
+    assert not [path for path in out.rglob("*") if "optimizer" in path.name]
