@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -137,17 +136,3 @@ def _processors(config: Any, statistics: dict[str, dict[str, Tensor]]) -> tuple[
         return make(config, dataset_stats=statistics)
     finally:
         module.TokenizerProcessorStep = original
-
-
-@torch.no_grad()
-def fill_published(policy: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy published tensors into a policy, strictly. Raises ValueError naming what does not fit."""
-    from serl_launcher.learner.parameters import describe_mismatch
-    from serl_launcher.policies.base import trainable
-
-    want = trainable(policy)
-    problems = describe_mismatch(want, tensors)
-    if problems:
-        raise ValueError("the run's parameters do not fit its policy: " + "; ".join(problems))
-    for name, parameter in want.items():
-        parameter.copy_(tensors[name])
