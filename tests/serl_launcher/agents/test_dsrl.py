@@ -128,7 +128,8 @@ def test_each_group_receives_the_gradient_of_its_own_loss_only():
     [("per_step", TARGET), ("tiled", [0.1, 0.1])],
 )
 def test_the_bandits_optimum_is_reached(variant, optimum):
-    agent = make_agent(variant)
+    # A noise policy that stays wide keeps showing Q_W both sides of the optimum; the mean is what is asked for.
+    agent = make_agent(variant, entropy_per_dim=0.0)
     agent.begin_stage("online")
     learner, rng = make_learner(agent), np.random.default_rng(0)
     torch.manual_seed(1)
