@@ -44,7 +44,7 @@ def rounded(value: float | None) -> float | None:
 
 
 def alternate(work: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Run every measurement `rounds` times in turn (A B A B), so that a drift of the machine hits all alike; medians."""
+    """Run every measurement `rounds` times in turn (A B A B): a drift of the machine hits all alike. Medians."""
     found: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, measure in work.items():
