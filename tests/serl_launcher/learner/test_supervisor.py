@@ -127,7 +127,7 @@ def test_a_signal_ends_the_roles_in_order(paths, driver, signum):
     pids = role_pids(paths)
     driver.send_signal(signum)
     assert driver.wait(PATIENCE_S) == 128 + signum
-    assert (paths.root / "order").read_text().split() == ["trainer", "policy", "exporter", "gateway"]
+    assert (paths.root / "order").read_text().split() == ["trainer", "policy", "gateway", "exporter"]
     assert not any(map(process_stat, pids.values()))
 
 
