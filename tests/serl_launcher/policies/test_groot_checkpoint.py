@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("diffusers", reason="GR00T's action head needs lerobot[groot]")
 
 from checkpoints import SPEC, observation
 
