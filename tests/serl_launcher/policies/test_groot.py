@@ -9,7 +9,6 @@ from serl_launcher.policies.groot import TUNE, build_groot, tune_flags
 from serl_launcher.policies.groot_tiny import TinyGrootSize, patches
 from serl_transport.specs import TaskSpec
 
-
 SPEC = TaskSpec.from_dict(
     {
         "name": "t",

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
-
 from checkpoints import SPEC, observation
+from safetensors.torch import load_file, save_file
 
 from serl_launcher.policies.base import sample, trainable
 from serl_launcher.policies.checkpoint import CheckpointError

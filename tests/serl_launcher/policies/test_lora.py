@@ -1,12 +1,12 @@
 """LoRA on the tiny PI0: starts as no change, moves adapters and action projections alone, and merges to what it was."""
 
 import torch
+from tiny import HORIZON, SIZE, SPEC, random_batch
 
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
 from serl_launcher.policies.build import build_flow_policy
 from serl_launcher.policies.pi0 import PI0FlowPolicy
 from serl_launcher.policies.trains import frozen_hash, merged_state, parameter_table
-from tiny import HORIZON, SIZE, SPEC, random_batch
 
 
 def build(train):

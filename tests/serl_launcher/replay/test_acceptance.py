@@ -1,6 +1,7 @@
 """The acceptance rules, tick by tick."""
 
 import numpy as np
+
 from serl_launcher.replay.acceptance import (
     DemonstrationRule,
     EpisodeColumns,

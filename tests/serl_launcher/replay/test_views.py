@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from serl_launcher.replay.acceptance import SuccessRule
 from serl_launcher.replay.ring import RingReader, RingWriter
 from serl_launcher.replay.views import ChunkView
@@ -32,7 +33,9 @@ def arrays(n, first, success=True, intervention=()):
     reward[-1] = float(success)
     false = np.zeros(n, bool)
     return {
-        "observation.images.front": np.broadcast_to(np.arange(n + 1, dtype=np.uint8)[:, None, None, None], (n + 1, 4, 4, 3)),
+        "observation.images.front": np.broadcast_to(
+            np.arange(n + 1, dtype=np.uint8)[:, None, None, None], (n + 1, 4, 4, 3)
+        ),
         "observation.state": np.arange(n + 1, dtype=np.float32)[:, None],
         "action": (first + np.arange(n, dtype=np.float32))[:, None],
         "next.reward": reward,
