@@ -79,6 +79,7 @@ class Trainer:
         self.held: str | None = None  # why no more steps are taken
         self._next_complaint = 0.0
         self._stopping = False
+        self.latest: dict[str, float] = {}  # metrics of the last step, for the dashboard
         self._resume()
         self.metrics = MetricsWriter(paths, cfg)
 
@@ -226,8 +227,6 @@ class Trainer:
             self.publish()
         if finished or step % cfg.checkpoint_period == 0:
             self.save()
-
-    latest: dict[str, float] = {}
 
     def report(self) -> dict[str, Any]:
         """Tell the gateway where the trainer is; returns the status document."""
