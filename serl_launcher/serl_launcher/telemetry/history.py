@@ -45,7 +45,7 @@ class StageRecord:
     mode: str  # demo | train | eval | online
     episodes: tuple[EpisodeRecord, ...]  # whole ones; an evaluation holds each seed once
     ticks: int  # of all its episodes
-    steps: int  # logged trainer steps
+    steps: int  # trainer steps in it
     start_time: float  # unix s of its first sign of life
     end_time: float  # unix s of its last
 
@@ -89,7 +89,9 @@ def read_history(run_dir: Path) -> RunHistory:
     episodes = tuple(_read_episodes(paths.episodes))
     metrics = tuple(read_metrics(paths.metrics / "trainer.jsonl"))
     status = json.loads(paths.status.read_text(encoding="utf-8")) if paths.status.exists() else {}
-    return RunHistory(config, status, episodes, _stages(config, episodes, metrics), metrics)
+    progress = json.loads(paths.stage_progress.read_text(encoding="utf-8")) if paths.stage_progress.exists() else {}
+    stages = _stages(config, episodes, metrics, progress.get("stage_steps") or {})
+    return RunHistory(config, status, episodes, stages, metrics)
 
 
 def _read_episodes(path: Path) -> list[EpisodeRecord]:
@@ -105,16 +107,19 @@ def _read_episodes(path: Path) -> list[EpisodeRecord]:
 
 
 def _stages(
-    config: Mapping[str, Any], episodes: Sequence[EpisodeRecord], metrics: Sequence[Mapping[str, Any]]
+    config: Mapping[str, Any],
+    episodes: Sequence[EpisodeRecord],
+    metrics: Sequence[Mapping[str, Any]],
+    steps: Mapping[str, int],
 ) -> tuple[StageRecord, ...]:
     modes = {stage["name"]: stage["mode"] for stage in (config.get("schedule") or {}).get("stages") or ()}
     modes |= {episode.stage: episode.mode for episode in episodes if episode.stage not in modes}
-    records = [_stage(name, mode, episodes, metrics) for name, mode in modes.items()]
+    records = [_stage(name, mode, episodes, metrics, steps.get(name, 0)) for name, mode in modes.items()]
     return tuple(sorted((r for r in records if r is not None), key=lambda record: record.start_time))
 
 
 def _stage(
-    name: str, mode: str, episodes: Sequence[EpisodeRecord], metrics: Sequence[Mapping[str, Any]]
+    name: str, mode: str, episodes: Sequence[EpisodeRecord], metrics: Sequence[Mapping[str, Any]], steps: int
 ) -> StageRecord | None:
     mine = [episode for episode in episodes if episode.stage == name]
     rows = [row for row in metrics if row.get("stage") == name]
@@ -124,5 +129,4 @@ def _stage(
     counted = [episode for episode in mine if episode.whole]
     if mode == "eval":
         counted = list({episode.seed: episode for episode in reversed(counted)}.values())[::-1]
-    steps = rows[-1]["step"] - rows[0]["step"] if rows else 0
     return StageRecord(name, mode, tuple(counted), sum(e.n_ticks for e in mine), steps, min(times), max(times))

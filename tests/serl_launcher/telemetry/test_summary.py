@@ -51,6 +51,12 @@ def test_the_figures(run):
     assert len(summary["config_sha256"]) == 64
 
 
+def test_steps_of_a_stage_are_the_trainers_own_count_where_it_is_kept(run):
+    (run / "stage_progress.json").write_text('{"stage_steps": {"online": 345}}')
+    stages = {stage["name"]: stage["steps"] for stage in write_summary(run)["stages"]}
+    assert (stages["online"], stages["demos"]) == (345, 0)
+
+
 def test_the_status_knows_of_versions_that_were_not_logged(run):
     (run / "status.json").write_text(json.dumps({"trainer": {"version": 9}}))
     assert write_summary(run)["policy_versions"] == 10
