@@ -220,7 +220,7 @@ def test_the_same_run_is_not_started_twice(checkout):
     ("words", "message"),
     [
         (["--fast"], "unknown flag '--fast'"),
-        (["--no-tmux", "algo=reject_samplng_pi0"], "did you mean 'reject_sampling_pi0'?"),
+        (["--no-tmux", "algo=reject_samplng_pi0"], "did you mean 'reject_sampling_pi0'"),
         (["--no-tmux", "actor=true"], "start.sh runs both sides; drop 'actor=true'"),
     ],
 )
