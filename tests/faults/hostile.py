@@ -21,7 +21,7 @@ from serl_transport.schema import EpisodeInfo, Observation, StepBatch, TimeStep
 Frames = list[bytes]
 NAMES = (
     "../../etc/passwd",
-    "/root/.ssh/id",
+    "/home/robot/.ssh/id",
     "..\\..\\x",
     "a/../../b",
     "\0",

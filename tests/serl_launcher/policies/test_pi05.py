@@ -3,27 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from tiny import SPEC
 
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
 from serl_launcher.policies.pi05 import build_pi05, state_prompts
 from serl_launcher.policies.pi05_tiny import TinyPI05Size
-from serl_transport.specs import TaskSpec
 
-SPEC = TaskSpec.from_dict(
-    {
-        "name": "t",
-        "prompt": "pick up the red cube",
-        "cameras": {"front": [32, 32], "wrist": [32, 32]},
-        "state_names": ["a", "b", "c"],
-        "state_low": [-1, -1, 0],
-        "state_high": [1, 1, 2],
-        "action_names": ["x", "g"],
-        "action_low": [-0.02, -1],
-        "action_high": [0.02, 1],
-        "control_hz": 10,
-        "max_ticks": 60,
-    }
-)
 SIZE = TinyPI05Size(width=16, vision_width=16, image_size=32, patch_size=16)
 B, AH, AD = 3, 4, 2
 
