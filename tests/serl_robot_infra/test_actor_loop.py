@@ -279,7 +279,7 @@ def test_a_full_spool_holds_the_robot_and_loses_nothing(spec, tmp_path):
     # 20 demonstrations of 32 px are some 2.5 MB; the learner takes its time, the spool has room for one.
     class Slow(ScriptedLearner):
         def _data(self, store, payload):
-            time.sleep(0.02)
+            time.sleep(0.15)  # 80 batches; even an actor on a busy machine makes one faster
             super()._data(store, payload)
 
     with Slow(spec, [ticket("demo", seed) for seed in range(20)]) as learner:
