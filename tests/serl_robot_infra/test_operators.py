@@ -47,6 +47,19 @@ def test_jitter_is_a_function_of_the_episode(env):
     assert len(set(starts)) > 3
 
 
+def test_a_hesitating_operator_stands_still_for_a_while_with_the_gripper_as_the_expert_wants_it(env):
+    operator = ScriptedOperator(env, takeover_tick=2, hesitation=5, still_dims=[0, 1, 2])
+    pauses = []
+    for seed in range(8):
+        observation = env.reset(seed)
+        operator.reset(np.random.default_rng(seed), from_start=False)
+        actions = [operator.act(observation, lambda: PROPOSAL, tick)[0] for tick in range(2, 9)]
+        still = [not action[:3].any() for action in actions]
+        pauses.append(still.index(False))
+        assert all(action[3] == -1 for action in actions[: pauses[-1]])
+    assert 0 <= min(pauses) < max(pauses) <= 5
+
+
 def test_nobody_drives_and_nobody_demonstrates(env):
     flags, asked = drive(NoIntervention(), env, 3)
     assert flags == [False] * 3

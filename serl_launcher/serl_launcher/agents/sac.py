@@ -34,9 +34,9 @@ class SACAgent(FlowAgent):
     chunk. flow_steps: K of the stochastic sampler. tau: rate of the target critics. target_members: critics in the
     target's minimum. warmup_steps: critic steps of the online stage before the actor moves. actor_period: critic steps
     per actor step. behaviour_weight: λ. normalise_q: divide Q by its mean size in the actor's loss, so that λ and α
-    mean the same on every task (TD3+BC). imitation_weight: of flow matching on accepted chunks in the online stage.
-    target_std: the σ at which the path entropy has its target. backup_entropy: subtract α log p in the target.
-    cal_ql_weight: 0 leaves the term out. q_limit: |Q| beyond it stops training.
+    mean the same on every task (TD3+BC). imitation_weight: of flow matching on accepted chunks in every online step,
+    backbone included. target_std: the σ at which the path entropy has its target. backup_entropy: subtract α log p in
+    the target. cal_ql_weight: 0 leaves the term out. q_limit: |Q| beyond it stops training.
     """
 
     def __init__(
@@ -136,18 +136,23 @@ class SACAgent(FlowAgent):
         critic_loss, metrics = self.critic_loss(transitions, prefix)
         losses = {"critic": critic_loss}
         metrics["batch/transition_demo_share"] = torch.as_tensor(transitions.demo).float().mean()
-        if self._mode == "train":
-            losses["actor"], more = imitation_loss(self.policy, self.prompt, batch.imitation, self.noise_samples)
+        imitate = self._mode == "train" or (self.imitation_weight and batch.imitation is not None)
+        if imitate:
+            flow, more = imitation_loss(self.policy, self.prompt, batch.imitation, self.noise_samples)
+            losses["actor"] = flow if self._mode == "train" else self.imitation_weight * flow
             metrics |= more
-        elif self.online_steps >= self.warmup_steps and self.online_steps % self.actor_period == 0:
+        if self._improves():
             noise, step_noise = self.draw(len(transitions), prefix)
-            losses["actor"], losses["temperature"], more = self.actor_loss(prefix, noise, step_noise)
+            value, losses["temperature"], more = self.actor_loss(prefix, noise, step_noise)
+            losses["actor"] = losses["actor"] + value if imitate else value
             metrics |= more
-            if self.imitation_weight and batch.imitation is not None:
-                flow, more = imitation_loss(self.policy, self.prompt, batch.imitation, self.noise_samples)
-                losses["actor"] = losses["actor"] + self.imitation_weight * flow
-                metrics |= more
         return losses, metrics
+
+    def _improves(self) -> bool:
+        """Is it the turn of the actor's own loss?"""
+        if self._mode != "online" or self.online_steps < self.warmup_steps:
+            return False
+        return int(self.online_steps) % self.actor_period == 0
 
     def draw(self, b: int, prefix: Prefix) -> tuple[Tensor, Tensor]:
         """x_0 float32[b, ah, ad] and the noise of the steps float32[K, b, ah, ad]."""

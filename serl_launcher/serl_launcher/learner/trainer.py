@@ -167,12 +167,6 @@ class Trainer:
     def _train_for_a_while(self, stage: dict[str, Any], status: dict[str, Any]) -> None:
         """Steps of one stage until it is time to talk to the gateway again (a second), or the stage is done."""
         name, goal, online = stage["name"], stage["steps_goal"], stage["mode"] == "online"
-        schedule = Schedule(
-            peak=self.cfg.trainer.online_lr_scale if online else 1.0,
-            steps=goal,
-            warmup=self.cfg.trainer.warmup_steps,
-            final=self.cfg.trainer.final_lr_scale,
-        )
         transitions = status["counts"]["transitions"]
         began = self.stage_start.setdefault(name, transitions)
         deadline = time.monotonic() + 1.0
@@ -180,20 +174,32 @@ class Trainer:
             if online and not self.limiter.allows(done, transitions - began):
                 time.sleep(0.1)
                 return
-            started = time.perf_counter()
-            batch = self.view.sample(self.rng, self.cfg.trainer.batch_size)
-            sampled = time.perf_counter()
-            try:
-                metrics = self.learner.step(batch, schedule.scale(done))
-            except FloatingPointError as fault:
-                self._recover(fault)
+            if not self.take_step(name, goal, online, transitions - began):
                 return
-            self.guard.good()
-            self.stage_steps[name] = done + 1
-            metrics["batch/size"] = float(len(batch))
-            if online:
-                metrics["replay/updates_per_transition"] = (done + 1) / max(1, transitions - began)
-            self._after_step(name, goal, metrics, sampled - started, time.perf_counter() - sampled)
+
+    def take_step(self, stage: str, goal: int, online: bool, new_transitions: int) -> bool:
+        """Sample, step, and what is due after it (log, publish, checkpoint); False when the step was refused.
+
+        goal: the stage's steps, of which the learning rate's cosine is made. new_transitions: since the stage began.
+        """
+        done, settings = self.stage_steps.get(stage, 0), self.cfg.trainer
+        peak = settings.online_lr_scale if online else 1.0
+        schedule = Schedule(peak=peak, steps=goal, warmup=settings.warmup_steps, final=settings.final_lr_scale)
+        started = time.perf_counter()
+        batch = self.view.sample(self.rng, settings.batch_size)
+        sampled = time.perf_counter()
+        try:
+            metrics = self.learner.step(batch, schedule.scale(done))
+        except FloatingPointError as fault:
+            self._recover(fault)
+            return False
+        self.guard.good()
+        self.stage_steps[stage] = done + 1
+        metrics["batch/size"] = float(len(batch))
+        if online:
+            metrics["replay/updates_per_transition"] = (done + 1) / max(1, new_transitions)
+        self._after_step(stage, goal, metrics, sampled - started, time.perf_counter() - sampled)
+        return True
 
     def _recover(self, fault: FloatingPointError) -> None:
         """A step was refused: nothing of it is kept, and what is served stays."""

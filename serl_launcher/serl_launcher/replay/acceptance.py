@@ -51,9 +51,10 @@ class SuccessRule:
 
     min_return: float = 0.5  # m
     min_ticks: int = 3  # shorter episodes are dropped
-    noop_threshold: float = 0.02  # leading ticks that move less than this share of the range are dropped
+    noop_threshold: float = 0.02  # ticks that move less than this share of the range are dropped, see `idle_starts`
     noop_dims: Sequence[int] | None = None  # action dimensions that move the robot; null: all
     mask_before_takeover: int | None = None  # policy ticks hidden before a takeover; null: the whole stretch
+    autonomous_stride: int = 1  # mixed rate: chunks begin at every k-th tick that the policy drove, at each of a person
 
     def __call__(self, episode: EpisodeColumns) -> Selection:
         n = len(episode)
@@ -63,8 +64,9 @@ class SuccessRule:
         if float(episode.reward.sum()) < threshold:
             return Selection.rejected(n, "return")
         labels = ~before_takeover(episode.intervention, self.mask_before_takeover)
-        labels &= ~leading_noops(episode.action, self.noop_threshold, self.noop_dims)
-        return Selection(bool(labels.any()), "accepted" if labels.any() else "noop", labels.copy(), labels)
+        labels &= ~idle_starts(episode.action, episode.intervention, self.noop_threshold, self.noop_dims)
+        starts = labels & (episode.intervention | (np.arange(n) % self.autonomous_stride == 0))
+        return Selection(bool(starts.any()), "accepted" if starts.any() else "noop", starts, labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class DemonstrationRule:
             return Selection.rejected(n, "short")
         if not episode.success:
             return Selection.rejected(n, "failed")
-        labels = ~leading_noops(episode.action, self.noop_threshold, self.noop_dims)
+        labels = ~idle_starts(episode.action, episode.intervention, self.noop_threshold, self.noop_dims)
         return Selection(bool(labels.any()), "accepted" if labels.any() else "noop", labels.copy(), labels)
 
 
@@ -102,8 +104,26 @@ def before_takeover(intervention: np.ndarray, reach: int | None) -> np.ndarray:
     return hidden
 
 
-def leading_noops(action: np.ndarray, threshold: float, dims: Sequence[int] | None) -> np.ndarray:
-    """Ticks at the start, before the robot first moves by more than `threshold` of its range: bool[n]."""
+def idle_starts(
+    action: np.ndarray, intervention: np.ndarray, threshold: float, dims: Sequence[int] | None
+) -> np.ndarray:
+    """No-op ticks at the start of the episode, and where an operator has taken over and not moved yet: bool[n].
+
+    A person needs a moment; a policy that imitates the moment stands still for ever. action: float32[n, ad] in units
+    of its range; a tick moves when one of `dims` exceeds `threshold`. Pauses later on may belong to the task.
+
+    >>> action, drives = np.float32([[0], [1], [0], [0], [1], [0]]), np.array([0, 0, 0, 1, 1, 1], bool)
+    >>> idle_starts(action, drives, 0.1, None).astype(int)
+    array([1, 0, 0, 1, 0, 0])
+    """
     moves = (np.abs(action if dims is None else action[:, list(dims)]) > threshold).any(axis=1)
-    first = int(np.argmax(moves)) if moves.any() else len(moves)
-    return np.arange(len(moves)) < first
+    takeovers = np.flatnonzero(intervention[1:] & ~intervention[:-1]) + 1
+    idle = np.zeros(len(moves), bool)
+    for start in (0, *takeovers):
+        moved = np.flatnonzero(moves[start:])
+        end = start + int(moved[0]) if len(moved) else len(moves)
+        if start:  # no further than the operator's stretch
+            released = np.flatnonzero(~intervention[start:end])
+            end = start + int(released[0]) if len(released) else end
+        idle[start:end] = True
+    return idle

@@ -7,7 +7,7 @@ from serl_launcher.replay.acceptance import (
     EpisodeColumns,
     SuccessRule,
     before_takeover,
-    leading_noops,
+    idle_starts,
 )
 
 
@@ -64,9 +64,29 @@ def test_driving_from_the_first_tick_hides_nothing():
 
 
 def test_leading_noops_end_with_the_first_motion():
-    action = np.array([[0.0, 1], [0.01, 1], [0.3, 1], [0.0, 1]], np.float32)
-    assert ticks(leading_noops(action, 0.02, [0])) == [0, 1]
-    assert ticks(leading_noops(action, 0.02, None)) == []
+    action, nobody = np.array([[0.0, 1], [0.01, 1], [0.3, 1], [0.0, 1]], np.float32), np.zeros(4, bool)
+    assert ticks(idle_starts(action, nobody, 0.02, [0])) == [0, 1]
+    assert ticks(idle_starts(action, nobody, 0.02, None)) == []
+
+
+def test_the_moment_an_operator_needs_after_taking_over_is_a_noop_and_a_later_pause_is_not():
+    action = np.zeros((9, 1), np.float32)
+    action[[0, 1, 5, 7]] = 0.5
+    flags = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1], bool)
+    assert ticks(idle_starts(action, flags, 0.02, None)) == [3, 4]
+
+
+def test_an_operator_who_never_moves_hides_no_tick_of_the_policy():
+    action = np.full((6, 1), 0.5, np.float32)
+    flags = np.array([0, 0, 1, 1, 0, 0], bool)
+    action[flags] = 0
+    assert ticks(idle_starts(action, flags, 0.02, None)) == [2, 3]
+
+
+def test_mixed_rate_begins_chunks_seldom_where_the_policy_drove_and_densely_where_a_person_did():
+    selection = SuccessRule(autonomous_stride=4, mask_before_takeover=0)(episode(n=10, intervention=[5, 6, 7]))
+    assert ticks(selection.starts) == [0, 4, 5, 6, 7, 8]
+    assert ticks(selection.labels) == list(range(10))
 
 
 def test_an_episode_that_never_moves_is_rejected_as_noop():

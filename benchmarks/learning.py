@@ -1,0 +1,222 @@
+"""The algorithms side by side: the same demonstrations, operator and steps per tick, each seed a process of its own.
+
+    python benchmarks/learning.py --variants sft rejection sac dsrl_per_step --seeds 0 1 2 --jobs 2
+    python benchmarks/learning.py --task metaworld --variants sft rejection --seeds 0 1 2
+    python benchmarks/learning.py --plot docs/results/learning_pick.jsonl
+
+Appends JSON rows to docs/results/learning_<task>.jsonl (`before`, `curve` and `after` of each run) and draws the curves
+beside it. A run that is in the file already is not run again. Words with `=` are overrides for every run, and are kept
+in its rows. How a run goes: benchmarks/lockstep.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+
+# Variant -> words. `budget.x=y` sets a field of lockstep.Budget, the rest are overrides of the config.
+VARIANTS: dict[str, list[str]] = {
+    "sft": ["algo=sft_{policy}", "budget.env_steps=0", "budget.offline_steps=3000"],
+    "rejection": ["algo=reject_sampling_{policy}"],
+    "rejection_no_human": ["algo=reject_sampling_{policy}", "rollout.operator=false"],
+    "sac": ["algo=sac_{policy}"],
+    "sac_no_human": ["algo=sac_{policy}", "rollout.operator=false"],
+    "dsrl_per_step": ["algo=dsrl_{policy}", "algo.served.variant=per_step"],
+    "dsrl_tiled": ["algo=dsrl_{policy}", "algo.served.variant=tiled"],
+}
+
+
+def words_of(variant: str, task: str, policy: str, seed: int, extra: Sequence[str]) -> list[str]:
+    """All words of one run."""
+    family = policy.split("_")[0]
+    words = [word.replace("{policy}", family) for word in VARIANTS[variant]]
+    return [f"task={task}", f"policy={policy}", f"seed={seed}", *words, *extra]
+
+
+def one(variant: str, task: str, policy: str, seed: int, extra: Sequence[str]) -> None:
+    """Run it here; rows go to stdout as they come."""
+    from compose import load_config
+    from lockstep import Budget, run
+
+    words = words_of(variant, task, policy, seed, extra)
+    own = dict(word.removeprefix("budget.").split("=", 1) for word in words if word.startswith("budget."))
+    kinds = {field.name: type(field.default) for field in fields(Budget)}
+    if unknown := sorted(set(own) - set(kinds)):
+        raise SystemExit(f"learning.py: no budget.{unknown[0]}; there are {', '.join(kinds)}")
+    budget = Budget(**{key: kinds[key](value) for key, value in own.items()})
+    head = {"algo": variant, "policy": policy, "task": task, "seed": seed, "words": list(extra)}
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="flowserl-learning-") as folder:
+        settings = [f"runs_dir={folder}", "run=learning", "telemetry.tensorboard=false", "serving.device=cpu"]
+        cfg = load_config([*(w for w in words if not w.startswith("budget.")), *settings])
+        for what, point in run(cfg, budget):
+            wall = {"wall_minutes": round((time.monotonic() - started) / 60, 2)}
+            print(json.dumps(head | {"point": what} | point.row() | wall), flush=True)
+
+
+def key_of(row: dict[str, Any]) -> tuple:
+    """What makes a run the same run."""
+    return row["algo"], row["policy"], row["task"], row["seed"], tuple(row["words"])
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a results file; none when it does not exist."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_all(
+    wanted: Iterable[tuple[str, int]], task: str, policy: str, extra: Sequence[str], jobs: int, output: Path
+) -> int:
+    """Each (variant, seed) in a process, `jobs` at a time; a finished run's rows are appended at once."""
+    there = {key_of(row) for row in read_rows(output) if row["point"] == "after"}
+    queue = [(v, s) for v, s in wanted if (v, policy, task, s, tuple(extra)) not in there]
+    running: list[tuple[str, int, subprocess.Popen, Any]] = []
+    failures = 0
+    while queue or running:
+        while queue and len(running) < jobs:
+            variant, seed = queue.pop(0)
+            command = [
+                sys.executable,
+                __file__,
+                "--one",
+                variant,
+                str(seed),
+                "--task",
+                task,
+                "--policy",
+                policy,
+                *extra,
+            ]
+            rows = tempfile.TemporaryFile("w+")  # noqa: SIM115
+            running.append((variant, seed, subprocess.Popen(command, stdout=rows, text=True), rows))
+        time.sleep(0.5)
+        for job in [job for job in running if job[2].poll() is not None]:
+            running.remove(job)
+            variant, seed, process, rows = job
+            rows.seek(0)
+            text = rows.read()
+            if process.returncode:
+                failures += 1
+                print(f"{variant} seed {seed}: exit {process.returncode}", file=sys.stderr, flush=True)
+                continue
+            with output.open("a") as file:
+                file.write(text)
+            last = json.loads(text.splitlines()[-1])
+            print(f"{variant} seed {seed}: {last['success_rate']:.2f} after {last['env_steps']} ticks", flush=True)
+    return failures
+
+
+def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each algo: medians over its seeds, before and after."""
+    table = []
+    for algo in dict.fromkeys(row["algo"] for row in rows):
+        mine = {p: [r for r in rows if r["algo"] == algo and r["point"] == p] for p in ("before", "after")}
+        if not mine["after"]:
+            continue
+        table.append(
+            {
+                "algo": algo,
+                "seeds": sorted(r["seed"] for r in mine["after"]),
+                "before": statistics.median(r["success_rate"] for r in mine["before"]),
+                "after": statistics.median(r["success_rate"] for r in mine["after"]),
+                "each": [r["success_rate"] for r in sorted(mine["after"], key=lambda r: r["seed"])],
+                "env_steps": statistics.median(r["env_steps"] for r in mine["after"]),
+                "interventions": statistics.median(r["interventions"] for r in mine["after"]),
+                "minutes": round(statistics.median(r["minutes"] for r in mine["after"]), 2),
+            }
+        )
+    return table
+
+
+def draw(rows: list[dict[str, Any]], picture: Path) -> None:
+    """Success over environment steps and over minutes of one core, intervention rate over steps: median and seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = (
+        ("env_steps", "success_rate", "online control ticks", "success without help"),
+        ("minutes", "success_rate", "minutes of one core (evaluations left out)", "success without help"),
+        ("env_steps", "recent_intervention_rate", "online control ticks", "share of the last 50 episodes with help"),
+    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(16, 4.5), layout="constrained")
+    for number, algo in enumerate(dict.fromkeys(row["algo"] for row in rows)):
+        for axis, (x, y, _, _) in zip(axes, panels, strict=True):
+            curves = curves_of([r for r in rows if r["algo"] == algo and r.get(y) is not None], x, y)
+            for curve in curves:
+                axis.plot(*zip(*curve, strict=True), color=f"C{number}", alpha=0.25, linewidth=1)
+            middle = median_curve(curves)
+            if middle:
+                axis.plot(*zip(*middle, strict=True), color=f"C{number}", linewidth=2, marker="o", ms=4, label=algo)
+    for axis, (_, _, xlabel, ylabel) in zip(axes, panels, strict=True):
+        axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(-0.03, 1.03))
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    task, policy = rows[0]["task"], rows[0]["policy"]
+    figure.suptitle(f"{task}, {policy}: thick the median over seeds, thin each seed")
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+def curves_of(rows: list[dict[str, Any]], x: str, y: str) -> list[list[tuple[float, float]]]:
+    """(x, y) of each seed, in the order in which they were measured."""
+    seeds = dict.fromkeys(row["seed"] for row in rows)
+    return [[(row[x], row[y]) for row in rows if row["seed"] == seed] for seed in seeds]
+
+
+def median_curve(curves: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """The k-th points' medians, as far as every seed has a k-th point."""
+    shortest = min(map(len, curves), default=0)
+    return [
+        (statistics.median(c[k][0] for c in curves), statistics.median(c[k][1] for c in curves))
+        for k in range(shortest)
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["sft", "rejection", "sac", "dsrl_per_step"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--task", default="pick")
+    parser.add_argument("--policy", default="pi0_tiny")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each takes one core")
+    parser.add_argument("--output", type=Path, help="default docs/results/learning_<task>.jsonl")
+    parser.add_argument("--plot", type=Path, metavar="ROWS", help="only draw these rows")
+    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
+    args, extra = parser.parse_known_args()
+    if wrong := [word for word in extra if "=" not in word]:
+        parser.error(f"expected key=value, got {wrong[0]!r}")
+    if args.one:
+        one(args.one[0], args.task, args.policy, int(args.one[1]), extra)
+        return 0
+    output = args.plot or args.output or RESULTS / f"learning_{args.task}.jsonl"
+    failures = 0
+    if not args.plot:
+        wanted = [(variant, seed) for seed in args.seeds for variant in args.variants]
+        failures = run_all(wanted, args.task, args.policy, extra, args.jobs, output)
+    rows = read_rows(output)
+    for line in medians(rows):
+        print(json.dumps(line))
+    if rows:
+        draw(rows, output.with_suffix(".png"))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

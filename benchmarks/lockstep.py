@@ -1,0 +1,235 @@
+"""One learning run in one process, actor and trainer in lock step: the same data per step on any machine.
+
+benchmarks/learning.py calls `run`. It is the product's own parts without the sockets between them: EpisodeRunner with
+operator and safety chain, step batches through the assembler into the replay ring, the trainer's view, agent and
+learner, published parameters into the policy engine. `bash start.sh` runs the same concurrently; there the number of
+steps per transition depends on how fast the machine is, here it is `steps_per_tick`.
+
+    demonstrations ─▶ clone ─▶ evaluate ─▶ [ one episode ─▶ steps that are due ] × n ─▶ evaluate
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from openpi_client.action_chunk_broker import ActionChunkBroker
+from serl_launcher.learner.trainer import Trainer
+from serl_launcher.paths import RunPaths
+from serl_launcher.replay.assembler import Assembler
+from serl_launcher.replay.entries import DataEntry
+from serl_launcher.replay.ring import RingReader, RingWriter
+from serl_launcher.serving.local import LocalPolicy
+from serl_robot_infra.adder import Adder
+from serl_robot_infra.episode import Body, EpisodeRunner
+from serl_robot_infra.estop import EmergencyStop
+from serl_robot_infra.evaluation import wilson
+from serl_robot_infra.link import Run
+from serl_robot_infra.observers.base import EpisodeReport, Observer
+from serl_robot_infra.pacing import Pace, PoliteStop
+from serl_robot_infra.safety import SafetyChain
+from serl_robot_infra.wiring import build_env, build_guard, build_operator, build_reward
+from serl_transport.codec import pack
+from serl_transport.schema import StepBatch
+from serl_transport.specs import TaskSpec
+
+FIRST_EVAL_SEED, FIRST_CURVE_SEED = 1_000_000, 2_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much of everything a run gets."""
+
+    demos: int = 10  # successful demonstrations
+    clone_steps: int = 600  # optimizer steps on them before the online stage
+    env_steps: int = 12_000  # control ticks of the online stage; 0: none
+    steps_per_tick: float = 0.25  # optimizer steps per online tick
+    offline_steps: int = 0  # further optimizer steps on the demonstrations alone
+    eval_episodes: int = 60  # of the evaluation before and after, on seeds that training never draws
+    curve_every: int = 1500  # ticks between the points of the curve; 0: none
+    curve_episodes: int = 30  # of each point, on other seeds than the evaluation's
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One evaluation."""
+
+    env_steps: int  # online ticks so far
+    demo_steps: int  # ticks of the demonstrations
+    optimizer_steps: int
+    episodes: int  # online episodes so far
+    interventions: int  # online episodes in which the operator drove
+    recent_intervention_rate: float | None  # of the last 50 online episodes
+    cpu_minutes: float  # of this process so far, evaluations left out
+    successes: int
+    trials: int
+
+    def row(self) -> dict[str, Any]:
+        """As JSON."""
+        low, high = wilson(self.successes, self.trials)
+        return {
+            "success_rate": round(self.successes / self.trials, 4),
+            "interval": [round(low, 3), round(high, 3)],
+            "trials": self.trials,
+            "env_steps": self.env_steps,
+            "demo_steps": self.demo_steps,
+            "optimizer_steps": self.optimizer_steps,
+            "episodes": self.episodes,
+            "interventions": self.interventions,
+            "recent_intervention_rate": self.recent_intervention_rate,
+            "minutes": round(self.cpu_minutes, 3),
+        }
+
+
+class Lockstep:
+    """Actor side and learner side of one run, joined by function calls."""
+
+    def __init__(self, cfg: DictConfig, budget: Budget) -> None:
+        self.cfg, self.budget, self._began = cfg, budget, time.process_time()
+        self.paths = RunPaths(Path(cfg.runs_dir) / cfg.run)
+        for folder in (self.paths.params, self.paths.checkpoints):
+            folder.mkdir(parents=True)
+        self.spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
+        self._assembler = Assembler(self.spec)
+        self._ring = RingWriter(self.spec, cfg.replay.capacity_frames, self.paths.root)
+        self._sequence = 0
+        self.trainer = Trainer(cfg, self.paths, link=None)  # no gateway to talk to: this class decides what comes next
+        self.trainer.publish()
+        self.trainer.view.attach(RingReader(self._ring.path))
+        self._policy = LocalPolicy(cfg, self.paths.params)
+        self._env = build_env(cfg, self.spec)
+        self._runner = self._build_runner()
+        self._drawn = {"demo": 0, "online": 0}
+        self._helped: list[bool] = []  # of each online episode: did the operator drive?
+        self._ticks = {"demo": 0, "online": 0}
+        self._evaluation_s = 0.0
+        self.accepted = 0
+
+    def close(self) -> None:
+        """Free the environment and the ring."""
+        self._env.close()
+        self._ring.close()
+        self.trainer.metrics.close()
+
+    def _build_runner(self) -> EpisodeRunner:
+        rollout = self.cfg.rollout
+        body = Body(
+            env=self._env,
+            broker=ActionChunkBroker(self._policy, rollout.execute_horizon),
+            operator=build_operator(self.cfg, self._env),
+            safety=SafetyChain(self.spec, **(self.cfg.task.get("safety") or {})),
+            reward=build_reward(self.cfg),
+            adder=Adder(self._keep, rollout.batch_ticks),
+            pace=Pace(0),
+            guard=build_guard(self.cfg, self._env, EmergencyStop(self.paths.root / "estop")),
+        )
+        return EpisodeRunner(
+            body,
+            Observer(),
+            PoliteStop(),
+            actor_id="lockstep",
+            boot_id="lockstep",
+            may_take_over=rollout.operator,
+            demo_noise=rollout.demo_noise,
+        )
+
+    def _keep(self, body: dict[str, Any]) -> None:
+        """A step batch goes where the gateway would put it, validated as there; evaluation is not trained on."""
+        batch = StepBatch.from_body(body, self.spec)
+        if batch.episode.mode == "eval":
+            return
+        self._sequence += 1
+        entry = DataEntry.of("lockstep", "lockstep", self._sequence, pack({"item": body}), self.spec)
+        for closed in self._assembler.apply(entry, time.time_ns()):
+            episode = closed.build()
+            success = bool(episode.outcome.success)
+            self._ring.append(closed.ordinal, episode.info.mode, success, episode.arrays)
+
+    def episode(self, mode: str, seed: int, stage: str) -> EpisodeReport:
+        """Run one episode with the newest published policy."""
+        self._policy.stage()
+        newest = self.trainer.version if mode == "eval" else 0
+        ticket = Run(f"{stage}-{seed}", mode, stage, seed, newest, takeover=mode == "online")
+        return self._runner.run(ticket, seed)
+
+    def demonstrate(self) -> None:
+        """Until enough of them succeeded."""
+        good = 0
+        while good < self.budget.demos:
+            report = self.episode("demo", self._seed("demo"), "demos")
+            self._ticks["demo"] += report.ticks
+            good += report.outcome.success
+
+    def train(self, stage: str, mode: str, upto: int, goal: int) -> None:
+        """Steps of a stage until it has taken `upto` of its `goal`."""
+        trainer = self.trainer
+        trainer.view.refresh()
+        if not trainer.view.ready(mode, self.cfg.algo.min_accepted):
+            return
+        while trainer.stage_steps.get(stage, 0) < upto and trainer.held is None:
+            trainer.take_step(stage, goal, mode == "online", self._ticks["online"])
+
+    def online(self) -> Iterator[Point]:
+        """The online stage; points of the curve on the way."""
+        budget, goal = self.budget, int(self.budget.env_steps * self.budget.steps_per_tick)
+        self.trainer.learner.begin_stage("online")
+        due = budget.curve_every or budget.env_steps
+        while self._ticks["online"] < budget.env_steps:
+            report = self.episode("online", self._seed("online"), "online")
+            self._ticks["online"] += report.ticks
+            self._helped.append(report.operator_ticks > 0)
+            self.train("online", "online", min(goal, int(self._ticks["online"] * budget.steps_per_tick)), goal)
+            if budget.curve_every and self._ticks["online"] >= due:
+                due += budget.curve_every
+                yield self.evaluate(budget.curve_episodes, FIRST_CURVE_SEED)
+        self.trainer.publish()
+
+    def evaluate(self, trials: int, first_seed: int) -> Point:
+        """Success without help."""
+        started = time.process_time()
+        self.trainer.publish()
+        results = [self.episode("eval", first_seed + k, "evaluation").outcome.success for k in range(trials)]
+        self._evaluation_s += time.process_time() - started
+        recent = self._helped[-50:]
+        return Point(
+            env_steps=self._ticks["online"],
+            demo_steps=self._ticks["demo"],
+            optimizer_steps=self.trainer.learner.step_count,
+            episodes=len(self._helped),
+            interventions=sum(self._helped),
+            recent_intervention_rate=round(float(np.mean(recent)), 3) if len(recent) == 50 else None,
+            cpu_minutes=(time.process_time() - self._began - self._evaluation_s) / 60,
+            successes=sum(map(bool, results)),
+            trials=trials,
+        )
+
+    def _seed(self, mode: str) -> int:
+        """Seeds below the evaluation's: a stretch of them for each run seed and mode."""
+        self._drawn[mode] += 1
+        return self.cfg.seed * 20_000 + (10_000 if mode == "online" else 0) + self._drawn[mode]
+
+
+def run(cfg: DictConfig, budget: Budget) -> Iterator[tuple[str, Point]]:
+    """(`before` | `curve` | `after`, the evaluation) as they come. The run's folder must not exist."""
+    lockstep = Lockstep(cfg, budget)
+    try:
+        lockstep.demonstrate()
+        lockstep.trainer.learner.begin_stage("train")
+        lockstep.train("clone", "train", budget.clone_steps, budget.clone_steps)
+        yield "before", lockstep.evaluate(budget.eval_episodes, FIRST_EVAL_SEED)
+        if budget.offline_steps:
+            lockstep.train("offline", "train", budget.offline_steps, budget.offline_steps)
+        if budget.env_steps:
+            for point in lockstep.online():
+                yield "curve", point
+        yield "after", lockstep.evaluate(budget.eval_episodes, FIRST_EVAL_SEED)
+        if lockstep.trainer.held:
+            raise RuntimeError(lockstep.trainer.held)
+    finally:
+        lockstep.close()

@@ -1,0 +1,65 @@
+"""The learning comparison: a tiny run goes from demonstrations to the last evaluation, and rows become medians."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "examples"))
+
+
+TINY = ["demos=2", "clone_steps=6", "env_steps=150", "eval_episodes=2", "curve_every=70", "curve_episodes=2"]
+
+
+@pytest.mark.parametrize("variant", ["rejection", "sac", "sft"])
+def test_a_tiny_run_trains_at_the_asked_ratio(variant, tmp_path, capsys):
+    import learning
+
+    words = [f"budget.{word}" for word in TINY if variant != "sft" or "env_steps" not in word]
+    learning.one(variant, "pick", "pi0_tiny", 0, [*words, "budget.offline_steps=5"] if variant == "sft" else words)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert rows[0]["point"] == "before"
+    assert rows[0]["optimizer_steps"] == 6
+    assert rows[-1]["point"] == "after"
+    assert all(0 <= row["success_rate"] <= 1 for row in rows)
+    if variant == "sft":
+        assert (rows[-1]["optimizer_steps"], rows[-1]["env_steps"]) == (11, 0)
+    else:
+        assert [row["point"] for row in rows[1:-1]] == ["curve"] * 2
+        assert rows[-1]["env_steps"] >= 150
+        assert rows[-1]["optimizer_steps"] == 6 + int(0.25 * 150)
+        assert rows[-1]["interventions"] > 0
+
+
+def test_rows_become_medians_and_a_picture(tmp_path):
+    import learning
+
+    rows = []
+    for seed, rate in enumerate((0.2, 0.9, 0.8)):
+        head = {"algo": "x", "policy": "p", "task": "t", "seed": seed, "words": [], "recent_intervention_rate": None}
+        more = {"episodes": 3, "interventions": 1, "minutes": 1.0}
+        rows += [
+            head | more | {"point": point, "env_steps": steps, "success_rate": value}
+            for point, steps, value in (("before", 0, 0.1), ("curve", 10, rate / 2), ("after", 20, rate))
+        ]
+    (table,) = learning.medians(rows)
+    assert (table["before"], table["after"], table["each"]) == (0.1, 0.8, [0.2, 0.9, 0.8])
+    picture = tmp_path / "curves.png"
+    learning.draw(rows, picture)
+    assert picture.stat().st_size > 5000
+    assert learning.median_curve(learning.curves_of(rows, "env_steps", "success_rate"))[-1] == (20, 0.8)
+
+
+def test_an_unknown_budget_is_named(monkeypatch):
+    import learning
+
+    with pytest.raises(SystemExit, match=r"no budget\.demonstrations"):
+        learning.one("sft", "pick", "pi0_tiny", 0, ["budget.demonstrations=3"])
+    assert "lockstep" in sys.modules
