@@ -38,7 +38,7 @@ from serl_robot_infra.safety import SafetyChain
 from serl_robot_infra.standalone import StandaloneLink
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
-from serl_transport.errors import SpoolError, SpoolFull, WireError
+from serl_transport.errors import Refused, SpoolError, SpoolFull, WireError
 from serl_transport.specs import TaskSpec
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,11 @@ def _run(cfg: DictConfig, stream: TextIO, stop: PoliteStop) -> None:
         link = connect_learner(cfg, spec, stream, stop) if cfg.ip else standalone(cfg)
         resources.callback(link.stop)
         actor, observer = build_actor(cfg, env, link, stream, stop, guard)
-        result = actor.run()
+        try:
+            result = actor.run()
+        except Refused:  # another process has this actor's name now: what was recorded is still taken
+            _flush(link, cfg.rollout.flush_timeout_s, observer)
+            raise
         observer.message(f"{result.stopped_by}; {result.episodes} episodes")
         _flush(link, cfg.rollout.flush_timeout_s, observer)
         observer.close()

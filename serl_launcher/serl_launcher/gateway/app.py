@@ -158,7 +158,8 @@ class Gateway:
         return {"run": self.settings.run, "stage": self._stage.to_status(), "done": self.done}
 
     def _heartbeat(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
-        self.actors.heartbeat(peer.actor_id, body)
+        if peer.role == "actor":
+            self.actors.heartbeat(peer.actor_id, body)
         return self.server.heartbeat_reply()
 
     def _request(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any] | Frames:

@@ -8,12 +8,14 @@ The robot's thread calls in; sockets live on the links' threads. Nothing here ne
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import zmq
@@ -213,7 +215,7 @@ class TrainerClient:
             name=f"trainer-client-{name}",
             actor_id=self.name,
             boot_id=self.boot_id,
-            hello=self._hello,
+            hello=lambda: {**self._hello(), "link": name},
             heartbeat=lambda: {"link": name, "backlog": self.backlog, **self._status},
             on_heartbeat=on_heartbeat,
             resend_s=resend_s,
@@ -230,6 +232,8 @@ class TrainerClient:
             "limits": asdict(self.config.limits),
             "spec": None if self._spec is None else self._spec.to_dict(),
             "backlog": self.backlog,
+            "session": self._spool.session,
+            "host": f"{gethostname()}, process {os.getpid()}",
         }
 
     def _subscribe(self, server_ip: str) -> None:

@@ -23,7 +23,15 @@ from zmq.utils.monitor import parse_monitor_message
 from serl_transport import auth
 from serl_transport.codec import DEFAULT_LIMITS, Frames, Limits, pack, unpack
 from serl_transport.envelope import PROTOCOL, REPLY, Envelope
-from serl_transport.errors import Corrupt, HelloRequired, ProtocolMismatch, ServerSilent, Unauthorized, WireError
+from serl_transport.errors import (
+    Corrupt,
+    HelloRequired,
+    NotReady,
+    ProtocolMismatch,
+    ServerSilent,
+    Unauthorized,
+    WireError,
+)
 from serl_transport.keys import ClientKeys
 from serl_transport.loop import EventLoop
 
@@ -226,8 +234,8 @@ class Link:
     def _hello_answered(self, result: Frames | WireError) -> None:
         for request_id in [r for r, pending in self._pending.items() if pending.envelope.kind == "hello"]:
             del self._pending[request_id]  # earlier hellos that were lost
-        if isinstance(result, Corrupt):
-            return  # the next tick says it again
+        if isinstance(result, Corrupt | NotReady):
+            return  # the next tick says it again; not ready: the server looks whether our name is taken
         if isinstance(result, WireError):
             self._refuse(result)
         else:

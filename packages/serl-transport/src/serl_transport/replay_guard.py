@@ -39,6 +39,10 @@ class Boots:
         self._current: dict[str, str] = {}
         self._retired: dict[str, OrderedDict[str, None]] = {}
 
+    def is_retired(self, actor_id: str, boot_id: str) -> bool:
+        """Was that process replaced?"""
+        return boot_id in self._retired.get(actor_id, ())
+
     def enter(self, actor_id: str, boot_id: str) -> bool:
         """A hello of that process; False when it was replaced earlier."""
         retired = self._retired.setdefault(actor_id, OrderedDict())

@@ -52,7 +52,7 @@ class Peer:
     boot_id: str = ""
     last_seen: float = 0.0  # time.monotonic() of its last message
     hello: dict[str, Any] = field(default_factory=dict)  # the body of its hello
-    role: str = "actor"  # as its hello said: actor, or operator (which asks and pushes nothing)
+    role: str = "actor"  # as its hello said: actor, or operator (which asks and pushes nothing); retired: see sessions
     window: ReplayWindow = field(default_factory=ReplayWindow)  # request ids it has used
 
 
@@ -131,6 +131,27 @@ class Router:
         for address in [address for address, peer in self.peers.items() if peer.last_seen < oldest]:
             del self.peers[address]
 
+    def actors_named(self, name: str, but: str) -> list[Peer]:
+        """Connections that said hello as actor `name`, those of boot `but` aside."""
+        return [p for p in self.peers.values() if p.actor_id == name and p.role == "actor" and p.boot_id != but]
+
+    def is_connected(self, address: bytes) -> bool:
+        """Is there still a connection behind `address`? A process that died has none; a cut link is noticed later."""
+        # An answer to nothing: its receiver ignores it, and with ROUTER_MANDATORY sending it says whether there is one.
+        parts = [address, Envelope(REPLY, boot_id=self.boot_id).to_frame([])]
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            self.socket.send_multipart(parts, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            return error.errno != zmq.EHOSTUNREACH
+        finally:
+            self.socket.setsockopt(zmq.ROUTER_MANDATORY, 0)
+        return True
+
+    def forget(self, address: bytes) -> None:
+        """Let that connection say hello again before anything else."""
+        self.peers.pop(address, None)
+
     def close(self) -> None:
         """Close the socket, after the loop has ended."""
         self.socket.close()
@@ -192,6 +213,8 @@ class Router:
         peer = self._peer(address, envelope)
         if peer.role == "operator" and envelope.kind in ("data", "infer"):
             raise Unauthorized(f"this connection said hello as an operator's; {envelope.kind} is an actor's")
+        if peer.role == "retired" and envelope.kind not in ("hello", "heartbeat", "data"):
+            raise Refused("another process has taken over this actor's name; this one may only deliver what it has")
         if frames:
             check_sizes(frames, self.limits)
         body = frames if raw else (unpack(frames, self.limits) if frames else {})

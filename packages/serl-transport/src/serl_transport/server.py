@@ -27,8 +27,8 @@ from serl_transport.errors import BadFrame, CannotListen, Refused, SchemaMismatc
 from serl_transport.keys import ServerKeys
 from serl_transport.loop import EventLoop
 from serl_transport.params import Offer, read_chunk
-from serl_transport.replay_guard import Boots
 from serl_transport.router import Handler, Peer, Reply, Router
+from serl_transport.sessions import RETIRED, Sessions
 from serl_transport.specs import TaskSpec
 from serl_transport.zap import Authenticator
 
@@ -68,7 +68,6 @@ class TrainerServer:
         self._published: Offer | None = None
         self._ended: threading.Event | None = None  # set when `start` has returned; None: never started
         self.files = auth.raise_file_limit()  # one per connection, half-open ones included
-        self._boots = Boots()
         allowed = None if keys is None else AllowList(config.allow_list or Path(config.keys_dir or "") / "allow_list")
         self.authenticator = (
             None if allowed is None else Authenticator(self.loop, self.context, allowed, self._authenticator_died)
@@ -79,6 +78,7 @@ class TrainerServer:
         self.router = Router(
             self.loop, self.context, limits=config.limits, require_hello=True, keys=keys, permit=permit
         )
+        self._sessions = Sessions(self.router.actors_named, self.router.is_connected, self.router.forget)
         self.config = self._bind(config)  # with the actual ports where 0 was asked for
         for kind, handler in self._default_handlers().items():
             self.router.handle(kind, handler)
@@ -218,14 +218,13 @@ class TrainerServer:
             raise BadFrame(f"hello: role: expected actor or operator, got {role!r}")
         if role == "actor":
             self._check_spec(body.get("spec"))
-        if not self._boots.enter(envelope.actor_id, envelope.boot_id):
-            raise Refused(
-                f"another process of {envelope.actor_id!r} has taken over from this one; two actors need two names "
-                "(unique_identifier=)"
-            )
+        if role == "actor" and not self._sessions.enter(
+            envelope.actor_id, envelope.boot_id, body.get("session"), delivers=body.get("link") == "data"
+        ):
+            role = RETIRED
         peer.role = role
         peer.actor_id, peer.boot_id, peer.hello = envelope.actor_id, envelope.boot_id, body
-        extra = self._on_hello(peer, body) if self._on_hello else None
+        extra = self._on_hello(peer, body) if self._on_hello and role != RETIRED else None
         self.router.peers[peer.address] = peer
         return {"protocol": PROTOCOL, "params_version": self.params_version, **(extra or {})}
 

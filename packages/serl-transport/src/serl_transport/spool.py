@@ -45,6 +45,7 @@ class Spool(ABC):
     """An ordered set of unacknowledged items. Thread-safe: one thread appends, another reads and acknowledges."""
 
     boot_id: str  # under which `append` numbers items
+    session: str  # names the spool over all its boots: two living processes never share it
 
     @abstractmethod
     def append(self, item: bytes | memoryview) -> int:
@@ -84,7 +85,7 @@ class MemorySpool(Spool):
     """The same without a folder: survives a cut link and a learner restart, not the death of this process."""
 
     def __init__(self, max_bytes: int = DEFAULT_BYTES):
-        self.boot_id = new_boot_id()
+        self.boot_id = self.session = new_boot_id()
         self._max_bytes = max_bytes
         self._items: OrderedDict[ItemKey, bytes | memoryview] = OrderedDict()
         self._nbytes = 0
@@ -141,6 +142,7 @@ class DiskSpool(Spool):
         self._lock = threading.Lock()
         self._last_seq = 0
         self._lock_fd = _lock_folder(self.folder)
+        self.session = _session_of(self.folder) or self.boot_id
         try:
             self._segments = self._recover()
         except BaseException:
@@ -262,6 +264,22 @@ class DiskSpool(Spool):
 def open_spool(folder: str | Path | None, max_bytes: int = DEFAULT_BYTES) -> Spool:
     """A disk spool in `folder`, or one in memory without a folder."""
     return MemorySpool(max_bytes) if folder is None else DiskSpool(folder, max_bytes)
+
+
+def _session_of(folder: Path) -> str | None:
+    """The folder's own name for itself, made once; None when the disk takes nothing (then a restart waits a little)."""
+    path, part = folder / "session", folder / "session.part"
+    try:
+        if not path.exists():
+            with part.open("w") as file:
+                file.write(new_boot_id())
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        return path.read_text().strip()[:64] or None
+    except (OSError, UnicodeDecodeError) as error:
+        log.warning("the spool %s keeps no session name: %s", folder, error)
+        return None
 
 
 def _full_message(where: str, items: int, used: int, bound: int) -> str:
