@@ -62,3 +62,13 @@ def test_actions_are_metres_per_tick(env):
     for _ in range(4):
         env.step(np.float32([0, 0, 0, -1]))
     assert env.tcp_position[1] - before[1] == pytest.approx(0.08, abs=0.01)
+
+
+def test_states_alone():
+    env = GymHilPickEnv(cameras=(), cube_in_state=True)
+    observation = env.reset(3)
+    env.spec.check_observation(observation)
+    assert (observation.images, env.renderer_name, env.spec.name) == ({}, "none", "pick_gym_hil_state")
+    assert observation.state[-3:] == pytest.approx(env.cube_position, abs=1e-6)
+    with pytest.raises(ValueError, match=r"cameras: gym-hil has \['front', 'wrist'\], got 'top'"):
+        GymHilPickEnv(cameras=("top",))

@@ -4,7 +4,7 @@ Called by the actor loop like any environment; needs the `hil` extra. The action
 10 Hz tick, at most 0.025 each, and a gripper command in [-1, 1] that closes when positive.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import mujoco
@@ -20,43 +20,58 @@ STEP_LIMIT = 0.025
 
 _CAMERAS = {"front": "front", "wrist": "handcam_rgb"}
 _GRIPPER_MAX = 255.0
+_REACH_LOW, _REACH_HIGH = (0.2, -0.3, 0.0), (0.6, 0.3, 0.5)
 
 
 class GymHilPickEnv:
     """Answers `envs.base.ScriptedEnvironment`.
 
     Args:
-        image_size: side of the square images of the cameras `front` and `wrist`, pixels.
+        image_size: side of the square images, pixels.
         renderer: `auto`, `egl`, `osmesa` or `ray` (see `envs.rendering`).
         prompt: the language instruction.
+        cameras: which of `front` and `wrist` to render; none for a task of states alone.
+        cube_in_state: append the cube's position to the state, for that task.
 
     Raises:
         ImportError: gym-hil is not installed.
+        ValueError: no such camera.
     """
 
-    def __init__(self, image_size: int = 64, renderer: str = "ray", prompt: str = "pick up the cube"):
+    def __init__(
+        self,
+        image_size: int = 64,
+        renderer: str = "ray",
+        prompt: str = "pick up the cube",
+        cameras: Sequence[str] = ("front", "wrist"),
+        cube_in_state: bool = False,
+    ):
         try:
             from gym_hil.envs import PandaPickCubeGymEnv
         except ImportError as error:
             raise ImportError(
                 f"task=pick_gym_hil needs gym-hil ({error}): pip install 'serl-robot-infra[hil]'"
             ) from None
+        for camera in cameras:
+            if camera not in _CAMERAS:
+                raise ValueError(f"cameras: gym-hil has {sorted(_CAMERAS)}, got {camera!r}")
         with _no_renderer():
             self._env = PandaPickCubeGymEnv(random_block_position=True)
         self._data = self._env.data
-        self._renderer = make_renderer(self._env.model, image_size, image_size, renderer)
+        self._renderer = make_renderer(self._env.model, image_size, image_size, renderer) if cameras else None
+        self._cube_in_state = cube_in_state
         self._finger = self._env.model.joint("right_driver_joint").qposadr[0]
         self._gripper = self._env.model.actuator("fingers_actuator").id
         self._noise = 0.0
         self._noise_rng = np.random.default_rng(0)
         self._tick = 0
         self._spec = TaskSpec(
-            name="pick_gym_hil",
+            name="pick_gym_hil_state" if cube_in_state else "pick_gym_hil",
             prompt=prompt,
-            cameras={camera: (image_size, image_size) for camera in _CAMERAS},
-            state_names=("x", "y", "z", "grip_command", "finger"),
-            state_low=(0.2, -0.3, 0.0, -1.0, 0.0),
-            state_high=(0.6, 0.3, 0.5, 1.0, 0.9),
+            cameras={camera: (image_size, image_size) for camera in cameras},
+            state_names=("x", "y", "z", "grip_command", "finger", *(("cube_x", "cube_y", "cube_z") * cube_in_state)),
+            state_low=(*_REACH_LOW, -1.0, 0.0, *(_REACH_LOW * cube_in_state)),
+            state_high=(*_REACH_HIGH, 1.0, 0.9, *(_REACH_HIGH * cube_in_state)),
             action_names=("dx", "dy", "dz", "grip"),
             action_low=(-STEP_LIMIT, -STEP_LIMIT, -STEP_LIMIT, -1.0),
             action_high=(STEP_LIMIT, STEP_LIMIT, STEP_LIMIT, 1.0),
@@ -71,8 +86,8 @@ class GymHilPickEnv:
 
     @property
     def renderer_name(self) -> str:
-        """`egl`, `osmesa` or `ray`: images of different renderers differ."""
-        return self._renderer.name
+        """`egl`, `osmesa`, `ray` or `none`: images of different renderers differ."""
+        return self._renderer.name if self._renderer else "none"
 
     @property
     def cube_position(self) -> np.ndarray:
@@ -116,12 +131,16 @@ class GymHilPickEnv:
 
     def close(self) -> None:
         """Release the renderer."""
-        self._renderer.close()
+        if self._renderer:
+            self._renderer.close()
+            self._renderer = None
 
     def _observe(self) -> Observation:
         command = self._data.ctrl[self._gripper] / _GRIPPER_MAX * 2.0 - 1.0
-        state = np.array([*self.tcp_position, command, self._data.qpos[self._finger]], np.float32)
-        images = {name: self._renderer.render(self._data, camera) for name, camera in _CAMERAS.items()}
+        cube = self.cube_position if self._cube_in_state else ()
+        state = np.array([*self.tcp_position, command, self._data.qpos[self._finger], *cube], np.float32)
+        renderer = self._renderer
+        images = {n: renderer.render(self._data, _CAMERAS[n]) for n in self._spec.cameras} if renderer else {}
         return Observation(images=images, state=state)
 
 
