@@ -83,12 +83,18 @@ class FlowPolicy(Protocol):
     def named_parameters(self) -> Any: ...
 
 
+def ready(policy: FlowPolicy, prefix: Prefix) -> Prefix:
+    """The prefix with everything in it that several flow steps share, where the head has such a thing."""
+    prepare = getattr(policy, "ready", None)
+    return prefix if prepare is None else prepare(prefix)
+
+
 def sample(policy: FlowPolicy, prefix: Prefix, noise: Tensor, steps: int, n: int = 1) -> Tensor:
     """Integrate the flow by forward Euler from noise to action: float32[b·n, ah, ad] in the model's units.
 
     noise: float32[b·n, ah, ad]; the n samples of one observation are adjacent.
     """
-    prefix = prefix.repeat(n)
+    prefix = ready(policy, prefix).repeat(n)
     if noise.shape != (len(prefix), policy.action_horizon, policy.action_dim):
         want = (len(prefix), policy.action_horizon, policy.action_dim)
         raise ValueError(f"noise: expected shape {want}, got {tuple(noise.shape)}")
@@ -105,9 +111,14 @@ def flow_loss(
     """‖v(x_t, t | prefix) − (chunk − noise)‖² per sample, averaged over the ticks that count: float32[b].
 
     chunk, noise: float32[b, ah, ad] in the model's units; is_pad: bool[b, ah], True where a tick is not a label;
-    weight: float32[b]; t: float32[b]. Dims beyond the robot's do not count.
-    A sample whose ticks are all padding has loss 0.
+    weight: float32[b]; t: float32[b]. Dims beyond the robot's do not count, nor ticks beyond those that a checkpoint
+    was trained on (`valid_horizon`), whose labels are zeros as they were there. A sample whose ticks
+    are all padding has loss 0.
     """
+    beyond = getattr(policy, "valid_horizon", chunk.shape[1])
+    if beyond < chunk.shape[1]:
+        unused = torch.arange(chunk.shape[1], device=chunk.device) >= beyond
+        chunk, is_pad = chunk.masked_fill(unused[:, None], 0), is_pad | unused
     x_t = t[:, None, None] * chunk + (1 - t[:, None, None]) * noise
     error = (policy.velocity(prefix, x_t, t) - (chunk - noise))[..., : policy.robot_dim].square().mean(-1)
     keep = (~is_pad).to(error.dtype)

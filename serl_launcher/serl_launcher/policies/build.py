@@ -42,6 +42,7 @@ def build_flow_policy(
     attention: str = "eager",
     checkpointing: bool = False,
     precision: str = "float32",
+    compile: str = "off",
 ) -> nn.Module:
     """A policy of class `head` for one task.
 
@@ -49,7 +50,7 @@ def build_flow_policy(
     `kind`); tokenizer: folder or hub name, the checkpoint's own when None; cameras: the task's camera -> the
     checkpoint's image feature, where names differ; train: full, expert or lora. Raises ValueError in the user's words.
     """
-    options = {"attention": attention, "checkpointing": checkpointing, "precision": precision}
+    options = {"attention": attention, "checkpointing": checkpointing, "precision": precision, "compile": compile}
     if init == "random":
         if checkpoint:
             raise ValueError(f"policy.init=random and policy.checkpoint={checkpoint}: which one? set init=checkpoint")

@@ -6,14 +6,16 @@ forward and backward pass there counts the FLOPs and the bytes that autograd kee
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
+from serl_launcher.policies.base import PolicyInput, flow_loss, ready, sample, trainable
 from serl_launcher.policies.precision import stays_float32
 from serl_transport.specs import TaskSpec
 
@@ -98,5 +100,14 @@ def _serving(policy: nn.Module, spec: TaskSpec, flow_steps: int) -> tuple[int, i
     with FlopCounterMode(display=False) as counter:
         prefix = policy.encode(blank(spec, 1))
         sample(policy, prefix, noise, flow_steps)
-    tensors = [prefix.hidden, *(x for layer in prefix.keys_values for x in layer)]
-    return sum(x.numel() * x.element_size() for x in tensors), counter.get_total_flops()
+    held = [getattr(ready(policy, prefix), field.name) for field in fields(prefix)]
+    return sum(x.numel() * x.element_size() for x in _tensors(held)), counter.get_total_flops()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif value is not None:
+        for item in value:
+            yield from _tensors(item)

@@ -7,6 +7,7 @@ so that every layer runs three times).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,28 +26,32 @@ def run_layers(
     past: list[KeysValues] | None = None,
     condition: Tensor | None = None,
     checkpointing: bool = False,
+    layer_function: Callable | None = None,
 ) -> tuple[Tensor, list[KeysValues]]:
     """Through every layer and the last norm of a `PiGemmaModel`.
 
     x: float[b, l, width]; positions: int64[b, l]; mask: bool[b, 1, l or 1, past + l], True where attended (every row
     must attend somewhere); past: keys and values of what came before, per layer; condition: float[b, width] of adaRMS.
-    Returns the hidden states and this call's own keys and values.
+    layer_function: `gemma_layer`, or what torch.compile made of it. Returns the hidden states and this call's own keys
+    and values.
     """
+    run = layer_function or gemma_layer
     rope = model.rotary_emb(x, positions)
     own: list[KeysValues] = []
     for index, layer in enumerate(model.layers):
         arguments = (layer, x, rope, mask, None if past is None else past[index], condition)
         if checkpointing and torch.is_grad_enabled():
-            x, keys_values = checkpoint(_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+            x, keys_values = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            x, keys_values = _layer(*arguments)
+            x, keys_values = run(*arguments)
         own.append(keys_values)
     return model.norm(x, condition)[0], own
 
 
-def _layer(
+def gemma_layer(
     layer: Any, x: Tensor, rope: KeysValues, mask: Tensor, past: KeysValues | None, condition: Tensor | None
 ) -> tuple[Tensor, KeysValues]:
+    """One layer: the new hidden states, and its own keys and values."""
     from transformers.models.gemma.modeling_gemma import apply_rotary_pos_emb
 
     attention = layer.self_attn

@@ -9,14 +9,10 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from serl_launcher.policies.tokens import WordHashTokenizer
+from serl_launcher.policies.groot_inputs import MERGE, PATCH, Geometry, HashInputs, SpecialTokens
 from serl_transport.specs import TaskSpec
-
-PATCH, MERGE = 16, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +32,25 @@ class TinyGrootSize:
     max_action_dim: int | None = None
     embodiments: int = 4
 
-    def __call__(self, spec: TaskSpec, action_horizon: int) -> tuple[nn.Module, TinyInputs]:
+    def __call__(self, spec: TaskSpec, action_horizon: int) -> tuple[nn.Module, HashInputs]:
         """The core (`GR00TN17`, float32, random) for a task, and what prepares its inputs."""
         if self.image_size % (PATCH * MERGE):
             raise ValueError(f"policy.size.image_size: expected a multiple of {PATCH * MERGE}, got {self.image_size}")
-        return self.build(self.config_fields(spec, action_horizon)), self.inputs(spec)
+        return self.build(self.config_fields(spec, action_horizon)), self.inputs(tuple(spec.cameras))
 
-    def inputs(self, spec: TaskSpec) -> TinyInputs:
-        """What prepares the backbone's tensors."""
-        return TinyInputs(self, tuple(spec.cameras))
+    @property
+    def hashed(self) -> bool:
+        """Whether a checkpoint of this size goes without tokenizer and image processor."""
+        return True
+
+    def inputs(self, cameras: tuple[str, ...]) -> HashInputs:
+        """What prepares the backbone's tensors; the four ids below the end are Qwen's special tokens."""
+        v = self.vocabulary
+        return HashInputs(cameras, self.image_size, self.prompt_tokens, SpecialTokens(v - 1, v - 3, v - 4, v - 4))
+
+    def geometry(self) -> Geometry:
+        """Of a policy that starts at random with a real processor."""
+        return Geometry(target=(self.image_size, self.image_size), crop=None)
 
     def build(self, fields: dict[str, Any]) -> nn.Module:
         """`GR00TN17` with the given configuration and this size's backbone."""
@@ -133,48 +139,6 @@ def _sections(head_dim: int) -> list[int]:
     """Rotary channels of time, height, width: half a head in total."""
     side = 3 * head_dim // 16
     return [head_dim // 2 - 2 * side, side, side]
-
-
-class TinyInputs:
-    """Images and prompts to the tensors of a Qwen3-VL, with hashed words instead of a vocabulary file."""
-
-    def __init__(self, size: TinyGrootSize, cameras: tuple[str, ...]) -> None:
-        self.size, self.cameras = size, cameras
-        # The four ids below the end are Qwen's special tokens.
-        self.tokenizer = WordHashTokenizer(size.vocabulary - 4, size.prompt_tokens)
-
-    def __call__(self, images: dict[str, np.ndarray], prompts: list[str]) -> dict[str, Tensor]:
-        """images: uint8[b, h, w, 3] per camera. Returns input_ids and attention_mask int64[b, l], pixel_values
-        float32[b·cameras·patches, 3·2·16²], image_grid_thw int64[b·cameras, 3]; images of one sample adjacent."""
-        pixels = torch.stack([self._resize(images[c]) for c in self.cameras], dim=1).flatten(0, 1)
-        grid = self.size.image_size // PATCH
-        words, mask = self.tokenizer(prompts)
-        b, v = len(prompts), self.size.vocabulary
-        one = [v - 3, *[v - 1] * (grid // MERGE) ** 2, v - 4]
-        pictures = torch.tensor(one * len(self.cameras)).expand(b, -1)
-        return {
-            "input_ids": torch.cat([pictures, words], dim=1),
-            "attention_mask": torch.cat([torch.ones_like(pictures), mask.long()], dim=1),
-            "pixel_values": patches(pixels),
-            "image_grid_thw": torch.tensor([[1, grid, grid]]).expand(b * len(self.cameras), -1),
-        }
-
-    def _resize(self, images: np.ndarray) -> Tensor:
-        pixels = torch.as_tensor(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-        side = (self.size.image_size, self.size.image_size)
-        if pixels.shape[-2:] != side:
-            pixels = nn.functional.interpolate(pixels, side, mode="bilinear", antialias=True, align_corners=False)
-        return pixels
-
-
-def patches(pixels: Tensor) -> Tensor:
-    """float32[n, 3, h, w] to Qwen-VL's patch rows float32[n·h/16·w/16, 3·2·16·16]: blocks of 2 × 2 patches adjacent,
-    each frame twice along time (a still image is a video of two frames there)."""
-    n, c, h, w = pixels.shape
-    x = pixels.view(n, c, h // (PATCH * MERGE), MERGE, PATCH, w // (PATCH * MERGE), MERGE, PATCH)
-    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # n, gh, gw, mh, mw, c, ph, pw
-    x = x.unsqueeze(6).expand(*x.shape[:6], 2, *x.shape[6:])  # time beside the channel
-    return x.reshape(-1, c * 2 * PATCH * PATCH)
 
 
 def spread(core: nn.Module) -> None:

@@ -12,12 +12,15 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from serl_launcher.policies.base import PolicyInput, Prefix
 from serl_launcher.policies.build import build_flow_policy
-from serl_launcher.policies.gemma import run_layers
+from serl_launcher.policies.compiling import CompiledLayer, check_switch
+from serl_launcher.policies.gemma import gemma_layer, run_layers
 from serl_launcher.policies.normalise import Units, pad_last
 from serl_launcher.policies.precision import check_precision, compute, full
+from serl_launcher.policies.transfer import to_device
 from serl_transport.specs import TaskSpec
 
 Tokenizer = Callable[[list[str]], tuple[Tensor, Tensor]]
@@ -39,6 +42,7 @@ class PI0FlowPolicy(nn.Module):
         checkpointing: bool = False,
         precision: str = "float32",
         cameras: tuple[str, ...] | None = None,
+        compile: str = "off",
     ) -> None:
         super().__init__()
         if attention not in ("eager", "sdpa"):
@@ -63,6 +67,11 @@ class PI0FlowPolicy(nn.Module):
         if precision == "bfloat16":
             _keep_float32(core.paligemma_with_expert.paligemma.model.vision_tower.vision_model.embeddings)
         self._freeze_dead_weights()
+        self.compile_layers(compile)
+
+    def compile_layers(self, mode: str, backend: str = "inductor") -> None:
+        """Use torch.compile for the layers of language model and expert: auto, on or off (policies.compiling)."""
+        self._layer = CompiledLayer(gemma_layer, check_switch("policy.compile", mode), backend)
 
     def _freeze_dead_weights(self) -> None:
         """The language heads are never read by a flow policy: no gradient, no optimizer state, not published."""
@@ -104,22 +113,39 @@ class PI0FlowPolicy(nn.Module):
 
         Without gradient when nothing of the backbone is trained.
         """
+        return self.encode_prepared(self.prepare(observation))
+
+    def prepare(self, observation: PolicyInput) -> dict[str, Tensor]:
+        """The host's part of `encode`, on the device: pixels float32[b, cameras, 3, side, side] in [−1, 1], ids and
+        mask [b, l], state float32[b, s] in the model's units."""
+        b = len(observation)
+        state = self.state_units.to_model(to_device(observation.state, self.device))
+        ids, mask = self.tokenizer(self._prompts(observation.prompts, state))
+        pixels = torch.stack(self._pixels(observation.images).split(b), dim=1)
+        return {
+            "pixels": pixels,
+            "ids": to_device(ids, self.device),
+            "mask": to_device(mask, self.device),
+            "state": state,
+        }
+
+    def encode_prepared(self, tensors: dict[str, Tensor]) -> Prefix:
+        """The device's part of `encode`; `tensors` as `prepare` returns them."""
         grad = torch.is_grad_enabled() and self._backbone_trains()
         with torch.set_grad_enabled(grad), compute(self.precision, self.device):
-            return self._encode(observation)
+            return self._encode(tensors)
 
     def _backbone_trains(self) -> bool:
         return any(p.requires_grad for p in self.backbone.parameters())
 
-    def _encode(self, observation: PolicyInput) -> Prefix:
-        b = len(observation)
-        state = self.state_units.to_model(torch.as_tensor(observation.state, device=self.device))
-        images = self.core.paligemma_with_expert.embed_image(self._pixels(observation.images))
-        images = torch.cat(images.split(b), dim=1)  # cameras·b, l_image, width -> b, cameras·l_image, width
-        ids, mask = (x.to(self.device) for x in self.tokenizer(self._prompts(observation.prompts, state)))
-        words = self.core.paligemma_with_expert.embed_language_tokens(ids)
+    def _encode(self, tensors: dict[str, Tensor]) -> Prefix:
+        state, pixels = tensors["state"], tensors["pixels"]
+        images = self.core.paligemma_with_expert.embed_image(pixels.flatten(0, 1))
+        images = images.view(len(state), -1, images.shape[-1])  # b·cameras, l_image, width -> b, cameras·l_image, width
+        words = self.core.paligemma_with_expert.embed_language_tokens(tensors["ids"])
         embeddings = torch.cat([images, words], dim=1)
-        pad_mask = torch.cat([torch.ones(images.shape[:2], dtype=torch.bool, device=self.device), mask], dim=1)
+        seen = torch.ones(images.shape[:2], dtype=torch.bool, device=state.device)
+        pad_mask = torch.cat([seen, tensors["mask"]], dim=1)
         hidden, keys_values = self._run_prefix(embeddings, pad_mask)
         return Prefix(keys_values, pad_mask, hidden, pad_last(state, self.core.config.max_state_dim))
 
@@ -133,7 +159,8 @@ class PI0FlowPolicy(nn.Module):
         if self.attention == "sdpa":
             # Rows of padding attend like the others: nobody reads them, and no row may attend to nothing.
             mask = pad_mask[:, None, None, :]
-            return run_layers(language, embeddings, positions, mask, checkpointing=self.checkpointing)
+            options = {"checkpointing": self.checkpointing, "layer_function": self._layer}
+            return run_layers(language, embeddings, positions, mask, **options)
         from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
 
         language.config._attn_implementation = "eager"
@@ -154,7 +181,7 @@ class PI0FlowPolicy(nn.Module):
         return self._centred(np.concatenate(given))
 
     def _centred(self, images: np.ndarray) -> Tensor:
-        pixels = torch.as_tensor(images).to(self.device).permute(0, 3, 1, 2).float()
+        pixels = to_device(images, self.device).permute(0, 3, 1, 2).float()
         if pixels.shape[-2:] == (self.image_size, self.image_size):
             return pixels.div(127.5).sub(1)
         from lerobot.policies.common.vla_utils import resize_with_pad_torch
@@ -175,21 +202,34 @@ class PI0FlowPolicy(nn.Module):
     def _library_step(self, prefix: Prefix, cache, x_tau: Tensor, tau: Tensor) -> Tensor:
         return self.core.denoise_step(prefix.state, prefix.pad_mask, cache, x_tau, tau)
 
-    def _embed_suffix(self, prefix: Prefix, x_tau: Tensor, tau: Tensor) -> tuple:
-        return self.core.embed_suffix(prefix.state, x_tau, tau)
+    def _embed_suffix(self, prefix: Prefix, x_tau: Tensor, tau: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The expert's tokens, the state's before the actions', and what conditions its norms (nothing here)."""
+        core = self.core
+        actions = core.action_in_proj(x_tau)
+        time = self._time(tau)[:, None].expand_as(actions)
+        actions = core.action_time_mlp_out(F.silu(core.action_time_mlp_in(torch.cat([actions, time], dim=-1))))
+        return torch.cat([core.state_proj(prefix.state)[:, None], actions], dim=1), None
+
+    def _time(self, tau: Tensor) -> Tensor:
+        from lerobot.policies.common.vla_utils import create_sinusoidal_pos_embedding
+
+        width, config = self.core.action_in_proj.out_features, self.core.config
+        waves = create_sinusoidal_pos_embedding(tau, width, config.min_period, config.max_period, device=tau.device)
+        return waves.to(tau.dtype)
 
     def _expert(self, prefix: Prefix, x_tau: Tensor, tau: Tensor) -> Tensor:
         """The library's backward velocity from the cached prefix: float32[b, ah, ad]."""
-        from lerobot.policies.common.vla_utils import make_att_2d_masks
-
         with full(self.device, self.precision):
-            x, pad, blocks, condition = self._embed_suffix(prefix, x_tau, tau)
+            x, condition = self._embed_suffix(prefix, x_tau, tau)
         n = x.shape[1]
-        seen = prefix.pad_mask[:, None, :].expand(-1, n, -1)
-        mask = torch.cat([seen, make_att_2d_masks(pad, blocks)], dim=2)[:, None]
+        # The state's token, where there is one, does not see the actions; nothing here is copied from the host.
+        block = (torch.arange(n, device=x.device) >= n - self.action_horizon).expand(len(x), n)
+        own = block[:, None, :] <= block[:, :, None]
+        mask = torch.cat([prefix.pad_mask[:, None, :].expand(-1, n, -1), own], dim=2)[:, None]
         positions = prefix.pad_mask.sum(-1, keepdim=True) + torch.arange(n, device=x.device)
         expert = self.core.paligemma_with_expert.gemma_expert.model
-        hidden, _ = run_layers(expert, x, positions, mask, prefix.keys_values, condition, self.checkpointing)
+        past = prefix.keys_values
+        hidden, _ = run_layers(expert, x, positions, mask, past, condition, self.checkpointing, self._layer)
         with full(self.device, self.precision):
             return self.core.action_out_proj(hidden[:, -self.action_horizon :].float())
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 from torch import Tensor
+from torch.nn import functional as F
 
 from serl_launcher.policies.base import Prefix
 from serl_launcher.policies.build import build_flow_policy
@@ -29,8 +30,10 @@ class PI05FlowPolicy(PI0FlowPolicy):
     def _library_step(self, prefix: Prefix, cache, x_tau: Tensor, tau: Tensor) -> Tensor:
         return self.core.denoise_step(prefix.pad_mask, cache, x_tau, tau)
 
-    def _embed_suffix(self, prefix: Prefix, x_tau: Tensor, tau: Tensor) -> tuple:
-        return self.core.embed_suffix(x_tau, tau)
+    def _embed_suffix(self, prefix: Prefix, x_tau: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+        core = self.core
+        time = core.time_mlp_out(F.silu(core.time_mlp_in(self._time(tau))))
+        return core.action_in_proj(x_tau), F.silu(time)
 
 
 def state_prompts(prompts: list[str], state: np.ndarray) -> list[str]:

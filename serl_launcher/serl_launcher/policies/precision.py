@@ -24,7 +24,8 @@ def check_precision(precision: str) -> str:
 
 def stays_float32(name: str, ndim: int) -> bool:
     """Is a tensor held in fp32 even where it is frozen or only served?"""
-    action_path = ("action_in_proj", "action_out_proj", "time_mlp", "state_proj", "action_head.action_decoder")
+    action_path = ("action_in_proj", "action_out_proj", "time_mlp", "state_proj")
+    action_path += ("action_head.action_decoder", "action_head.action_encoder", "action_head.state_encoder")
     return ndim < 2 or "vision_model.embeddings" in name or any(part in name for part in action_path)
 
 

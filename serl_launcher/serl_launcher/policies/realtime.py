@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from serl_launcher.policies.base import FlowPolicy, Prefix
+from serl_launcher.policies.base import FlowPolicy, Prefix, ready
 
 MAX_GUIDANCE = 5.0  # β of the paper; more overshoots with few steps
 
@@ -54,7 +54,7 @@ def sample_realtime(
         raise ValueError(
             f"noise, known and mask differ: {tuple(noise.shape)}, {tuple(known.shape)}, {tuple(mask.shape)}"
         )
-    x = noise
+    x, prefix = noise, ready(policy, prefix)
     for k in range(steps):
         x = x + guided_velocity(policy, prefix, x, k / steps, known, mask) / steps
     return x

@@ -19,6 +19,8 @@ def take(prefix: Prefix, index: Tensor) -> Prefix:
 
 
 def _take(value: Any, index: Tensor) -> Any:
+    if value is None:
+        return None
     if isinstance(value, Tensor):
         return value.index_select(0, index)
     return type(value)(_take(item, index) for item in value)

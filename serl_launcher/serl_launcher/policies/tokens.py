@@ -57,7 +57,7 @@ class HubTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=_is_offline(source))
+            self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_offline(source))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"policy.tokenizer={source}: cannot be loaded ({str(error).splitlines()[0]}); "
@@ -79,5 +79,6 @@ class HubTokenizer:
         return out["input_ids"][:, : self.length], out["attention_mask"][:, : self.length].bool()
 
 
-def _is_offline(source: str) -> bool:
+def is_offline(source: str) -> bool:
+    """Whether `source` must be found on this machine: a path, or HF_HUB_OFFLINE is set."""
     return Path(source).exists() or os.environ.get("HF_HUB_OFFLINE") == "1"

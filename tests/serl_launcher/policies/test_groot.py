@@ -6,7 +6,8 @@ import torch
 
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
 from serl_launcher.policies.groot import TUNE, build_groot, tune_flags
-from serl_launcher.policies.groot_tiny import TinyGrootSize, patches
+from serl_launcher.policies.groot_inputs import patches
+from serl_launcher.policies.groot_tiny import TinyGrootSize
 from serl_transport.specs import TaskSpec
 
 SPEC = TaskSpec.from_dict(
@@ -28,9 +29,11 @@ SIZE = TinyGrootSize(image_size=32, max_state_dim=5, max_action_dim=4)  # wider 
 B, AH, WIDE, AD = 3, 4, 4, 2
 
 
-@pytest.fixture(scope="module")
-def policy():
-    return build_groot("t", SPEC, "random", 0, AH, SIZE, embodiment=2)
+@pytest.fixture(scope="module", params=["eager", "sdpa"])
+def policy(request):
+    """Padding is attended to, as the library does."""
+    options = {"attention": request.param, "mask_padding": False}
+    return build_groot("t", SPEC, "random", 0, AH, SIZE, embodiment=2, **options)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,92 @@ def test_samples_from_one_prefix_equal_separate_calls(policy, observation):
         apart = [sample(policy, policy.encode(observation), noise[k::3], steps=3) for k in range(3)]
     for k in range(3):
         torch.testing.assert_close(together[k::3], apart[k], atol=1e-5, rtol=1e-4)
+
+
+def test_prefix_features_equal_the_librarys(policy, observation):
+    core, batch = policy.core, library_inputs(policy, observation)
+    with torch.no_grad():
+        backbone, action = core.prepare_input(batch)
+        theirs = core.action_head._encode_features(core.backbone(backbone), action)
+        ours = policy.encode(observation)
+    torch.testing.assert_close(ours.hidden, theirs["backbone_features"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours.state_features, theirs["state_features"], atol=1e-5, rtol=1e-4)
+
+
+def alone(observation, row):
+    one = slice(row, row + 1)
+    images = {camera: x[one] for camera, x in observation.images.items()}
+    return PolicyInput(images, observation.state[one], observation.prompts[one])
+
+
+def test_padding_changes_nothing_where_it_is_masked(observation):
+    """Prompts of 2, 5 and 1 words: a row of the batch is what the library makes of it alone, without padding."""
+    masked = build_groot("t", SPEC, "random", 0, AH, SIZE, embodiment=2)
+    theirs = build_groot("t", SPEC, "random", 0, AH, SIZE, embodiment=2, attention="eager", mask_padding=False)
+    noise = torch.randn(B, AH, WIDE, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        together = sample(masked, masked.encode(observation), noise, steps=4)
+        for row, words in enumerate((2, 5, 1)):
+            theirs.inputs.tokenizer.length = words
+            one = alone(observation, row)
+            want = sample(theirs, theirs.encode(one), noise[row : row + 1], steps=4)
+            torch.testing.assert_close(together[row : row + 1], want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_checkpointing_changes_no_gradient(observation, dropout):
+    gradients = []
+    for checkpointing in (False, True):
+        policy = build_groot("t", SPEC, "random", 0, AH, SIZE, dropout=dropout, checkpointing=checkpointing).train()
+        torch.manual_seed(5)
+        chunk, noise, keep = torch.randn(B, AH, WIDE), torch.randn(B, AH, WIDE), torch.zeros(B, AH, dtype=torch.bool)
+        t = torch.rand(B)
+        flow_loss(policy, policy.encode(observation), chunk, keep, torch.ones(B), noise, t).sum().backward()
+        gradients.append({n: p.grad for n, p in policy.named_parameters() if p.grad is not None})
+    plain, saved = gradients
+    assert plain.keys() == saved.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(saved[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_bf16_holds_fp32_masters_and_computes_nearly_the_same(observation):
+    tune = {"llm": False, "visual": False}
+    exact = build_groot("t", SPEC, "random", 0, AH, SIZE, tune=tune)
+    half = build_groot("t", SPEC, "random", 0, AH, SIZE, tune=tune, precision="bfloat16", checkpointing=True)
+    noise = torch.randn(B, AH, WIDE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want, got = (sample(p, p.encode(observation), noise, steps=4) for p in (exact, half))
+    torch.testing.assert_close(got, want, atol=0.1, rtol=0.1)
+    dtypes = {name: p.dtype for name, p in half.named_parameters()}
+    assert all(dtypes[name] == torch.float32 for name in trainable(half))
+    assert dtypes["core.backbone.model.model.language_model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
+    flow_loss(
+        half, half.encode(observation), noise, torch.zeros(B, AH, dtype=torch.bool), torch.ones(B), noise, torch.rand(B)
+    ).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trainable(half).values())
+
+
+def test_keys_that_are_made_once_serve_every_flow_step(policy, observation):
+    x, t = torch.randn(B, AH, WIDE), torch.rand(B)
+    with torch.no_grad():
+        prefix = policy.encode(observation)
+        shared = policy.ready(prefix)
+        torch.testing.assert_close(policy.velocity(shared, x, t), policy.velocity(prefix, x, t), atol=1e-6, rtol=1e-5)
+    assert (shared.keys_values is None) == (policy.attention == "eager")
+
+
+def test_ticks_that_a_checkpoint_was_not_trained_on_do_not_count(observation):
+    policy = build_groot("t", SPEC, "random", 0, AH, SIZE)
+    policy.valid_horizon = 2
+    chunk, noise, keep = torch.randn(B, AH, WIDE), torch.randn(B, AH, WIDE), torch.zeros(B, AH, dtype=torch.bool)
+    other = chunk.clone()
+    other[:, 2:] = 9
+    t = torch.rand(B)
+    with torch.no_grad():
+        prefix = policy.encode(observation)
+        losses = [flow_loss(policy, prefix, c, keep, torch.ones(B), noise, t) for c in (chunk, other)]
+    assert torch.equal(*losses)
+    assert policy.physical_actions(chunk).shape == (B, 2, AD)
 
 
 def test_patch_rows_are_those_of_the_qwen_processor():

@@ -59,6 +59,32 @@ def test_loss_and_gradients_equal_the_librarys_joint_forward(policy, observation
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3, msg=name)
 
 
+def test_prefix_features_equal_the_librarys(policy, observation):
+    """Hidden states, keys and values of every token that counts."""
+    from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
+
+    images = list(policy._pixels(observation.images).split(B))
+    ids, mask = tokens(policy, observation)
+    present = [torch.ones(B, dtype=torch.bool)] * len(images)
+    core = policy.core
+    with torch.no_grad():
+        embedded, pad, blocks = core.embed_prefix(images, present, ids, mask)
+        core.paligemma_with_expert.paligemma.model.language_model.config._attn_implementation = "eager"
+        (hidden, _), cache = core.paligemma_with_expert.forward(
+            attention_mask=prepare_attention_masks_4d(make_att_2d_masks(pad, blocks)),
+            position_ids=torch.cumsum(pad, dim=1) - 1,
+            past_key_values=None,
+            inputs_embeds=[embedded, None],
+            use_cache=True,
+        )
+        ours = policy.encode(observation)
+    assert torch.equal(ours.pad_mask, pad)
+    torch.testing.assert_close(ours.hidden[pad], hidden[pad], atol=1e-5, rtol=1e-4)
+    for mine, theirs in zip(ours.keys_values, cache, strict=True):
+        for ours_x, their_x in zip(mine, theirs[:2], strict=True):
+            torch.testing.assert_close(ours_x.transpose(1, 2)[pad], their_x.transpose(1, 2)[pad], atol=1e-5, rtol=1e-4)
+
+
 def test_sampling_equals_the_librarys_from_the_same_noise(policy, observation):
     torch.manual_seed(1)
     noise = torch.randn(B, AH, AD)
