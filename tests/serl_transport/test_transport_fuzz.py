@@ -127,7 +127,7 @@ def test_spool_segments(tmp_path, caplog):
     segment = Segment.create(path, "boot-1")
     items = {seq: rng.randbytes(rng.randrange(200)) for seq in range(1, 8)}
     for seq, item in items.items():
-        segment.append(seq, item)
+        segment.append(seq, [item[:50], item[50:]])
     segment.ack(1)
     segment.close()
     whole = path.read_bytes()

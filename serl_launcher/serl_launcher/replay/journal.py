@@ -1,4 +1,4 @@
-"""Reading the journal: the CRC-checked segments that hold everything the gateway ever acknowledged.
+"""Reading the journal: the checksummed segments that hold everything the gateway ever acknowledged.
 
     journal/000001.seg = segment header | record | record | …        record = header (40 bytes) | payload
 
@@ -17,11 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serl_transport.checksum import checksum32
+
 SEGMENT_MAGIC = b"FSJRNL01"
-RECORD_MAGIC = b"FSR1"
-# magic, crc32 of all that follows, payload length, sequence, wall clock (ns), offset synced before this record's group
+RECORD_MAGIC = b"FSR2"
+OLD_MAGIC = b"FSR1"  # the same with zlib's CRC-32
+# magic, checksum of what follows, payload length, sequence, wall clock (ns), offset synced before this record's group
 RECORD_HEADER = struct.Struct("<4sIQQqQ")
 FIRST_OFFSET = len(SEGMENT_MAGIC)
+_MAGIC_STEM = b"FSR"
 MARK_FILE = "durable"
 MAX_PAYLOAD = 1 << 32
 
@@ -61,10 +65,7 @@ def segment_numbers(folder: Path) -> list[int]:
 def record_header(payload: Sequence[Any], sequence: int, time_ns: int, synced: int) -> bytes:
     """The header of a record whose payload is these buffers, one after the other."""
     tail = struct.pack("<QQqQ", sum(map(len, payload)), sequence, time_ns, synced)
-    crc = zlib.crc32(tail)
-    for part in payload:
-        crc = zlib.crc32(part, crc)
-    return RECORD_MAGIC + struct.pack("<I", crc) + tail
+    return RECORD_MAGIC + struct.pack("<I", checksum32([tail, *payload])) + tail
 
 
 def encode_mark(position: Position) -> bytes:
@@ -164,11 +165,11 @@ def read_record(file: int, position: Position) -> Record | None:
     header = os.pread(file, RECORD_HEADER.size, position.offset)
     if len(header) < RECORD_HEADER.size:
         return None
-    magic, crc, length, sequence, time_ns, _ = RECORD_HEADER.unpack(header)
-    if magic != RECORD_MAGIC or length > MAX_PAYLOAD:
+    magic, total, length, sequence, time_ns, _ = RECORD_HEADER.unpack(header)
+    if magic not in (RECORD_MAGIC, OLD_MAGIC) or length > MAX_PAYLOAD:
         return None
     payload = os.pread(file, length, position.offset + RECORD_HEADER.size)
-    if len(payload) != length or zlib.crc32(payload, zlib.crc32(header[8:])) != crc:
+    if len(payload) != length or _sum(magic, header[8:], payload) != total:
         return None
     end = Position(position.segment, position.offset + RECORD_HEADER.size + length)
     return Record(sequence, time_ns, payload, end)
@@ -182,12 +183,16 @@ def _synced_beyond(file: int, position: Position) -> bool:
     """
     size = os.fstat(file).st_size
     rest = os.pread(file, size - position.offset, position.offset)
-    at = rest.find(RECORD_MAGIC, 1)
+    at = rest.find(_MAGIC_STEM, 1)
     while at >= 0:
         candidate = Position(position.segment, position.offset + at)
         if read_record(file, candidate) is not None:
             synced = RECORD_HEADER.unpack(rest[at : at + RECORD_HEADER.size])[5]
             if synced > position.offset:
                 return True
-        at = rest.find(RECORD_MAGIC, at + 1)
+        at = rest.find(_MAGIC_STEM, at + 1)
     return False
+
+
+def _sum(magic: bytes, head: bytes, payload: bytes) -> int:
+    return checksum32([head, payload]) if magic == RECORD_MAGIC else zlib.crc32(payload, zlib.crc32(head))

@@ -5,14 +5,25 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 from replay_samples import open_writer, wait_for
 
-from serl_launcher.replay.journal import JournalCorrupt, JournalReader, Position, segment_numbers, segment_path
+from serl_launcher.replay.journal import (
+    FIRST_OFFSET,
+    OLD_MAGIC,
+    SEGMENT_MAGIC,
+    JournalCorrupt,
+    JournalReader,
+    Position,
+    segment_numbers,
+    segment_path,
+)
 from serl_launcher.replay.journal_writer import JournalLock, RunFolderBusyError
 from serl_transport.errors import StorageFull
 
@@ -93,6 +104,18 @@ def test_a_segment_without_its_header_is_the_empty_newest(tmp_path: Path) -> Non
     assert read(tmp_path) == PAYLOADS
     write(tmp_path, [b"after"])
     assert read(tmp_path) == [*PAYLOADS, b"after"]
+
+
+def test_records_of_the_release_before_are_read_and_continued(tmp_path: Path) -> None:
+    """They are summed by CRC-32; the journal is the source of truth of every run folder there is."""
+    tail = struct.pack("<QQqQ", 3, 0, 1, FIRST_OFFSET) + b"old"
+    old = OLD_MAGIC + struct.pack("<I", zlib.crc32(tail)) + tail
+    segment_path(tmp_path, 1).write_bytes(SEGMENT_MAGIC + old)
+    write(tmp_path, [b"new"])
+    assert read(tmp_path) == [b"old", b"new"]
+    flip(segment_path(tmp_path, 1), FIRST_OFFSET + len(old) - 1)
+    with pytest.raises(JournalCorrupt, match="a record that was synced is damaged"):
+        read(tmp_path)
 
 
 def flip(path: Path, offset: int) -> None:

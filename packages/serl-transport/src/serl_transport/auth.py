@@ -10,7 +10,7 @@ import resource
 
 import zmq
 
-from serl_transport.codec import Limits
+from serl_transport.codec import SHARED_BYTES, Limits
 from serl_transport.keys import ClientKeys, ServerKeys
 from serl_transport.zap import DOMAIN
 
@@ -56,6 +56,7 @@ def configure(socket: zmq.Socket, limits: Limits, keys: ServerKeys | ClientKeys 
     socket.setsockopt(zmq.HEARTBEAT_TTL, 2 * HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.BACKLOG, BACKLOG)
+    socket.copy_threshold = SHARED_BYTES
     socket.setsockopt(zmq.CONNECT_TIMEOUT, 1000)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)

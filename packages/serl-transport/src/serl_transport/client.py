@@ -28,7 +28,7 @@ from serl_transport.errors import ServerSilent, WireError
 from serl_transport.keys import ClientKeys
 from serl_transport.link import Link
 from serl_transport.listener import Listener
-from serl_transport.outbox import Ledger, Outbox, make_item
+from serl_transport.outbox import Ledger, Outbox
 from serl_transport.params import Published, pull
 from serl_transport.server import NOTIFY_TOPIC
 from serl_transport.specs import TaskSpec
@@ -92,7 +92,7 @@ class TrainerClient:
 
         Raises SpoolFull when the learner has been away for too long, TooLarge for a body above the limits.
         """
-        seq = self._spool.append(make_item(store, pack(body, self.config.limits)))
+        seq = self._spool.append([store.encode(), *pack(body, self.config.limits)])
         self._outbox.offer(ItemKey(self.boot_id, seq))
         return seq
 

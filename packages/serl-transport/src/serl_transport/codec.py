@@ -9,14 +9,14 @@ into one blob and back, for files.
 
 import math
 import struct
-import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
+import zmq
 
 from serl_transport.errors import BadFrame, TooLarge
 
@@ -31,10 +31,21 @@ DTYPES = {
     )
 }
 _BOOL = DTYPES["bool"]
+_NATIVE = frozenset(dtype for dtype in DTYPES.values() if dtype.isnative)
 _ARRAY = 1  # msgpack extension type of an array's descriptor: [dtype, shape, frame index]
 _INLINE = 2  # of a small array: [dtype, shape, bytes]
+SHARED_BYTES = 512 << 10  # up to this a frame is copied to be sent: pyzmq's hand-over of memory would cost more
 INLINE_BYTES = 1024  # up to this an array travels in the header: a frame of its own would cost more than a copy
 _SCALARS = (bool, int, float, str, bytes)
+_PLAIN = frozenset((*_SCALARS, type(None)))
+_LEAVES = _PLAIN | {np.ndarray}
+_TEXT, _INT = {str}, {int}
+_MOST_DIMS = 32  # of numpy
+# What a robot sends has the same few layouts over and over: each is described, and checked, once.
+_LAYOUTS_KEPT = 4096
+_DESCRIPTORS: dict[tuple[np.dtype, tuple[int, ...]], bytes] = {}  # sender: dtype, shape -> packed descriptor
+_LAYOUTS: dict[tuple[str, tuple[int, ...]], "_Layout"] = {}  # receiver: dtype's name, shape -> checked
+_Path = Any  # "body", or (path of the container, ".key" or "[index]")
 _BLOB = struct.Struct("<4sI")  # magic, number of frames; then u64 lengths, then the frames, each padded to 8 bytes
 _BLOB_MAGIC = b"SJB1"
 
@@ -85,7 +96,7 @@ def check_sizes(frames: Sequence[Any], limits: Limits = DEFAULT_LIMITS) -> None:
         raise BadFrame("a body has at least a header frame, got none")
     if len(frames) > limits.frames:
         raise TooLarge(f"{len(frames)} frames, the limit is {limits.frames}")
-    sizes = [nbytes(frame) for frame in frames]
+    sizes = list(map(nbytes, frames))
     if sizes[0] > limits.header_bytes:
         raise TooLarge(f"a header of {sizes[0]} bytes, the limit is {limits.header_bytes}")
     if max(sizes) > limits.frame_bytes:
@@ -97,18 +108,6 @@ def check_sizes(frames: Sequence[Any], limits: Limits = DEFAULT_LIMITS) -> None:
 def join(frames: Sequence[Any]) -> bytes:
     """One blob of `frames` for a file; every frame starts at a multiple of 8 bytes."""
     return b"".join(join_parts(frames))
-
-
-def join_large(frames: Sequence[Any]) -> memoryview:
-    """The same blob, copied by numpy, which lets other threads run meanwhile (bytes.join holds the interpreter)."""
-    parts = join_parts(frames)
-    blob = np.empty(sum(map(len, parts)), np.uint8)
-    end = 0
-    for part in parts:
-        start, end = end, end + len(part)
-        blob[start:end] = np.frombuffer(part, np.uint8) if len(part) else 0
-    blob.flags.writeable = False
-    return blob.data
 
 
 def join_parts(frames: Sequence[Any]) -> list[Any]:
@@ -129,6 +128,16 @@ def blob_crc32(frames: Sequence[Any]) -> int:
     for part in join_parts(frames):
         crc = zlib.crc32(part, crc)
     return crc
+
+
+def copied(frame: Any) -> Any:
+    """A copy of `frame` that can be sent any number of times without another one.
+
+    ZeroMQ's own memory for a small frame: it is freed without a word to Python. A large one is copied by numpy, which
+    lets other threads run meanwhile.
+    """
+    view = buffer_of(frame)
+    return zmq.Frame(view, copy=True) if view.nbytes <= SHARED_BYTES else np.array(view).data
 
 
 def split(buffer: Buffer) -> list[memoryview]:
@@ -162,43 +171,76 @@ def buffer_of(frame: Any) -> memoryview:
 
 def nbytes(frame: Any) -> int:
     """Size of a frame in bytes."""
-    return buffer_of(frame).nbytes
+    return frame.nbytes if type(frame) is memoryview else len(frame)
 
 
-def _encode(value: Any, path: str, depth: int, arrays: Frames, limits: Limits) -> Any:
-    if value is None or type(value) in _SCALARS:
+def _encode(value: Any, path: _Path, depth: int, arrays: Frames, limits: Limits) -> Any:
+    if type(value) in _PLAIN:
         return value
     if isinstance(value, np.ndarray):
         return _encode_array(value, path, arrays, limits)
     if isinstance(value, np.generic):
         return _encode(value.item(), path, depth, arrays, limits)
     if depth >= limits.depth:
-        raise TooLarge(f"{path}: nested deeper than {limits.depth}")
+        raise TooLarge(f"{_where(path)}: nested deeper than {limits.depth}")
     if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"{path}: keys are texts, got {key!r}")
-        return {key: _encode(item, f"{path}.{key}", depth + 1, arrays, limits) for key, item in value.items()}
+        return _encode_map(value, path, depth, arrays, limits)
     if isinstance(value, list | tuple):
-        return [_encode(item, f"{path}[{i}]", depth + 1, arrays, limits) for i, item in enumerate(value)]
+        return [_encode(item, (path, f"[{i}]"), depth + 1, arrays, limits) for i, item in enumerate(value)]
+    if isinstance(value, _SCALARS):
+        return value
     if hasattr(type(value), "__array__"):  # arrays of other libraries
         return _encode_array(np.asarray(value), path, arrays, limits)
-    raise TypeError(f"{path}: {type(value).__name__} has no form on the wire")
+    raise TypeError(f"{_where(path)}: {type(value).__name__} has no form on the wire")
 
 
-def _encode_array(array: np.ndarray, path: str, arrays: Frames, limits: Limits) -> msgpack.ExtType:
-    wire = DTYPES.get(array.dtype.name)
-    if wire is None:
-        raise TypeError(f"{path}: dtype {array.dtype} is not allowed on the wire, use one of {list(DTYPES)}")
+def _encode_map(value: Mapping[str, Any], path: _Path, depth: int, arrays: Frames, limits: Limits) -> dict[str, Any]:
+    result = {}
+    for key, item in value.items():
+        if not isinstance(key, str):
+            raise TypeError(f"{_where(path)}: keys are texts, got {key!r}")
+        plain = type(item) in _PLAIN
+        result[key] = item if plain else _encode(item, (path, f".{key}"), depth + 1, arrays, limits)
+    return result
+
+
+def _encode_array(array: np.ndarray, path: _Path, arrays: Frames, limits: Limits) -> msgpack.ExtType:
     if array.ndim > limits.rank:
-        raise TooLarge(f"{path}: {array.ndim} dims, the limit is {limits.rank}")
+        raise TooLarge(f"{_where(path)}: {array.ndim} dims, the limit is {limits.rank}")
+    known = _DESCRIPTORS.get((array.dtype, array.shape))
+    descriptor = _describe(array, path) if known is None else known
+    if array.nbytes <= INLINE_BYTES:
+        return msgpack.ExtType._make((_INLINE, descriptor + _wire(array).tobytes()))
     # reshape first: ascontiguousarray would make a 0-d array 1-d
-    flat = np.ascontiguousarray(array.reshape(-1), dtype=wire)
-    if flat.nbytes <= INLINE_BYTES:
-        return msgpack.ExtType(_INLINE, msgpack.packb([array.dtype.name, list(array.shape), flat.tobytes()]))
-    arrays.append(flat.view(np.uint8).data)
-    descriptor = [array.dtype.name, list(array.shape), len(arrays)]
-    return msgpack.ExtType(_ARRAY, msgpack.packb(descriptor))
+    arrays.append(np.ascontiguousarray(_wire(array).reshape(-1)).view(np.uint8).data)
+    return msgpack.ExtType._make((_ARRAY, descriptor + msgpack.packb(len(arrays))))
+
+
+def _wire(array: np.ndarray) -> np.ndarray:
+    """The same values in little-endian order."""
+    return array if array.dtype in _NATIVE else array.astype(DTYPES[array.dtype.name])
+
+
+def _describe(array: np.ndarray, path: _Path) -> bytes:
+    """The descriptor `[dtype, shape, rest]` without its rest: a small array's bytes, or the number of a frame."""
+    name = array.dtype.name
+    if name not in DTYPES:
+        raise TypeError(f"{_where(path)}: dtype {array.dtype} is not allowed on the wire, use one of {list(DTYPES)}")
+    rest = array.nbytes if array.nbytes <= INLINE_BYTES else 1
+    whole = msgpack.packb([name, list(array.shape), 0 if array.nbytes > INLINE_BYTES else bytes(rest)])
+    return _keep(_DESCRIPTORS, (array.dtype, array.shape), whole[: len(whole) - rest])
+
+
+def _keep(cache: dict[Any, Any], key: Any, value: Any) -> Any:
+    if len(cache) >= _LAYOUTS_KEPT:  # a peer that names ever new shapes must not fill the memory
+        cache.clear()
+    cache[key] = value
+    return value
+
+
+def _where(path: _Path) -> str:
+    """body.a[0].b"""
+    return path if isinstance(path, str) else _where(path[0]) + path[1]
 
 
 def _unpack_header(header: memoryview, arrays: "_Arrays") -> Any:
@@ -220,20 +262,29 @@ def _strict_map(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise BadFrame("a map names a key twice")
-    for key in result:
-        if type(key) is not str:
-            raise BadFrame(f"a map's keys are texts, got {type(key).__name__}")
+    if result and set(map(type, result)) != _TEXT:
+        raise BadFrame("a map's keys are texts")
     return result
 
 
-def _check_tree(value: Any, depth: int) -> None:
-    if isinstance(value, dict | list):
-        if depth <= 0:
-            raise BadFrame("nested too deep")
-        for item in value.values() if isinstance(value, dict) else value:
-            _check_tree(item, depth - 1)
-    elif not (value is None or isinstance(value, np.ndarray) or type(value) in _SCALARS):
-        raise BadFrame(f"a {type(value).__name__} is not allowed in a body")
+def _check_tree(value: dict | list, depth: int) -> None:
+    if depth <= 0:
+        raise BadFrame("nested too deep")
+    for item in value.values() if type(value) is dict else value:
+        kind = type(item)
+        if kind in _LEAVES:
+            continue
+        if kind is not dict and kind is not list:
+            raise BadFrame(f"a {kind.__name__} is not allowed in a body")
+        _check_tree(item, depth - 1)
+
+
+class _Layout(NamedTuple):
+    """dtype and shape of an array, as a descriptor names them, once they are checked."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    nbytes: int
 
 
 class _Arrays:
@@ -248,47 +299,57 @@ class _Arrays:
         """msgpack's ext_hook: the array that a descriptor names, or that lies in the header itself."""
         if code not in (_ARRAY, _INLINE):
             raise BadFrame(f"unknown extension type {code}")
-        dtype, shape, rest = self._descriptor(data)
+        layout, rest = self._descriptor(data)
         if code == _INLINE:
             if type(rest) is not bytes:
                 raise BadFrame("an array in the header is [dtype, shape, bytes]")
-            where, frame = "the header", memoryview(rest)
-        else:
-            if type(rest) is not int or rest not in self._unused:
-                raise BadFrame(f"an array names frame {rest!r}, which does not exist or is taken")
-            self._unused.discard(rest)
-            where, frame = f"frame {rest}", buffer_of(self._frames[rest])
-        expected = math.prod(shape) * dtype.itemsize
-        if frame.nbytes != expected:
-            raise BadFrame(f"{dtype.name}{shape} is {expected} bytes, {where} has {frame.nbytes}")
-        array = np.frombuffer(frame, dtype=dtype) if expected else np.empty(0, dtype)
-        array = array.reshape(shape)
-        if dtype is _BOOL and expected and frame_max(array) > 1:
-            raise BadFrame(f"{where}: a bool is 0 or 1")
-        array.flags.writeable = False
-        return array if sys.byteorder == "little" else array.astype(dtype.newbyteorder("="))
+            return _view(layout, rest, "the header")
+        if type(rest) is not int or rest not in self._unused:
+            raise BadFrame(f"an array names frame {rest!r}, which does not exist or is taken")
+        self._unused.discard(rest)
+        return _view(layout, buffer_of(self._frames[rest]).toreadonly(), f"frame {rest}")
 
-    def _descriptor(self, data: bytes) -> tuple[np.dtype, list[int], Any]:
+    def _descriptor(self, data: bytes) -> tuple[_Layout, Any]:
         try:
-            fields = msgpack.unpackb(data, raw=False, strict_map_key=True)
+            fields = msgpack.unpackb(data, use_list=False)
         except Exception as error:  # the same zoo as above
             raise BadFrame(f"an array's descriptor is not msgpack: {type(error).__name__}") from None
-        if not isinstance(fields, list) or len(fields) != 3:
+        if type(fields) is not tuple or len(fields) != 3:
             raise BadFrame("an array's descriptor is [dtype, shape, frame]")
         name, shape, rest = fields
-        dtype = DTYPES.get(name) if isinstance(name, str) else None
-        if dtype is None:
-            raise BadFrame(f"dtype {name!r} is not allowed")
-        if not isinstance(shape, list) or len(shape) > self._limits.rank:
+        if type(name) is not str or type(shape) is not tuple or set(map(type, shape)) - _INT:
+            raise BadFrame(f"a descriptor names a dtype and a list of sizes, got {fields[:2]!r:.200}")
+        layout = _LAYOUTS.get((name, shape)) or _read_layout(name, shape)
+        if len(shape) > self._limits.rank:
             raise BadFrame(f"a shape is a list of at most {self._limits.rank} sizes")
-        if not all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
-            raise BadFrame(f"a shape's sizes are whole numbers, got {shape}")
-        return dtype, shape, rest
+        return layout, rest
 
     def check_all_used(self) -> None:
         """Raise BadFrame when a frame belongs to no array."""
         if self._unused:
             raise BadFrame(f"frame {min(self._unused)} belongs to no array")
+
+
+def _read_layout(name: str, shape: tuple[int, ...]) -> _Layout:
+    dtype = DTYPES.get(name)
+    if dtype is None:
+        raise BadFrame(f"dtype {name!r} is not allowed")
+    if len(shape) > _MOST_DIMS:
+        raise BadFrame(f"a shape is a list of at most {_MOST_DIMS} sizes")
+    if not all(0 <= size < 1 << 40 for size in shape):
+        raise BadFrame(f"a shape's sizes are whole numbers, got {shape}")
+    return _keep(_LAYOUTS, (name, shape), _Layout(dtype, shape, math.prod(shape) * dtype.itemsize))
+
+
+def _view(layout: _Layout, frame: bytes | memoryview, where: str) -> np.ndarray:
+    """The frame as a read-only array. BadFrame unless it has exactly the layout's bytes."""
+    dtype, shape, expected = layout
+    if len(frame) != expected:
+        raise BadFrame(f"{dtype.name}{list(shape)} is {expected} bytes, {where} has {len(frame)}")
+    array = np.ndarray(shape, dtype, frame if expected else bytes(1))
+    if dtype is _BOOL and expected and frame_max(array) > 1:
+        raise BadFrame(f"{where}: a bool is 0 or 1")
+    return array if dtype in _NATIVE else array.astype(dtype.newbyteorder("="))
 
 
 def frame_max(array: np.ndarray) -> int:

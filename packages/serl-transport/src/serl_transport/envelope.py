@@ -1,24 +1,25 @@
 """The first frame of every message: who sends what to whom, without the body.
 
 A message is `[envelope, *body frames]`, so that a gateway can route a body unread. Router and link make and read them.
-Over TCP it carries a CRC of itself and the frames: TCP's own 16 bits let a flipped bit through now and then, and a
+Over TCP it carries a checksum of itself and the frames: TCP's own 16 bits let a flipped bit through now and then, and a
 flipped seq, request id or action would be worse than a lost message.
 """
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
 
-from serl_transport.codec import buffer_of
+from serl_transport.checksum import checksum64
+from serl_transport.codec import buffer_of, nbytes
 from serl_transport.errors import BadFrame, Corrupt, WireError
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_ENVELOPE_BYTES = 64 << 10
 REPLY = "reply"
 INFER_CHECKED_BYTES = 16 << 10
+_NO_SUM = bytes(8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +34,12 @@ class Envelope:
     target: str = ""  # name of the data store, type of the request
     error: tuple[str, str] | None = None  # (code, message), in a reply only
     version: int = PROTOCOL  # of the sender
-    crc: int | None = field(default=None, compare=False)  # of envelope and frames, as received; None: it had none
+    stem: bytes = field(default=b"", compare=False)  # as received, up to the checksum; empty: it had none
+    sum: bytes = field(default=b"", compare=False)  # checksum of stem and frames, as received
     token: bytes = field(default=b"", compare=False)  # receiver side: the return address for `reply`; not on the wire
 
     def to_frame(self, frames: Sequence[Any] | None = None) -> bytes:
-        """The envelope as msgpack; with the body's `frames` it carries their checksum and its own."""
+        """The envelope as msgpack; with the body's `frames` it ends with the checksum of both."""
         wire: dict[str, Any] = {
             "v": self.version,
             "k": self.kind,
@@ -49,9 +51,11 @@ class Envelope:
         }
         if self.error is not None:
             wire["error"] = {"code": self.error[0], "message": self.error[1]}
-        if frames is not None:
-            wire["c"] = self._checksum(frames)
-        return msgpack.packb(wire)  # type: ignore[return-value]  (None only with autoreset off)
+        if frames is None:
+            return msgpack.packb(wire)  # type: ignore[return-value]  (None only with autoreset off)
+        wire["c"] = _NO_SUM
+        stem = msgpack.packb(wire)[: -len(_NO_SUM)]  # type: ignore[index]
+        return stem + self._sum(stem, frames)
 
     @classmethod
     def from_frame(cls, frame: Any) -> "Envelope":
@@ -68,24 +72,24 @@ class Envelope:
             raise BadFrame("an envelope has k, a, b, t: texts of at most 256 characters and s: a whole number")
         kind, actor_id, boot_id, target = texts
         error = None if "error" not in wire else _read_error(wire["error"])
-        crc = wire.get("c")
-        if crc is not None and type(crc) is not int:
-            raise BadFrame("an envelope's c is a whole number")
-        return cls(kind, actor_id, boot_id, seq, request_id, target, error, version, crc)  # type: ignore[arg-type]
+        stem = b""
+        if "c" in wire:
+            raw = bytes(buffer_of(frame))
+            stem = raw[: -len(_NO_SUM)]
+            if wire["c"] != raw[len(stem) :]:
+                raise BadFrame(f"an envelope ends with c: {len(_NO_SUM)} bytes")
+        return cls(kind, actor_id, boot_id, seq, request_id, target, error, version, stem, wire.get("c", b""))  # type: ignore[arg-type]
 
     def check(self, frames: Sequence[Any]) -> None:
         """Raise Corrupt when envelope or frames are not what the sender summed up."""
-        if self.crc is not None and self.crc != self._checksum(frames):
+        if self.stem and self.sum != self._sum(self.stem, frames):
             raise Corrupt("the message was changed on its way (checksum): send it again")
 
-    def _checksum(self, frames: Sequence[Any]) -> int:
-        fields = (self.version, self.kind, self.actor_id, self.boot_id, self.seq, self.request_id, self.target)
-        crc = zlib.crc32(repr((fields, self.error)).encode())
-        for view in map(buffer_of, frames):
+    def _sum(self, stem: bytes, frames: Sequence[Any]) -> bytes:
+        if self.kind == "infer":
             # A flipped pixel of a question does no harm, and its images are most of the round trip's bytes.
-            if self.kind != "infer" or view.nbytes <= INFER_CHECKED_BYTES:
-                crc = zlib.crc32(view, crc)
-        return crc
+            frames = [frame for frame in frames if nbytes(frame) <= INFER_CHECKED_BYTES]
+        return checksum64((stem, *frames)).to_bytes(len(_NO_SUM), "little")
 
     def raise_error(self) -> None:
         """Raise the typed error that a reply carries, if it carries one."""

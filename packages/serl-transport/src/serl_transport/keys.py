@@ -11,6 +11,7 @@ names the file and what to do.
 
 import os
 import stat
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def check_key(text: str, where: str) -> bytes:
     key = text.encode("ascii", "replace")
     try:
         whole = len(key) == _Z85_CHARS and len(zmq.utils.z85.decode(key)) == 32
-    except (KeyError, ValueError, ArithmeticError):
+    except (KeyError, ValueError, ArithmeticError, struct.error):  # struct: five characters that say more than 32 bits
         whole = False
     if not whole:
         raise ValueError(f"{where}: expected a key of {_Z85_CHARS} Z85 characters, got {len(text)} characters")

@@ -34,6 +34,7 @@ class EventLoop:
         self._order = itertools.count()
         self._stopping = threading.Event()
         self.thread_id: int | None = None  # of the thread in `run`
+        self._sleeps = True  # in poll, or about to be
         self._wake_read, self._wake_write = socketpair()
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
@@ -52,6 +53,9 @@ class EventLoop:
     def call_soon(self, fn: Callable[[], object]) -> None:
         """Run `fn` in the loop's thread, soon. Thread-safe; calls keep their order."""
         self._calls.append(fn)
+        if not self._sleeps:
+            return  # it looks at the calls before it sleeps
+        self._sleeps = False
         # a full pipe wakes the loop as well; a closed one belongs to a loop that has ended
         with contextlib.suppress(OSError):
             self._wake_write.send(b"w")
@@ -88,7 +92,9 @@ class EventLoop:
         """Serve until `stop`."""
         self.thread_id = threading.get_ident()
         while not self._stopping.is_set():
+            self._sleeps = True  # before a look at the calls: whoever adds one later wakes the poll
             ready = dict(self._poller.poll(self._timeout_ms()))
+            self._sleeps = False
             if self._wake_read.fileno() in ready:
                 self._drain_wake()
             for _ in range(len(self._calls)):

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from serl_transport.codec import Frames, blob_crc32, join_large, split, unpack
+from serl_transport.codec import Frames, blob_crc32, nbytes, unpack
 from serl_transport.errors import (
     Corrupt,
     Internal,
@@ -45,11 +45,6 @@ _RETRIED = (
     UnknownKind,
     Corrupt,
 )  # the learner's trouble, not the item's
-
-
-def make_item(store: str, body_frames: Frames) -> memoryview:
-    """The bytes of one item in the spool: the data store's name, then the body's frames."""
-    return join_large([store.encode(), *body_frames])
 
 
 class Ledger:
@@ -121,8 +116,8 @@ class Outbox:
             self.refused += 1
             self._spool.ack(key)
             return
-        store, *frames = split(item)
-        size = len(item)
+        store, *frames = item
+        size = sum(map(nbytes, item))
         self._in_flight[key] = frames
         self._in_flight_bytes += size
         self._link.submit(

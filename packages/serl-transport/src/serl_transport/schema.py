@@ -7,6 +7,7 @@ ad action dim. An episode of n ticks has n+1 observations, and no observation is
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,9 @@ class EpisodeInfo:
     stage: str  # name of the schedule's stage
     seed: int  # of the environment's reset
     start_time: float  # unix seconds
+
+
+_INFO_TYPES = {field.name: field.type for field in fields(EpisodeInfo)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +155,13 @@ class StepBatch:
         """Raise ValueError naming the first key, dim or rule of the task that the batch breaks."""
         if self.episode.task != spec.name:
             raise ValueError(f"expected task {spec.name!r}, got {self.episode.task!r}")
-        n = _check_keys(self.arrays, spec)
+        rows = _rows(tuple(spec.cameras.items()), spec.state_dim, spec.action_dim)
+        n = _check_keys(self.arrays, rows.keys(), spec)
         if self.first_tick < 0 or self.first_tick + n > spec.max_ticks:
             raise ValueError(f"ticks {self.first_tick}..{self.first_tick + n} leave 0..{spec.max_ticks} (max_ticks)")
         if not n and not self.final:
             raise ValueError("a batch that is not final has at least one tick")
-        _check_arrays(self.arrays, spec, n, n + self.final)
+        _check_arrays(self.arrays, rows, spec, n, n + self.final)
         _check_flags(self.arrays, n, self.final, self.outcome)
 
 
@@ -239,9 +244,9 @@ def _concatenate(batches: Sequence[StepBatch]) -> dict[str, np.ndarray]:
 def _check_map(label: str, value: Any, types: Mapping[str, Any], optional: Set[str] = frozenset()) -> None:
     if not isinstance(value, Mapping):
         raise BadFrame(f"{label}: expected a map, got {type(value).__name__}")
-    wanted = set(types) | optional
-    if set(value) != wanted:
-        missing, extra = sorted(wanted - set(value)), sorted(set(value) - wanted)
+    wanted = types.keys() | optional
+    if value.keys() != wanted:
+        missing, extra = sorted(wanted - value.keys()), sorted(value.keys() - wanted)
         raise BadFrame(f"{label}: missing keys {missing}, unknown keys {extra}")
     for key, kind in types.items():
         item = value[key]
@@ -250,8 +255,20 @@ def _check_map(label: str, value: Any, types: Mapping[str, Any], optional: Set[s
 
 
 def _read_info(value: Any) -> EpisodeInfo:
-    types = {field.name: field.type for field in fields(EpisodeInfo)}
-    _check_map("episode", value, types)
+    """The batches of an episode repeat its info: what was found right is not looked at again."""
+    try:
+        return _read_info_once(tuple(value.items()), tuple(map(type, value.values())))
+    except (AttributeError, TypeError):  # not a map, or values that are no info's
+        return _checked_info(value)
+
+
+@lru_cache(256)
+def _read_info_once(items: tuple[tuple[str, Any], ...], types: tuple[type, ...]) -> EpisodeInfo:
+    return _checked_info(dict(items))
+
+
+def _checked_info(value: Any) -> EpisodeInfo:
+    _check_map("episode", value, _INFO_TYPES)
     info = EpisodeInfo(**value)
     if info.mode not in MODES:
         raise BadFrame(f"episode: mode: expected one of {MODES}, got {info.mode!r}")
@@ -272,11 +289,21 @@ def _read_outcome(value: Any) -> Outcome:
     return Outcome(**value)
 
 
-def _check_keys(arrays: Mapping[str, np.ndarray], spec: TaskSpec) -> int:
+_Rows = dict[str, tuple[np.dtype, bool, tuple[int, ...]]]
+
+
+@lru_cache(64)
+def _rows(cameras: tuple[tuple[str, tuple[int, int]], ...], s: int, ad: int) -> _Rows:
+    """Per key of a batch: dtype, whether it has a row per observation (else per tick), shape of a row."""
+    rows: _Rows = {IMAGE_PREFIX + camera: (np.dtype(np.uint8), True, (*hw, 3)) for camera, hw in cameras}
+    rows |= {STATE: (np.dtype(np.float32), True, (s,)), ACTION: (np.dtype(np.float32), False, (ad,))}
+    return rows | {key: (np.dtype(dtype), False, ()) for key, dtype in PER_TICK.items()}
+
+
+def _check_keys(arrays: Mapping[str, np.ndarray], wanted: Set[str], spec: TaskSpec) -> int:
     """The number of ticks, after checking that exactly the contract's keys are there."""
-    wanted = {IMAGE_PREFIX + camera for camera in spec.cameras} | {STATE, ACTION} | set(PER_TICK)
-    if set(arrays) != wanted:
-        missing, extra = sorted(wanted - set(arrays)), sorted(set(arrays) - wanted)
+    if arrays.keys() != wanted:
+        missing, extra = sorted(wanted - arrays.keys()), sorted(arrays.keys() - wanted)
         raise ValueError(f"arrays: missing {missing}, unknown {extra}")
     action = arrays[ACTION]
     if not isinstance(action, np.ndarray) or action.ndim != 2:
@@ -284,13 +311,11 @@ def _check_keys(arrays: Mapping[str, np.ndarray], spec: TaskSpec) -> int:
     return len(action)
 
 
-def _check_arrays(arrays: Mapping[str, np.ndarray], spec: TaskSpec, n: int, m: int) -> None:
-    for camera, (height, width) in spec.cameras.items():
-        check_array(IMAGE_PREFIX + camera, arrays[IMAGE_PREFIX + camera], np.uint8, (m, height, width, 3))
-    check_array(STATE, arrays[STATE], np.float32, (m, spec.state_dim))
-    check_array(ACTION, arrays[ACTION], np.float32, (n, spec.action_dim))
-    for key, dtype in PER_TICK.items():
-        check_array(key, arrays[key], dtype, (n,))
+def _check_arrays(arrays: Mapping[str, np.ndarray], rows: _Rows, spec: TaskSpec, n: int, m: int) -> None:
+    for key, (dtype, observed, row) in rows.items():
+        array, shape = arrays[key], (m if observed else n, *row)
+        if type(array) is not np.ndarray or array.dtype != dtype or array.shape != shape:
+            check_array(key, array, dtype, shape)
     check_finite(STATE, arrays[STATE], spec.state_names)
     check_finite(ACTION, arrays[ACTION], spec.action_names)
     if not np.isfinite(arrays["next.reward"]).all():

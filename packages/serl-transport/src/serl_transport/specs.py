@@ -120,8 +120,8 @@ def check_array(label: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> N
 
 def check_finite(label: str, array: np.ndarray, names: Sequence[str]) -> None:
     """Raise ValueError naming the first dim (last axis) of `array` that is NaN or infinite."""
-    bad = np.argwhere(~np.isfinite(array))
-    if len(bad):
+    if not np.isfinite(array).all():
+        bad = np.argwhere(~np.isfinite(array))
         *tick, dim = (int(i) for i in bad[0])
         where = f" at tick {tick[0]}" if tick else ""
         raise ValueError(f"{label} dim {names[dim]!r}{where}: expected a finite number, got {array[tuple(bad[0])]}")

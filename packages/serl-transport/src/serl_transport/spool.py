@@ -21,6 +21,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
+from serl_transport.codec import Frames, copied, join, join_parts, nbytes, split
 from serl_transport.errors import SpoolBusy, SpoolError, SpoolFull
 from serl_transport.segment import HEAD_BYTES, Segment, record_bytes
 
@@ -48,16 +49,16 @@ class Spool(ABC):
     session: str  # names the spool over all its boots: two living processes never share it
 
     @abstractmethod
-    def append(self, item: bytes | memoryview) -> int:
-        """Keep `item` and return its seq. Raises SpoolFull when it does not fit."""
+    def append(self, item: Frames) -> int:
+        """Keep a copy of these frames and return the item's seq. Raises SpoolFull when it does not fit."""
 
     @abstractmethod
     def pending(self) -> list[ItemKey]:
         """Keys of the unacknowledged items, oldest boot first, each boot in order."""
 
     @abstractmethod
-    def read(self, key: ItemKey) -> bytes | memoryview:
-        """The item's bytes. KeyError when it is not pending, SpoolError when the disk returns other bytes."""
+    def read(self, key: ItemKey) -> Frames:
+        """The item's frames. KeyError when it is not pending, SpoolError when the disk returns other bytes."""
 
     @abstractmethod
     def ack(self, key: ItemKey) -> bool:
@@ -87,32 +88,34 @@ class MemorySpool(Spool):
     def __init__(self, max_bytes: int = DEFAULT_BYTES):
         self.boot_id = self.session = new_boot_id()
         self._max_bytes = max_bytes
-        self._items: OrderedDict[ItemKey, bytes | memoryview] = OrderedDict()
+        self._items: OrderedDict[ItemKey, Frames] = OrderedDict()
         self._nbytes = 0
         self._last_seq = 0
         self._lock = threading.Lock()
 
-    def append(self, item: bytes | memoryview) -> int:
+    def append(self, item: Frames) -> int:
+        size = sum(map(nbytes, item))
+        if self._nbytes + size > self._max_bytes:
+            raise SpoolFull(_full_message("memory", len(self._items), self._nbytes, self._max_bytes))
+        kept = list(map(copied, item))
         with self._lock:
-            if self._nbytes + len(item) > self._max_bytes:
-                raise SpoolFull(_full_message("memory", len(self._items), self._nbytes, self._max_bytes))
             self._last_seq += 1
-            self._items[ItemKey(self.boot_id, self._last_seq)] = item
-            self._nbytes += len(item)
+            self._items[ItemKey(self.boot_id, self._last_seq)] = kept
+            self._nbytes += size
             return self._last_seq
 
     def pending(self) -> list[ItemKey]:
         with self._lock:
             return list(self._items)
 
-    def read(self, key: ItemKey) -> bytes | memoryview:
+    def read(self, key: ItemKey) -> Frames:
         with self._lock:
             return self._items[key]
 
     def ack(self, key: ItemKey) -> bool:
         with self._lock:
             item = self._items.pop(key, None)
-            self._nbytes -= len(item or b"")
+            self._nbytes -= sum(map(nbytes, item or ()))
             return item is not None
 
     def refuse(self, key: ItemKey, reason: str) -> str:
@@ -152,14 +155,15 @@ class DiskSpool(Spool):
         self._current: Segment | None = None
         self._count = sum(len(segment.pending) for segment in self._segments)
 
-    def append(self, item: bytes | memoryview) -> int:
+    def append(self, item: Frames) -> int:
+        blob = join_parts(item)
+        size = record_bytes(blob)
         with self._lock:
-            size = record_bytes(item)
             self._make_room(size)
             try:
                 if self._current is None:
                     self._current = self._new_segment()
-                self._current.append(self._last_seq + 1, item)
+                self._current.append(self._last_seq + 1, blob)
             except OSError as error:
                 # ENOSPC and the like: nothing was kept, the segment cut the partial record off again
                 raise SpoolFull(f"cannot write to the spool {self.folder}: {error.strerror}") from None
@@ -171,9 +175,10 @@ class DiskSpool(Spool):
         with self._lock:
             return [ItemKey(segment.boot_id, seq) for segment in self._segments for seq in segment.pending]
 
-    def read(self, key: ItemKey) -> bytes | memoryview:
+    def read(self, key: ItemKey) -> Frames:
         with self._lock:
-            return self._find(key).read(key.seq)
+            item = self._find(key).read(key.seq)
+        return split(item)
 
     def ack(self, key: ItemKey) -> bool:
         with self._lock:
@@ -193,7 +198,7 @@ class DiskSpool(Spool):
         aside.mkdir(exist_ok=True)
         path = aside / f"{key.boot_id}-{key.seq:08d}.item"
         path.with_suffix(".txt").write_text(reason + "\n")
-        path.write_bytes(item)
+        path.write_bytes(join(item))
         self.ack(key)
         return f"moved to {path}"
 
