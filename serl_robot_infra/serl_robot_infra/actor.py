@@ -124,11 +124,13 @@ def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
         task.safety {max_speed, max_acceleration, workspace, targets}   optional limits of `safety.SafetyChain`
         rollout.mode                    follow | demo | online | eval
         rollout.episodes                null: until the learner says stop
-        rollout.policy                  remote | local | none (demonstrations only)
+        rollout.policy                  remote | local | openpi | none (demonstrations only)
         rollout.local_policy {_target_} for policy=local; called with cfg=, link=; a `BasePolicy`
+        rollout.openpi                  for policy=openpi: see `openpi_policy.OpenpiSettings`
         rollout.execute_horizon         4
         rollout.realtime                off | async | rtc
         rollout.watchdog                {enabled: auto | true | false, hold_after_chunks, stop_ms}
+        rollout.estop_key               space; null: none
         rollout.rate_hz                 0: as fast as possible; null: the task's control_hz
         rollout.operator                true: the operator may take over
         rollout.demo_noise              0.15
@@ -138,7 +140,7 @@ def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
         rollout.spool_mb                2048
         rollout.video_every             20; 0: none
         rollout.rerun                   false
-        ip                              null: no learner; evaluates rollout.local_policy for rollout.episodes
+        ip                              null: no learner; evaluates a local or an openpi policy for rollout.episodes
         port, broadcast_port, unique_identifier, runs_dir, run; rollout.ledger; security.keys_dir
     """
     from serl_robot_infra.wiring import run_actor

@@ -1,9 +1,10 @@
 """The emergency stop of this host: local, latched, and independent of the learner and the network.
 
-Pressed by SIGUSR1 to the actor, by the file `runs/<run>/estop` (`tools/estop.py`, or `touch`), or by code. Checked by
-the guard's thread every period and by the actor loop before each action.
+Pressed by a key at the actor's terminal (`rollout.estop_key`), by SIGUSR1 to the actor, by the file `runs/<run>/estop`
+(`tools/estop.py`, or `touch`), or by code. Checked by the guard's thread within every period and by the actor loop
+before each action.
 
-    free ──signal, file, press()──▶ latched: the file exists, with the reason ──a person removes the file──▶ free
+    free ──key, signal, file, press()──▶ latched: the file exists, with the reason ──a person removes the file──▶ free
 
 The file is the latch, so it outlives the process: an actor that is started again does not move either.
 """

@@ -48,6 +48,7 @@ class RobotGuard:
             raise ValueError(f"rollout.watchdog.stop_ms: expected a number above 0, got {stop_s * 1e3:g}")
         self._robot, self.estop, self._stop_s = robot, estop, stop_s
         self._period = min(1.0 / rate_hz, _SIMULATED_PERIOD_S) if rate_hz else _SIMULATED_PERIOD_S
+        self._held_at = 0.0  # monotonic seconds of the last hold
         self._hold_s = 2.0 / rate_hz if rate_hz else _SIMULATED_PERIOD_S * 2
         self._fed: float | None = None  # monotonic seconds of the last action; None: not armed
         self._stopped_for: str | None = None  # the e-stop that the robot was stopped for
@@ -83,7 +84,8 @@ class RobotGuard:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._ending.wait(self._period):
+        # Twice a period, so that a press is acted on within one.
+        while not self._ending.wait(self._period / 2):
             try:
                 self._look(time.monotonic())
             except Exception:  # a driver that fails must not end the watch over it
@@ -103,6 +105,6 @@ class RobotGuard:
             if self._stop_due:
                 self._robot.stop()
                 self._stop_due = False
-            elif silent > self._hold_s and reason is None:
-                self.held = True
+            elif silent > self._hold_s and reason is None and now - self._held_at >= self._period:
+                self.held, self._held_at = True, now
                 self._robot.hold()

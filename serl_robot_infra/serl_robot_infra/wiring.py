@@ -26,10 +26,12 @@ from serl_robot_infra.episode import Body, EpisodeRunner
 from serl_robot_infra.estop import EmergencyStop
 from serl_robot_infra.guard import RobotGuard, Stoppable
 from serl_robot_infra.interventions.none import NoIntervention
+from serl_robot_infra.keyboard import character_of, terminal_keyboard
 from serl_robot_infra.link import LearnerLink
 from serl_robot_infra.observers.base import Observer, ObserverGroup
 from serl_robot_infra.observers.console import ConsoleObserver, Vitals
 from serl_robot_infra.observers.status import StatusObserver
+from serl_robot_infra.openpi_policy import OpenpiPolicy, OpenpiSettings
 from serl_robot_infra.pacing import Pace, PoliteStop
 from serl_robot_infra.policy_client import MeasuredPolicy, RemotePolicy
 from serl_robot_infra.rewards.base import RewardSource
@@ -82,6 +84,7 @@ def _run(cfg: DictConfig, stream: TextIO, stop: PoliteStop) -> None:
         print(f"task {spec.name}, renderer {renderer}, learner {learner}", file=stream, flush=True)
         estop = EmergencyStop(Path(cfg.runs_dir) / cfg.run / "estop")
         resources.enter_context(estop.installed())
+        listen_for_estop(cfg, estop, stream)
         guard = build_guard(cfg, env, estop)
         resources.callback(guard.close)
         link = connect_learner(cfg, spec, stream, stop) if cfg.ip else standalone(cfg)
@@ -110,6 +113,18 @@ def build_env(cfg: DictConfig, spec: TaskSpec) -> Environment:
         env.close()
         raise ValueError("task.spec and task.env disagree; change one of them:\n  " + "\n  ".join(lines))
     return env
+
+
+def listen_for_estop(cfg: DictConfig, estop: EmergencyStop, stream: TextIO) -> None:
+    """Let rollout.estop_key press the e-stop, where the actor has a terminal; says so there."""
+    key = cfg.rollout.get("estop_key")
+    if key is None:
+        return
+    character_of(key, "rollout.estop_key")
+    keyboard = terminal_keyboard()
+    if keyboard is not None:
+        keyboard.on(key, lambda: estop.press(f"the key {key} at the actor's terminal"), "rollout.estop_key")
+        print(f"e-stop: press {key} here", file=stream, flush=True)
 
 
 def build_guard(cfg: DictConfig, env: Environment, estop: EmergencyStop) -> RobotGuard:
@@ -183,10 +198,19 @@ def build_policy(cfg: DictConfig, link: LearnerLink) -> MeasuredPolicy | None:
             if not node:
                 raise ValueError("rollout.policy=local needs rollout.local_policy._target_")
             return MeasuredPolicy(instantiate(node, cfg=cfg, link=link, _recursive_=False))
+        case "openpi":
+            return MeasuredPolicy(build_openpi(cfg))
         case "none":
             return None
         case other:
-            raise ValueError(f"rollout.policy: expected remote, local or none, got {other!r}")
+            raise ValueError(f"rollout.policy: expected remote, local, openpi or none, got {other!r}")
+
+
+def build_openpi(cfg: DictConfig) -> OpenpiPolicy:
+    """The policy behind the websocket server of rollout.openpi."""
+    spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))  # type: ignore[arg-type]
+    settings = OpenpiSettings.of(_plain(cfg.rollout.get("openpi")) or {}, spec)
+    return OpenpiPolicy(settings, spec, run=cfg.run, guided=cfg.rollout.get("realtime") == "rtc")
 
 
 def build_reward(cfg: DictConfig) -> RewardSource:
@@ -253,9 +277,10 @@ def connect_learner(cfg: DictConfig, spec: TaskSpec, stream: TextIO, stop: Polit
 def standalone(cfg: DictConfig) -> StandaloneLink:
     """The link of ip=null; ValueError unless the config asks for what works without a learner."""
     rollout = cfg.rollout
-    if (rollout.mode, rollout.policy) != ("eval", "local") or rollout.episodes is None:
+    if rollout.mode != "eval" or rollout.policy not in ("local", "openpi") or rollout.episodes is None:
         raise ValueError(
-            "ip=null runs without a learner: it needs rollout.mode=eval, rollout.policy=local and rollout.episodes, "
+            "ip=null runs without a learner: it needs rollout.mode=eval, rollout.policy=local or openpi, and "
+            "rollout.episodes, "
             f"got {rollout.mode}, {rollout.policy} and {rollout.episodes}"
         )
     return StandaloneLink()

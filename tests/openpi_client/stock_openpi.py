@@ -8,6 +8,9 @@ Independent of our packers on purpose: what these two understand, openpi's own u
     server   sends its metadata, then one binary answer an observation; on failure the traceback as text, and closes
 """
 
+import http
+import json
+import sys
 import threading
 import traceback
 
@@ -60,13 +63,22 @@ class StockClient:
 
 
 class StockServer:
-    """Serves `answer(observation) -> dict`; context manager with `port`."""
+    """Serves `answer(observation) -> dict`; context manager with `port`. authorization: what a proxy wants."""
 
-    def __init__(self, answer, metadata):
-        self._answer, self._metadata = answer, metadata
-        self._server = serve(self._serve, "127.0.0.1", 0, compression=None, max_size=None)
+    def __init__(self, answer, metadata, port=0, authorization=None):
+        self._answer, self._metadata, self._authorization = answer, metadata, authorization
+        self._server = serve(
+            self._serve, "127.0.0.1", port, compression=None, max_size=None, process_request=self._admit
+        )
         self.port = self._server.socket.getsockname()[1]
         self._thread = threading.Thread(target=self._server.serve_forever)
+
+    def _admit(self, socket, request):
+        if request.path == "/healthz":
+            return socket.respond(http.HTTPStatus.OK, "OK\n")
+        if self._authorization and request.headers.get("Authorization") != self._authorization:
+            return socket.respond(http.HTTPStatus.UNAUTHORIZED, "who are you\n")
+        return None
 
     def _serve(self, socket):
         socket.send(pack(self._metadata))
@@ -84,3 +96,26 @@ class StockServer:
     def __exit__(self, *error):
         self._server.shutdown()
         self._thread.join()
+
+
+def main(options):
+    """A server as a process: prints its port, then a JSON line for each observation, the keys and what they hold.
+
+    wants: the keys of an observation that it cannot do without; action: one action; ticks: actions in a chunk.
+    """
+
+    def answer(observation):
+        for key in options["wants"]:
+            observation[key]
+        seen = {k: list(v.shape) if isinstance(v, np.ndarray) else v for k, v in observation.items()}
+        print(json.dumps(seen, default=str), flush=True)
+        return {"actions": np.tile(np.array(options["action"]), (options.get("ticks", 8), 1))}  # float64, as stock ones
+
+    server = StockServer(answer, options.get("metadata", {}), options.get("port", 0), options.get("authorization"))
+    print(server.port, flush=True)
+    with server:
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

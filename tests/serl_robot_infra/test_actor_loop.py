@@ -205,7 +205,7 @@ def test_another_task_at_the_learner_is_one_clear_message(spec, tmp_path):
         ({"task.env.renderer": "vulkan"}, "renderer: expected one of auto, egl, osmesa, ray, got 'vulkan'"),
         ({"task.env.image_sise": 32}, "image_sise"),
         ({"rollout.mode": "evil"}, "rollout.mode: expected one of follow, demo, online, eval, got 'evil'"),
-        ({"rollout.policy": "distant"}, "rollout.policy: expected remote, local or none, got 'distant'"),
+        ({"rollout.policy": "distant"}, "rollout.policy: expected remote, local, openpi or none, got 'distant'"),
         ({"rollout.execute_horizon": 0}, "execute_horizon: expected at least 1, got 0"),
         ({"task.safety": {"max_speed": {"dq": 1.0}}}, "max_speed: expected one of dx, dy, dz, grip, got 'dq'"),
     ],

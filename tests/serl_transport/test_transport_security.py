@@ -193,6 +193,7 @@ def test_key_files_are_checked(keys, tmp_path):
         ("actor bob", "got 2 words"),
         ("actor bob {key}\nactor eve {key}", "line 2: this key is listed already, as 'bob'"),
         ("actor bob " + "x" * 39, "got 39 characters"),
+        ("actor bob " + "#" * 40, "expected a key of 40 Z85 characters"),  # each five say more than 32 bits
     ],
 )
 def test_allow_lists_name_the_wrong_line(tmp_path, text, complaint):

@@ -54,7 +54,7 @@ class ConsoleObserver(Observer):
         if not self._is_terminal or now < self._next_live or self._info is None:
             return
         self._next_live = now + _LIVE_PERIOD_S
-        who = "operator" if step.intervention else f"policy v{step.policy_version}"
+        who = "operator" if step.intervention else _policy(step.policy_version)
         rate = self._ticks / max(now - self._started, 1e-3)
         self._live(f"{self._info.stage} · tick {self._ticks} · {who} drives · {rate:.0f} Hz · {self._tail()}")
 
@@ -105,10 +105,15 @@ def episode_line(report: EpisodeReport) -> str:
             report.outcome.truncated_by, f"cut ({report.outcome.truncated_by})"
         )
     policy_ticks = report.ticks - report.operator_ticks
-    drivers = [f"policy v{report.policy_version} {policy_ticks}"] if policy_ticks else []
+    drivers = [f"{_policy(report.policy_version)} {policy_ticks}"] if policy_ticks else []
     drivers += [f"operator {report.operator_ticks}"] if report.operator_ticks else []
     rate = report.ticks / max(report.seconds, 1e-3)
     return (
         f"#{report.index} {report.info.stage} · {result} · return {report.return_:.1f} · "
         f"{report.ticks} ticks: {', '.join(drivers)} · {rate:.0f} Hz"
     )
+
+
+def _policy(version: int) -> str:
+    """A policy that is none of the run's has no version (rollout.policy=openpi)."""
+    return f"policy v{version}" if version >= 0 else "policy"

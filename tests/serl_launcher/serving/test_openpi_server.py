@@ -21,6 +21,8 @@ from openpi_client.websocket_client_policy import PolicyServerError, WebsocketCl
 from serl_launcher.learner.roles import roles_for
 from serl_launcher.paths import RunPaths
 from serl_launcher.serving.openpi_server import OpenpiServer, OpenpiSettings, decode
+from serl_robot_infra import openpi_policy
+from serl_transport.errors import NotReady
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "openpi_client"))
 from stock_openpi import StockClient, pack
@@ -89,6 +91,33 @@ def test_our_client_gets_actions_too(lab):
         policy = WebsocketClientPolicy(port=port)
         assert policy.metadata["server"] == "flowserl"
         assert policy.infer({"images": images(), "state": STATE})["actions"].shape == (HORIZON, 2)
+        policy.close()
+
+
+def test_an_actor_with_policy_openpi_gets_what_an_actor_gets(lab):
+    run_dir, gateway, _ = lab
+    with openpi(run_dir) as port, connected(gateway) as actor:
+        asked = {
+            "observation": {"images": images(), "state": STATE},
+            "prompt": SPEC.prompt,
+            "seed": 3,
+            "min_version": 0,
+        }
+        want = actor.infer(asked)
+        for run, version in (("t", 0), ("another", -1)):  # a version of another run means nothing here
+            policy = openpi_policy.OpenpiPolicy(
+                openpi_policy.OpenpiSettings.of({"port": port}, SPEC), SPEC, run=run, guided=True
+            )
+            answer = policy.infer(asked)
+            np.testing.assert_allclose(answer["actions"], want["actions"], atol=1e-6)
+            assert answer["policy_version"] == version
+            policy.close()
+        policy = openpi_policy.OpenpiPolicy(
+            openpi_policy.OpenpiSettings.of({"port": port}, SPEC), SPEC, run="t", guided=False
+        )
+        with pytest.raises(NotReady, match="version"):
+            policy.infer({**asked, "min_version": 99})
+        assert policy.infer(asked)["policy_version"] == 0  # on the same connection
         policy.close()
 
 

@@ -7,7 +7,7 @@ packed answer. A text message is the server's error.
 import ssl
 from typing import Any
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
 from openpi_client import msgpack_numpy
@@ -18,19 +18,32 @@ class PolicyServerError(RuntimeError):
     """The policy server is not there, refused us, or failed while answering."""
 
 
+class AccessDeniedError(PolicyServerError):
+    """The policy server, or a proxy before it, does not accept our key."""
+
+
+class AnswerError(PolicyServerError):
+    """The policy server answered with an error in words, `said`: a stock one with its traceback, and hangs up."""
+
+    def __init__(self, uri: str, said: str):
+        super().__init__(f"the policy server at {uri} failed: {said}")
+        self.said = said
+
+
 class WebsocketClientPolicy(BasePolicy):
     """Talks to one policy server; connects at once.
 
     Args:
         host: name or address, or a whole `ws://` or `wss://` address.
         port: TCP port; None when `host` is a whole address.
-        api_key: sent as `Authorization: Api-Key <key>`.
+        api_key: sent as `Authorization: <auth_scheme> <key>`.
         timeout_s: bound on connecting and on each reply, seconds.
         max_bytes: largest reply accepted.
         ca_file: certificates (PEM) to trust for wss://; None: the system's.
+        auth_scheme: Api-Key, as openpi's own client sends, or Bearer.
 
     Raises:
-        PolicyServerError: naming the address and what to change.
+        PolicyServerError: naming the address and what to change; AccessDeniedError when the key is not accepted.
     """
 
     def __init__(
@@ -41,13 +54,14 @@ class WebsocketClientPolicy(BasePolicy):
         timeout_s: float = 10.0,
         max_bytes: int = 64 << 20,
         ca_file: str | None = None,
+        auth_scheme: str = "Api-Key",
     ):
         scheme_and_host = host if "://" in host else f"ws://{host}"
-        self._uri = scheme_and_host if port is None else f"{scheme_and_host}:{port}"
+        self.uri = scheme_and_host if port is None else f"{scheme_and_host}:{port}"
         self._timeout_s = timeout_s
         self._max_bytes = max_bytes
-        self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
-        self._tls = ssl.create_default_context(cafile=ca_file) if self._uri.startswith("wss:") else None
+        self._headers = {"Authorization": f"{auth_scheme} {api_key}"} if api_key else None
+        self._tls = ssl.create_default_context(cafile=ca_file) if self.uri.startswith("wss:") else None
         self._socket, self._metadata = self._connect()
 
     @property
@@ -60,7 +74,7 @@ class WebsocketClientPolicy(BasePolicy):
         try:
             self._socket.send(msgpack_numpy.packb(obs))
         except ConnectionClosed as error:
-            raise PolicyServerError(f"the policy server at {self._uri} closed the connection: {error}") from error
+            raise PolicyServerError(f"the policy server at {self.uri} closed the connection: {error}") from error
         return self._receive(self._socket)
 
     def close(self) -> None:
@@ -70,16 +84,22 @@ class WebsocketClientPolicy(BasePolicy):
     def _connect(self) -> tuple[ClientConnection, dict[str, Any]]:
         try:
             socket = connect(
-                self._uri,
+                self.uri,
                 compression=None,
                 max_size=self._max_bytes,
                 open_timeout=self._timeout_s,
                 additional_headers=self._headers,
                 ssl=self._tls,
             )
-        except (OSError, InvalidHandshake) as error:
+        except InvalidStatus as error:
+            if error.response.status_code in (401, 403):
+                raise AccessDeniedError(f"{self.uri} does not accept our key ({error})") from error
             raise PolicyServerError(
-                f"no policy server at {self._uri} ({error}); start it, or change host and port"
+                f"no policy server at {self.uri} ({error}); is it one, and at that path?"
+            ) from error
+        except (OSError, InvalidHandshake, InvalidURI) as error:
+            raise PolicyServerError(
+                f"no policy server at {self.uri} ({error}); start it, or change host and port"
             ) from error
         return socket, self._receive(socket)
 
@@ -89,17 +109,17 @@ class WebsocketClientPolicy(BasePolicy):
         except TimeoutError as error:
             # A late reply would be taken for the answer to the next question.
             socket.close()
-            raise PolicyServerError(f"no answer from {self._uri} within {self._timeout_s:g} s") from error
+            raise PolicyServerError(f"no answer from {self.uri} within {self._timeout_s:g} s") from error
         except ConnectionClosed as error:
-            raise PolicyServerError(f"the policy server at {self._uri} closed the connection: {error}") from error
+            raise PolicyServerError(f"the policy server at {self.uri} closed the connection: {error}") from error
         if isinstance(reply, str):
-            raise PolicyServerError(f"the policy server at {self._uri} failed: {reply}")
+            raise AnswerError(self.uri, reply)
         try:
             answer = msgpack_numpy.unpackb(reply)
         except ValueError as error:
-            raise PolicyServerError(f"{self._uri} does not speak the openpi protocol: {error}") from error
+            raise PolicyServerError(f"{self.uri} does not speak the openpi protocol: {error}") from error
         if not isinstance(answer, dict):
             raise PolicyServerError(
-                f"{self._uri} does not speak the openpi protocol: expected a map, got {type(answer).__name__}"
+                f"{self.uri} does not speak the openpi protocol: expected a map, got {type(answer).__name__}"
             )
         return answer
