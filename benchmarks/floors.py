@@ -74,11 +74,11 @@ def zmq_rate(port: int, messages: Sequence[Sequence[Any]], seconds: float, windo
 def tcp_sink(pipe: Any) -> None:
     """Take length-prefixed messages into one buffer, answer each with a byte."""
     listener = socket.create_server(("127.0.0.1", 0))
+    buffer = bytearray(256 << 20)
     pipe.send(listener.getsockname()[1])
     while True:
         peer, _ = listener.accept()
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        buffer = bytearray(256 << 20)
         head = bytearray(HEAD.size)
         while receive_into(peer, memoryview(head)):
             (size,) = HEAD.unpack(head)

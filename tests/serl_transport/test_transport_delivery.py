@@ -339,6 +339,34 @@ def test_the_published_file_is_mapped_only_when_it_is_the_very_one(tmp_path):
     assert fetch() == b"wire"
 
 
+def test_parameters_are_read_into_a_buffer_of_the_callers(tmp_path):
+    path = tmp_path / "v1"
+    path.write_bytes(b"file")
+    stat, questions = path.stat(), []
+    offer = Offer.of(Published.of(1, b"wire"))
+    announced = read_chunk(offer, {"where": True})
+    announced["file"] = {"path": str(path), "dev": stat.st_dev, "ino": stat.st_ino}
+    mine = np.zeros(6, np.uint8)
+
+    def fetch(into, same_host=True, announced=announced):
+        def ask(payload):
+            questions.append(payload)
+            return Ready(read_chunk(offer, payload))
+
+        return pull(ask, same_host=same_host, announced=announced, into=into)
+
+    assert (fetch(mine).blob, mine.tobytes(), questions) == (b"file", b"file\0\0", [])
+    mine[:] = 0
+    assert (fetch(mine, same_host=False).blob, mine.tobytes()) == (b"wire", b"wire\0\0")
+    path.unlink()  # it was replaced since it was announced: ask
+    questions.clear()
+    assert fetch(mine).blob == b"wire"
+    assert questions == [{"version": None, "where": True}, {"version": None, "offset": 0}]
+    for bad in (np.zeros(3, np.uint8), b"read only"):
+        with pytest.raises(ValueError, match="into: expected a writable buffer of 4 bytes, got"):
+            fetch(bad, same_host=False)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

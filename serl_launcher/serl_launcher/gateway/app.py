@@ -273,7 +273,7 @@ class Gateway:
     def _announce_params(self) -> None:
         if self.params.refresh():
             log.info("policy version %s is published", self.params.version)
-            self.server.announce_params(self.params.version or 0)
+            self.server.announce_params(self.params.version or 0, self.params.where())
 
     def _every_second(self) -> None:
         self.actors.report_silence()

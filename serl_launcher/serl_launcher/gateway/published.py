@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from serl_launcher.gateway.files import read_json
-from serl_transport.errors import NotReady, Refused
+from serl_transport.errors import NotReady, Refused, WireError
 from serl_transport.params import Offer, read_chunk
 from serl_transport.params import Published as TransportPublished
 
@@ -60,6 +60,13 @@ class PublishedParams:
         offer, where = self._offer(version)
         reply = read_chunk(offer, payload | {"version": version})
         return reply | {"file": where} if payload.get("where") else reply
+
+    def where(self) -> dict[str, Any]:
+        """What the newest version's announcement says of its file; empty when it is being replaced."""
+        try:
+            return self.chunk({"where": True})
+        except WireError:
+            return {}
 
     def _offer(self, version: Any) -> tuple[Offer, dict[str, Any]]:
         if version not in self._open:

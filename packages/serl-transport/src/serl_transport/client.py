@@ -141,13 +141,19 @@ class TrainerClient:
         """
         return self._control.call("request", payload or {}, target=type, timeout_ms=timeout_ms or self.timeout_ms)
 
-    def fetch_params(self, version: int | None = None) -> Published:
-        """Pull the newest (or one) version of the parameters, whole and checked."""
+    def fetch_params(self, version: int | None = None, *, into: Any = None) -> Published:
+        """Pull the newest (or one) version of the parameters, whole and checked.
+
+        `into`: a writable buffer that takes them (the blob is a view of it), for who keeps one from version to version:
+        on the learner's own host that is one copy, at the speed of memcpy.
+        """
         # Over the data link: a large reply would hold up the answers to `infer` on the other one.
         return pull(
             lambda payload: self._data.ask("request", payload, target="params"),
             version,
             same_host=auth.is_loopback(self._server_ip),
+            announced=self._listener.announced(version),
+            into=into,
         )
 
     # Being told.

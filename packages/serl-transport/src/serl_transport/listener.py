@@ -31,6 +31,7 @@ class Listener:
         self._raw = False
         self._bodies: deque[dict[str, Any]] = deque(maxlen=1000)
         self._newest = 0  # version that the server last told of; 0: none
+        self._announcement: dict[str, Any] = {}  # the last one heard
         self._delivered = 0  # version that the callback last got; 0: none
         self._wake = threading.Event()
         self._stopping = False
@@ -50,6 +51,7 @@ class Listener:
         """A notification came. Thread-safe."""
         self._bodies.append(body)
         if body.get("topic") == "params":
+            self._announcement = body
             self.saw_version(body)
         self._wake.set()
 
@@ -60,9 +62,16 @@ class Listener:
             self._newest = version
             self._wake.set()
 
+    def announced(self, version: int | None) -> dict[str, Any] | None:
+        """What the newest version's announcement said of it (where its file lies); None when it was missed."""
+        told = self._announcement
+        newest = told.get("version") == self._newest and version in (None, self._newest)
+        return told if newest and "file" in told else None
+
     def forget(self) -> None:
         """The server restarted: its versions may have started over, so the next one told is pulled. Thread-safe."""
         self._newest = self._delivered = 0
+        self._announcement = {}
 
     def stop(self) -> None:
         """End the thread; a running callback is waited for."""

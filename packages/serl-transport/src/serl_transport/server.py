@@ -164,10 +164,13 @@ class TrainerServer:
         frames = [NOTIFY_TOPIC, *pack(body, self.config.limits)]
         self.loop.call_soon(lambda: self._publisher.send_multipart(frames, zmq.NOBLOCK))
 
-    def announce_params(self, version: int) -> None:
-        """Say that `version` is the newest; clients that want parameters pull it with a `params` request."""
+    def announce_params(self, version: int, where: dict[str, Any] | None = None) -> None:
+        """Say that `version` is the newest; clients that want parameters pull it with a `params` request.
+
+        `where`: the answer to its `where` request, which spares the clients of this host the question.
+        """
         self.params_version = version
-        self.notify({"topic": "params", "version": version})
+        self.notify({"topic": "params", "version": version, **(where or {})})
 
     # Inside.
 
