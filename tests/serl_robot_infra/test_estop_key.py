@@ -1,0 +1,103 @@
+"""The e-stop's key: a real actor process at a pseudo-terminal, and the keyboard that it shares with the rewards."""
+
+import os
+import time
+
+import estop as tool
+import pytest
+from robot_rig import PERIOD_S, RobotRig
+
+from serl_robot_infra.keyboard import Keyboard, TerminalGoneError, character_of
+from serl_robot_infra.rewards.human_key import HumanKeyReward
+
+
+def test_a_key_stops_the_robot_within_one_period_and_it_stays_stopped(tmp_path):
+    with RobotRig(tmp_path) as rig:
+        rig.start_actor()
+        rig.wait_moving()
+        assert "e-stop: press space here" in rig.log.read_text()
+        rig.press(b"x")  # some other key
+        rig.wait_moving()
+        pressed = rig.press(b" ")
+        rig.wait(lambda: rig.of("s", pressed), "the robot is stopped")
+        time.sleep(1.5)
+        assert rig.of("s", pressed)[0] - pressed <= PERIOD_S
+        assert all(at - pressed <= PERIOD_S for at in rig.of("a", pressed))
+        assert rig.of("r", pressed) == []
+        assert rig.latch.read_text().startswith("the key space at the actor's terminal at ")
+        rig.kill_actor()  # latched: an actor that is started again does not move either
+        rig.start_actor()
+        rig.wait(lambda: rig.log.read_text().count("e-stop pressed: the key space") >= 2, "the second says so")
+        time.sleep(1.0)
+        assert rig.of("r", pressed) == []
+        rig.latch.unlink()
+        rig.wait_moving()
+
+
+def test_without_a_terminal_there_is_no_key_and_no_word_of_it(tmp_path):
+    with RobotRig(tmp_path) as rig:
+        rig.start_actor(terminal=False)
+        rig.wait_moving()
+        assert "e-stop" not in rig.log.read_text()
+
+
+def keys(*pressed):
+    """Reads these, then nothing, then the terminal is gone."""
+    left = list(pressed)
+
+    def read():
+        time.sleep(0.001)
+        if not left:
+            raise TerminalGoneError
+        return left.pop(0)
+
+    return read
+
+
+def test_each_key_has_one_owner(caplog):
+    heard = []
+    keyboard = Keyboard(keys("a", None, " ", "b", "a"))
+    keyboard.on("a", lambda: heard.append("a"), "one")
+    with pytest.raises(ValueError, match="two: the key 'a' is one already; name another one"):
+        keyboard.on("a", lambda: None, "two")
+    keyboard._thread.join(10)
+    assert set(heard) == {"a"}
+    assert "the terminal was closed" in caplog.text
+    assert character_of("space", "x") == " "
+    with pytest.raises(ValueError, match=r"rollout\.estop_key: expected one character or space, enter, esc"):
+        character_of("F1", "rollout.estop_key")
+
+
+def test_a_persons_judgement_and_the_estop_cannot_share_a_key(monkeypatch):
+    master, slave = os.openpty()
+    try:
+        with os.fdopen(os.dup(slave)) as stdin:
+            monkeypatch.setattr("sys.stdin", stdin)
+            HumanKeyReward("s", "f")
+            from serl_robot_infra.keyboard import terminal_keyboard
+
+            with pytest.raises(ValueError, match=r"rollout\.estop_key: the key 's' is reward\.success_key already"):
+                terminal_keyboard().on("s", lambda: None, "rollout.estop_key")
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+def test_the_tool_waits_for_a_key(tmp_path, monkeypatch, capsys):
+    pressed = iter([None, "x", TerminalGoneError()])
+
+    def read():
+        key = next(pressed)
+        if isinstance(key, Exception):
+            raise key
+        return key
+
+    monkeypatch.setattr(tool, "terminal_reader", lambda file: read)
+    monkeypatch.setattr(tool.sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(tool.sys.stdin, "fileno", lambda: 0, raising=False)
+    assert tool.main([str(tmp_path), "--key"]) == 0
+    assert (tmp_path / "estop").exists()
+    assert "any key stops the robots" in capsys.readouterr().out
+    monkeypatch.setattr(tool.sys.stdin, "isatty", lambda: False, raising=False)
+    assert tool.main([str(tmp_path), "--key"]) == 2
+    assert "--key needs a terminal" in capsys.readouterr().err
