@@ -1,4 +1,4 @@
-"""Fixtures of the fault suite: a rig that cleans up, and the figures that are printed as JSON at the end."""
+"""Fixtures of the fault suite: a rig that cleans up, and the figures, printed at the end as a JSON line each."""
 
 import json
 import os
@@ -8,7 +8,19 @@ import pytest
 from chaos import SEED
 from rig import Rig
 
-_FIGURES: dict[str, object] = {}
+
+class Figures:
+    """One row for each thing that must be shown: a name, the goal in words, whether it holds, and what was measured."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, object]] = []
+
+    def row(self, name: str, goal: str, holds: bool, **measured: object) -> None:
+        """Call it before the assertions, so that a failure is in the table too."""
+        self.rows.append({"name": name, "goal": goal, "holds": bool(holds), **measured})
+
+
+_FIGURES = Figures()
 
 
 def pytest_collection_modifyitems(items):
@@ -20,17 +32,21 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The suite's figures, one JSON object; also in $FAULTS_JSON."""
-    if _FIGURES:
-        text = json.dumps({"seed": SEED, **_FIGURES})
-        terminalreporter.write_line(f"faults: {text}")
-        if path := os.environ.get("FAULTS_JSON"):
-            Path(path).write_text(text + "\n")
+    """The seed, then a JSON line for each row; $FAULTS_JSON: the file that gets them too."""
+    if not _FIGURES.rows:
+        return
+    about = {"name": "faults", "seed": SEED, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
+    lines = [json.dumps(row) for row in (about, *_FIGURES.rows)]
+    terminalreporter.section("fault suite: figures")
+    for line in lines:
+        terminalreporter.write_line(line)
+    if path := os.environ.get("FAULTS_JSON"):
+        Path(path).write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
 def figures():
-    """Put measured figures here by name."""
+    """Put measured figures here, a row for each thing that must be shown."""
     return _FIGURES
 
 

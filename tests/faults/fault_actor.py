@@ -1,6 +1,6 @@
 """A scripted actor as a process: step batches of a small camera at a control rate, spool and ledger in the run folder.
 
-    python fault_actor.py <json options>
+    python fault_actor.py <json options>        tag: names its files; default: its name
 
 It never asks for tickets: it makes episodes of its own, as long as it lives. Each second it writes what it measured
 (control periods, backlog, memory) to `<run>/<name>.report.json`. SIGTERM: end the episode, flush, leave.
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from serl_transport import TrainerClient, TrainerConfig
-from serl_transport.errors import SpoolFull, WireError
+from serl_transport.errors import Refused, SpoolFull, WireError
 from serl_transport.schema import EpisodeInfo, Observation, Outcome, StepBatch, TimeStep
 from serl_transport.specs import TaskSpec
 
@@ -51,17 +51,18 @@ def main(options: dict[str, Any]) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
     spec = make_spec(options.get("pixels", 24), options.get("hz", 20.0))
     run, name = Path(options["run"]), options["name"]
+    tag = options.get("tag", name)
     kind = Tripled if options.get("tripled") else TrainerClient
     client = kind(
         name, options.get("ip", "127.0.0.1"),
         TrainerConfig(options["port"], options["broadcast_port"], keys_dir=options.get("keys_dir")),
         spec=spec,
-        spool_dir=run / "spool" / name,
+        spool_dir=run / "spool" / tag,
         spool_bytes=options.get("spool_mb", 256) << 20,
-        ledger_path=run / "spool" / f"{name}.acknowledged.jsonl",
+        ledger_path=run / "spool" / f"{tag}.acknowledged.jsonl",
         on_wait=lambda message: None,
     )  # fmt: skip
-    report = Report(run / f"{name}.report.json", client)
+    report = Report(run / f"{tag}.report.json", client)
     try:
         episode = 0
         while not stopping:
@@ -71,6 +72,14 @@ def main(options: dict[str, Any]) -> None:
         report.write()
     finally:
         client.stop()
+    if report.replaced:
+        sys.exit(refuse(report.replaced))
+
+
+def refuse(message: str) -> int:
+    """One line; the exit code of a mistake of the user."""
+    print(f"fault actor: {message}", file=sys.stderr)
+    return 2
 
 
 def run_episode(
@@ -94,6 +103,8 @@ def run_episode(
         steps.append(TimeStep(observation, action, 0.0, False, last, False, False, 1, time.monotonic_ns()))
         if options.get("infer_ms") and tick % batch == 0:
             ask(client, observation, options["infer_ms"], report)
+            if report.replaced:
+                stopping.append(0)
         if last:
             send(client, StepBatch.from_steps(info, first, steps, observation, Outcome(False, "environment",
                  "time_limit")), report)  # fmt: skip
@@ -123,6 +134,8 @@ def ask(client: TrainerClient, observation: Observation, timeout_ms: float, repo
     try:
         client.infer(body, timeout_ms=timeout_ms)
         report.answers += 1
+    except Refused as error:
+        report.replaced = error.message
     except WireError as error:
         report.silences.append((start, time.monotonic() - start, error.code))
 
@@ -133,6 +146,7 @@ class Report:
     def __init__(self, path: Path, client: TrainerClient):
         self.sent = self.spool_full = self.answers = 0
         self.flushed = False
+        self.replaced = ""  # what the learner said when another process took this name
         self.periods: list[tuple[float, float]] = []  # (time.monotonic(), seconds since the tick before)
         self.backlog: list[tuple[float, int]] = []
         self.rss_mb: list[float] = []
@@ -166,4 +180,7 @@ class Report:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    try:
+        main(json.loads(sys.argv[1]))
+    except Refused as refusal:
+        sys.exit(refuse(refusal.message))

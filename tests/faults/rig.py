@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Rig:
         port, broadcast_port = ports or self.ports
         options |= {"run": str(self.run), "name": name, "port": port, "broadcast_port": broadcast_port,
                     "pixels": self.pixels, "hz": self.hz}  # fmt: skip
-        log = (self.run / f"{name}.log").open("a")
+        log = (self.run / f"{options.get('tag', name)}.log").open("a")
         process = subprocess.Popen(
             [sys.executable, str(HERE / "fault_actor.py"), json.dumps(options)], env=environment(), stderr=log
         )
@@ -146,5 +147,42 @@ def environment() -> dict[str, str]:
 
 def p99_ms(report: dict[str, Any], since: float = 0.0, until_: float = float("inf")) -> float:
     """p99 of the control period in a span of time.monotonic(); the first ticks (start-up) are left out."""
-    periods = [seconds for at, seconds in report["periods"][3:] if since <= at <= until_]
+    return p99_of(report, [(since, until_)])
+
+
+def p99_of(report: dict[str, Any], spans: Sequence[tuple[float, float]]) -> float:
+    """p99 of the control period over several spans, ms; the first ticks (start-up) are left out."""
+    ticks = report["periods"][3:]
+    periods = [seconds for at, seconds in ticks if any(since <= at - seconds and at <= end for since, end in spans)]
     return float(np.percentile(periods, 99)) * 1e3
+
+
+class Windows:
+    """Alternating spans with and without a fault, so that whatever else the machine does falls on both alike."""
+
+    def __init__(self) -> None:
+        self.spans: dict[str, list[tuple[float, float]]] = {"calm": [], "fault": []}
+
+    @contextlib.contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """What happens inside is one span."""
+        began = time.monotonic()
+        yield
+        self.spans[what].append((began, time.monotonic()))
+
+    def p99_ratio(self, report: dict[str, Any]) -> float:
+        """p99 of the control period under the fault against without it."""
+        return p99_of(report, self.spans["fault"]) / p99_of(report, self.spans["calm"])
+
+
+def is_listening(port: int) -> bool:
+    """Whether a process listens on that loopback port; looked up, so that it is not disturbed."""
+    with open("/proc/net/tcp") as table:
+        rows = [line.split() for line in table.readlines()[1:]]
+    return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -17,7 +17,7 @@ import pytest
 import zmq
 from chaos import SEED
 from hostile import Hostile, tcp_garbage
-from rig import p99_ms
+from rig import Windows
 
 from serl_transport import TrainerConfig, auth
 from serl_transport.codec import DEFAULT_LIMITS, pack
@@ -27,6 +27,8 @@ from serl_transport.specs import TaskSpec
 
 MESSAGES = int(os.environ.get("FAULTS_HOSTILE", "10000"))
 HALF_OPEN = 900
+BURSTS = 8
+CALM_S = 2.0
 
 
 def rss_mb(pid: int) -> float:
@@ -86,8 +88,14 @@ def test_ten_thousand_hostile_messages(under_siege, figures):
     print(f"hostile seed {SEED}")
     stock, rng = Hostile(SEED), random.Random(SEED)
     outcomes: Counter[tuple[str, str]] = Counter()
-    garbage = 0
+    garbage, windows, burst = 0, Windows(), began
     for i in range(MESSAGES):
+        if i % max(1, MESSAGES // BURSTS) == 0:  # whatever else the machine does falls on both kinds of windows alike
+            if i:
+                windows.spans["fault"].append((burst, time.monotonic()))
+            with windows.during("calm"):
+                time.sleep(CALM_S)
+            burst = time.monotonic()
         if i % 20 == 19:  # no protocol at all, on connections of their own
             with socket.create_connection(("127.0.0.1", run.ports[i // 20 % 2]), timeout=5) as raw:
                 raw.sendall(tcp_garbage(rng))
@@ -96,6 +104,7 @@ def test_ten_thousand_hostile_messages(under_siege, figures):
         attack, frames = stock.make()
         outcomes[attack, intruder.ask(frames)] += 1
     ended = time.monotonic()
+    windows.spans["fault"].append((burst, ended))
     assert run.gateway.poll() is None
     assert run.gateway.pid == pid
     growth = rss_mb(pid) - before
@@ -104,14 +113,17 @@ def test_ten_thousand_hostile_messages(under_siege, figures):
     counts = run.judge()
     unanswered = sum(n for (_, code), n in outcomes.items() if code == "no answer")
     accepted = {attack: n for (attack, code), n in outcomes.items() if code == "ok"}
-    ratio = p99_ms(report, began, ended) / p99_ms(report, 0, began)
-    figures["hostile"] = {
-        "messages": MESSAGES, "typed_errors": sum(outcomes.values()) - unanswered - sum(accepted.values()),
-        "connections_of_garbage": garbage, "unanswered": unanswered, "accepted": accepted,
-        "codes": dict(Counter(code for (_, code), n in outcomes.items() for _ in range(n))),
-        "rss_growth_mb": round(growth, 1), "honest_p99_ratio": round(ratio, 2), "honest_items": report["sent"],
-        "seconds": round(ended - began, 1),
-    }  # fmt: skip
+    ratio = windows.p99_ratio(report)
+    lost = report["sent"] - counts["items in the journal"]
+    figures.row(
+        "hostile", "each a typed error or a counted drop, same process, < 200 MB, honest actor loses 0, p99 < 3 ×",
+        not unanswered and not accepted and growth < 200 and ratio < 3 and not lost,
+        messages=MESSAGES, typed_errors=sum(outcomes.values()) - unanswered - sum(accepted.values()),
+        connections_of_garbage=garbage, unanswered=unanswered, accepted=accepted,
+        codes=dict(Counter(code for (_, code), n in outcomes.items() for _ in range(n))),
+        rss_growth_mb=round(growth, 1), honest_p99_ratio=round(ratio, 2), honest_items=report["sent"], honest_lost=lost,
+        seconds=round(ended - began, 1),
+    )  # fmt: skip
     assert unanswered == 0
     assert not accepted, accepted
     assert growth < 200
@@ -121,13 +133,16 @@ def test_ten_thousand_hostile_messages(under_siege, figures):
 
 def test_nine_hundred_half_open_connections(under_siege, figures):
     run, actor, intruder = under_siege
-    began = time.monotonic()
-    idle = [socket.create_connection(("127.0.0.1", run.ports[i % 2]), timeout=5) for i in range(HALF_OPEN)]
-    newcomer = Intruder(run.ports[0], str(run.run.parent / "keys"), intruder.spec)
-    welcome_s = time.monotonic() - began
-    newcomer.context.destroy(linger=0)
-    run.await_acknowledged(8, 30)
-    ended = time.monotonic()
+    windows = Windows()
+    with windows.during("calm"):
+        time.sleep(4)
+    with windows.during("fault"):
+        began = time.monotonic()
+        idle = [socket.create_connection(("127.0.0.1", run.ports[i % 2]), timeout=5) for i in range(HALF_OPEN)]
+        newcomer = Intruder(run.ports[0], str(run.run.parent / "keys"), intruder.spec)
+        welcome_s = time.monotonic() - began
+        newcomer.context.destroy(linger=0)
+        run.await_acknowledged(16, 60)
     deadline = time.monotonic() + 3 * auth.HANDSHAKE_MS / 1e3
     closed = 0
     for connection in idle:  # the gateway closes every one of them, by itself
@@ -141,16 +156,17 @@ def test_nine_hundred_half_open_connections(under_siege, figures):
         except TimeoutError:
             pass
         connection.close()
+    with windows.during("calm"):
+        time.sleep(4)
     report = run.finish(actor)
     run.stop_gateway()
     counts = run.judge()
-    ratio = p99_ms(report, began, ended) / p99_ms(report, 0, began)
-    figures["half_open"] = {
-        "connections": HALF_OPEN,
-        "closed_by_the_gateway": closed,
-        "newcomer_s": round(welcome_s, 2),
-        "honest_p99_ratio": round(ratio, 2),
-    }
+    ratio = windows.p99_ratio(report)
+    figures.row(
+        "half_open", "all closed, a newcomer let in, honest p99 < 3 ×", closed == HALF_OPEN and ratio < 3,
+        connections=HALF_OPEN, closed_by_the_gateway=closed, newcomer_s=round(welcome_s, 2),
+        honest_p99_ratio=round(ratio, 2),
+    )  # fmt: skip
     assert closed == HALF_OPEN
     assert counts["items in the journal"] == report["sent"]
     assert ratio < 3

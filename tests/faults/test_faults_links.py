@@ -7,7 +7,7 @@ import time
 
 import pytest
 from chaos import SEED, ChaosProxy, Weather
-from rig import p99_ms, until
+from rig import Windows, p99_ms, until
 
 
 @pytest.fixture
@@ -49,10 +49,14 @@ def silent_cut(proxied, figures, seconds: float, name: str) -> None:
     run.judge()
     acted = sum(began < at < ended for at, _ in report["periods"])
     ratio = p99_ms(report, began, ended) / p99_ms(report, 0, began)
-    figures[name] = {"drain_s": round(drain_s, 2), "period_p99_ratio": round(ratio, 3), "backlog": max(
-        n for _, n in report["backlog"]), "ticks_during_cut": acted}  # fmt: skip
+    holds = acted >= 0.9 * seconds * run.hz and drain_s <= 5
+    figures.row(
+        name, "keeps acting, drained within 5 s plus backlog/bandwidth", holds,
+        drain_s=round(drain_s, 2), period_p99_ratio=round(ratio, 3), backlog=max(n for _, n in report["backlog"]),
+        ticks_during_cut=acted, ticks_expected=round(seconds * run.hz),
+    )  # fmt: skip
     assert acted >= 0.9 * seconds * run.hz, "the actor stopped acting"
-    assert drain_s <= 5.0 + 1.0  # plus backlog / bandwidth, which is nothing here
+    assert drain_s <= 5.0  # plus backlog / bandwidth, which is nothing here
 
 
 def test_a_silent_cut_of_15_seconds(proxied, figures):
@@ -70,18 +74,25 @@ def test_10_mbit_and_200_ms(proxied, figures):
     run, proxies = proxied(weather, pixels=64)
     actor = run.start_actor(ports=ports_of(proxies))
     run.await_acknowledged(5, 60)
-    time.sleep(8)
-    began = time.monotonic()
-    weather.delay_s, weather.rate_bps = 0.2, 10e6
-    time.sleep(12)
-    ended = time.monotonic()
+    time.sleep(2)
+    windows = Windows()
+    for _ in range(4):
+        with windows.during("calm"):
+            time.sleep(4)
+        weather.delay_s, weather.rate_bps = 0.2, 10e6
+        with windows.during("fault"):
+            time.sleep(4)
+        weather.delay_s, weather.rate_bps = 0.0, 0.0
     report = run.finish(actor)
     run.stop_gateway()
     run.judge()
-    ratio = p99_ms(report, began, ended) / p99_ms(report, 0, began)
+    ratio = windows.p99_ratio(report)
     growth = max(report["rss_mb"]) - report["rss_mb"][2]
     backlog = max(n for _, n in report["backlog"])
-    figures["slow_link"] = {"period_p99_ratio": round(ratio, 3), "rss_growth_mb": round(growth, 1), "backlog": backlog}
+    figures.row(
+        "slow_link", "control-period p99 ≤ 1.2 ×, bounded memory", ratio <= 1.2 and growth < 100,
+        period_p99_ratio=round(ratio, 3), rss_growth_mb=round(growth, 1), backlog=backlog,
+    )  # fmt: skip
     assert growth < 100
     assert backlog < 50
     assert ratio <= 1.2
@@ -100,7 +111,10 @@ def test_more_data_than_the_link_takes_fills_the_spool_and_nothing_else(proxied,
     counts = run.judge()
     assert counts["items in the journal"] == report["sent"]
     growth = max(report["rss_mb"]) - report["rss_mb"][2]
-    figures["overload"] = {"refused_by_spool": report["spool_full"], "rss_growth_mb": round(growth, 1)}
+    figures.row(
+        "overload", "backpressure is said, what was taken arrives, bounded memory", growth < 150,
+        refused_by_spool=report["spool_full"], rss_growth_mb=round(growth, 1), items=report["sent"], lost=0,
+    )  # fmt: skip
     assert growth < 150
 
 
@@ -131,7 +145,8 @@ def test_chaos(proxied, figures):
     run.stop_gateway()
     counts = run.judge()
     assert counts["items in the journal"] == report["sent"]
-    figures["chaos"] = {
-        "resets": done.count("reset"), "half_open": done.count("half_open"), "cuts": done.count("cut"),
-        "flipped_bits": sum(proxy.flips for proxy in proxies), "items": report["sent"], "lost": 0, "duplicates": 0,
-    }  # fmt: skip
+    figures.row(
+        "chaos", "0 lost, 0 duplicates", True, resets=done.count("reset"), half_open=done.count("half_open"),
+        cuts=done.count("cut"), flipped_bits=sum(proxy.flips for proxy in proxies), items=report["sent"], lost=0,
+        duplicates=0,
+    )  # fmt: skip
