@@ -2,8 +2,9 @@
 
     train stage    actor: flow matching on demonstrations        critic: chunked backup, warming up on them
     online stage   actor: α log p − Q + λ‖a − a_ref‖² (same noise)   critic: the same   temperature: entropy target
+                   and β · flow matching on accepted chunks, in every step
 
-The learner calls `forward(batch, step)` with a LearningBatch. In the online stage the backbone rests: prefixes are
+The learner calls `forward(batch, step)` with a LearningBatch. In the online stage the values' prefixes are
 encoded once, without gradient, and serve flow, critic and reference alike.
 """
 
@@ -234,15 +235,18 @@ class SACAgent(FlowAgent):
         path = self.path(prefix, noise, step_noise, log_std)
         q = functional_call(self.critic, frozen_copy(self.critic), (features, self.executed(path.chunk))).mean(0)
         size = q.detach().abs().mean().clamp(min=1e-6) if self.normalise_q else torch.ones(())
-        reference = self.reference_path(prefix, noise, step_noise, log_std.detach())
-        drift = (path.chunk - reference.chunk)[..., : self._robot_dim].square().mean((1, 2))
         alpha = self.log_alpha.exp()
-        loss = (alpha.detach() * path.log_prob - q / size + self.behaviour_weight * drift).mean()
+        loss = (alpha.detach() * path.log_prob - q / size).mean()
+        metrics = {}
+        if self.behaviour_weight:
+            reference = self.reference_path(prefix, noise, step_noise, log_std.detach())
+            drift = (path.chunk - reference.chunk)[..., : self._robot_dim].square().mean()
+            loss = loss + self.behaviour_weight * drift
+            metrics["actor/drift"] = drift.detach()
         surplus = (-path.log_prob - self.target_entropy).detach().mean()
-        metrics = {
+        metrics |= {
             "losses/actor": loss.detach(),
             "actor/q": q.detach().mean(),
-            "actor/drift": drift.detach().mean(),
             "actor/entropy_surplus": surplus,
             "actor/temperature": alpha.detach(),
             "actor/std": log_std.detach().exp().mean(),

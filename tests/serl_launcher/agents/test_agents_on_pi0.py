@@ -15,18 +15,19 @@ from serl_launcher.replay.learning import LearningBatch
 from serl_launcher.serving.engine import PolicyEngine
 
 
-def config(algo):
+def config(algo, **agent):
     cfg = tiny_config(rollout__execute_horizon=2, serving__flow_steps=2, serving__device="cpu")
     cfg.task.noop_dims = None
     cfg.algo = OmegaConf.load(ROOT / "config" / "algo" / f"{algo}.yaml")
     cfg.algo.agent.update({"warmup_steps": 1, "critics": 2, "widths": [16]})
     if "actor_period" in cfg.algo.agent:
         cfg.algo.agent.actor_period = 1
+    cfg.algo.agent.update(agent)
     return cfg
 
 
-def make(algo):
-    cfg = config(algo)
+def make(algo, **agent):
+    cfg = config(algo, **agent)
     torch.manual_seed(0)
     policy = build_policy(cfg, SPEC)
     agent = build_agent(cfg, policy, SPEC)
@@ -52,8 +53,8 @@ def snapshot(policy):
     return {name: p.detach().clone() for name, p in trainable(policy).items()}
 
 
-def test_sac_trains_the_backbone_in_a_train_stage_and_the_expert_alone_online():
-    _, policy, learner = make("sac_pi0")
+def test_sac_trains_the_backbone_in_a_train_stage_and_values_move_the_expert_alone_online():
+    _, policy, learner = make("sac_pi0", imitation_weight=0.0, behaviour_weight=1.0)
     before = snapshot(policy)
     learner.begin_stage("train")
     assert "losses/flow" in steps(learner, 2)
@@ -66,6 +67,15 @@ def test_sac_trains_the_backbone_in_a_train_stage_and_the_expert_alone_online():
     assert names
     assert not [name for name in names if "paligemma.model" in name]
     assert metrics["actor/drift"] > 0
+
+
+def test_sac_imitates_accepted_chunks_online_backbone_included():
+    _, policy, learner = make("sac_pi0")
+    learner.begin_stage("online")
+    before = snapshot(policy)
+    metrics = steps(learner, 2)
+    assert {"losses/actor", "losses/flow"} <= metrics.keys()
+    assert any("vision_tower" in name for name in moved(policy, before))
 
 
 def test_dsrl_moves_the_noise_policy_alone_online_and_opens_its_gate():
