@@ -121,7 +121,9 @@ class PI0FlowPolicy(nn.Module):
         b = len(observation)
         state = self.state_units.to_model(to_device(observation.state, self.device))
         ids, mask = self.tokenizer(self._prompts(observation.prompts, state))
-        pixels = torch.stack(self._pixels(observation.images).split(b), dim=1)
+        pixels = state.new_empty(b, 0, 3, self.image_size, self.image_size)
+        if self.cameras:  # a task may have states alone
+            pixels = torch.stack(self._pixels(observation.images).split(b), dim=1)
         return {
             "pixels": pixels,
             "ids": to_device(ids, self.device),
@@ -140,12 +142,12 @@ class PI0FlowPolicy(nn.Module):
 
     def _encode(self, tensors: dict[str, Tensor]) -> Prefix:
         state, pixels = tensors["state"], tensors["pixels"]
-        images = self.core.paligemma_with_expert.embed_image(pixels.flatten(0, 1))
-        images = images.view(len(state), -1, images.shape[-1])  # b·cameras, l_image, width -> b, cameras·l_image, width
-        words = self.core.paligemma_with_expert.embed_language_tokens(tensors["ids"])
-        embeddings = torch.cat([images, words], dim=1)
-        seen = torch.ones(images.shape[:2], dtype=torch.bool, device=state.device)
-        pad_mask = torch.cat([seen, tensors["mask"]], dim=1)
+        embeddings, pad_mask = self.core.paligemma_with_expert.embed_language_tokens(tensors["ids"]), tensors["mask"]
+        if self.cameras:
+            images = self.core.paligemma_with_expert.embed_image(pixels.flatten(0, 1))
+            images = images.view(len(state), -1, images.shape[-1])  # b·cameras, l_image, width -> b, all tokens, width
+            seen = torch.ones(images.shape[:2], dtype=torch.bool, device=state.device)
+            embeddings, pad_mask = torch.cat([images, embeddings], dim=1), torch.cat([seen, pad_mask], dim=1)
         hidden, keys_values = self._run_prefix(embeddings, pad_mask)
         return Prefix(keys_values, pad_mask, hidden, pad_last(state, self.core.config.max_state_dim))
 

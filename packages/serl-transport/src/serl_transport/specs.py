@@ -161,7 +161,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _cameras(value: Any) -> Mapping[str, tuple[int, int]]:
-    if not isinstance(value, Mapping) or not value:
+    if not isinstance(value, Mapping):  # none: a task of states alone
         raise ValueError(f"task spec: cameras: expected {{name: [height, width]}}, got {value!r}")
     for camera, size in value.items():
         if not isinstance(camera, str) or not camera or "." in camera:

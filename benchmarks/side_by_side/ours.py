@@ -1,0 +1,60 @@
+"""One run of ours, in lock step (benchmarks/lockstep.py). Called by run.py; rows come as each evaluation is done."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+
+from lockstep import Budget, Lockstep, Point
+from task import FIRST_SEED, Settings, load_config
+
+
+class Clocked(Lockstep):
+    """Knows how much wall time its evaluations took."""
+
+    evaluation_wall_s = 0.0
+
+    def evaluate(self, trials: int, first_seed: int) -> Point:
+        """As the parent."""
+        began = time.monotonic()
+        try:
+            return super().evaluate(trials, first_seed)
+        finally:
+            self.evaluation_wall_s += time.monotonic() - began
+
+
+def run(settings: Settings, words: Sequence[str], budget: dict) -> Iterator[dict]:
+    """Rows `before`, `curve`, `after`; `words` are overrides of the config, `budget` of lockstep.Budget."""
+    started = time.monotonic()
+    own = Budget(
+        demos=settings.demos,
+        env_steps=settings.env_steps,
+        eval_episodes=settings.eval_episodes,
+        curve_every=settings.curve_every,
+        curve_episodes=settings.curve_episodes,
+        **budget,
+    )
+    with tempfile.TemporaryDirectory(prefix="flowserl-side-") as folder:
+        fixed = [f"task={settings.task}", f"seed={settings.seed}", f"runs_dir={folder}", "run=ours"]
+        fixed += ["telemetry.tensorboard=false", "serving.device=cpu"]
+        side = Clocked(load_config([*fixed, *words]), own)
+        try:
+            for name, point in _points(side, own):
+                row = point.row()
+                wall = time.monotonic() - started - side.evaluation_wall_s
+                yield row | {"point": name, "cpu_minutes": row["minutes"], "minutes": round(wall / 60, 3)}
+            if side.trainer.held:
+                raise RuntimeError(side.trainer.held)
+        finally:
+            side.close()
+
+
+def _points(side: Lockstep, budget: Budget) -> Iterator[tuple[str, Point]]:
+    side.demonstrate()
+    side.trainer.learner.begin_stage("train")
+    side.train("clone", "train", budget.clone_steps, budget.clone_steps)
+    yield "before", side.evaluate(budget.eval_episodes, FIRST_SEED["before"])
+    for point in side.online():
+        yield "curve", point
+    yield "after", side.evaluate(budget.eval_episodes, FIRST_SEED["after"])

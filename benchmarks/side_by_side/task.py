@@ -1,0 +1,84 @@
+"""What both sides share: the task, its seeds, the operator, evaluation. Called by all files of this folder.
+
+Ours and LeRobot's learn in the same environment object, with the same demonstrations, operator and evaluation episodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from compose import load_config
+from lockstep import FIRST_CURVE_SEED, FIRST_EVAL_SEED
+from omegaconf import DictConfig, OmegaConf
+
+from serl_robot_infra.envs.base import Environment
+from serl_robot_infra.evaluation import wilson
+from serl_robot_infra.interventions.base import Intervention
+from serl_robot_infra.wiring import build_env, build_operator
+from serl_transport.schema import Observation
+from serl_transport.specs import TaskSpec
+
+TASKS = {"state": "pick_gym_hil_state", "images": "pick_gym_hil"}
+FIRST_SEED = {"curve": FIRST_CURVE_SEED, "before": FIRST_EVAL_SEED, "after": FIRST_EVAL_SEED}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One run of either side."""
+
+    observation: str  # state | images
+    seed: int
+    env_steps: int  # online control ticks
+    demos: int  # successful demonstrations
+    eval_episodes: int  # before and after
+    curve_every: int  # online ticks between points of the curve
+    curve_episodes: int  # of each of them
+
+    @property
+    def task(self) -> str:
+        """Of config/task."""
+        return TASKS[self.observation]
+
+    def episodes_at(self, point: str) -> int:
+        """Of one evaluation."""
+        return self.curve_episodes if point == "curve" else self.eval_episodes
+
+
+class Robot:
+    """Environment and operator of one task, built as an actor builds them."""
+
+    def __init__(self, settings: Settings, words: Sequence[str] = ()) -> None:
+        self.cfg: DictConfig = load_config([f"task={settings.task}", f"seed={settings.seed}", *words])
+        spec = OmegaConf.to_container(self.cfg.task.spec, resolve=True)
+        self.env: Environment = build_env(self.cfg, TaskSpec.from_dict(spec))
+        self.operator: Intervention = build_operator(self.cfg, self.env)
+
+    def begin(self, seed: int, mode: str) -> Observation:
+        """The episode that `seed` names: disturbed in a demonstration, as the actor's are."""
+        self.operator.reset(np.random.default_rng([seed, 2]), from_start=mode == "demo")
+        return self.env.reset(seed, actuator_noise=self.cfg.rollout.demo_noise if mode == "demo" else 0.0)
+
+
+def seed_of(run_seed: int, mode: str, number: int) -> int:
+    """Of the `number`-th demonstration or online episode (from 1), as lockstep.py draws them."""
+    return run_seed * 20_000 + (10_000 if mode == "online" else 0) + number
+
+
+def evaluate(env: Environment, act: Callable[[Observation], np.ndarray], trials: int, first_seed: int) -> int:
+    """Successes of `act` without help, in the episodes first_seed, first_seed + 1, …"""
+    successes = 0
+    for seed in range(first_seed, first_seed + trials):
+        observation, over = env.reset(seed), False
+        while not over:
+            result = env.step(act(observation))
+            observation, over = result.observation, result.terminated or result.truncated
+        successes += result.success
+    return successes
+
+
+def rate(successes: int, trials: int) -> dict:
+    """The part of a row that says how well it went."""
+    low, high = wilson(successes, trials)
+    return {"success_rate": round(successes / trials, 4), "interval": [round(low, 3), round(high, 3)], "trials": trials}
