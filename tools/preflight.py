@@ -24,6 +24,7 @@ from serl_launcher.learner.modality import Modality
 from serl_launcher.learner.sft import Columns
 from serl_launcher.policies.build import meta_policy
 from serl_launcher.policies.estimate import Estimate, estimate
+from serl_launcher.policies.groot_head import GrootFlowPolicy
 from serl_launcher.policies.trains import parameter_table
 from serl_transport.specs import TaskSpec
 
@@ -97,13 +98,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dataset", type=Path, help="LeRobot dataset to check against the task")
     parser.add_argument("--gpu-gb", type=float, help="memory of the device, default: this GPU's")
     parser.add_argument("--tflops", type=float, help="peak of the device, default: by this GPU's name")
-    parser.add_argument("--flow-steps", type=int, default=10)
+    parser.add_argument("--flow-steps", type=int, help="default: 10, 4 for GR00T")
     args = parser.parse_intermixed_args(argv)
     try:
         with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "config"), version_base=None):
             cfg = compose("base", args.overrides)
         spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
         policy, mode = meta_policy(cfg.policy, spec, instantiate(cfg.policy.size))
+        if args.flow_steps is None:
+            args.flow_steps = 4 if isinstance(policy, GrootFlowPolicy) else 10
         noise_samples = cfg.algo.agent.get("noise_samples", 1)
         cost = estimate(policy, spec, cfg.policy.get("precision", "float32"), args.flow_steps, noise_samples)
     except (ValueError, OSError, HydraException) as mistake:

@@ -5,11 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from serl_launcher.learner.data_check import findings
 from serl_launcher.learner.sft import Columns
+from serl_launcher.policies import build
 from serl_launcher.policies.base import trainable
 from serl_launcher.policies.estimate import estimate
+from serl_launcher.policies.groot import build_groot
+from serl_launcher.policies.groot_full import FullGrootSize
+from serl_launcher.policies.groot_tiny import TinyGrootSize
 from serl_launcher.policies.pi0 import build_pi0
 from serl_launcher.policies.pi0_tiny import TinySize
 from serl_transport.specs import TaskSpec
@@ -69,8 +74,40 @@ def test_a_batch_that_does_not_fit_is_told(capsys):
 def test_mistakes_are_told_in_one_line(capsys):
     assert main(["policy=pi0", "policy.checkpoint=/nowhere/at/all"]) == 2
     assert capsys.readouterr().err.startswith("preflight: policy.checkpoint=/nowhere/at/all: no such folder")
-    assert main(["policy=groot_tiny"]) == 2
-    assert "costs are estimated for" in capsys.readouterr().err
+    assert main(["policy=pi0_tiny", "policy._target_=serl_launcher.policies.other.build_other"]) == 2
+    assert "costs are estimated for ['build_groot', 'build_pi0', 'build_pi05']" in capsys.readouterr().err
+
+
+def test_the_released_groot_is_counted_without_memory(capsys):
+    """407M vision tower, 1117M language model, 1621M action head; the language head is not held."""
+    size = FullGrootSize()
+    spec = TaskSpec.from_dict(SPEC)
+    with torch.device("meta"):
+        core = size.build(size.config_fields(spec, 40))
+    counts = [sum(p.numel() for p in part.parameters()) for part in (core.backbone, core.action_head)]
+    assert counts == [406_957_056 + 1_116_542_976, 1_620_515_968]
+    assert main(["policy=groot_n1_7", "--gpu-gb", "80", "--tflops", "800", "trainer.batch_size=32"]) == 0
+    out = capsys.readouterr().out
+    assert "1,620,515,968" in out.split("total")[1]
+    assert "(4 flow steps)" in out
+    assert main(["policy=groot_n1_7", "--gpu-gb", "24", "policy.tune.llm=true", "policy.tune.visual=true"]) == 1
+    assert "does NOT fit" in capsys.readouterr().out
+
+
+def test_the_tiny_groot_costs_what_it_is():
+    spec = TaskSpec.from_dict(SPEC)
+    flops = {}
+    for llm in (False, True):
+        tune = {"llm": llm, "visual": llm}
+        policy, mode = build.meta_policy(
+            {"_target_": "x.build_groot", "tune": tune, "action_horizon": 4}, spec, TinyGrootSize(image_size=32)
+        )
+        real = build_groot("g", spec, "random", 0, 4, TinyGrootSize(image_size=32), tune=tune)
+        cost = estimate(policy, spec, "float32", 4, 1)
+        assert cost.trainable == sum(p.numel() for p in trainable(real).values())
+        assert mode == "MIN_MAX"
+        flops[llm] = cost.train_flops
+    assert flops[False] < 0.8 * flops[True]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from serl_launcher.agents.base import ParameterGroup
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, flow_loss, sample_times, trainable
+from serl_launcher.policies.transfer import to_device
 from serl_launcher.replay.views import ChunkBatch
 
 
@@ -53,16 +54,16 @@ def imitation_loss(
     k, b = noise_samples, len(batch)
     prefix = policy.encode(PolicyInput(batch.images, batch.state, [prompt] * b)).repeat(k)
     device = prefix.state.device
-    chunk = policy.normalise_actions(torch.as_tensor(batch.action, device=device)).repeat_interleave(k, 0)
-    is_pad = torch.as_tensor(batch.is_pad, device=device).repeat_interleave(k, 0)
-    weight = torch.as_tensor(batch.weight, device=device).repeat_interleave(k, 0)
+    chunk = policy.normalise_actions(to_device(batch.action, device)).repeat_interleave(k, 0)
+    is_pad = to_device(batch.is_pad, device).repeat_interleave(k, 0)
+    weight = to_device(batch.weight, device).repeat_interleave(k, 0)
     noise, t = torch.randn_like(chunk), sample_times(b * k).to(device)
     per_sample = flow_loss(policy, prefix, chunk, is_pad, weight, noise, t)
-    demo = torch.as_tensor(batch.demo, device=device).repeat_interleave(k, 0)
+    demo = to_device(batch.demo, device).repeat_interleave(k, 0)
     metrics = {
         "losses/flow": per_sample.mean().detach(),
         "batch/demo_share": demo.float().mean(),
-        "batch/operator_share": torch.as_tensor(batch.operator, device=device).float().mean(),
+        "batch/operator_share": to_device(batch.operator, device).float().mean(),
         "batch/pad_share": is_pad.float().mean(),
     }
     return per_sample.mean(), metrics

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from serl_launcher.agents.base import Agent, ParameterGroup
+from serl_launcher.learner.optimizers import for_device
 from serl_launcher.learner.parameters import describe_mismatch
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -54,7 +55,11 @@ class Learner:
         ema_decay: float,
         optimizers: Mapping[str, OptimizerFactory] | None = None,
     ) -> None:
-        optimizers = optimizers or {}
+        device = accelerator.device
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
+        optimizer = for_device(optimizer, device)
+        optimizers = {name: for_device(factory, device) for name, factory in (optimizers or {}).items()}
         self.agent = agent
         self._accelerator = accelerator
         self._groups = agent.groups()

@@ -59,7 +59,15 @@ class FlowPolicy(Protocol):
     robot_dim: int  # the first of them that the robot has; the rest is padding of a wider checkpoint
 
     def encode(self, observation: PolicyInput) -> Prefix:
-        """Run the backbone once; without gradient when it is frozen."""
+        """Run the backbone once; without gradient when it is frozen. `encode_prepared(prepare(observation))`."""
+        ...
+
+    def prepare(self, observation: PolicyInput) -> dict[str, Tensor]:
+        """The host's part of `encode`: tensors whose shapes alone decide what the device will run."""
+        ...
+
+    def encode_prepared(self, tensors: dict[str, Tensor]) -> Prefix:
+        """The device's part of `encode`: no transfer to or from the host, so that a CUDA graph can hold it."""
         ...
 
     def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:

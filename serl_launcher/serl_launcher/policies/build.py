@@ -93,17 +93,21 @@ def build_flow_policy(
 def meta_policy(cfg: Any, spec: TaskSpec, size: Any) -> tuple[nn.Module, str]:
     """The policy of a config on the meta device (shapes without numbers), and its mode of normalisation.
 
-    Of a checkpoint only config.json and the processors are read. Raises ValueError for a policy other than PI0 and
-    PI0.5, whose forward pass runs on shapes alone.
+    Of a checkpoint only config.json and the processors are read. Raises ValueError for a policy that is none of PI0,
+    PI0.5 and GR00T, whose forward passes run on shapes alone.
     """
+    from serl_launcher.policies.groot import meta_groot
     from serl_launcher.policies.pi0 import PI0FlowPolicy
     from serl_launcher.policies.pi05 import PI05FlowPolicy
     from serl_launcher.policies.tokens import WordHashTokenizer
 
     kinds = {"build_pi0": ("pi0", PI0FlowPolicy), "build_pi05": ("pi05", PI05FlowPolicy)}
     target = cfg["_target_"].rpartition(".")[2]
+    if target == "build_groot":
+        return meta_groot(cfg, spec, size)
     if target not in kinds:
-        raise ValueError(f"policy={cfg.get('name')}: costs are estimated for {sorted(kinds)} only, got {target}")
+        known = sorted([*kinds, "build_groot"])
+        raise ValueError(f"policy={cfg.get('name')}: costs are estimated for {known} only, got {target}")
     kind, head = kinds[target]
     mode = "MEAN_STD" if kind == "pi0" else "QUANTILES"
     if cfg.get("checkpoint"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from serl_launcher.policies.precision import hold
 from serl_transport.specs import TaskSpec
 
 log = logging.getLogger("policy")
+TAG = "new_embodiment"
 TUNE = ("llm", "visual", "projector", "diffusion_model", "vlln")
 
 
@@ -36,7 +38,7 @@ def build_groot(
     dropout: bool = False,
     tune: dict[str, bool] | None = None,
     checkpoint: str | None = None,
-    embodiment_tag: str = "new_embodiment",
+    embodiment_tag: str = TAG,
     processor: str | None = None,
     cameras: Mapping[str, str] | None = None,
     precision: str = "float32",
@@ -111,14 +113,36 @@ def _from_checkpoint(
 
 
 def _inputs(found: Checkpoint, assets: GrootAssets, core: Any, size: Any, processor: str | None) -> Inputs:
-    """The checkpoint's processor: named, inside the folder, of the backbone; hashed words at the tiny size."""
-    inside = found.folder / "processor"
-    if processor is None and size.hashed and not inside.is_dir():
+    """The checkpoint's processor: the one that is named, in or beside the folder, of the backbone; at the tiny size
+    hashed words where no file is at hand."""
+    places = [found.folder / "processor", found.folder, Path(assets.processor or "processor")]
+    source = processor or next((str(folder) for folder in places if has_processor(folder)), None)
+    if source is None and size.hashed:
         return size.inputs(assets.cameras)
-    if processor is None:
-        own = next((str(folder) for folder in (inside, found.folder) if has_processor(folder)), None)
-        processor = own or assets.processor or core.config.model_name
-    return QwenInputs(processor, assets.cameras, assets.geometry, assets.formalize, assets.frames)
+    source = source or assets.processor or core.config.model_name
+    return QwenInputs(source, assets.cameras, assets.geometry, assets.formalize, assets.frames)
+
+
+def meta_groot(cfg: Any, spec: TaskSpec, size: Any) -> tuple[GrootFlowPolicy, str]:
+    """The policy of a config on the meta device (shapes without numbers), and the statistics that data must have.
+
+    Of a checkpoint only its configuration and statistics are read. Raises ValueError in the user's words.
+    """
+    require_diffusers()
+    flags, mode, cameras, valid = tune_flags(cfg.get("tune")), "MIN_MAX", tuple(spec.cameras), None
+    if cfg.get("checkpoint"):
+        found = Checkpoint.find(cfg["checkpoint"])
+        core = build_core(found)
+        assets = read_assets(found, cfg.get("embodiment_tag") or TAG, spec, dict(cfg.get("cameras") or {}))
+        mode, cameras, valid = assets.mode, assets.cameras, assets.horizon
+    else:
+        with torch.device("meta"):
+            core = size.build(size.config_fields(spec, cfg.get("action_horizon") or 40))
+    with torch.device("meta"):
+        policy = GrootFlowPolicy(core, spec, size.inputs(cameras), valid_horizon=valid)
+    policy.checkpointing = bool(cfg.get("checkpointing"))
+    policy.tune(**flags)
+    return policy, mode
 
 
 def require_diffusers() -> None:

@@ -34,6 +34,7 @@ class GrootAssets:
     horizon: int | None  # ticks of a chunk that were trained; None: all
     clip: bool  # values beyond the statistics' range are clipped
     formalize: bool  # prompts in lower case, without punctuation
+    mode: str  # QUANTILES (1% … 99%) or MIN_MAX: the statistics that a dataset must have
     processor: str | None  # folder or hub name of tokenizer and image processor, where the checkpoint names one
 
 
@@ -68,6 +69,7 @@ def read_assets(found: Checkpoint, tag: str, spec: TaskSpec, mapping: dict[str, 
         len(parts.get("action", {}).get("delta_indices") or []) or None,
         bool(keywords.get("clip_outliers", True)),
         bool(keywords.get("formalize_language", True)),
+        "QUANTILES" if ends[0] == "q01" else "MIN_MAX",
         raw.processor,
     )
 

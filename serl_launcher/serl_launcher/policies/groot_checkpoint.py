@@ -143,7 +143,7 @@ def _copy_sidecars(source: Path, folder: Path) -> None:
 
 def _write_sidecars(policy: nn.Module, folder: Path, tag: str) -> None:
     """What describes a policy that began at random; its units become the statistics."""
-    config = policy.core.config.to_dict() | {"model_type": "Gr00tN1d7", "load_bf16": False}
+    config = policy.core.config.to_dict() | {"model_type": "Gr00tN1d7", "load_bf16": False, "dtype": "float32"}
     if config["model_name"] != COSMOS:
         policy.backbone.model.config.save_pretrained(folder / "backbone")
         config["model_name"] = "backbone"

@@ -1,8 +1,8 @@
 """A policy with its newest published parameters, answering batches of observations.
 
 The policy server (serving.server) and the local policy (serving.local) own one. New parameters are made ready beside
-those in use (`stage`, any thread, reads the disk) and take their place between two batches (`swap`, only pointers), so
-that nobody waits for them. A file that does not fit is reported and the last good version goes on serving.
+those in use (`stage`, any thread, reads the disk) and are copied into their place between two batches (`swap`, on the
+device), so that nobody waits for them. A file that does not fit is reported and the last good version goes on serving.
 
     latest.json ─▶ stage: read, check, copy to the device ─▶ [ one staged version, the newest ] ─▶ swap ─▶ act
 """
@@ -10,10 +10,12 @@ that nobody waits for them. A file that does not fit is reported and the last go
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +26,11 @@ from serl_launcher.agents.build import build_policy
 from serl_launcher.agents.steering import steer
 from serl_launcher.learner.parameters import Published, base_sha256, checked_tensors
 from serl_launcher.policies.base import PolicyInput, Prefix, sample, trainable
+from serl_launcher.policies.compiling import check_switch
 from serl_launcher.policies.precision import hold
 from serl_launcher.policies.realtime import sample_realtime, soft_mask
 from serl_launcher.policies.rows import take
+from serl_launcher.serving.graphs import GraphRunner, bucket_of, bucket_sizes
 from serl_launcher.serving.query import Query, query_from_body
 from serl_transport.specs import TaskSpec
 
@@ -59,10 +63,33 @@ class PolicyEngine:
         self.policy.requires_grad_(False)  # guidance differentiates by actions, never by weights
         self._params_dir, self._steps = params_dir, cfg.serving.flow_steps
         self._noise = torch.Generator().manual_seed(cfg.seed)
+        self._sizes = bucket_sizes(cfg.serving.max_batch)
+        self._graphs = self._graph_runner(cfg.serving.get("cuda_graphs", "auto"))
         self._seen: Published | None = None
         self._refused = -1
         self._staged: deque[Staged] = deque(maxlen=1)  # a newer one replaces it; safe between threads
         self.version = -1
+
+    def _graph_runner(self, switch: Any) -> GraphRunner | None:
+        """Graphs where they are wanted. Raises ValueError when they cannot be had."""
+        mode = check_switch("serving.cuda_graphs", switch)
+        if mode == "on" and self.device.type != "cuda":
+            raise ValueError(f"serving.cuda_graphs=on: needs serving.device=cuda, got {self.device.type}")
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        return GraphRunner(self._forward) if mode != "off" and self.device.type == "cuda" else None
+
+    def warm_up(self) -> None:
+        """Capture a graph for every bucket of the task's own prompt; nothing without graphs."""
+        if self._graphs is None:
+            return
+        started, spec = time.monotonic(), self.spec
+        images = {camera: np.zeros((h, w, 3), np.uint8) for camera, (h, w) in spec.cameras.items()}
+        query = Query(images, np.zeros(len(spec.state_names), np.float32), spec.prompt, seed=0)
+        for size in self._sizes:
+            self.act([query] * size)
+        seconds = time.monotonic() - started
+        log.info("%d CUDA graphs for batches of %s in %.1f s", self._graphs.captured, self._sizes, seconds)
 
     # Parameters.
 
@@ -96,8 +123,10 @@ class PolicyEngine:
             staged = self._staged.pop()
         except IndexError:
             return False
-        for name, parameter in self._published.items():
-            parameter.data = staged.tensors[name]
+        # In place: captured graphs and compiled code read the weights where they lie.
+        with torch.no_grad():
+            for name, parameter in self._published.items():
+                parameter.copy_(staged.tensors[name])
         self.version = staged.version
         return True
 
@@ -113,6 +142,10 @@ class PolicyEngine:
 
         Each observation is encoded once, however many chunks are made of it.
         """
+        if self._graphs is not None and all(_is_plain(query) for query in queries):
+            size = bucket_of(len(queries), self._sizes)
+            if size is not None:
+                return self._act_by_graph(queries, size)
         guided = [row for row, query in enumerate(queries) if query.prefix_actions is not None]
         plain = [row for row, query in enumerate(queries) if query.prefix_actions is None]
         # Tensors of inference mode cannot be differentiated through later, as guidance must.
@@ -125,6 +158,21 @@ class PolicyEngine:
                     chunks = make(part, [queries[row] for row in rows])
                     answers.update(zip(rows, self._physical(chunks, [queries[row] for row in rows]), strict=True))
         return [answers[row] for row in range(len(queries))]
+
+    def _act_by_graph(self, queries: Sequence[Query], size: int) -> list[np.ndarray]:
+        """One chunk a query, the batch filled up to `size` by its last query."""
+        filled = [*queries, *[queries[-1]] * (size - len(queries))]
+        noise = self._draw(queries)
+        with torch.inference_mode():
+            inputs = self.policy.prepare(self._observation(filled))
+            inputs["noise"] = torch.cat([noise, noise[-1:].expand(size - len(queries), -1, -1)])
+            chunks = self._graphs(inputs)[: len(queries)]
+            return self._physical(chunks, queries)
+
+    def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """What a graph holds: prepared inputs and noise to chunks in the model's units."""
+        prefix = self.policy.encode_prepared({name: x for name, x in inputs.items() if name != "noise"})
+        return sample(self.policy, prefix, steer(self.policy, prefix, inputs["noise"]), self._steps)
 
     def _observation(self, queries: Sequence[Query]) -> PolicyInput:
         return PolicyInput(
@@ -167,3 +215,8 @@ class PolicyEngine:
             # Row by row: torch draws a large tensor in another order, and sample k must not depend on n.
             noise += [torch.randn(shape, generator=generator) for _ in range(query.rows)]
         return torch.stack(noise).to(self.device)
+
+
+def _is_plain(query: Query) -> bool:
+    """One chunk, not guided by a running one."""
+    return query.samples is None and query.prefix_actions is None

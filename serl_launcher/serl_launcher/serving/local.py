@@ -56,6 +56,7 @@ class LocalPolicy:
         self._engine = PolicyEngine(cfg, params_dir)
         self._owned = owned
         self._engine.stage()
+        self._engine.warm_up()
 
     @classmethod
     def from_checkpoint(cls, cfg: DictConfig) -> LocalPolicy:

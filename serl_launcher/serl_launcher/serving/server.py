@@ -43,6 +43,7 @@ class PolicyServer:
         )
         self._engine = PolicyEngine(cfg, paths.params)
         self._engine.refresh()
+        self._engine.warm_up()
         self._link = PolicyLink(paths.root)
         self._loader = ParameterLoader(self._engine)
         self._parked: list[InferRequest] = []  # they want a version that is on its way
