@@ -1,38 +1,27 @@
 """Policies: the step and the sample of our forward path against LeRobot's, and what of the machine's peak is used.
 
 On a CPU at a middle size (arithmetic dominates): an expert-only step against the library's joint path with equal
-gradients, and n = 8 samples from one prefix against 8 calls. On a GPU the same, then docs/performance.md's table
-at full size with random weights: time, and the fraction of the bf16 matrix-multiply rate measured in the same run.
+gradients, and n = 8 samples from one prefix against 8 calls. On a GPU the same at full size with random weights. Then
+docs/performance.md's table for PI0 and GR00T N1.7 (suites._policy_table), at full size or, on a CPU, at the middle one.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from rows import Row, alternate
+from suites._policy_table import full_models, guarded, middle_models, seconds, table, task
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
+from serl_launcher.policies.base import PolicyInput, flow_loss, sample
 from serl_launcher.policies.build import build_flow_policy
 from serl_launcher.policies.full_size import FullSize
 from serl_launcher.policies.pi0 import PI0FlowPolicy
 from serl_launcher.policies.pi0_tiny import TinySize
-from serl_transport.specs import TaskSpec
-
-CAMERAS = ("front", "side", "wrist")
-# Per call on an H100: floor from FLOPs and bytes, goal. DESIGN's table; ms.
-FULL_GOALS = {
-    "inference/batch1": 15.0,
-    "inference/batch32": 300.0,
-    "expert_step/batch32": 300.0,
-    "full_step/batch32": 1100.0,
-}
 
 
 def rows(quick: bool) -> Iterator[Row]:
@@ -40,14 +29,17 @@ def rows(quick: bool) -> Iterator[Row]:
     torch.manual_seed(0)
     if torch.cuda.is_available():
         device = torch.device("cuda")
-        yield from against_library(device, 224, FullSize("pi0"), 50, 2 if quick else 16, 1 if quick else 5)
-        yield from table(device, FullSize("pi0"), 224, 50, (1, 4) if quick else (1, 32), 2 if quick else 10, "bfloat16")
+        torch.set_float32_matmul_precision("high")
+        compare = partial(against_library, device, 224, FullSize("pi0"), 50, 2 if quick else 16, 1 if quick else 5)
+        yield from guarded("policy/against_library", compare)
+        yield from table(device, full_models(), (1, 4) if quick else (1, 32), 2 if quick else 10, "bfloat16")
         return
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    size = middle(2 if quick else 6)
+    depth = 2 if quick else 6
+    size = middle(depth)
     yield from against_library(device, size.image_size, size, 16, 4, 1 if quick else 5)
-    yield from table(device, size, size.image_size, 16, (1, 4), 1 if quick else 3, "float32")
+    yield from table(device, middle_models(size, depth), (1, 4), 1 if quick else 3, "float32")
 
 
 def middle(depth: int) -> TinySize:
@@ -84,42 +76,6 @@ def against_library(device, side: int, size, horizon: int, batch: int, rounds: i
     yield Row.of("policy/samples8/one_prefix", 1 / found["shared"], "calls/s", 1 / found["apart"], ">= 3.0")
 
 
-def table(device, size, side: int, horizon: int, batches: tuple, rounds: int, precision: str) -> Iterator[Row]:
-    """Time of inference and of the two training steps, and the fraction of the measured peak that they reach."""
-    peak = matmul_rate(device, torch.bfloat16 if precision == "bfloat16" else torch.float32)
-    yield Row.of(f"policy/peak/{precision}", peak / 1e12, "TFLOP/s")
-    for mode in ("expert", "full"):
-        policy, work = prepared(device, side, size, horizon, batches[1], mode, precision)
-        policy.checkpointing = mode == "full"
-        if mode == "expert":
-            for batch in batches:
-                one = prepared(device, side, size, horizon, batch, mode, precision, policy)[1]
-                call = partial(draw, policy, one, 1)
-                yield from timed(device, f"inference/batch{batch}", call, peak, rounds)
-        optimizer = torch.optim.AdamW(trainable(policy).values(), lr=1e-5, fused=device.type == "cuda")
-        call = partial(training_step, policy, work, optimizer)
-        yield from timed(device, f"{mode}_step/batch{batches[1]}", call, peak, rounds)
-        del policy, optimizer, call  # the next mode needs the memory
-
-
-def training_step(policy, work: Work, optimizer) -> None:
-    """Forward, backward and the optimizer."""
-    our_step(policy, work)
-    optimizer.step()
-
-
-def timed(device, name: str, work: Callable, peak: float, rounds: int) -> Iterator[Row]:
-    """Median time in ms against the time that its own FLOPs take at the measured peak."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    median = float(np.median([seconds(device, work) for _ in range(rounds)])) * 1e3
-    floor = counter.get_total_flops() / peak * 1e3
-    yield Row.of(f"policy/{name}", median, "ms", floor)
-    goal = FULL_GOALS.get(name) if device.type == "cuda" else None
-    if goal:
-        yield Row.of(f"policy/{name}/goal", median, "ms", goal, "<= 1.0")
-
-
 @dataclass(frozen=True, slots=True)
 class Work:
     """One batch, and the noise that both paths get."""
@@ -141,21 +97,10 @@ def prepared(device, side, size, horizon, batch, train, precision, policy=None) 
             )  # fmt: skip
         policy = policy.to(device)
     rng = np.random.default_rng(0)
-    images = {c: rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8) for c in CAMERAS}
+    images = {c: rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8) for c in spec.cameras}
     observation = PolicyInput(images, rng.uniform(-1, 1, (batch, 7)).astype(np.float32), [spec.prompt] * batch)
     chunk, noise = (torch.randn(batch, horizon, policy.action_dim, device=device) for _ in range(2))
     return policy, Work(observation, chunk, noise, torch.rand(batch, device=device))
-
-
-def task(side: int) -> TaskSpec:
-    """Three cameras, 7 joints."""
-    joints = [f"j{k}" for k in range(7)]
-    low, high = [-1.0] * 7, [1.0] * 7
-    return TaskSpec.from_dict(
-        dict(name="bench", prompt="pick up the red cube", cameras={c: [side, side] for c in CAMERAS})
-        | dict(state_names=joints, state_low=low, state_high=high)
-        | dict(action_names=joints, action_low=low, action_high=high, control_hz=10, max_ticks=60)
-    )
 
 
 def our_step(policy, work: Work) -> None:
@@ -198,21 +143,3 @@ def draw(policy, work: Work, n: int) -> Tensor:
     """n chunks of each observation in 10 flow steps, from one encoding."""
     noise = work.noise.repeat_interleave(n, 0)
     return sample(policy, policy.encode(work.observation), noise, 10, n)
-
-
-def matmul_rate(device, dtype) -> float:
-    """FLOP/s of a large matrix product, the best of five."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return max(2 * n**3 / seconds(device, lambda: a @ b) for _ in range(5))
-
-
-def seconds(device, work: Callable) -> float:
-    """Wall time of a call, the device's queue included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started

@@ -4,19 +4,21 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from serl_launcher.learner.parameters import base_sha256, publish
-from serl_launcher.policies.base import trainable
+from serl_launcher.policies.base import sample, trainable
 from serl_launcher.policies.saving import save_policy
+from serl_launcher.serving.engine import PolicyEngine, Query
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "serl_launcher" / "policies")]
 
-from checkpoints import AH, SIZE, SPEC, loaded_policy, make_tokenizer, random_policy  # noqa: E402
+from checkpoints import AH, SIZE, SPEC, loaded_policy, make_tokenizer, observation, random_policy  # noqa: E402
 from export_checkpoint import main  # noqa: E402
 
 
@@ -24,6 +26,17 @@ from export_checkpoint import main  # noqa: E402
 def started_from(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     return save_policy(random_policy("pi0", make_tokenizer(folder / "tokenizer")), folder / "pi0")
+
+
+def write_config(folder, checkpoint, **policy):
+    """config.yaml of a run that began at `checkpoint`."""
+    size = {"_target_": "serl_launcher.policies.pi0_tiny.TinySize"} | {
+        name: getattr(SIZE["pi0"], name) for name in SIZE["pi0"].__slots__
+    }
+    named = {"_target_": "serl_launcher.policies.pi0.build_pi0", "name": "pi0", "init": "checkpoint", "seed": 0}
+    named |= {"action_horizon": AH, "checkpoint": str(checkpoint), "size": size, **policy}
+    cfg = {"seed": 0, "task": {"spec": SPEC.to_dict()}, "policy": named}
+    OmegaConf.save(OmegaConf.create(cfg), folder / "config.yaml")
 
 
 @pytest.fixture
@@ -35,16 +48,7 @@ def run(started_from, tmp_path):
     folder = tmp_path / "run"
     published = {"version": 7, "step": 70, "base": base_sha256(policy), "policy": "pi0", "now": time.time(), "keep": 3}
     publish(folder / "params", trainable(policy), **published)
-    size = {"_target_": "serl_launcher.policies.pi0_tiny.TinySize"} | {
-        name: getattr(SIZE["pi0"], name) for name in SIZE["pi0"].__slots__
-    }
-    named = {"_target_": "serl_launcher.policies.pi0.build_pi0", "name": "pi0", "init": "checkpoint", "seed": 0}
-    cfg = {
-        "seed": 0,
-        "task": {"spec": SPEC.to_dict()},
-        "policy": named | {"action_horizon": AH, "checkpoint": str(started_from), "train": "expert", "size": size},
-    }
-    OmegaConf.save(OmegaConf.create(cfg), folder / "config.yaml")
+    write_config(folder, started_from, train="expert")
     return folder
 
 
@@ -89,3 +93,45 @@ def test_groot_goes_out_in_nvidias_layout_with_its_sidecars(tmp_path):
     assert want | {"action_head_new_embodiment.safetensors"} <= {path.name for path in out.iterdir()}
     assert load_file(out / "model.safetensors")["action_head.vlln.weight"].unique().tolist() == [3.0]
     assert not [path for path in out.rglob("*") if "optimizer" in path.name]
+
+
+def test_adapters_are_served_as_published_and_exported_merged(started_from, tmp_path):
+    """LoRA from trainer to server to a folder without adapters: one policy all along."""
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    lora = {"train": "lora", "lora_rank": 4, "attention": "sdpa"}
+    policy = loaded_policy("pi0", started_from, **lora)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for tensor in trainable(policy).values():
+            tensor.add_(0.05 * torch.randn_like(tensor))
+    run = tmp_path / "run"
+    published = {"version": 3, "step": 30, "base": base_sha256(policy), "policy": "pi0", "now": time.time(), "keep": 3}
+    publish(run / "params", trainable(policy), **published)
+    write_config(run, started_from, **lora)
+
+    cfg = OmegaConf.merge(OmegaConf.load(ROOT / "config" / "base.yaml"), OmegaConf.load(run / "config.yaml"))
+    cfg.serving.device, cfg.serving.flow_steps = "cpu", 3
+    engine = PolicyEngine(cfg, run / "params")
+    assert engine.refresh()
+    given, noise = observation(), torch.randn(2, AH, 2, generator=torch.Generator().manual_seed(0))
+    queries = [
+        Query({camera: x[row] for camera, x in given.images.items()}, given.state[row], given.prompts[row])
+        for row in range(2)
+    ]
+    engine._draw = lambda _: noise
+    served = np.stack(engine.act(queries))
+
+    assert main([str(run), str(tmp_path / "out")]) == 0
+    was, now = (load_file(folder / "model.safetensors") for folder in (started_from, tmp_path / "out"))
+    assert was.keys() == now.keys()
+    moved = [name for name in was if not torch.equal(was[name], now[name])]
+    assert any("q_proj" in name for name in moved)
+    assert not [name for name in moved if "norm" in name or "embed" in name]
+    with torch.no_grad():
+        for merged in (policy.eval(), loaded_policy("pi0", tmp_path / "out", attention="sdpa")):
+            chunk = merged.physical_actions(sample(merged, merged.encode(given), noise, steps=3))
+            np.testing.assert_allclose(chunk, served, atol=1e-5)
+    before = loaded_policy("pi0", started_from)
+    with torch.no_grad():
+        untouched = before.physical_actions(sample(before, before.encode(given), noise, steps=3))
+    assert np.abs(untouched.numpy() - served).max() > 1e-3

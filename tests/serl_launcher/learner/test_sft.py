@@ -65,6 +65,13 @@ def test_batches_are_shuffled_by_seed_and_a_dataset_too_small_is_told(folder):
         next(batches(chunks_of(folder, max_samples=5), 8, 0))
 
 
+def test_max_samples_takes_the_first_ones(folder):
+    few, all_of_them = chunks_of(folder, max_samples=7), chunks_of(folder)
+    assert (len(few), len(chunks_of(folder, max_samples=10**6))) == (7, EPISODES * TICKS)
+    seen = {tuple(state) for _, batch in zip(range(4), batches(few, 7, 0), strict=False) for state in batch.state}
+    assert seen == {tuple(all_of_them[k]["state"]) for k in range(7)}
+
+
 def test_modality_json_selects_half_open_ranges(tmp_path):
     folder = make_dataset(tmp_path / "sft")
     add_modality(folder)

@@ -21,6 +21,7 @@ from serl_launcher.policies.groot_checkpoint import save_groot
 from serl_launcher.policies.groot_inputs import Geometry
 from serl_launcher.policies.groot_tiny import TinyGrootSize
 
+ROOT = Path(__file__).parents[3]
 AH, VALID = 4, 3
 SPECIAL = ["<|vision_end|>", "<|vision_start|>", "<|video_pad|>", "<|image_pad|>"]  # the last four ids
 TEMPLATE = (
@@ -329,3 +330,53 @@ def test_cameras_without_a_counterpart_are_named(base, size, tmp_path):
 def test_an_absent_processor_names_its_key(base, size, tmp_path):
     with pytest.raises(ValueError, match=r"policy\.processor=.*nowhere: cannot be loaded"):
         load(base, size, processor=str(tmp_path / "nowhere"))
+
+
+def test_a_users_fine_tune_from_data_to_an_export(base, processor, size, tmp_path, capsys):
+    """train_sft with the yaml of the released model on a dataset with modality.json, at tiny size in bf16; then out."""
+    sys.path[:0] = [str(ROOT / name) for name in ("examples", "tools")]
+    sys.path.insert(0, str(ROOT / "tests" / "serl_launcher" / "learner"))
+    import export_checkpoint
+    import train_sft
+    from sft_samples import add_modality, make_dataset
+
+    data = make_dataset(tmp_path / "data")
+    add_modality(data)
+    parts = json.loads((data / "meta" / "modality.json").read_text())
+    parts["video"]["wrist"] = {"original_key": "observation.images.wrist"}
+    (data / "meta" / "modality.json").write_text(json.dumps(parts))
+    overrides = [
+        "algo=sft_groot",
+        "policy=groot_n1_7",
+        f"policy.checkpoint={base}",
+        f"policy.processor={processor}",
+        "+policy.cameras.ego=front",
+        "policy.size._target_=serl_launcher.policies.groot_tiny.TinyGrootSize",
+        "trainer.device=cpu",
+        "sft.steps=2",
+        "sft.batch_size=3",
+        "sft.max_samples=9",
+    ]
+    run = tmp_path / "run"
+    assert train_sft.main([str(data), str(run), *overrides]) == 0, capsys.readouterr().err
+    assert "9 samples of 3 episodes" in capsys.readouterr().out
+    out = tmp_path / "out"
+    assert export_checkpoint.main([str(run), str(out)]) == 0, capsys.readouterr().err
+    names = {path.name for path in out.iterdir()}
+    assert {"trainer_state.json", "experiment_cfg", "modality.json", "action_head_new_embodiment.safetensors"} <= names
+    assert {"config.json", "statistics.json", "processor_config.json", "processor"} <= names
+    assert not [path for path in out.rglob("*") if "optimizer" in path.name]
+    assert json.loads((out / "trainer_state.json").read_text()) == {"global_step": 2}
+    moved = {
+        name
+        for name, tensor in load(base, size).core.state_dict().items()
+        if not torch.equal(load_stored(out, name), tensor)
+    }
+    assert any(name.startswith("action_head.model.") for name in moved)
+    assert all(name.startswith("action_head.") for name in moved)
+
+
+def load_stored(folder, name):
+    from serl_launcher.policies.checkpoint import Checkpoint
+
+    return Checkpoint.find(str(folder)).tensor(name)

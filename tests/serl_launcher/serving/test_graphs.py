@@ -134,7 +134,8 @@ def test_graphs_are_refused_without_a_gpu_and_a_wrong_word_is_named(tmp_path):
 def test_captured_graphs_answer_as_eager_and_follow_a_swap(name, precision, compile, tmp_path, caplog):
     cfg = tiny_config(serving__device="cuda", serving__max_batch=4, serving__cuda_graphs="on")
     cfg.policy = OmegaConf.load(ROOT / "config" / "policy" / f"{name}.yaml")
-    cfg.policy |= {"action_horizon": HORIZON, "precision": precision, "attention": "sdpa", "compile": compile}
+    options = {"action_horizon": HORIZON, "precision": precision, "attention": "sdpa", "compile": compile}
+    cfg.policy = OmegaConf.merge(cfg.policy, options)
     cfg.policy.size.image_size = 32
     engine = PolicyEngine(cfg, tmp_path)
     engine.warm_up()

@@ -1,0 +1,282 @@
+"""The table of docs/performance.md: inference and training steps of PI0 and GR00T N1.7 beside what the machine can do.
+
+Rates of a large matrix product and of a large copy are measured in the same run. A row's floor is the longer of its own
+FLOPs at the one and the weights that it must read at the other; `fraction_of_peak` is FLOPs a second over the first.
+Inference is what the policy server does: arrays in, through a CUDA graph where there is a GPU, actions out on the host.
+A row that does not fit into memory says so, and the next one begins.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from rows import Row
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
+from serl_launcher.policies.build import build_flow_policy
+from serl_launcher.policies.full_size import FullSize
+from serl_launcher.policies.groot import build_groot
+from serl_launcher.policies.groot_full import FullGrootSize
+from serl_launcher.policies.groot_tiny import TinyGrootSize
+from serl_launcher.policies.pi0 import PI0FlowPolicy
+from serl_launcher.policies.precision import hold
+from serl_launcher.serving.graphs import GraphRunner
+from serl_transport.specs import TaskSpec
+
+# DESIGN, section 6: (goal, first step) in ms on an H100.
+GOALS = {
+    "pi0/inference/batch1": (15.0, 25.0),
+    "pi0/inference/batch32": (300.0, None),
+    "pi0/expert_step/batch32": (300.0, None),
+    "pi0/full_step/batch32": (1100.0, None),
+    "groot_n1_7/inference/batch1": (10.0, 20.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One head of the table."""
+
+    name: str
+    build: Callable[..., nn.Module]  # (spec, train mode, precision) -> policy with random weights
+    spec: TaskSpec
+    flow_steps: int
+    modes: tuple[str, ...]  # training steps that are timed
+
+
+@dataclass(slots=True)
+class Peaks:
+    """What the machine reaches."""
+
+    flops: float  # a second, of a large matrix product in the precision of the run
+    bytes: float  # a second, read and written by a large copy
+
+
+def full_models() -> list[Model]:
+    """The released sizes with random weights."""
+    spec = task(224)
+
+    def pi0(train: str, precision: str) -> nn.Module:
+        options = {"train": train, "attention": "sdpa", "precision": precision}
+        return build_flow_policy(PI0FlowPolicy, "pi0", spec, "random", 0, 50, FullSize("pi0"), **options)
+
+    return [
+        Model("pi0", pi0, spec, 10, ("expert", "full")),
+        Model("groot_n1_7", partial(_groot, spec, FullGrootSize(), 40), spec, 4, ("head", "full")),
+    ]
+
+
+def middle_models(size: Any, depth: int) -> list[Model]:
+    """A size whose arithmetic dominates on a CPU. size: of PI0."""
+    spec = task(size.image_size)
+
+    def pi0(train: str, precision: str) -> nn.Module:
+        options = {"train": train, "attention": "sdpa", "precision": precision}
+        return build_flow_policy(PI0FlowPolicy, "pi0", spec, "random", 0, 16, size, **options)
+
+    shape = dict(width=256, layers=depth, vision_width=128, vision_layers=depth, head_width=256, head_layers=2 * depth)
+    groot = TinyGrootSize(image_size=128, prompt_tokens=16, **shape)
+    return [
+        Model("pi0", pi0, spec, 10, ("expert", "full")),
+        Model("groot_n1_7", partial(_groot, spec, groot, 16), spec, 4, ("head", "full")),
+    ]
+
+
+def _groot(spec: TaskSpec, size: Any, horizon: int, train: str, precision: str) -> nn.Module:
+    """`head`: what GR00T's users tune by default; `full`: backbone as well."""
+    tune = {"llm": train == "full", "visual": train == "full"}
+    return build_groot("bench", spec, "random", 0, horizon, size, tune=tune, precision=precision)
+
+
+def task(side: int) -> TaskSpec:
+    """Three cameras, 7 joints."""
+    joints = [f"j{k}" for k in range(7)]
+    low, high = [-1.0] * 7, [1.0] * 7
+    cameras = {camera: [side, side] for camera in ("front", "side", "wrist")}
+    return TaskSpec.from_dict(
+        dict(name="bench", prompt="pick up the red cube", cameras=cameras)
+        | dict(state_names=joints, state_low=low, state_high=high)
+        | dict(action_names=joints, action_low=low, action_high=high, control_hz=10, max_ticks=60)
+    )
+
+
+def table(device: Any, models: list[Model], batches: tuple[int, ...], rounds: int, precision: str) -> Iterator[Row]:
+    """Every row, model by model; memory is given back in between."""
+    peaks = Peaks(matmul_rate(device, torch.bfloat16 if precision == "bfloat16" else torch.float32), copy_rate(device))
+    yield Row.of(f"policy/peak/matmul/{precision}", peaks.flops / 1e12, "TFLOP/s")
+    yield Row.of("policy/peak/memory", peaks.bytes / 1e9, "GB/s")
+    for model in models:
+        inference = partial(inference_rows, device, model, batches, rounds, precision, peaks)
+        yield from guarded(f"policy/{model.name}/inference", inference)
+        for mode in model.modes:
+            name = f"{model.name}/{mode}_step/batch{batches[-1]}"
+            step = partial(training_rows, device, model, mode, batches[-1], rounds, precision, peaks)
+            yield from guarded(f"policy/{name}", step)
+
+
+def guarded(name: str, measure: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """The rows of `measure`; one that says so where memory ran out."""
+    try:
+        yield from measure()
+    except torch.OutOfMemoryError:
+        yield Row(name, None, "out of memory", None, None, None, None)
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def inference_rows(
+    device: Any, model: Model, batches: tuple[int, ...], rounds: int, precision: str, peaks: Peaks
+) -> Iterator[Row]:
+    """Each batch size, as served; on a GPU without graphs too."""
+    policy = built(device, model, "expert" if model.name == "pi0" else "head", precision).eval()
+    policy.requires_grad_(False)
+    hold(policy, precision, masters=False)
+
+    def forward(inputs: dict[str, Tensor]) -> Tensor:
+        prefix = policy.encode_prepared({k: x for k, x in inputs.items() if k != "noise"})
+        return sample(policy, prefix, inputs["noise"], model.flow_steps)
+
+    graphs = GraphRunner(forward) if device.type == "cuda" else None
+
+    @torch.inference_mode()
+    def answer(observation: PolicyInput, run: Callable) -> Tensor:
+        shape = (len(observation), policy.action_horizon, policy.action_dim)
+        inputs = policy.prepare(observation) | {"noise": torch.randn(shape, device=device)}
+        return policy.physical_actions(run(inputs)).float().cpu()
+
+    for batch in batches:
+        name, observation = f"{model.name}/inference/batch{batch}", observe(model.spec, batch)
+        cost = Cost(flops_of(policy, partial(answer, observation, forward)), served_bytes(policy, model.flow_steps))
+        if graphs is not None:
+            answer(observation, graphs)
+            yield from timed(device, f"{name}/eager", partial(answer, observation, forward), cost, peaks, rounds)
+        yield from timed(device, name, partial(answer, observation, graphs or forward), cost, peaks, rounds)
+    if graphs is not None:
+        yield Row.of(f"policy/{model.name}/inference/graphs", graphs.captured, "buckets captured")
+        yield memory_row(f"policy/{model.name}/inference")
+
+
+def training_rows(
+    device: Any, model: Model, mode: str, batch: int, rounds: int, precision: str, peaks: Peaks
+) -> Iterator[Row]:
+    """Forward, backward and optimizer; the full step checkpoints its layers."""
+    policy = built(device, model, mode, precision).train()
+    policy.checkpointing = mode == "full"
+    optimizer = torch.optim.AdamW(trainable(policy).values(), lr=1e-5, fused=device.type == "cuda")
+    observation = observe(model.spec, batch)
+    shape = (batch, policy.action_horizon, policy.action_dim)
+    chunk, noise = (torch.randn(shape, device=device) for _ in range(2))
+    keep, ones = torch.zeros(shape[:2], dtype=torch.bool, device=device), torch.ones(batch, device=device)
+    t = torch.rand(batch, device=device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        flow_loss(policy, policy.encode(observation), chunk, keep, ones, noise, t).mean().backward()
+        optimizer.step()
+
+    name = f"{model.name}/{mode}_step/batch{batch}"
+    yield from timed(device, name, step, Cost(flops_of(policy, step), 0), peaks, rounds)
+    if device.type == "cuda":
+        yield memory_row(f"policy/{name}")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a call needs at least."""
+
+    flops: int
+    bytes: int  # of weights that it reads
+
+
+def flops_of(policy: nn.Module, work: Callable) -> int:
+    """Counted without torch.compile, whose kernels the counter does not see; compiled from here on where it pays."""
+    policy.compile_layers("off")
+    with FlopCounterMode(display=False) as counter:
+        work()
+    policy.compile_layers("auto")
+    return counter.get_total_flops()
+
+
+def timed(device: Any, name: str, work: Callable, cost: Cost, peaks: Peaks, rounds: int) -> Iterator[Row]:
+    """Median time in ms against its floor, its share of the peak, and the goals that are set for it."""
+    work()
+    median = float(np.median([seconds(device, work) for _ in range(rounds)]))
+    floor = max(cost.flops / peaks.flops, cost.bytes / peaks.bytes)
+    yield Row.of(f"policy/{name}", median * 1e3, "ms", floor * 1e3)
+    yield Row.of(f"policy/{name}/fraction_of_peak", cost.flops / median / peaks.flops, "of the measured FLOP/s")
+    goals = GOALS.get(name, (None, None)) if device.type == "cuda" else (None, None)
+    for label, goal in zip(("goal", "first_step"), goals, strict=True):
+        if goal is not None:
+            yield Row.of(f"policy/{name}/{label}", median * 1e3, "ms", goal, "<= 1.0")
+
+
+def built(device: Any, model: Model, mode: str, precision: str) -> nn.Module:
+    """A policy with random weights, made on the device."""
+    with torch.device(device):
+        return model.build(mode, precision).to(device)
+
+
+def observe(spec: TaskSpec, batch: int) -> PolicyInput:
+    """Random pictures and states."""
+    rng = np.random.default_rng(0)
+    images = {c: rng.integers(0, 256, (batch, h, w, 3), dtype=np.uint8) for c, (h, w) in spec.cameras.items()}
+    state = rng.uniform(-1, 1, (batch, len(spec.state_names))).astype(np.float32)
+    return PolicyInput(images, state, [spec.prompt] * batch)
+
+
+def served_bytes(policy: nn.Module, steps: int) -> int:
+    """Weights that one answer reads: the backbone once, what runs at every flow step as often; tables are looked up."""
+    backbone = {id(p) for p in policy.backbone.parameters()}
+    dead, total = policy.dead_parameters(), 0
+    for name, p in policy.named_parameters():
+        if name in dead or "embed_tokens" in name:
+            continue
+        once = id(p) in backbone or ".vl" in name or "state_encoder" in name
+        share = getattr(policy.core.config, "max_num_embodiments", 1) if name.endswith((".W", ".b")) else 1
+        total += p.numel() * p.element_size() * (1 if once else steps) // share
+    return total
+
+
+def memory_row(name: str) -> Row:
+    """The most that was allocated since the last model."""
+    return Row.of(f"{name}/memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
+
+
+def matmul_rate(device: Any, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of five."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    return max(2 * n**3 / seconds(device, lambda: a @ b) for _ in range(5))
+
+
+def copy_rate(device: Any) -> float:
+    """Bytes read and written a second by a large copy, the best of five."""
+    n = 2**30 if device.type == "cuda" else 2**26
+    a = torch.zeros(n, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    b.copy_(a)
+    return max(2 * n / seconds(device, lambda: b.copy_(a)) for _ in range(5))
+
+
+def seconds(device: Any, work: Callable) -> float:
+    """Wall time of a call, the device's queue included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
