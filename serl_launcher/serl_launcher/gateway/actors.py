@@ -32,7 +32,7 @@ class Actors:
         self._known: dict[str, ActorState] = {}
 
     def joined(self, actor: str, boot: str) -> None:
-        """A hello was accepted (an actor's two connections each say one)."""
+        """A hello was accepted (each of an actor's connections says one)."""
         state = self._known.get(actor)
         if state is None or state.boot != boot:
             log.info("actor %s %s (boot %s)", actor, "joined" if state is None else "restarted", boot[-8:])

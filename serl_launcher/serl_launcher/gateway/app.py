@@ -80,7 +80,7 @@ class Gateway:
         self.ingest = Ingest(settings, paths, self.actors, server.reply, server.call_soon, self._episode_closed)
         self._restore_tickets()
         self._roles = server.add_router(internal_endpoint(paths.root))
-        self.forwarder = InferForwarder(self._roles, server.reply)
+        self.forwarder = InferForwarder(self._roles, server.reply, server.loop, paths.root)
         self._stage = self._current_stage()
         self.operator = OperatorState(paths.root / "operator.json")
         self._exported: dict[str, Any] = {}
@@ -124,6 +124,7 @@ class Gateway:
             self.server.start()
         finally:
             self.ingest.close()
+            self.forwarder.close()
             self._write_status()
             self._lock.release()
 

@@ -21,6 +21,8 @@ from typing import Any
 
 import zmq
 
+from serl_launcher.gateway.line import Line
+from serl_launcher.gateway.shelf import ShelfReader
 from serl_launcher.paths import internal_endpoint
 from serl_transport import codec
 from serl_transport.envelope import REPLY, Envelope
@@ -124,7 +126,7 @@ class InferRequest:
     """An actor's question, forwarded by the gateway."""
 
     token: bytes  # return address for `reply`
-    body: dict[str, Any]  # the actor's `infer` body, arrays as read-only views
+    body: dict[str, Any]  # the actor's `infer` body, arrays as read-only views that hold until it is answered
     actor: str = ""  # who asks
     arrived: float = 0.0  # monotonic seconds of this host, when the gateway got it
 
@@ -134,6 +136,39 @@ class PolicyLink(_Link):
 
     def __init__(self, run_dir: str | Path) -> None:
         super().__init__(run_dir, "policy")
+        self._shelf = ShelfReader()
+        self._run_dir = run_dir
+        self._line: Line | None = None  # to the gateway; made by `serving`, gone with the gateway
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+
+    def close(self) -> None:
+        """Close both sockets."""
+        self._hang_up()
+        super().close()
+
+    def _receive(self, timeout_s: float) -> tuple[Envelope, codec.Frames] | None:
+        message = self._from_line()
+        if message is None and self._poller.poll(max(0, int(timeout_s * 1e3))):
+            message = self._from_line() or super()._receive(0)
+        return message
+
+    def _from_line(self) -> tuple[Envelope, codec.Frames] | None:
+        try:
+            return self._line and self._line.receive()
+        except EOFError:
+            self._hang_up()
+            return None
+
+    def _hang_up(self) -> None:
+        if self._line is not None:
+            self._poller.unregister(self._line.fileno)
+            self._line.close()
+            self._line = None
+
+    def _answer(self, envelope: Envelope, frames: codec.Frames) -> None:
+        if self._line is None or not self._line.send(envelope, frames):
+            self._send(envelope, frames)
 
     @property
     def socket(self) -> zmq.Socket:
@@ -148,6 +183,8 @@ class PolicyLink(_Link):
             if envelope.kind != INFER or not isinstance(envelope.request_id, bytes):
                 continue  # the gateway's answer to `serving`
             try:
+                if envelope.target:
+                    frames = self._shelf.frames(envelope.target, frames)
                 body = codec.unpack(frames)
                 return InferRequest(envelope.request_id, body, envelope.actor_id, envelope.seq / 1e9)
             except WireError as error:
@@ -158,14 +195,17 @@ class PolicyLink(_Link):
         """Answer one question: `{actions, policy_version, server_ms}` or a typed error (NotReady, BadFrame, …)."""
         if isinstance(result, WireError):
             envelope = Envelope(INFER_REPLY, self.role, request_id=token, error=(result.code, result.message))
-            self._send(envelope, [])
+            self._answer(envelope, [])
         else:
-            self._send(Envelope(INFER_REPLY, self.role, request_id=token), codec.pack(dict(result)))
+            self._answer(Envelope(INFER_REPLY, self.role, request_id=token), codec.pack(dict(result)))
 
     def serving(self, *, version: int, **figures: float | None) -> None:
         """Register with the gateway and report, once a second; version −1: nothing to serve yet. Does not wait.
 
         figures: shown in the status document's `serving`.
         """
+        if self._line is None and (line := Line.connect(self._run_dir)) is not None:
+            self._line = line
+            self._poller.register(line.fileno, zmq.POLLIN)
         body = {"pid": os.getpid(), "version": version, **figures}
         self._send(Envelope("serving", self.role, request_id=next(self._ids)), codec.pack(body))

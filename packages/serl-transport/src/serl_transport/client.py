@@ -1,7 +1,8 @@
 """The actor's end of the wire: acknowledged data, inference, requests, notifications, parameters.
 
     send_item / update ─▶ spool ─▶ outbox ─▶ data link ───▶ 5588
-    infer / request ───────────────────────▶ control link ─▶ 5588
+    infer ──────────── in the caller's thread ─▶ asker ────▶ 5588
+    request ───────────────────────────────▶ control link ─▶ 5588
     callbacks ◀── listener thread ◀──────── SUB ◀───────── 5589
 
 The robot's thread calls in; sockets live on the links' threads. Nothing here needs torch.
@@ -21,6 +22,7 @@ from typing import Any
 import zmq
 
 from serl_transport import auth
+from serl_transport.asker import Asker
 from serl_transport.codec import pack, unpack
 from serl_transport.config import TrainerConfig
 from serl_transport.data_store import DataStoreBase
@@ -132,7 +134,9 @@ class TrainerClient:
 
     def infer(self, body: dict[str, Any], timeout_ms: float | None = None) -> dict[str, Any]:
         """Ask the policy: see `infer` in docs/architecture.md. Raises NotReady, ServerSilent or another WireError."""
-        return self._control.call("infer", body, timeout_ms=timeout_ms or self.timeout_ms)
+        timeout_ms = timeout_ms or self.timeout_ms
+        reply = self._asker.ask("infer", body, timeout_ms / 1e3)
+        return self._control.call("infer", body, timeout_ms=timeout_ms) if reply is None else reply
 
     def request(self, type: str, payload: dict[str, Any] | None = None, timeout_ms: float | None = None) -> dict:
         """Ask the learner something. Raises the learner's typed WireError, or ServerSilent.
@@ -211,6 +215,14 @@ class TrainerClient:
         self._control.on_ready(lambda: self._listener.saw_version(self._control.hello_reply))
         self._control.on_restart(self._listener.forget)
         self._subscribe(server_ip)
+        self._asker = Asker(
+            self._control,
+            actor_id=self.name,
+            boot_id=self.boot_id,
+            hello=lambda: {**self._hello(), "link": "infer"},
+            keys=self._keys,
+        )
+        self._resources.callback(self._asker.close)
         self._outbox = Outbox(self._data, self._spool, ledger)
         self._control.start()
         self._data.start()

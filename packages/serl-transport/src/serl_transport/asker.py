@@ -1,0 +1,168 @@
+"""Asks one question at a time on a socket of its own, in the caller's thread: the shortest way there and back.
+
+    infer() ─▶ Asker.ask ─▶ DEALER ─▶ learner          busy, not connected, not let in yet: None, and the link asks
+
+A question over `link.Link` is handed to the link's thread, and its answer back: two more wake-ups, a good part of a
+round trip's time. The Asker says hello when it must, and repeats a question whose connection was cut, as the link does.
+"""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+from serl_transport import auth
+from serl_transport.codec import Frames, pack, unpack
+from serl_transport.envelope import PROTOCOL, REPLY, Envelope
+from serl_transport.errors import Corrupt, HelloRequired, ServerSilent, WireError
+from serl_transport.keys import ClientKeys
+from serl_transport.link import Link
+
+log = logging.getLogger(__name__)
+
+HELLO_S = 1.0  # a hello that is not answered by then is given up; the link tells why
+LOOK_S = 0.2  # how often a waiting question looks whether the client is being stopped
+
+
+class Asker:
+    """Owns one DEALER. Thread-safe: whoever finds it busy is sent to the link."""
+
+    def __init__(
+        self,
+        link: Link,
+        *,
+        actor_id: str,
+        boot_id: str,
+        hello: Callable[[], dict[str, Any]],
+        keys: ClientKeys | None,
+    ):
+        """`link` asks in its place, and lives longer."""
+        self._link, self._limits = link, link.limits
+        self._actor_id, self._boot_id, self._hello = actor_id, boot_id, hello
+        self._ids = itertools.count(1)
+        self._lock = threading.Lock()
+        self._closing = self._let_in = False
+        self._socket = link.context.socket(zmq.DEALER)
+        auth.configure(self._socket, self._limits, keys)
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._socket.connect(link.endpoint)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+
+    def ask(self, kind: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any] | None:
+        """The reply's body; None when nothing was asked here and the link should.
+
+        Raises the server's typed error, or ServerSilent after `timeout_s`.
+        """
+        if self._closing or not self._lock.acquire(blocking=False):
+            return None
+        try:
+            frames = self._ask(kind, pack(body, self._limits), time.monotonic() + timeout_s)
+        except TimeoutError:
+            late = f"no reply to {kind!r} from {self._link.endpoint} in {timeout_s * 1e3:g} ms"
+            raise ServerSilent(f"{late}; {self._link.state()}") from None
+        finally:
+            self._lock.release()
+        return None if frames is None else unpack(frames, self._limits) if frames else {}
+
+    def close(self) -> None:
+        """Fail the question that is under way and close the socket."""
+        self._closing = True
+        with self._lock:
+            self._socket.disable_monitor()
+            self._monitor.close()
+            self._socket.close()
+
+    def _ask(self, kind: str, frames: Frames, deadline: float) -> Frames | None:
+        """The reply's frames, or None when the question could not be sent the first time."""
+        asked, request_id = False, None
+        while True:
+            if request_id is None:
+                self._notice_cuts()
+                if self._let_in or self._say_hello(min(deadline, time.monotonic() + HELLO_S)):
+                    request_id = self._send(kind, frames)
+                if request_id is None:
+                    if not asked:
+                        return None
+                    self._pause(deadline)
+                    continue
+                asked = True
+            reply = self._receive(deadline)
+            if reply is None:
+                request_id = None  # the connection was cut, and the question with it
+            elif reply[0].request_id == request_id:
+                answer = self._read(*reply)
+                if answer is not None:
+                    return answer
+                request_id = None
+
+    def _read(self, envelope: Envelope, frames: Frames) -> Frames | None:
+        """The answer; None when the question must be asked again."""
+        try:
+            envelope.raise_error()
+        except HelloRequired:
+            self._let_in = False
+            return None
+        except Corrupt:
+            return None
+        return frames
+
+    def _say_hello(self, until: float) -> bool:
+        request_id = self._send("hello", pack(self._hello(), self._limits))
+        if request_id is None:
+            return False
+        try:
+            while (reply := self._receive(until)) is not None:
+                if reply[0].request_id == request_id:
+                    self._let_in = reply[0].error is None and reply[0].version == PROTOCOL
+                    break
+        except TimeoutError:
+            return False
+        return self._let_in
+
+    def _send(self, kind: str, frames: Frames) -> int | None:
+        """The request id; None without a connection."""
+        envelope = Envelope(kind, self._actor_id, self._boot_id, 0, next(self._ids))
+        try:
+            self._socket.send_multipart([envelope.to_frame(frames), *frames], zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
+        return envelope.request_id  # type: ignore[return-value]  (an int, made here)
+
+    def _receive(self, deadline: float) -> tuple[Envelope, Frames] | None:
+        """The next whole message; None when the connection was cut. TimeoutError at the deadline."""
+        while True:
+            self._pause(deadline, 0)
+            ready = dict(self._poller.poll(min(LOOK_S, max(0.0, deadline - time.monotonic())) * 1e3))
+            if self._socket in ready:
+                try:
+                    parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                    envelope = Envelope.from_frame(parts[0])
+                    envelope.check(parts[1:])
+                except WireError as error:
+                    log.error("a bad message from %s: %s", self._link.endpoint, error.message)
+                    continue
+                if envelope.kind == REPLY or envelope.version != PROTOCOL:
+                    return envelope, parts[1:]
+            if self._monitor in ready and self._notice_cuts():
+                return None
+
+    def _notice_cuts(self) -> bool:
+        cut = False
+        while self._monitor.poll(0):
+            self._monitor.recv_multipart()
+            cut = True
+        self._let_in = self._let_in and not cut
+        return cut
+
+    def _pause(self, deadline: float, rest_s: float = 0.02) -> None:
+        if self._closing or time.monotonic() >= deadline:
+            raise TimeoutError
+        if rest_s:
+            time.sleep(rest_s)
