@@ -56,11 +56,19 @@ class ChaosProxy:
                     end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 _close(end)
 
+    def garble(self) -> None:
+        """Send each actor's end the head of a message of 2^62 bytes, as a flipped bit in a length would."""
+        with self._lock:
+            for client, _ in self._pairs:
+                with contextlib.suppress(OSError):  # that connection has ended
+                    client.sendall(b"\x02" + struct.pack(">Q", 1 << 62))
+
     def half_open(self) -> None:
         """Drop the learner's side of each connection; the actor's side stays open and is never told."""
         with self._lock:
             for _, server in self._pairs:
-                server.close() if server.fileno() < 0 else server.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(OSError):  # that connection has ended
+                    server.shutdown(socket.SHUT_WR)
 
     def stop(self) -> None:
         """Close everything."""
@@ -83,7 +91,8 @@ class ChaosProxy:
             with self._lock:
                 self._pairs.append((client, server))
             for source, sink in ((client, server), (server, client)):
-                source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                with contextlib.suppress(OSError):  # reset meanwhile
+                    source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 chunks: queue.Queue[tuple[float, bytes] | None] = queue.Queue(AHEAD)
                 threading.Thread(target=self._read, args=(source, chunks), daemon=True).start()
                 threading.Thread(target=self._write, args=(chunks, sink, source), daemon=True).start()

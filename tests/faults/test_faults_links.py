@@ -118,6 +118,30 @@ def test_more_data_than_the_link_takes_fills_the_spool_and_nothing_else(proxied,
     assert growth < 150
 
 
+def test_what_is_no_message_at_all_ends_no_link_for_good(proxied, figures):
+    """libzmq does not connect again after a protocol error; the link opens a new socket."""
+    run, proxies = proxied(Weather())
+    actor = run.start_actor(ports=ports_of(proxies), infer_ms=300)
+    run.await_acknowledged(5, 60)
+    back = []
+    for _ in range(2):
+        before = run.report()["answers"] + sum(code == "not_ready" for *_, code in run.report()["silences"])
+        for proxy in proxies:
+            proxy.garble()
+        time.sleep(1.0)
+        back.append(1.0 + run.await_acknowledged(1, 30))
+        until(lambda n=before: sum(code == "not_ready" for *_, code in run.report()["silences"]) > n + 5, 30, "answers")
+    report = run.finish(actor)
+    run.stop_gateway()
+    counts = run.judge()
+    figures.row(
+        "garbled", "data back within 10 s, 0 lost", max(back) <= 10, back_s_max=round(max(back), 2),
+        items=report["sent"], lost=report["sent"] - counts["items in the journal"],
+    )  # fmt: skip
+    assert counts["items in the journal"] == report["sent"]
+    assert max(back) <= 10, back
+
+
 def test_chaos(proxied, figures):
     """Twenty seconds of everything at once."""
     weather = Weather(delay_s=0.01, jitter_s=0.03, flip=0.01)

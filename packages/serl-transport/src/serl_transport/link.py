@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 OnReply = Callable[[Frames | WireError], None]
 HELLO_AGAIN_S = 1.0
 HEARTBEAT_S = 1.0
+REOPEN_S = 5.0  # heartbeats have long noticed a dead connection, and libzmq has tried again several times
 
 
 @dataclass(slots=True)
@@ -119,19 +120,15 @@ class Link:
         self._server_boot = ""
         self._last_heard = self._last_hello = self._last_heartbeat = 0.0
         self._heartbeat_id = self._hello_id = 0
-        self._socket = self.context.socket(zmq.DEALER)
-        auth.configure(self._socket, limits, keys)
-        self._watch_handshakes(keys is not None)
-        # Queue only for a live connection: what was queued for a dead one would be lost or arrive before a hello.
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._keys = keys
+        self._opened = time.monotonic()
         try:
-            self._socket.connect(endpoint)
+            self._open()
         except zmq.ZMQError as error:
             self._close()
             raise ValueError(
                 f"cannot connect to {endpoint}: {zmq.strerror(error.errno or 0)}; check ip= and port="
             ) from None
-        self.loop.add_socket(self._socket, self._receive)
         self.loop.call_later(0, self._tick)
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
 
@@ -210,8 +207,36 @@ class Link:
             return False  # no connection, or a full queue: the tick tries again
         return True
 
+    def _open(self) -> None:
+        self._socket = self.context.socket(zmq.DEALER)
+        auth.configure(self._socket, self.limits, self._keys)
+        self._watch_handshakes(self._keys is not None)
+        # Queue only for a live connection: what was queued for a dead one would be lost or arrive before a hello.
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._socket.connect(self.endpoint)
+        self.loop.add_socket(self._socket, self._receive)
+
+    def _reopen(self, now: float) -> None:
+        """A new socket in place of one that has been silent for REOPEN_S.
+
+        libzmq gives a connection up for good, without trying again, when what arrives on it is not ZMTP (seen with one
+        flipped bit in a frame's length): the old socket may never speak again.
+        """
+        self._opened = now
+        for socket in (self._socket, self._monitor):
+            self.loop.remove_socket(socket)
+        self._socket.disable_monitor()
+        self._socket.close()
+        for pending in self._pending.values():
+            pending.sent_at = 0.0
+        self.ready.clear()
+        self._last_hello = 0.0
+        self._open()
+
     def _tick(self) -> None:
         now = time.monotonic()
+        if now - max(self._last_heard, self._opened) > REOPEN_S:
+            self._reopen(now)
         if not self.ready.is_set():
             if now - self._last_hello >= HELLO_AGAIN_S:
                 self._say_hello(now)
@@ -285,6 +310,11 @@ class Link:
         if envelope.version == PROTOCOL:
             envelope.check(frames)
         self._last_heard = time.monotonic()
+        if envelope.version != PROTOCOL and self.ready.is_set():
+            # A flipped bit, or a learner of another release since: its answer to a hello tells which.
+            self.ready.clear()
+            self._last_hello = 0.0
+            raise Corrupt(f"a reply of protocol {envelope.version} from a learner that spoke {PROTOCOL}")
         if envelope.version != PROTOCOL:
             self._refuse(
                 ProtocolMismatch(
@@ -323,7 +353,7 @@ class Link:
     def _watch_handshakes(self, has_keys: bool) -> None:
         """A server that refuses our key, or wants one, says so in the handshake only: make it a refusal in words."""
         events = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-        monitor = self._socket.get_monitor_socket(events)
+        self._monitor = monitor = self._socket.get_monitor_socket(events)
 
         def receive() -> None:
             event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))

@@ -23,6 +23,7 @@ from serl_transport.envelope import PROTOCOL, REPLY, Envelope
 from serl_transport.errors import (
     BadFrame,
     CannotListen,
+    Corrupt,
     HelloRequired,
     Internal,
     ProtocolMismatch,
@@ -197,6 +198,8 @@ class Router:
             self.reply(_token(address, request_id), failure)
 
     def _answer(self, address: bytes, envelope: Envelope, token: bytes, parts: Frames) -> Reply | None:
+        if envelope.version != PROTOCOL and address in self.peers:
+            raise Corrupt("the message was changed on its way (protocol version): send it again")
         if envelope.version != PROTOCOL:
             raise ProtocolMismatch(
                 f"the learner speaks protocol {PROTOCOL}, this peer {envelope.version}; "
