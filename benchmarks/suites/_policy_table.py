@@ -187,7 +187,11 @@ def training_rows(
         optimizer.step()
 
     name = f"{model.name}/{mode}_step/batch{batch}"
-    yield from timed(device, name, step, Cost(flops_of(policy, step), 0), peaks, rounds)
+    cost = Cost(flops_of(policy, step), 0)
+    yield from timed(device, name, step, cost, peaks, rounds)
+    if device.type == "cuda":  # whether compiling the layers pays in training
+        policy.compile_layers("on")
+        yield from timed(device, f"{name}/compiled", step, cost, peaks, rounds)
     if device.type == "cuda":
         yield memory_row(f"policy/{name}")
 

@@ -1,8 +1,8 @@
 """torch.compile of single layers, where it pays: one layer is compiled, all layers of its shape use it.
 
-Heads (policies.pi0, policies.groot_head) take `compile: auto | on | off`; auto means on a CUDA device. Weights are
-inputs of the compiled code, so new parameters copied in place need no new compilation. A compiler that fails costs one
-line in the log: the layer runs uncompiled from then on.
+Heads (policies.pi0, policies.groot_head) take `compile: auto | on | off`. auto means inference on a GPU: there a
+compiler that fails costs one line in the log and the layer runs uncompiled from then on, while a backward pass could
+not be taken back. Weights are inputs of the compiled code, so new parameters copied in place need no new compilation.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class CompiledLayer:
 
     def __call__(self, layer: Any, x: Tensor, *rest: Any) -> Any:
         """As the function itself."""
-        if self._failed or x.is_meta or (self.mode == "auto" and not x.is_cuda):
+        pays = x.is_cuda and not torch.is_grad_enabled()
+        if self._failed or x.is_meta or (self.mode == "auto" and not pays):
             return self.function(layer, x, *rest)
         if self._compiled is None:
             self._compiled = torch.compile(self.function, backend=self.backend)

@@ -41,6 +41,7 @@ def build_groot(
     embodiment_tag: str = TAG,
     processor: str | None = None,
     cameras: Mapping[str, str] | None = None,
+    statistics: str | None = None,
     precision: str = "float32",
     **options: Any,
 ) -> GrootFlowPolicy:
@@ -48,6 +49,7 @@ def build_groot(
 
     init `checkpoint`: weights, units and the slot of `embodiment_tag` from NVIDIA's layout or LeRobot's `groot` type;
     processor: folder or hub name of the backbone's tokenizer and image processor, the checkpoint's own when None;
+    statistics: a LeRobot dataset whose statistics a new embodiment starts with, where the checkpoint has none of it;
     options: attention, checkpointing, mask_padding, compile of the head. Raises ValueError in the user's words.
     """
     require_diffusers()
@@ -56,9 +58,10 @@ def build_groot(
         if not checkpoint:
             raise ValueError("policy.checkpoint: expected a GR00T N1.7 folder or a hub name (or policy.init=random)")
         found = Checkpoint.find(checkpoint)
-        return _from_checkpoint(
-            found, spec, embodiment_tag, action_horizon, size, dropout, flags, processor, dict(cameras or {}), options
-        )
+        assets = read_assets(found, embodiment_tag, spec, dict(cameras or {}), statistics)
+        policy = _from_checkpoint(found, spec, assets, action_horizon, size, dropout, flags, processor, options)
+        policy.embodiment_tag = embodiment_tag
+        return policy
     if init != "random":
         raise ValueError(f"policy.init: expected 'checkpoint' or 'random', got {init!r}")
     if checkpoint:
@@ -79,20 +82,18 @@ def build_groot(
 def _from_checkpoint(
     found: Checkpoint,
     spec: TaskSpec,
-    tag: str,
+    assets: GrootAssets,
     horizon: int | None,
     size: Any,
     dropout: bool,
     flags: dict[str, bool],
     processor: str | None,
-    mapping: dict[str, str],
     options: dict[str, Any],
 ) -> GrootFlowPolicy:
     core = build_core(found)
     if horizon not in (None, core.config.action_horizon):
         have = core.config.action_horizon
         raise CheckpointError(f"policy.action_horizon={horizon}: the checkpoint's chunk is {have}")
-    assets = read_assets(found, tag, spec, mapping)
     policy = GrootFlowPolicy(
         core,
         spec,
@@ -106,7 +107,7 @@ def _from_checkpoint(
     )
     policy.tune(**flags)
     policy.load_report = load_core(policy, found, prefix_of(found), ALIASES, options["precision"])
-    policy.checkpoint, policy.embodiment_tag = found, tag
+    policy.checkpoint, policy.described = found, assets.described
     policy.train(policy.training)
     log.info("%s", policy.load_report)
     return policy
@@ -133,7 +134,9 @@ def meta_groot(cfg: Any, spec: TaskSpec, size: Any) -> tuple[GrootFlowPolicy, st
     if cfg.get("checkpoint"):
         found = Checkpoint.find(cfg["checkpoint"])
         core = build_core(found)
-        assets = read_assets(found, cfg.get("embodiment_tag") or TAG, spec, dict(cfg.get("cameras") or {}))
+        assets = read_assets(
+            found, cfg.get("embodiment_tag") or TAG, spec, dict(cfg.get("cameras") or {}), cfg.get("statistics")
+        )
         mode, cameras, valid = assets.mode, assets.cameras, assets.horizon
     else:
         with torch.device("meta"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,14 @@ from serl_transport.specs import TaskSpec
 
 PACK, ENCODE = "groot_n1_7_pack_inputs_v1", "groot_n1_7_vlm_encode_v1"
 NEVER_MOVED = 1e30  # divisor of a state that has one value: it is 0 to the model
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """An embodiment that the checkpoint does not know, as its sidecars would say it."""
+
+    statistics: dict[str, Any]  # {state: {part: {min, max, …}}, action: …}
+    modality: dict[str, Any]  # {state: {modality_keys, …}, action: …, video: …}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +45,21 @@ class GrootAssets:
     formalize: bool  # prompts in lower case, without punctuation
     mode: str  # QUANTILES (1% … 99%) or MIN_MAX: the statistics that a dataset must have
     processor: str | None  # folder or hub name of tokenizer and image processor, where the checkpoint names one
+    described: Described | None  # a new embodiment's entries, for the export
 
 
-def read_assets(found: Checkpoint, tag: str, spec: TaskSpec, mapping: dict[str, str]) -> GrootAssets:
-    """mapping: the task's camera -> the checkpoint's, where names differ. Raises CheckpointError naming what is
-    absent or does not fit."""
-    raw = _lerobot(found) if found.config.get("type") == "groot" else _nvidia(found, tag)
+def read_assets(
+    found: Checkpoint, tag: str, spec: TaskSpec, mapping: dict[str, str], dataset: str | None = None
+) -> GrootAssets:
+    """mapping: the task's camera -> the checkpoint's, where names differ; dataset: a LeRobot dataset whose statistics
+    serve an embodiment that the checkpoint has none of. Raises CheckpointError naming what is absent or does not fit.
+    """
+    described = None
+    if found.config.get("type") == "groot":
+        raw = _lerobot(found)
+    else:
+        described = _described(found, tag, spec, dataset) if dataset else None
+        raw = _nvidia(found, tag, described)
     if raw.relative:
         raise CheckpointError(f"{found.folder}: checkpoints with relative actions are not supported")
     ends = ("q01", "q99") if raw.keywords.get("use_percentiles") else ("min", "max")
@@ -71,6 +89,7 @@ def read_assets(found: Checkpoint, tag: str, spec: TaskSpec, mapping: dict[str, 
         bool(keywords.get("formalize_language", True)),
         "QUANTILES" if ends[0] == "q01" else "MIN_MAX",
         raw.processor,
+        described,
     )
 
 
@@ -86,19 +105,56 @@ class _Raw:
     processor: str | None = None
 
 
-def _nvidia(found: Checkpoint, tag: str) -> _Raw:
-    statistics, processor = (_json(found, name) for name in ("statistics.json", "processor_config.json"))
-    if tag not in (statistics or {}) or processor is None:
-        have = sorted(statistics or {})
+def _nvidia(found: Checkpoint, tag: str, described: Described | None) -> _Raw:
+    statistics, processor = (_json(found, name) or {} for name in ("statistics.json", "processor_config.json"))
+    keywords = processor.get("processor_kwargs", {})
+    if tag in statistics and processor and described is None:
+        described = Described(statistics[tag], keywords.get("modality_configs", {}).get(tag, {}))
+    if described is None:
         raise CheckpointError(
-            f"{found.folder}: no normalisation statistics of embodiment {tag!r} (statistics.json has {have})"
+            f"{found.folder}: no normalisation statistics of embodiment {tag!r} (statistics.json has "
+            f"{sorted(statistics)}); to start a new embodiment from a dataset's, set policy.statistics to its folder"
         )
     slots = _json(found, "embodiment_id.json") or {}
     if tag not in slots:
         raise CheckpointError(f"{found.folder}: embodiment tag {tag!r} is not in embodiment_id.json: {sorted(slots)}")
-    keywords = processor.get("processor_kwargs", {})
-    modality = keywords.get("modality_configs", {}).get(tag, {})
-    return _Raw(statistics[tag], modality, keywords, int(slots[tag]), bool(keywords.get("use_relative_action")))
+    relative = bool(keywords.get("use_relative_action"))
+    configs = described.modality.get("action", {}).get("action_configs") or []
+    if relative and configs and all(str(c.get("rep", "")).lower() == "absolute" for c in configs):
+        relative = False
+    return _Raw(described.statistics, described.modality, keywords, int(slots[tag]), relative)
+
+
+def _described(found: Checkpoint, tag: str, spec: TaskSpec, dataset: str) -> Described | None:
+    """A LeRobot dataset's statistics, part by part as its modality.json says (whole vectors without one); None where
+    the checkpoint has statistics of this embodiment already."""
+    if tag in (_json(found, "statistics.json") or {}):
+        return None
+    meta = Path(dataset).expanduser() / "meta"
+    if not (meta / "stats.json").is_file():
+        raise CheckpointError(f"policy.statistics={dataset}: no LeRobot dataset with statistics (meta/stats.json)")
+    stats = json.loads((meta / "stats.json").read_text())
+    parts = json.loads((meta / "modality.json").read_text()) if (meta / "modality.json").is_file() else {}
+    statistics: dict[str, Any] = {}
+    modality: dict[str, Any] = {
+        "video": {"modality_keys": list(parts.get("video", spec.cameras)), "delta_indices": [0]}
+    }
+    for what, column in (("state", "observation.state"), ("action", "action")):
+        entries = parts.get(what) or {"all": {}}
+        statistics[what] = {name: _part(stats, entry, column, dataset) for name, entry in entries.items()}
+        modality[what] = {"modality_keys": list(entries), "delta_indices": [0]}
+    absolute = {"rep": "absolute", "type": "non_eef", "format": "default"}
+    modality["action"] |= {"delta_indices": [], "action_configs": [absolute] * len(statistics["action"])}
+    modality["language"] = {"modality_keys": ["annotation.human.task_description"], "delta_indices": [0]}
+    return Described(statistics, modality)
+
+
+def _part(stats: dict[str, Any], entry: dict[str, Any], column: str, dataset: str) -> dict[str, list[float]]:
+    key = entry.get("original_key", column)
+    if key not in stats:
+        raise CheckpointError(f"policy.statistics={dataset}: no statistics of column {key!r}")
+    names = [name for name in ("min", "max", "mean", "std", "q01", "q99") if name in stats[key]]
+    return {name: list(np.atleast_1d(stats[key][name])[entry.get("start") : entry.get("end")]) for name in names}
 
 
 def _lerobot(found: Checkpoint) -> _Raw:

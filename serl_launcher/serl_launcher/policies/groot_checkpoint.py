@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from serl_launcher.policies.checkpoint import SINGLE, Checkpoint, CheckpointError
+from serl_launcher.policies.groot_assets import Described
 from serl_launcher.policies.groot_inputs import QwenInputs
 
 COSMOS = "nvidia/Cosmos-Reason2-2B"
@@ -105,6 +106,8 @@ def save_groot(
         _write_sidecars(policy, folder, tag)
     else:
         _copy_sidecars(source.folder, folder)
+        if getattr(policy, "described", None) is not None:
+            _add_embodiment(policy.described, folder, tag)
     for name, content in (extras or {}).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, Path):
@@ -139,6 +142,18 @@ def _copy_sidecars(source: Path, folder: Path) -> None:
     for name in ("backbone", "processor"):
         if (source / name).is_dir():
             shutil.copytree(source / name, folder / name)
+
+
+def _add_embodiment(described: Described, folder: Path, tag: str) -> None:
+    """A new embodiment's statistics and parts beside those that the checkpoint came with."""
+    path = folder / "statistics.json"
+    statistics = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(statistics | {tag: described.statistics}, indent=2))
+    path = folder / "processor_config.json"
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    configs = content.setdefault("processor_kwargs", {}).setdefault("modality_configs", {})
+    configs[tag] = described.modality
+    path.write_text(json.dumps(content, indent=2))
 
 
 def _write_sidecars(policy: nn.Module, folder: Path, tag: str) -> None:

@@ -26,7 +26,13 @@ def stays_float32(name: str, ndim: int) -> bool:
     """Is a tensor held in fp32 even where it is frozen or only served?"""
     action_path = ("action_in_proj", "action_out_proj", "time_mlp", "state_proj")
     action_path += ("action_head.action_decoder", "action_head.action_encoder", "action_head.state_encoder")
-    return ndim < 2 or "vision_model.embeddings" in name or any(part in name for part in action_path)
+    # The noise policy of DSRL runs outside autocast, on features and noise in fp32.
+    return (
+        ndim < 2
+        or name.startswith("steering.")
+        or "vision_model.embeddings" in name
+        or any(part in name for part in action_path)
+    )
 
 
 def compute(precision: str, device: torch.device) -> AbstractContextManager:

@@ -376,6 +376,38 @@ def test_a_users_fine_tune_from_data_to_an_export(base, processor, size, tmp_pat
     assert all(name.startswith("action_head.") for name in moved)
 
 
+def test_a_new_embodiment_starts_with_a_datasets_statistics(base, size, tmp_path):
+    """As users of the released base do it; the export then stands alone."""
+    meta = tmp_path / "data" / "meta"
+    meta.mkdir(parents=True)
+    ends = {
+        "observation.state": {"min": [-2.0, 0, 1], "max": [2.0, 4, 3], "q01": [-1.0, 0, 1], "q99": [1.0, 4, 3]},
+        "action": {"min": [-0.5, 0], "max": [0.5, 2], "q01": [-0.4, 0], "q99": [0.4, 2]},
+    }
+    (meta / "stats.json").write_text(json.dumps(ends))
+    parts = {
+        "state": {"tail": {"start": 1, "end": 3}, "head": {"start": 0, "end": 1}},
+        "action": {"arm": {"start": 0, "end": 2}},
+        "video": {"front": {}, "wrist": {}},
+    }
+    (meta / "modality.json").write_text(json.dumps(parts))
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+    (copy / "embodiment_id.json").write_text(json.dumps({"new_embodiment": 2, "mine": 1}))
+    with pytest.raises(CheckpointError, match=r"embodiment 'mine'.*set policy\.statistics"):
+        load(copy, size, embodiment_tag="mine")
+    policy = load(copy, size, embodiment_tag="mine", statistics=str(tmp_path / "data"))
+    assert policy.embodiment == 1
+    np.testing.assert_allclose(policy.state_units.to_physical(torch.ones(3)), [4, 3, 2])
+    np.testing.assert_allclose(policy.action_units.to_physical(-torch.ones(2)), [-0.5, 0])
+    out = save_groot(policy, tmp_path / "out", "mine")
+    again = load(out, size, embodiment_tag="mine")
+    assert torch.equal(again.state_units.offset, policy.state_units.offset)
+    assert torch.equal(again.action_units.scale, policy.action_units.scale)
+    assert load(out, size).embodiment == 2
+    with pytest.raises(CheckpointError, match=r"policy\.statistics=.*no LeRobot dataset"):
+        load(copy, size, embodiment_tag="mine", statistics=str(tmp_path))
+
+
 def load_stored(folder, name):
     from serl_launcher.policies.checkpoint import Checkpoint
 
