@@ -91,7 +91,8 @@ def client_rate(ports: tuple[int, int], spec: TaskSpec, ticks: int, seconds: flo
         sent, episode, start = 0, 0, time.perf_counter()
         while time.perf_counter() - start < seconds:
             for body in bodies:
-                client.send_item(body | {"episode": body["episode"] | {"episode_id": f"{client.boot_id}-{episode}"}})
+                info = body["episode"] | {"episode_id": f"{client.boot_id}-{episode}"}
+                client.send_item(body | {"episode": info}, copy=False)
                 sent += ticks
                 while client.backlog >= ahead:
                     time.sleep(0.0005)

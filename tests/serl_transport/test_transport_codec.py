@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serl_transport import codec
 from serl_transport.codec import DTYPES, INLINE_BYTES, Limits, blob_crc32, buffer_of, join, pack, split, unpack
 from serl_transport.errors import BadFrame, TooLarge, WireError
 from serl_transport.files import write_buffers
@@ -217,3 +218,34 @@ def test_many_buffers_are_written_whole_whatever_the_system_takes_at_a_time(tmp_
         assert write_buffers(file.fileno(), buffers, 3) == sum(map(len, buffers))
     assert (tmp_path / "f").read_bytes() == b"\0\0\0" + b"".join(buffers)
     assert blob_crc32([b"abc", b""]) == zlib.crc32(join([b"abc", b""]))
+
+
+def test_layouts_that_were_seen_are_checked_as_strictly_as_new_ones():
+    """Descriptors are cached on both sides: a cached one must not let anything through that a fresh one would not."""
+    for _ in range(3):
+        body = {"b": np.array([True, False]), "i": np.arange(3), "e": np.zeros((0, 4), np.float32), "s": np.float64(2)}
+        for key, value in unpack(pack(body)).items():
+            np.testing.assert_array_equal(value, body[key])
+        header = pack({"b": np.array([True, False])})[0]
+        with pytest.raises(BadFrame, match="a bool is 0 or 1"):
+            unpack([header.replace(b"\1\0", b"\1\2")])
+        with pytest.raises(BadFrame, match="at most 1 sizes"):
+            unpack(pack({"x": np.zeros((1, 2))}), Limits(rank=1))
+        with pytest.raises(TooLarge, match="2 dims, the limit is 1"):
+            pack({"x": np.zeros((1, 2))}, Limits(rank=1))
+        big = pack({"x": np.zeros(5000, np.uint8)})
+        with pytest.raises(BadFrame, match="is 5000 bytes, frame 1 has 4999"):
+            unpack([big[0], bytes(4999)])
+        with pytest.raises(BadFrame, match="frame 2 belongs to no array"):
+            unpack([*big, b""])
+    swapped = np.arange(4, dtype=">i4")
+    np.testing.assert_array_equal(unpack(pack({"x": swapped}))["x"], swapped)
+    strided = np.arange(4000, dtype=np.uint8).reshape(2, 2000)[:, ::2]
+    np.testing.assert_array_equal(unpack(pack({"x": strided}))["x"], strided)
+
+
+def test_many_layouts_do_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr("serl_transport.codec._LAYOUTS_KEPT", 10)
+    for n in range(2000):
+        assert unpack(pack({"x": np.zeros(n, np.uint8)}))["x"].shape == (n,)
+    assert max(map(len, (codec._DESCRIPTORS, codec._LAYOUTS, codec._INLINE_SEEN))) <= 10

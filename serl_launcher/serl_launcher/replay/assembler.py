@@ -53,6 +53,14 @@ class OpenEpisode:
     batches: dict[int, StepBatch] = field(default_factory=dict)  # first tick -> batch; a final one without ticks at n
     anchor: int = 0  # first tick of what is to come: not 0 when the beginning was cut and closed before
     time_ns: int = 0  # wall clock of the last batch
+    end: int = 0  # the tick after the last one that is there
+    ended: bool = False  # the final batch is there
+
+    def add(self, batch: StepBatch) -> None:
+        """Keep a batch."""
+        self.batches[batch.first_tick] = batch
+        self.end = max(self.end, batch.first_tick + batch.n)
+        self.ended = self.ended or batch.final
 
     def ordered(self) -> list[StepBatch]:
         """By first tick."""
@@ -61,6 +69,8 @@ class OpenEpisode:
     def overlaps(self, batch: StepBatch) -> bool:
         """Would `batch` cover a tick that is already there, or follow the end?"""
         start, end = batch.first_tick, batch.first_tick + batch.n
+        if start >= self.end and not self.ended:
+            return False  # the next one in order
         for other in self.batches.values():
             if other.final and (batch.final or end > other.first_tick + other.n):
                 return True
@@ -118,10 +128,12 @@ class Assembler:
             opened = self.open[episode_id] = OpenEpisode(batch.episode, entry.actor_id, entry.boot_id)
         tail = self._tails.get(episode_id, {}).pop(batch.first_tick, None)
         if tail is not None:
-            opened.batches[tail.first_tick] = tail
+            opened.add(tail)
             opened.anchor = tail.first_tick
-        opened.batches[batch.first_tick] = batch
+        opened.add(batch)
         opened.time_ns = time_ns
+        if not opened.ended:
+            return []
         ordered = opened.ordered()
         if not ordered[-1].final or len(_runs(ordered)) != 1 or ordered[0].first_tick != opened.anchor:
             return []

@@ -30,6 +30,7 @@ from serl_transport.errors import ServerSilent, WireError
 from serl_transport.keys import ClientKeys
 from serl_transport.link import Link
 from serl_transport.listener import Listener
+from serl_transport.memory import keep_freed_memory
 from serl_transport.outbox import Ledger, Outbox
 from serl_transport.params import Published, pull
 from serl_transport.server import NOTIFY_TOPIC
@@ -70,6 +71,7 @@ class TrainerClient:
         """
         if not 0 < len(name) <= 128:
             raise ValueError(f"a client's name (unique_identifier) has 1 to 128 characters, got {name!r}")
+        keep_freed_memory()
         self.name, self.config, self.timeout_ms = name, config, timeout_ms
         self._server_ip = server_ip
         self._server = f"{server_ip}:{config.port_number}"
@@ -89,12 +91,13 @@ class TrainerClient:
 
     # Data.
 
-    def send_item(self, body: dict[str, Any], store: str = "") -> int:
+    def send_item(self, body: dict[str, Any], store: str = "", *, copy: bool = True) -> int:
         """Keep one item (a `StepBatch.to_body()`) in the spool and return its seq at once; it is sent by itself.
 
-        Raises SpoolFull when the learner has been away for too long, TooLarge for a body above the limits.
+        Without `copy` a spool in memory keeps the arrays themselves: they must not change any more. Raises SpoolFull
+        when the learner has been away for too long, TooLarge for a body above the limits.
         """
-        seq = self._spool.append([store.encode(), *pack(body, self.config.limits)])
+        seq = self._spool.append([store.encode(), *pack(body, self.config.limits)], copy=copy)
         self._outbox.offer(ItemKey(self.boot_id, seq))
         return seq
 

@@ -45,6 +45,9 @@ _MOST_DIMS = 32  # of numpy
 _LAYOUTS_KEPT = 4096
 _DESCRIPTORS: dict[tuple[np.dtype, tuple[int, ...]], bytes] = {}  # sender: dtype, shape -> packed descriptor
 _LAYOUTS: dict[tuple[str, tuple[int, ...]], "_Layout"] = {}  # receiver: dtype's name, shape -> checked
+# receiver, small arrays: size of their extension -> (descriptor before the bytes, which names that very size; layout)
+_INLINE_SEEN: dict[int, tuple[tuple[bytes, "_Layout"], ...]] = {}
+_SEEN_PER_SIZE = 8
 _Path = Any  # "body", or (path of the container, ".key" or "[index]")
 _BLOB = struct.Struct("<4sI")  # magic, number of frames; then u64 lengths, then the frames, each padded to 8 bytes
 _BLOB_MAGIC = b"SJB1"
@@ -297,17 +300,28 @@ class _Arrays:
 
     def resolve(self, code: int, data: bytes) -> np.ndarray:
         """msgpack's ext_hook: the array that a descriptor names, or that lies in the header itself."""
-        if code not in (_ARRAY, _INLINE):
+        if code == _INLINE:
+            return self._inline(data)
+        if code != _ARRAY:
             raise BadFrame(f"unknown extension type {code}")
         layout, rest = self._descriptor(data)
-        if code == _INLINE:
-            if type(rest) is not bytes:
-                raise BadFrame("an array in the header is [dtype, shape, bytes]")
-            return _view(layout, rest, "the header")
         if type(rest) is not int or rest not in self._unused:
             raise BadFrame(f"an array names frame {rest!r}, which does not exist or is taken")
         self._unused.discard(rest)
         return _view(layout, buffer_of(self._frames[rest]).toreadonly(), f"frame {rest}")
+
+    def _inline(self, data: bytes) -> np.ndarray:
+        seen = _INLINE_SEEN.get(len(data), ())
+        for descriptor, layout in seen:
+            if data.startswith(descriptor) and len(layout.shape) <= self._limits.rank:
+                return _view(layout, data[len(descriptor) :], "the header")
+        layout, rest = self._descriptor(data)
+        if type(rest) is not bytes:
+            raise BadFrame("an array in the header is [dtype, shape, bytes]")
+        array = _view(layout, rest, "the header")
+        if layout.nbytes <= INLINE_BYTES:
+            _keep(_INLINE_SEEN, len(data), ((data[: len(data) - layout.nbytes], layout), *seen)[:_SEEN_PER_SIZE])
+        return array
 
     def _descriptor(self, data: bytes) -> tuple[_Layout, Any]:
         try:
@@ -347,11 +361,13 @@ def _view(layout: _Layout, frame: bytes | memoryview, where: str) -> np.ndarray:
     if len(frame) != expected:
         raise BadFrame(f"{dtype.name}{list(shape)} is {expected} bytes, {where} has {len(frame)}")
     array = np.ndarray(shape, dtype, frame if expected else bytes(1))
-    if dtype is _BOOL and expected and frame_max(array) > 1:
+    if dtype is _BOOL and expected and _has_more_than_bits(frame):
         raise BadFrame(f"{where}: a bool is 0 or 1")
     return array if dtype in _NATIVE else array.astype(dtype.newbyteorder("="))
 
 
-def frame_max(array: np.ndarray) -> int:
-    """Largest raw byte of an array; a bool array made of other bytes would make numpy misbehave."""
-    return int(array.reshape(-1).view(np.uint8).max())
+def _has_more_than_bits(frame: bytes | memoryview) -> bool:
+    """Whether a byte is neither 0 nor 1: a bool array made of such would make numpy misbehave."""
+    if type(frame) is bytes:
+        return bool(frame.translate(None, b"\0\1"))
+    return int(np.frombuffer(frame, np.uint8).max()) > 1

@@ -26,6 +26,7 @@ from serl_transport.envelope import PROTOCOL, Envelope
 from serl_transport.errors import BadFrame, CannotListen, Refused, SchemaMismatch, UnknownKind
 from serl_transport.keys import ServerKeys
 from serl_transport.loop import EventLoop
+from serl_transport.memory import keep_freed_memory
 from serl_transport.params import Offer, read_chunk
 from serl_transport.router import Handler, Peer, Reply, Router
 from serl_transport.sessions import RETIRED, Sessions
@@ -54,6 +55,7 @@ class TrainerServer:
     ):
         keys = None if config.keys_dir is None else ServerKeys.load(config.keys_dir)
         auth.check_bind(config.bind_host, config.insecure, has_keys=keys is not None)
+        keep_freed_memory()
         self.spec = spec  # actors must hold an equal one; None: any
         self.params_version = 0  # newest published version, told in hello and heartbeat replies; 0: none
         self.failure: str | None = None  # why the server ended by itself

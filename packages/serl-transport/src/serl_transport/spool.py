@@ -49,8 +49,11 @@ class Spool(ABC):
     session: str  # names the spool over all its boots: two living processes never share it
 
     @abstractmethod
-    def append(self, item: Frames) -> int:
-        """Keep a copy of these frames and return the item's seq. Raises SpoolFull when it does not fit."""
+    def append(self, item: Frames, *, copy: bool = True) -> int:
+        """Keep these frames and return the item's seq. Raises SpoolFull when it does not fit.
+
+        Without `copy` they will never change, and a spool in memory keeps them as they are.
+        """
 
     @abstractmethod
     def pending(self) -> list[ItemKey]:
@@ -93,11 +96,11 @@ class MemorySpool(Spool):
         self._last_seq = 0
         self._lock = threading.Lock()
 
-    def append(self, item: Frames) -> int:
+    def append(self, item: Frames, *, copy: bool = True) -> int:
         size = sum(map(nbytes, item))
         if self._nbytes + size > self._max_bytes:
             raise SpoolFull(_full_message("memory", len(self._items), self._nbytes, self._max_bytes))
-        kept = list(map(copied, item))
+        kept = list(map(copied, item)) if copy else list(item)
         with self._lock:
             self._last_seq += 1
             self._items[ItemKey(self.boot_id, self._last_seq)] = kept
@@ -155,7 +158,7 @@ class DiskSpool(Spool):
         self._current: Segment | None = None
         self._count = sum(len(segment.pending) for segment in self._segments)
 
-    def append(self, item: Frames) -> int:
+    def append(self, item: Frames, *, copy: bool = True) -> int:
         blob = join_parts(item)
         size = record_bytes(blob)
         with self._lock:
