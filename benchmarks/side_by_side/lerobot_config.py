@@ -12,7 +12,7 @@ from lerobot_env import ENV_ID, GRIPPER_PENALTY
 
 from serl_transport.specs import TaskSpec
 
-IMAGENET = {"mean": [[[0.485]], [[0.456]], [[0.406]]], "std": [[[0.229]], [[0.224]], [[0.225]]]}
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 BATCH = {"state": 256, "images": 64}
 DATASET = "flowserl/side_by_side"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from lerobot_config import DATASET
 from lerobot_env import GRIPPER_PENALTY, ActionUnits
-from task import Robot, Settings, seed_of
+from side_task import Robot, Settings, seed_of
 
 
 def record(robot: Robot, settings: Settings, folder: Path) -> int:

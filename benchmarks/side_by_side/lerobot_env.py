@@ -14,7 +14,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-from task import Robot, Settings, seed_of
+from side_task import Robot, Settings, seed_of
 
 from serl_transport.schema import Observation
 

@@ -28,7 +28,7 @@ def main(role: str, run: str, config: str) -> None:
     import gymnasium as gym
     import lerobot.rl.actor as lerobot_actor
     from lerobot_env import ENV_ID, ScriptedPickCube
-    from task import Settings
+    from side_task import Settings
 
     made = []
     make_policy = lerobot_actor.make_policy

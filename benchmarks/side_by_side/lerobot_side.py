@@ -23,7 +23,7 @@ import lerobot_demos
 import numpy as np
 import psutil
 from lerobot_env import ActionUnits, to_gym
-from task import FIRST_SEED, Robot, Settings, evaluate, rate
+from side_task import FIRST_SEED, Robot, Settings, evaluate, rate
 
 from serl_transport.schema import Observation
 

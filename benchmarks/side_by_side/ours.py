@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from lockstep import Budget, Lockstep, Point
-from task import FIRST_SEED, Settings, load_config
+from side_task import FIRST_SEED, Settings, load_config
 
 
 class Clocked(Lockstep):

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 def main() -> int:
     """Exit 0; 1 with a message when a process of the run ended early."""
     args, words = _arguments()
-    from task import Settings
+    from side_task import Settings
 
     settings = Settings(
         args.observation,
@@ -68,7 +68,7 @@ def _rows(args, words, settings):
 
 def _algo(args, words: list[str]) -> str:
     if args.side == "lerobot":
-        return "lerobot_sac"
+        return f"lerobot_sac_{args.fps}hz"
     chosen = [word.partition("=")[2] for word in words if word.startswith("algo=")]
     return chosen[-1] if chosen else "reject_sampling_pi0"
 
@@ -84,7 +84,9 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--curve-every", type=int, default=1_500, help="online ticks between points; 0: none")
     parser.add_argument("--curve-episodes", type=int, default=30)
     parser.add_argument("--output", type=Path, help="default docs/results/side_by_side_<observation>.jsonl")
-    parser.add_argument("--fps", type=int, default=50, help="lerobot: control ticks per second of its actor")
+    parser.add_argument(
+        "--fps", type=int, default=10, help="lerobot: control ticks per second of its actor; 10 is its recipe's"
+    )
     parser.add_argument("--keep", type=Path, help="lerobot: a new folder for its logs, configuration and snapshots")
     parser.add_argument("--policy", default="pi0_tiny", help="ours")
     parser.add_argument("--clone-steps", type=int, default=600, help="ours: optimizer steps on the demonstrations")

@@ -18,9 +18,11 @@ from serl_robot_infra.wiring import build_env, build_operator
 from serl_transport.specs import TaskSpec
 
 
-@pytest.fixture(scope="module")
-def cfg():
-    return load_config(["task=metaworld", "task.env.image_size=32", "task.spec.cameras={front:[32,32],wrist:[32,32]}"])
+@pytest.fixture(scope="module", params=["metaworld", "metaworld_box_close"])
+def cfg(request):
+    return load_config(
+        [f"task={request.param}", "task.env.image_size=32", "task.spec.cameras={front:[32,32],wrist:[32,32]}"]
+    )
 
 
 @pytest.fixture(scope="module")
