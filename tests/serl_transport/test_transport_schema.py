@@ -14,6 +14,7 @@ from serl_transport.specs import TaskSpec
 
 def test_spec_survives_its_dict_and_the_wire():
     assert TaskSpec.from_dict(spec().to_dict()) == spec()
+    assert TaskSpec.from_dict(spec(cameras={}).to_dict()).cameras == {}  # states alone
     assert TaskSpec.from_dict(unpack(pack(spec().to_dict()))) == spec()
 
 

@@ -7,6 +7,7 @@ from tiny import SIZE, SPEC
 
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample, sample_times, trainable
 from serl_launcher.policies.pi0 import build_pi0
+from serl_transport.specs import TaskSpec
 
 B, AH, AD = 3, 4, 2
 
@@ -51,6 +52,22 @@ def test_loss_and_gradients_equal_the_librarys_joint_forward(policy, observation
     for name, p in policy.named_parameters():
         ours, theirs = (torch.zeros_like(p) if g is None else g for g in (p.grad, want.get(name)))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_task_of_states_alone_equals_the_librarys_forward_without_images(attention, observation):
+    policy = build_pi0("t", TaskSpec.from_dict(SPEC.to_dict() | {"cameras": {}}), "random", 0, AH, SIZE)
+    policy.attention = attention
+    blind = PolicyInput({}, observation.state, observation.prompts)
+    torch.manual_seed(0)
+    chunk, noise, t = torch.randn(B, AH, AD), torch.randn(B, AH, AD), torch.rand(B)
+    ids, mask = policy.tokenizer(policy._prompts(blind.prompts, None))
+    state = policy.state_units.to_model(torch.tensor(blind.state))
+    theirs = policy.core.forward([], [], ids, mask, state, chunk, noise, 1 - t).mean((1, 2))
+    keep = torch.zeros(B, AH, dtype=torch.bool)
+    ours = flow_loss(policy, policy.encode(blind), chunk, keep, torch.ones(B), noise, t)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert policy.features(policy.encode(blind)).shape == (B, 16 + 3)
 
 
 def test_prefix_features_equal_the_librarys(policy, observation):
