@@ -86,8 +86,11 @@ class PolicyEngine:
         started, spec = time.monotonic(), self.spec
         images = {camera: np.zeros((h, w, 3), np.uint8) for camera, (h, w) in spec.cameras.items()}
         query = Query(images, np.zeros(len(spec.state_names), np.float32), spec.prompt, seed=0)
-        for size in self._sizes:
-            self.act([query] * size)
+        try:
+            for size in self._sizes:
+                self.act([query] * size)
+        except Exception:  # a question that fails the same way gets its own error
+            log.exception("warming up failed; the first questions will be slower, or fail as this did")
         seconds = time.monotonic() - started
         log.info("%d CUDA graphs for batches of %s in %.1f s", self._graphs.captured, self._sizes, seconds)
 
