@@ -54,6 +54,7 @@ def read_assets(
     """mapping: the task's camera -> the checkpoint's, where names differ; dataset: a LeRobot dataset whose statistics
     serve an embodiment that the checkpoint has none of. Raises CheckpointError naming what is absent or does not fit.
     """
+    found.expect_type("Gr00tN1d7", "groot")
     described = None
     if found.config.get("type") == "groot":
         raw = _lerobot(found)
