@@ -290,7 +290,7 @@ def _observers(
     cfg: DictConfig, env: Environment, link: LearnerLink, stream: TextIO, vitals: Callable[[], Vitals]
 ) -> list[Observer]:
     observers: list[Observer] = [ConsoleObserver(vitals, stream), StatusObserver(link.set_status)]
-    if cfg.rollout.video_every:
+    if cfg.rollout.video_every and env.spec.cameras:
         from serl_robot_infra.observers.video import VideoObserver
 
         folder = Path(cfg.runs_dir) / cfg.run / "videos"

@@ -28,7 +28,7 @@ def wants_video(setting: str | bool, spec: TaskSpec) -> bool:
             f"exporter.video: camera {odd[0]!r} is {spec.cameras[odd[0]]}, and video needs even sides: "
             "set exporter.video=false"
         )
-    large = max(height * width for height, width in spec.cameras.values()) > LOSSLESS_PIXELS
+    large = max((height * width for height, width in spec.cameras.values()), default=0) > LOSSLESS_PIXELS
     return text == "true" or (text == "auto" and large and not odd)
 
 
