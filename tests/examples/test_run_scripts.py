@@ -17,7 +17,7 @@ SCRIPTS = {
     "run_learner_sft": ("learner", "algo.name", "sft_pi0"),
     "run_actor_eval": ("actor", "rollout.mode", "eval"),
 }
-TASKS = ("pick", "pick_gym_hil")
+TASKS = ("pick", "pick_gym_hil", "metaworld")
 
 
 def dry_run(script: Path, *words: str, folder: Path) -> tuple[str, OmegaConf]:
