@@ -21,6 +21,7 @@ from serl_transport.envelope import PROTOCOL, REPLY, Envelope
 from serl_transport.errors import Corrupt, HelloRequired, ServerSilent, WireError
 from serl_transport.keys import ClientKeys
 from serl_transport.link import Link
+from serl_transport.multipart import receive_parts, send_parts
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class Asker:
         """The request id; None without a connection."""
         envelope = Envelope(kind, self._actor_id, self._boot_id, 0, next(self._ids))
         try:
-            self._socket.send_multipart([envelope.to_frame(frames), *frames], zmq.NOBLOCK, copy=False)
+            send_parts(self._socket, [envelope.to_frame(frames), *frames])
         except zmq.Again:
             return None
         return envelope.request_id  # type: ignore[return-value]  (an int, made here)
@@ -142,7 +143,7 @@ class Asker:
             ready = dict(self._poller.poll(min(LOOK_S, max(0.0, deadline - time.monotonic())) * 1e3))
             if self._socket in ready:
                 try:
-                    parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                    parts = receive_parts(self._socket)
                     envelope = Envelope.from_frame(parts[0])
                     envelope.check(parts[1:])
                 except WireError as error:

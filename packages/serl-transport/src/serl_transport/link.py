@@ -34,6 +34,7 @@ from serl_transport.errors import (
 )
 from serl_transport.keys import ClientKeys
 from serl_transport.loop import EventLoop
+from serl_transport.multipart import receive_parts, send_parts
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ class Link:
     def _transmit(self, parts: Frames) -> bool:
         try:
             # Not copied: bodies are packed views that nobody changes, or bytes of the spool.
-            self._socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
+            send_parts(self._socket, parts)
         except zmq.Again:
             return False  # no connection, or a full queue: the tick tries again
         return True
@@ -298,7 +299,7 @@ class Link:
     def _receive(self) -> None:
         while True:
             try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                parts = receive_parts(self._socket)
             except zmq.Again:
                 return
             try:

@@ -34,6 +34,7 @@ from serl_transport.errors import (
 )
 from serl_transport.keys import ServerKeys
 from serl_transport.loop import EventLoop
+from serl_transport.multipart import receive_parts, send_parts
 from serl_transport.replay_guard import ReplayWindow
 from serl_transport.spool import new_boot_id
 
@@ -165,7 +166,7 @@ class Router:
 
     def _send(self, parts: Frames, copy: bool) -> None:
         try:
-            self.socket.send_multipart(parts, zmq.NOBLOCK, copy=copy)
+            send_parts(self.socket, parts, copy)
         except zmq.ZMQError as error:
             self.counters["send_failed"] += 1
             log.warning("a reply could not be sent: %s", error)
@@ -173,7 +174,7 @@ class Router:
     def _receive(self) -> None:
         for _ in range(_BURST):
             try:
-                parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                parts = receive_parts(self.socket)
             except zmq.Again:
                 return
             self._dispatch(parts[0].bytes, parts[1:])

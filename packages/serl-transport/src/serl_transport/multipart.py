@@ -1,0 +1,30 @@
+"""Sends and receives multipart messages without waiting. Router, link and asker call it.
+
+The same as pyzmq's `send_multipart` and `recv_multipart`, which look up an enum member or two for each frame: on small
+frames that costs more than handing them to ZeroMQ.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import zmq
+
+_NOBLOCK = int(zmq.NOBLOCK)
+_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+
+
+def send_parts(socket: zmq.Socket, parts: Sequence[Any], copy: bool = False) -> None:
+    """Send all parts, or raise zmq.Again and send none."""
+    for part in parts[:-1]:
+        socket.send(part, _MORE, copy)
+    socket.send(parts[-1], _NOBLOCK, copy)
+
+
+def receive_parts(socket: zmq.Socket) -> list[zmq.Frame]:
+    """The next message's frames. Raises zmq.Again when there is none."""
+    frame = socket.recv(_NOBLOCK, False)
+    parts = [frame]
+    while frame.more:
+        frame = socket.recv(_NOBLOCK, False)
+        parts.append(frame)
+    return parts
