@@ -10,7 +10,7 @@ import logging
 log = logging.getLogger(__name__)
 
 KEPT_BYTES = 64 << 20  # freed memory that a process keeps at most, per arena
-MAPPED_BYTES = 4 << 20  # blocks above this are mapped by themselves and given back when freed
+MAPPED_BYTES = 32 << 20  # glibc's most; blocks above this are mapped by themselves and given back when freed
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
