@@ -199,9 +199,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="default docs/results/learning_<task>.jsonl")
     parser.add_argument("--plot", type=Path, metavar="ROWS", help="only draw these rows")
     parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
-    args, extra = parser.parse_known_args()
-    if wrong := [word for word in extra if "=" not in word]:
-        parser.error(f"expected key=value, got {wrong[0]!r}")
+    extra = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+    args = parser.parse_args([word for word in sys.argv[1:] if word not in extra])
     if args.one:
         one(args.one[0], args.task, args.policy, int(args.one[1]), extra)
         return 0
