@@ -29,11 +29,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
+HESITANT = ["+task.operator.hesitation=8", "+task.operator.still_dims=[0,1,2]"]
 # Variant -> words. `budget.x=y` sets a field of lockstep.Budget, the rest are overrides of the config.
 VARIANTS: dict[str, list[str]] = {
     "sft": ["algo=sft_{policy}", "budget.env_steps=0", "budget.offline_steps=3000"],
     "rejection": ["algo=reject_sampling_{policy}"],
     "rejection_no_human": ["algo=reject_sampling_{policy}", "rollout.operator=false"],
+    # A person needs a moment before moving: up to 8 ticks at the start of a demonstration and after taking over.
+    "rejection_hesitant": ["algo=reject_sampling_{policy}", *HESITANT],
+    "rejection_hesitant_no_noop_filter": ["algo=reject_sampling_{policy}", *HESITANT, "algo.rule.noop_threshold=-1"],
+    "rejection_no_short_filter": ["algo=reject_sampling_{policy}", "algo.rule.min_ticks=0"],
     "sac": ["algo=sac_{policy}"],
     "sac_no_human": ["algo=sac_{policy}", "rollout.operator=false"],
     "dsrl_per_step": ["algo=dsrl_{policy}", "algo.served.variant=per_step"],
