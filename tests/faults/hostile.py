@@ -119,7 +119,7 @@ class Hostile:
             return [self._envelope("request", target=name), *pack({"version": name})]
         if choice == 2:
             return [self._envelope("hello", actor=name[:250]), *pack({"version": "0.1.0"})]
-        return [self._envelope("request", target="params"), *pack({"version": name, "offset": name})]
+        return [self._envelope("request", target="params"), *pack({"version": name, "number": name})]
 
     def not_finite(self) -> Frames:
         body = batch_body(self.rng)

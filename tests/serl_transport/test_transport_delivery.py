@@ -17,7 +17,7 @@ from serl_transport.codec import Limits, join, pack, unpack
 from serl_transport.dedup import SeenItems
 from serl_transport.errors import BadFrame, Refused, StorageFull, TooLarge
 from serl_transport.outbox import Ledger
-from serl_transport.params import Offer, Published, pull, read_chunk
+from serl_transport.params import WINDOW, Offer, Published, SpareMemory, pull, read_chunk
 from serl_transport.schema import StepBatch
 from serl_transport.spool import DiskSpool
 
@@ -300,10 +300,12 @@ def test_a_ledger_that_cannot_be_written_delays_the_forgetting(serve, connect, t
 class Ready:
     """A reply that is here."""
 
-    def __init__(self, reply: dict):
+    def __init__(self, reply: dict | Exception):
         self.reply = reply
 
     def result(self, timeout_s: float) -> dict:
+        if isinstance(self.reply, Exception):
+            raise self.reply
         return self.reply
 
 
@@ -318,6 +320,46 @@ def test_many_chunks_and_odd_sizes_arrive_whole(monkeypatch):
     assert published.sha256 is None
     empty = Offer.of(Published.of(2, b""))
     assert bytes(pull(lambda payload: Ready(read_chunk(empty, payload))).blob) == b""
+
+
+def test_a_version_that_is_replaced_while_it_is_pulled_is_pulled_anew(monkeypatch):
+    monkeypatch.setattr("serl_transport.params.CHUNK_BYTES", 64)
+    offers = [Offer.of(Published.of(version, bytes([version]) * 2000)) for version in (1, 2, 3)]
+    asked = []
+
+    def ask(payload, changes=(5, 20)):
+        asked.append(payload)
+        held = offers[sum(len(asked) > change for change in changes)]
+        try:
+            return Ready(read_chunk(held, payload))
+        except Refused as error:
+            return Ready(error)
+
+    assert pull(ask).blob == bytes([3]) * 2000
+    asked.clear()
+    with pytest.raises(Refused, match="version 1 is not held, the newest is 2"):
+        pull(ask, 1)
+    asked.clear()
+    with pytest.raises(Refused, match="3 times in a row"):
+        pull(lambda payload: ask(payload, [9, 18, 27]) if len(asked) < 27 else ask(payload, []))
+
+
+def test_memory_of_a_version_is_used_again_once_nobody_looks_at_it():
+    spare = SpareMemory()
+    first = spare.take(1 << 20)
+    first[:] = 1
+    where, view = first.ctypes.data, np.frombuffer(first.data[100:200], np.uint8)
+    part = first[10:20]
+    del first
+    other = spare.take(1 << 20)
+    assert other.ctypes.data != where
+    assert view.all()
+    other[:] = 2
+    del view
+    assert spare.take(1 << 20).ctypes.data != where
+    assert part.all()
+    del part
+    assert spare.take(1 << 20).ctypes.data == where
 
 
 def test_the_published_file_is_mapped_only_when_it_is_the_very_one(tmp_path):
@@ -361,7 +403,11 @@ def test_parameters_are_read_into_a_buffer_of_the_callers(tmp_path):
     path.unlink()  # it was replaced since it was announced: ask
     questions.clear()
     assert fetch(mine).blob == b"wire"
-    assert questions == [{"version": None, "where": True}, {"version": None, "offset": 0}]
+    chunks = [{"version": None, "number": number} for number in range(WINDOW)]
+    assert questions == [{"version": None, "where": True}, *chunks]
+    questions.clear()
+    assert fetch(mine, announced={"version": 1, "file": None}).blob == b"wire"
+    assert questions == chunks
     for bad in (np.zeros(3, np.uint8), b"read only"):
         with pytest.raises(ValueError, match="into: expected a writable buffer of 4 bytes, got"):
             fetch(bad, same_host=False)
@@ -384,7 +430,12 @@ def test_parameters_that_do_not_add_up_are_refused(change, message):
 
 @pytest.mark.parametrize(
     ("payload", "error"),
-    [({"version": 3}, Refused), ({"offset": -1}, BadFrame), ({"offset": 4}, BadFrame), ({"offset": "0"}, BadFrame)],
+    [
+        ({"version": 3}, Refused),
+        ({"number": -1}, BadFrame),
+        ({"number": 1 << 40}, BadFrame),
+        ({"number": "0"}, BadFrame),
+    ],
 )
 def test_a_chunk_that_does_not_exist_is_refused(payload, error):
     with pytest.raises(error):

@@ -32,7 +32,7 @@ from serl_transport.link import Link
 from serl_transport.listener import Listener
 from serl_transport.memory import keep_freed_memory
 from serl_transport.outbox import Ledger, Outbox
-from serl_transport.params import Published, pull
+from serl_transport.params import Published, SpareMemory, pull
 from serl_transport.server import NOTIFY_TOPIC
 from serl_transport.specs import TaskSpec
 from serl_transport.spool import DEFAULT_BYTES, ItemKey, open_spool
@@ -81,6 +81,7 @@ class TrainerClient:
         self._sent_ids = dict.fromkeys(self._stores, -1)
         self._status: dict[str, Any] = {}
         self._updater: _Repeater | None = None
+        self._spare = SpareMemory()
         self._resources = ExitStack()  # closed last in, first out: the links before what they use
         try:
             self._open(server_ip, spool_dir, spool_bytes, ledger_path)
@@ -161,6 +162,7 @@ class TrainerClient:
             same_host=auth.is_loopback(self._server_ip),
             announced=self._listener.announced(version),
             into=into,
+            spare=self._spare,
         )
 
     # Being told.

@@ -15,7 +15,7 @@ from serl_transport.checksum import checksum64
 from serl_transport.codec import buffer_of, nbytes
 from serl_transport.errors import BadFrame, Corrupt, WireError
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAX_ENVELOPE_BYTES = 64 << 10
 REPLY = "reply"
 INFER_CHECKED_BYTES = 16 << 10

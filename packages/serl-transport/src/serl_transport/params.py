@@ -3,8 +3,9 @@
     server: offer = Offer.of_frames(version, frames) | read_chunk(offer, payload)      client: pull(ask) ─▶ Published
 
 A server answers `params` requests from it; a late joiner pulls the newest, and nothing depends on having heard the
-announcement. The client keeps WINDOW chunks on their way. Each chunk carries the message's checksum; the whole has a
-SHA-256 where its publisher knows one. On the learner's own host the client maps the published file instead.
+announcement. The client asks for the first WINDOW chunks at once and keeps as many on their way. Each chunk carries the
+message's checksum; the whole has a SHA-256 where its publisher knows one. On the learner's own host the client maps the
+published file instead. Memory of a version that nobody holds any more takes the next one (`SpareMemory`).
 """
 
 import hashlib
@@ -12,6 +13,8 @@ import mmap
 import os
 import queue
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,8 +25,9 @@ from serl_transport.codec import join_parts
 from serl_transport.errors import BadFrame, NotReady, Refused
 
 CHUNK_BYTES = 4 << 20
-WINDOW = 6
+WINDOW = 8
 REPLY_S = 30.0
+TRIES = 3  # a newer version may replace the newest while it is being pulled
 
 
 class Reply(Protocol):
@@ -57,7 +61,7 @@ class Offer:
 
     version: int
     chunks: Sequence[Any]  # flat buffers, together the blob
-    offsets: Sequence[int]  # of each chunk in the blob
+    offsets: Sequence[int]  # of each chunk in the blob, and of its end
     total_bytes: int
     sha256: str | None  # of the blob
 
@@ -78,33 +82,59 @@ class Offer:
         for chunk in chunks:
             offsets.append(total)
             total += len(chunk)
-        return cls(version, chunks, offsets, total, sha256)
+        return cls(version, chunks, [*offsets, total], total, sha256)
 
 
 def read_chunk(offer: Offer | None, payload: dict[str, Any]) -> dict[str, Any]:
-    """Answer one `params` request `{version | null, offset}`; the first reply lists where the chunks begin.
+    """Answer one `params` request `{version | null, number}`: that chunk; behind the last one a reply without data.
 
     With `where` the reply describes the version and carries no data.
     """
     if offer is None:
         raise NotReady("no parameters have been published yet")
-    version, offset = payload.get("version"), payload.get("offset", 0)
+    version, number = payload.get("version"), payload.get("number", 0)
     if version is not None and version != offer.version:
         raise Refused(f"version {version!r} is not held, the newest is {offer.version}")
+    told = {"version": offer.version, "total_bytes": offer.total_bytes, "sha256": offer.sha256}
     if payload.get("where"):
-        return {"version": offer.version, "total_bytes": offer.total_bytes, "sha256": offer.sha256}
-    if type(offset) is not int or not 0 <= offset <= offer.total_bytes:
-        raise BadFrame(f"offset: expected 0..{offer.total_bytes}, got {offset!r}")
-    number = int(np.searchsorted(offer.offsets, offset, side="right")) - 1
-    data = memoryview(offer.chunks[number])[offset - offer.offsets[number] :] if offer.chunks else b""
-    reply = {
-        "version": offer.version,
-        "total_bytes": offer.total_bytes,
-        "sha256": offer.sha256,
-        "offset": offset,
+        return told
+    if type(number) is not int or not 0 <= number < 1 << 32:
+        raise BadFrame(f"number: expected that of a chunk, from 0, got {number!r}")
+    number = min(number, len(offer.chunks))
+    data = offer.chunks[number] if number < len(offer.chunks) else b""
+    return told | {
+        "chunks": len(offer.chunks),
+        "offset": offer.offsets[number],
         "data": np.frombuffer(data, np.uint8) if len(data) else np.empty(0, np.uint8),
     }
-    return reply if offset else reply | {"offsets": np.array(offer.offsets, np.int64)}
+
+
+class SpareMemory:
+    """Holds the memory of one version that nobody looks at any more, for the next version of the same size.
+
+    Fresh memory costs a page fault per page, which for parameters takes as long as receiving them.
+    """
+
+    def __init__(self) -> None:
+        self._free: deque[mmap.mmap] = deque(maxlen=1)  # at most one: its methods are atomic, the finalizer's too
+
+    def take(self, total: int) -> np.ndarray:
+        """uint8[total]; it comes back by itself once neither it nor a view of it is referenced."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = None
+        if memory is None or len(memory) != total:
+            memory = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        lent = np.frombuffer(memory, np.uint8)  # views of it refer to it, not to the mmap: numpy keeps the first array
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return lent
+
+
+class _SupersededError(Exception):
+    """The newest version was replaced between two chunks."""
 
 
 def pull(
@@ -114,25 +144,85 @@ def pull(
     same_host: bool = False,
     announced: dict[str, Any] | None = None,
     into: Any = None,
+    spare: SpareMemory | None = None,
 ) -> Published:
     """Fetch a whole blob; BadFrame when the pieces do not add up to what was announced.
 
     `ask(payload)` gives the reply on its way. `same_host`: a file that the reply (or the announcement, which is the
-    same without asking) names may be mapped instead, or be read `into` a buffer of the caller's.
+    same without asking) names may be mapped instead, or be read `into` a buffer of the caller's. Without `into` memory
+    comes from `spare`.
     """
-    if same_host:
+    if same_host and not (announced and announced.get("file") is None):
         for told in ([announced] if announced else []) + [None]:
             told = told or ask({"version": version, "where": True}).result(REPLY_S)
             blob = _from_file(told, into)
             if blob is not None:
                 return Published(told["version"], blob, told["sha256"])
-    first = ask({"version": version, "offset": 0}).result(REPLY_S)
-    buffer = np.empty(first["total_bytes"], np.uint8) if into is None else _room(into, first["total_bytes"])
+    room = _Room(into, spare or SpareMemory())
+    for _ in range(TRIES):
+        try:
+            return _receive(ask, version, room)
+        except _SupersededError:
+            continue
+    raise Refused(f"newer parameters replaced those that were being pulled, {TRIES} times in a row; ask again")
+
+
+class _Room:
+    """Where the bytes go: the caller's buffer, or memory of our own."""
+
+    def __init__(self, into: Any, spare: SpareMemory):
+        self._into, self._spare = into, spare
+
+    def of(self, total: int) -> np.ndarray:
+        """uint8[total]; ValueError when the caller's buffer has not got the size."""
+        if self._into is not None:
+            return _room(self._into, total)
+        return self._spare.take(total) if total else np.empty(0, np.uint8)
+
+
+def _receive(ask: Ask, version: int | None, room: _Room) -> Published:
+    """Ask for the first WINDOW chunks before anything is known of the version, then keep as many on their way."""
+    flying = deque(ask({"version": version, "number": number}) for number in range(WINDOW))
+    asked, first = WINDOW, flying.popleft().result(REPLY_S)
+    buffer = room.of(first["total_bytes"])
     with _Hasher(first["sha256"]) as hasher:
-        _fill(buffer, first, ask, hasher)
+        reply, end = first, 0
+        for number in range(first["chunks"]):
+            if number:
+                reply = _reply_of(flying.popleft(), version, first)
+            if asked < first["chunks"]:
+                flying.append(ask({"version": first["version"], "number": asked}))
+                asked += 1
+            end = _place(buffer, reply, first, end, hasher)
+    if end != len(buffer):
+        raise BadFrame(f"parameters: version {first['version']} ends at {end} of {len(buffer)} bytes")
     if not hasher.matches:
         raise BadFrame(f"parameters: version {first['version']} does not match its sha256")
     return Published(first["version"], buffer.data, first["sha256"])
+
+
+def _reply_of(answer: Reply, wanted: int | None, first: dict[str, Any]) -> dict[str, Any]:
+    """The next chunk. _SupersededError when the newest was wanted and is another one by now."""
+    try:
+        reply = answer.result(REPLY_S)
+    except Refused:
+        if wanted is None:
+            raise _SupersededError from None
+        raise
+    if wanted is None and reply["version"] != first["version"]:
+        raise _SupersededError
+    return reply
+
+
+def _place(buffer: np.ndarray, reply: dict[str, Any], first: dict[str, Any], end: int, hasher: "_Hasher") -> int:
+    """Copy a chunk behind the `end` of those before it; the new end."""
+    data = reply["data"]
+    after = end + len(data)
+    if reply["version"] != first["version"] or reply["offset"] != end or after > len(buffer):
+        raise BadFrame(f"parameters: expected version {first['version']} at {end}, got {reply['version']}")
+    buffer[end:after] = data
+    hasher.feed(buffer[end:after])
+    return after
 
 
 def _room(into: Any, total: int) -> np.ndarray:
@@ -141,35 +231,6 @@ def _room(into: Any, total: int) -> np.ndarray:
     if len(buffer) < total or not buffer.flags.writeable:
         raise ValueError(f"into: expected a writable buffer of {total} bytes, got {len(buffer)}")
     return buffer[:total]
-
-
-def _fill(buffer: np.ndarray, first: dict[str, Any], ask: Ask, hasher: "_Hasher") -> None:
-    """Copy every chunk to its place, in order, with WINDOW requests on their way."""
-    version, total = first["version"], len(buffer)
-    waiting = _starts(first, total)[:0:-1]  # last first, without the one that is here
-    flying: list[Reply] = []
-    reply, end = first, 0
-    while True:
-        data = reply["data"]
-        if reply["version"] != version or reply["offset"] != end or end + len(data) > total:
-            raise BadFrame(f"parameters: expected version {version} at {end}, got {reply['version']}")
-        buffer[end : end + len(data)] = data
-        hasher.feed(buffer[end : end + len(data)])
-        end += len(data)
-        while waiting and len(flying) < WINDOW:
-            flying.append(ask({"version": version, "offset": waiting.pop()}))
-        if not flying:
-            break
-        reply = flying.pop(0).result(REPLY_S)
-    if end != total:
-        raise BadFrame(f"parameters: version {version} ends at {end} of {total} bytes")
-
-
-def _starts(first: dict[str, Any], total: int) -> list[int]:
-    listed = first.get("offsets")
-    if listed is not None:
-        return [int(offset) for offset in listed] or [0]
-    return list(range(0, max(total, 1), max(len(first["data"]), 1)))
 
 
 class _Hasher:

@@ -111,7 +111,7 @@ class TrainerServer:
         version = self.params_version + 1
         frames = pack({"params": params}, self.config.limits)
         self._published = Offer.of_frames(version, [bytes(buffer_of(f)) for f in frames] if copy else frames)
-        self.announce_params(version)
+        self.announce_params(version, {"file": None})
         return version
 
     def start(self, threaded: bool = False) -> None:
@@ -169,7 +169,8 @@ class TrainerServer:
     def announce_params(self, version: int, where: dict[str, Any] | None = None) -> None:
         """Say that `version` is the newest; clients that want parameters pull it with a `params` request.
 
-        `where`: the answer to its `where` request, which spares the clients of this host the question.
+        `where`: the answer to its `where` request, which spares the clients of this host the question; `{file: None}`:
+        there is no file.
         """
         self.params_version = version
         self.notify({"topic": "params", "version": version, **(where or {})})
