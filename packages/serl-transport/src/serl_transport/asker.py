@@ -21,7 +21,7 @@ from serl_transport.envelope import PROTOCOL, REPLY, Envelope
 from serl_transport.errors import Corrupt, HelloRequired, ServerSilent, WireError
 from serl_transport.keys import ClientKeys
 from serl_transport.link import Link
-from serl_transport.multipart import receive_parts, send_parts
+from serl_transport.multipart import readable, receive_parts, send_parts
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class Asker:
 
     def _notice_cuts(self) -> bool:
         cut = False
-        while self._monitor.poll(0):
+        while readable(self._monitor):
             self._monitor.recv_multipart()
             cut = True
         self._let_in = self._let_in and not cut

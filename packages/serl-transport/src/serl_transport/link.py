@@ -34,7 +34,7 @@ from serl_transport.errors import (
 )
 from serl_transport.keys import ClientKeys
 from serl_transport.loop import EventLoop
-from serl_transport.multipart import receive_parts, send_parts
+from serl_transport.multipart import readable, receive_parts, send_parts
 
 log = logging.getLogger(__name__)
 
@@ -306,6 +306,8 @@ class Link:
                 self._handle(Envelope.from_frame(parts[0]), parts[1:])
             except WireError as error:
                 log.error("a bad message from %s: %s", self.endpoint, error.message)
+            if not readable(self._socket):
+                return
 
     def _handle(self, envelope: Envelope, frames: Frames) -> None:
         if envelope.version == PROTOCOL:

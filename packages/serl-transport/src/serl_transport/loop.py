@@ -36,9 +36,10 @@ class EventLoop:
         self.thread_id: int | None = None  # of the thread in `run`
         self._sleeps = True  # in poll, or about to be
         self._wake_read, self._wake_write = socketpair()
+        self._wake_fd = self._wake_read.fileno()
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
-        self._poller.register(self._wake_read.fileno(), zmq.POLLIN)
+        self._poller.register(self._wake_fd, zmq.POLLIN)
 
     def add_socket(self, socket: zmq.Socket | int, fn: Callable[[], None]) -> None:
         """Call `fn` whenever `socket` (or a file descriptor) is readable; before `run`, or in the loop's thread."""
@@ -95,13 +96,14 @@ class EventLoop:
             self._sleeps = True  # before a look at the calls: whoever adds one later wakes the poll
             ready = dict(self._poller.poll(self._timeout_ms()))
             self._sleeps = False
-            if self._wake_read.fileno() in ready:
+            if self._wake_fd in ready:
                 self._drain_wake()
             for _ in range(len(self._calls)):
                 _guard(self._calls.popleft())
             self._run_timers()
-            for socket, fn in list(self._handlers.items()):
-                if socket in ready:
+            for socket in ready:
+                fn = self._handlers.get(socket)  # None: the wake pipe, or removed by a handler before it
+                if fn is not None:
                     _guard(fn)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import zmq
 
 _NOBLOCK = int(zmq.NOBLOCK)
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
@@ -18,6 +19,11 @@ def send_parts(socket: zmq.Socket, parts: Sequence[Any], copy: bool = False) -> 
     for part in parts[:-1]:
         socket.send(part, _MORE, copy)
     socket.send(parts[-1], _NOBLOCK, copy)
+
+
+def readable(socket: zmq.Socket) -> bool:
+    """Whether a whole message is there; much cheaper than trying to receive none, or than a poll."""
+    return bool(socket.getsockopt(_EVENTS) & _POLLIN)
 
 
 def receive_parts(socket: zmq.Socket) -> list[zmq.Frame]:

@@ -34,7 +34,7 @@ from serl_transport.errors import (
 )
 from serl_transport.keys import ServerKeys
 from serl_transport.loop import EventLoop
-from serl_transport.multipart import receive_parts, send_parts
+from serl_transport.multipart import readable, receive_parts, send_parts
 from serl_transport.replay_guard import ReplayWindow
 from serl_transport.spool import new_boot_id
 
@@ -178,6 +178,8 @@ class Router:
             except zmq.Again:
                 return
             self._dispatch(parts[0].bytes, parts[1:])
+            if self.socket.closed or not readable(self.socket):
+                return
 
     def _dispatch(self, address: bytes, parts: Frames) -> None:
         """Answer one message; whatever goes wrong becomes a typed error of its sender."""
