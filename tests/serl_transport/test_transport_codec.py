@@ -249,3 +249,22 @@ def test_many_layouts_do_not_fill_the_memory(monkeypatch):
     for n in range(2000):
         assert unpack(pack({"x": np.zeros(n, np.uint8)}))["x"].shape == (n,)
     assert max(map(len, (codec._DESCRIPTORS, codec._LAYOUTS, codec._INLINE_SEEN))) <= 10
+
+
+def test_a_descriptor_that_was_seen_is_still_held_to_the_limits_and_to_its_frame():
+    frames = pack({"a": np.zeros((1, 2, 600), np.uint8), "b": np.ones(1200, np.uint8)})
+    assert unpack(frames)["b"].all()  # from now on both descriptors are known
+    with pytest.raises(BadFrame, match="at most 2 sizes"):
+        unpack(frames, Limits(rank=2))
+    with pytest.raises(BadFrame, match="is 1200 bytes, frame 2 has 7"):
+        unpack([*frames[:2], bytes(7)])
+    with pytest.raises(BadFrame, match="names frame 2, which does not exist or is taken"):
+        unpack(frames[:2])
+
+
+def test_strided_arrays_and_more_frames_than_a_byte_can_number_come_back():
+    base = np.arange(4000, dtype=np.int32).reshape(20, 200)
+    body = {f"k{i}": base + i for i in range(200)} | {"turned": base.T, "every other": base[::2, ::2]}
+    back = unpack(pack(body))
+    for key, array in body.items():
+        np.testing.assert_array_equal(back[key], array)

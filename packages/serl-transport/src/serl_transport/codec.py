@@ -48,7 +48,9 @@ _LAYOUTS: dict[tuple[str, tuple[int, ...]], "_Layout"] = {}  # receiver: dtype's
 # receiver, small arrays: size of their extension -> (descriptor before the bytes, which names that very size; layout)
 _INLINE_SEEN: dict[int, tuple[tuple[bytes, "_Layout"], ...]] = {}
 _SEEN_PER_SIZE = 8
-_Path = Any  # "body", or (path of the container, ".key" or "[index]")
+_ARRAYS_SEEN: dict[bytes, tuple["_Layout", int]] = {}  # receiver, other arrays: descriptor -> (layout, frame index)
+_NUMBERS = [msgpack.packb(number) for number in range(128)]  # of frames, as a descriptor ends with them
+_Path = Any  # "body", or (path of the container, key or index)
 _BLOB = struct.Struct("<4sI")  # magic, number of frames; then u64 lengths, then the frames, each padded to 8 bytes
 _BLOB_MAGIC = b"SJB1"
 
@@ -189,7 +191,7 @@ def _encode(value: Any, path: _Path, depth: int, arrays: Frames, limits: Limits)
     if isinstance(value, Mapping):
         return _encode_map(value, path, depth, arrays, limits)
     if isinstance(value, list | tuple):
-        return [_encode(item, (path, f"[{i}]"), depth + 1, arrays, limits) for i, item in enumerate(value)]
+        return [_encode(item, (path, i), depth + 1, arrays, limits) for i, item in enumerate(value)]
     if isinstance(value, _SCALARS):
         return value
     if hasattr(type(value), "__array__"):  # arrays of other libraries
@@ -202,21 +204,37 @@ def _encode_map(value: Mapping[str, Any], path: _Path, depth: int, arrays: Frame
     for key, item in value.items():
         if not isinstance(key, str):
             raise TypeError(f"{_where(path)}: keys are texts, got {key!r}")
-        plain = type(item) in _PLAIN
-        result[key] = item if plain else _encode(item, (path, f".{key}"), depth + 1, arrays, limits)
+        kind = type(item)
+        if kind in _PLAIN:
+            result[key] = item
+        elif kind is np.ndarray:
+            result[key] = _encode_array(item, (path, key), arrays, limits)
+        else:
+            result[key] = _encode(item, (path, key), depth + 1, arrays, limits)
     return result
 
 
 def _encode_array(array: np.ndarray, path: _Path, arrays: Frames, limits: Limits) -> msgpack.ExtType:
     if array.ndim > limits.rank:
         raise TooLarge(f"{_where(path)}: {array.ndim} dims, the limit is {limits.rank}")
-    known = _DESCRIPTORS.get((array.dtype, array.shape))
-    descriptor = _describe(array, path) if known is None else known
+    dtype = array.dtype
+    descriptor = _DESCRIPTORS.get((dtype, array.shape))
+    if descriptor is None:
+        descriptor = _describe(array, path)
+    if dtype not in _NATIVE:
+        array = _wire(array)
     if array.nbytes <= INLINE_BYTES:
-        return msgpack.ExtType._make((_INLINE, descriptor + _wire(array).tobytes()))
-    # reshape first: ascontiguousarray would make a 0-d array 1-d
-    arrays.append(np.ascontiguousarray(_wire(array).reshape(-1)).view(np.uint8).data)
-    return msgpack.ExtType._make((_ARRAY, descriptor + msgpack.packb(len(arrays))))
+        return _extension((_INLINE, descriptor + array.tobytes()))
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    arrays.append(array.reshape(-1).view(np.uint8).data)
+    count = len(arrays)
+    return _extension((_ARRAY, descriptor + (_NUMBERS[count] if count < len(_NUMBERS) else msgpack.packb(count))))
+
+
+def _extension(fields: tuple[int, bytes]) -> msgpack.ExtType:
+    """ExtType without its checks of what is known here."""
+    return tuple.__new__(msgpack.ExtType, fields)
 
 
 def _wire(array: np.ndarray) -> np.ndarray:
@@ -243,7 +261,10 @@ def _keep(cache: dict[Any, Any], key: Any, value: Any) -> Any:
 
 def _where(path: _Path) -> str:
     """body.a[0].b"""
-    return path if isinstance(path, str) else _where(path[0]) + path[1]
+    if isinstance(path, str):
+        return path
+    container, step = path
+    return _where(container) + (f"[{step}]" if isinstance(step, int) else f".{step}")
 
 
 def _unpack_header(header: memoryview, arrays: "_Arrays") -> Any:
@@ -304,10 +325,15 @@ class _Arrays:
             return self._inline(data)
         if code != _ARRAY:
             raise BadFrame(f"unknown extension type {code}")
-        layout, rest = self._descriptor(data)
+        seen = _ARRAYS_SEEN.get(data)
+        layout, rest = seen or self._descriptor(data)
+        if len(layout.shape) > self._limits.rank:
+            raise BadFrame(f"a shape is a list of at most {self._limits.rank} sizes")
         if type(rest) is not int or rest not in self._unused:
             raise BadFrame(f"an array names frame {rest!r}, which does not exist or is taken")
         self._unused.discard(rest)
+        if seen is None:
+            _keep(_ARRAYS_SEEN, data, (layout, rest))
         return _view(layout, buffer_of(self._frames[rest]).toreadonly(), f"frame {rest}")
 
     def _inline(self, data: bytes) -> np.ndarray:
@@ -316,6 +342,8 @@ class _Arrays:
             if data.startswith(descriptor) and len(layout.shape) <= self._limits.rank:
                 return _view(layout, data[len(descriptor) :], "the header")
         layout, rest = self._descriptor(data)
+        if len(layout.shape) > self._limits.rank:
+            raise BadFrame(f"a shape is a list of at most {self._limits.rank} sizes")
         if type(rest) is not bytes:
             raise BadFrame("an array in the header is [dtype, shape, bytes]")
         array = _view(layout, rest, "the header")
@@ -333,10 +361,7 @@ class _Arrays:
         name, shape, rest = fields
         if type(name) is not str or type(shape) is not tuple or set(map(type, shape)) - _INT:
             raise BadFrame(f"a descriptor names a dtype and a list of sizes, got {fields[:2]!r:.200}")
-        layout = _LAYOUTS.get((name, shape)) or _read_layout(name, shape)
-        if len(shape) > self._limits.rank:
-            raise BadFrame(f"a shape is a list of at most {self._limits.rank} sizes")
-        return layout, rest
+        return _LAYOUTS.get((name, shape)) or _read_layout(name, shape), rest
 
     def check_all_used(self) -> None:
         """Raise BadFrame when a frame belongs to no array."""
