@@ -119,11 +119,12 @@ def tcp_rate(port: int, messages: Sequence[Sequence[Any]], seconds: float, windo
     return rate
 
 
-def memcpy_seconds(nbytes: int) -> float:
-    """One copy of `nbytes` within memory that has been touched before."""
+def memcpy_seconds(nbytes: int, rest_s: float = 0.0) -> float:
+    """One copy of `nbytes` within memory that has been touched before; `rest_s` ago, so that caches have moved on."""
     source = os.urandom(1 << 20) * (nbytes >> 20)  # zeros would all lie in one page
     target = bytearray(nbytes)
     memoryview(target)[:] = source
+    time.sleep(rest_s)
     start = time.perf_counter()
     memoryview(target)[:] = source
     return time.perf_counter() - start
