@@ -404,10 +404,14 @@ def test_parameters_are_read_into_a_buffer_of_the_callers(tmp_path):
     questions.clear()
     assert fetch(mine).blob == b"wire"
     chunks = [{"version": None, "number": number} for number in range(WINDOW)]
-    assert questions == [{"version": None, "where": True}, *chunks]
+    assert questions == [{"version": None, "where": True}, chunks[0]]  # the reply said that there is one
     questions.clear()
     assert fetch(mine, announced={"version": 1, "file": None}).blob == b"wire"
     assert questions == chunks
+    for told, asked in ((1, 1), (3, 3), (0, 1), (1000, WINDOW), ("many", WINDOW)):
+        questions.clear()
+        assert fetch(mine, announced={"version": 1, "file": None, "chunks": told}).blob == b"wire"
+        assert questions == chunks[:asked]
     for bad in (np.zeros(3, np.uint8), b"read only"):
         with pytest.raises(ValueError, match="into: expected a writable buffer of 4 bytes, got"):
             fetch(bad, same_host=False)

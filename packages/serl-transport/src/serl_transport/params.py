@@ -95,7 +95,12 @@ def read_chunk(offer: Offer | None, payload: dict[str, Any]) -> dict[str, Any]:
     version, number = payload.get("version"), payload.get("number", 0)
     if version is not None and version != offer.version:
         raise Refused(f"version {version!r} is not held, the newest is {offer.version}")
-    told = {"version": offer.version, "total_bytes": offer.total_bytes, "sha256": offer.sha256}
+    told = {
+        "version": offer.version,
+        "total_bytes": offer.total_bytes,
+        "sha256": offer.sha256,
+        "chunks": len(offer.chunks),
+    }
     if payload.get("where"):
         return told
     if type(number) is not int or not 0 <= number < 1 << 32:
@@ -103,7 +108,6 @@ def read_chunk(offer: Offer | None, payload: dict[str, Any]) -> dict[str, Any]:
     number = min(number, len(offer.chunks))
     data = offer.chunks[number] if number < len(offer.chunks) else b""
     return told | {
-        "chunks": len(offer.chunks),
         "offset": offer.offsets[number],
         "data": np.frombuffer(data, np.uint8) if len(data) else np.empty(0, np.uint8),
     }
@@ -152,16 +156,18 @@ def pull(
     same without asking) names may be mapped instead, or be read `into` a buffer of the caller's. Without `into` memory
     comes from `spare`.
     """
+    expected = (announced or {}).get("chunks")
     if same_host and not (announced and announced.get("file") is None):
         for told in ([announced] if announced else []) + [None]:
             told = told or ask({"version": version, "where": True}).result(REPLY_S)
             blob = _from_file(told, into)
             if blob is not None:
                 return Published(told["version"], blob, told["sha256"])
+            expected = told.get("chunks")
     room = _Room(into, spare or SpareMemory())
     for _ in range(TRIES):
         try:
-            return _receive(ask, version, room)
+            return _receive(ask, version, room, expected)
         except _SupersededError:
             continue
     raise Refused(f"newer parameters replaced those that were being pulled, {TRIES} times in a row; ask again")
@@ -180,17 +186,18 @@ class _Room:
         return self._spare.take(total) if total else np.empty(0, np.uint8)
 
 
-def _receive(ask: Ask, version: int | None, room: _Room) -> Published:
-    """Ask for the first WINDOW chunks before anything is known of the version, then keep as many on their way."""
-    flying = deque(ask({"version": version, "number": number}) for number in range(WINDOW))
-    asked, first = WINDOW, flying.popleft().result(REPLY_S)
+def _receive(ask: Ask, version: int | None, room: _Room, expected: Any) -> Published:
+    """Ask for WINDOW chunks, or as many as are `expected`, before anything is heard, then keep WINDOW on their way."""
+    asked = max(1, min(WINDOW, expected)) if type(expected) is int else WINDOW
+    flying = deque(ask({"version": version, "number": number}) for number in range(asked))
+    first = flying.popleft().result(REPLY_S)
     buffer = room.of(first["total_bytes"])
     with _Hasher(first["sha256"]) as hasher:
         reply, end = first, 0
         for number in range(first["chunks"]):
             if number:
                 reply = _reply_of(flying.popleft(), version, first)
-            if asked < first["chunks"]:
+            while asked < first["chunks"] and len(flying) < WINDOW:
                 flying.append(ask({"version": first["version"], "number": asked}))
                 asked += 1
             end = _place(buffer, reply, first, end, hasher)

@@ -111,7 +111,7 @@ class TrainerServer:
         version = self.params_version + 1
         frames = pack({"params": params}, self.config.limits)
         self._published = Offer.of_frames(version, [bytes(buffer_of(f)) for f in frames] if copy else frames)
-        self.announce_params(version, {"file": None})
+        self.announce_params(version, read_chunk(self._published, {"where": True}) | {"file": None})
         return version
 
     def start(self, threaded: bool = False) -> None:
