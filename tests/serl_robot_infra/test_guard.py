@@ -241,7 +241,7 @@ def test_a_policy_that_is_slow_but_answers_only_makes_the_robot_hold(spec, tmp_p
     still = still_policy()
 
     def slow(body):
-        time.sleep(0.2)
+        time.sleep(0.12)  # two periods, far from the 300 ms of a stop
         return still(body)
 
     with ScriptedLearner(spec, [ticket("eval", 1)], slow) as learner:
