@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 HESITANT = ["+task.operator.hesitation=8", "+task.operator.still_dims=[0,1,2]"]
 # Variant -> words. `budget.x=y` sets a field of lockstep.Budget, the rest are overrides of the config.
 VARIANTS: dict[str, list[str]] = {
-    "sft": ["algo=sft_{policy}", "budget.env_steps=0", "budget.offline_steps=3000"],
+    "sft": ["algo=sft_{policy}", "budget.offline_steps=3000"],  # and no online stage, whatever the budget says
     "rejection": ["algo=reject_sampling_{policy}"],
     "rejection_no_human": ["algo=reject_sampling_{policy}", "rollout.operator=false"],
     # A person needs a moment before moving: up to 8 ticks at the start of a demonstration and after taking over.
@@ -50,7 +50,8 @@ def words_of(variant: str, task: str, policy: str, seed: int, extra: Sequence[st
     """All words of one run."""
     family = policy.split("_")[0]
     words = [word.replace("{policy}", family) for word in VARIANTS[variant]]
-    return [f"task={task}", f"policy={policy}", f"seed={seed}", *words, *extra]
+    offline = ["budget.env_steps=0"] if variant == "sft" else []
+    return [f"task={task}", f"policy={policy}", f"seed={seed}", *words, *extra, *offline]
 
 
 def one(variant: str, task: str, policy: str, seed: int, extra: Sequence[str]) -> None:

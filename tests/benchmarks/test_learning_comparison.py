@@ -22,7 +22,7 @@ TINY = ["demos=2", "clone_steps=6", "env_steps=150", "eval_episodes=2", "curve_e
 def test_a_tiny_run_trains_at_the_asked_ratio(variant, tmp_path, capsys):
     import learning
 
-    words = [f"budget.{word}" for word in TINY if variant != "sft" or "env_steps" not in word]
+    words = [f"budget.{word}" for word in TINY]
     learning.one(variant, "pick", "pi0_tiny", 0, [*words, "budget.offline_steps=5"] if variant == "sft" else words)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert rows[0]["point"] == "before"
