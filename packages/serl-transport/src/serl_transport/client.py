@@ -19,23 +19,21 @@ from pathlib import Path
 from socket import gethostname
 from typing import Any
 
-import zmq
-
 from serl_transport import auth
 from serl_transport.asker import Asker
-from serl_transport.codec import pack, unpack
+from serl_transport.codec import pack
 from serl_transport.config import TrainerConfig
 from serl_transport.data_store import DataStoreBase
-from serl_transport.errors import ServerSilent, WireError
+from serl_transport.errors import ServerSilent
 from serl_transport.keys import ClientKeys
 from serl_transport.link import Link
 from serl_transport.listener import Listener
 from serl_transport.memory import keep_freed_memory
 from serl_transport.outbox import Ledger, Outbox
 from serl_transport.params import Published, SpareMemory, pull
-from serl_transport.server import NOTIFY_TOPIC
 from serl_transport.specs import TaskSpec
 from serl_transport.spool import DEFAULT_BYTES, ItemKey, open_spool
+from serl_transport.subscriber import Subscriber
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +217,14 @@ class TrainerClient:
         self._data = self._link("data", None, RESEND_S)
         self._control.on_ready(lambda: self._listener.saw_version(self._control.hello_reply))
         self._control.on_restart(self._listener.forget)
-        self._subscribe(server_ip)
+        Subscriber(
+            self._control.loop,
+            self._control.context,
+            f"tcp://{server_ip}:{self.config.broadcast_port}",
+            self._listener.deliver,
+            limits=self.config.limits,
+            keys=self._keys,
+        )
         self._asker = Asker(
             self._control,
             actor_id=self.name,
@@ -258,21 +263,6 @@ class TrainerClient:
             "session": self._spool.session,
             "host": f"{gethostname()}, process {os.getpid()}",
         }
-
-    def _subscribe(self, server_ip: str) -> None:
-        subscriber = self._control.context.socket(zmq.SUB)
-        auth.configure(subscriber, self.config.limits, self._keys)
-        subscriber.setsockopt(zmq.SUBSCRIBE, NOTIFY_TOPIC)
-        subscriber.connect(f"tcp://{server_ip}:{self.config.broadcast_port}")
-
-        def receive() -> None:
-            _, *frames = subscriber.recv_multipart(zmq.NOBLOCK)
-            try:
-                self._listener.deliver(unpack(frames, self.config.limits))
-            except WireError as error:
-                log.error("a bad notification from the learner: %s", error.message)
-
-        self._control.loop.add_socket(subscriber, receive)
 
     def _await_server(self, forever: bool, on_wait: Callable[[str], None]) -> None:
         start = time.monotonic()

@@ -31,11 +31,11 @@ from serl_transport.params import Offer, read_chunk
 from serl_transport.router import Handler, Peer, Reply, Router
 from serl_transport.sessions import RETIRED, Sessions
 from serl_transport.specs import TaskSpec
+from serl_transport.subscriber import NOTIFY_TOPIC
 from serl_transport.zap import Authenticator
 
 log = logging.getLogger(__name__)
 
-NOTIFY_TOPIC = b"notify"
 DataCallback = Callable[[str, dict[str, Any]], Any]
 RequestCallback = Callable[[str, Any], dict[str, Any]]
 
