@@ -97,6 +97,9 @@ install() {
   for member in "${members[@]}"; do edit+=(-e "$root/$member"); done
   VIRTUAL_ENV=$venv "$venv/bin/uv" pip install --quiet --offline --no-deps --no-build-isolation "${edit[@]}" >&2 ||
     die "could not install the workspace members (message above)"
+  say "compiling what a run imports (half a minute, once)"
+  env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" "$root/tools/compile_imports.py" "$kind" >&2 ||
+    die "the $kind environment does not import (message above); remove .venv and run the same command again"
   fingerprint "$kind" > "$venv/.flowserl-$kind.new"
   mv "$venv/.flowserl-$kind.new" "$venv/.flowserl-$kind"
   say "ready: $venv"

@@ -21,6 +21,7 @@ exit 0
 PYTHON = """#!/usr/bin/env bash
 echo "python $*" >> "$(dirname "$0")/../../calls"
 [[ -e "$(dirname "$0")/../../break" && $* == *"-m pip install"* ]] && exit 1
+[[ -e "$(dirname "$0")/../../torn" && $* == *compile_imports* ]] && { echo "No module named torch" >&2; exit 1; }
 exit 0
 """
 
@@ -71,6 +72,7 @@ def test_an_install_is_stamped_and_the_next_call_does_nothing(clone):
     calls = clone.calls()
     assert f"uv pip install --require-hashes -r {clone.root}/requirements/learner.txt" in calls
     assert calls.count(" -e ") == 4
+    assert f"python {clone.root}/tools/compile_imports.py learner" in calls
     began = time.monotonic()
     second = clone.bootstrap()
     assert (second.returncode, second.stdout, second.stderr, clone.calls()) == (0, "", "", "")
@@ -133,6 +135,15 @@ def test_a_failed_install_says_so_and_is_repaired_by_the_next_call(clone):
     (clone.root / "break").unlink()
     assert clone.bootstrap().returncode == 0
     assert clone.stamp("learner").exists()
+
+
+def test_an_environment_that_does_not_import_is_no_environment(clone):
+    (clone.root / "torn").touch()
+    done = clone.bootstrap()
+    assert done.returncode == 2
+    assert "No module named torch" in done.stderr
+    assert "does not import" in done.stderr
+    assert not clone.stamp("learner").exists()
 
 
 def test_two_at_once_install_once(clone):
