@@ -151,6 +151,22 @@ class Lockstep:
             success = bool(episode.outcome.success)
             self._ring.append(closed.ordinal, episode.info.mode, success, episode.arrays)
 
+    def points(self) -> Iterator[tuple[str, Point]]:
+        """The whole run: (`before` | `curve` | `after`, the evaluation) as they come. RuntimeError when held."""
+        budget = self.budget
+        self.demonstrate()
+        self.trainer.learner.begin_stage("train")
+        self.train("clone", "train", budget.clone_steps, budget.clone_steps)
+        yield "before", self.evaluate(budget.eval_episodes, FIRST_EVAL_SEED)
+        if budget.offline_steps:
+            self.train("offline", "train", budget.offline_steps, budget.offline_steps)
+        if budget.env_steps:
+            for point in self.online():
+                yield "curve", point
+        yield "after", self.evaluate(budget.eval_episodes, FIRST_EVAL_SEED)
+        if self.trainer.held:
+            raise RuntimeError(self.trainer.held)
+
     def episode(self, mode: str, seed: int, stage: str) -> EpisodeReport:
         """Run one episode with the newest published policy."""
         self._policy.stage()
@@ -216,20 +232,9 @@ class Lockstep:
 
 
 def run(cfg: DictConfig, budget: Budget) -> Iterator[tuple[str, Point]]:
-    """(`before` | `curve` | `after`, the evaluation) as they come. The run's folder must not exist."""
+    """`Lockstep.points` of a run whose folder must not exist."""
     lockstep = Lockstep(cfg, budget)
     try:
-        lockstep.demonstrate()
-        lockstep.trainer.learner.begin_stage("train")
-        lockstep.train("clone", "train", budget.clone_steps, budget.clone_steps)
-        yield "before", lockstep.evaluate(budget.eval_episodes, FIRST_EVAL_SEED)
-        if budget.offline_steps:
-            lockstep.train("offline", "train", budget.offline_steps, budget.offline_steps)
-        if budget.env_steps:
-            for point in lockstep.online():
-                yield "curve", point
-        yield "after", lockstep.evaluate(budget.eval_episodes, FIRST_EVAL_SEED)
-        if lockstep.trainer.held:
-            raise RuntimeError(lockstep.trainer.held)
+        yield from lockstep.points()
     finally:
         lockstep.close()

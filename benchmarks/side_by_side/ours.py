@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from lockstep import Budget, Lockstep, Point
-from side_task import FIRST_SEED, Settings, load_config
+from side_task import Settings, load_config
 
 
 class Clocked(Lockstep):
@@ -40,21 +40,9 @@ def run(settings: Settings, words: Sequence[str], budget: dict) -> Iterator[dict
         fixed += ["telemetry.tensorboard=false", "serving.device=cpu"]
         side = Clocked(load_config([*fixed, *words]), own)
         try:
-            for name, point in _points(side, own):
+            for name, point in side.points():
                 row = point.row()
                 wall = time.monotonic() - started - side.evaluation_wall_s
                 yield row | {"point": name, "cpu_minutes": row["minutes"], "minutes": round(wall / 60, 3)}
-            if side.trainer.held:
-                raise RuntimeError(side.trainer.held)
         finally:
             side.close()
-
-
-def _points(side: Lockstep, budget: Budget) -> Iterator[tuple[str, Point]]:
-    side.demonstrate()
-    side.trainer.learner.begin_stage("train")
-    side.train("clone", "train", budget.clone_steps, budget.clone_steps)
-    yield "before", side.evaluate(budget.eval_episodes, FIRST_SEED["before"])
-    for point in side.online():
-        yield "curve", point
-    yield "after", side.evaluate(budget.eval_episodes, FIRST_SEED["after"])
