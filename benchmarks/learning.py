@@ -39,6 +39,8 @@ VARIANTS: dict[str, list[str]] = {
     "rejection_hesitant": ["algo=reject_sampling_{policy}", *HESITANT],
     "rejection_hesitant_no_noop_filter": ["algo=reject_sampling_{policy}", *HESITANT, "algo.rule.noop_threshold=-1"],
     "rejection_no_short_filter": ["algo=reject_sampling_{policy}", "algo.rule.min_ticks=0"],
+    # Trained before: bash train_reward.sh run=<a finished run>; the evaluations count what the environment says.
+    "rejection_classifier": ["algo=reject_sampling_{policy}", "reward=classifier", "reward.model=runs/reward"],
     "sac": ["algo=sac_{policy}"],
     "sac_no_human": ["algo=sac_{policy}", "rollout.operator=false"],
     "dsrl_per_step": ["algo=dsrl_{policy}", "algo.served.variant=per_step"],

@@ -10,6 +10,8 @@ steps per transition depends on how fast the machine is, here it is `steps_per_t
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ from serl_launcher.paths import RunPaths
 from serl_launcher.replay.assembler import Assembler
 from serl_launcher.replay.entries import DataEntry
 from serl_launcher.replay.ring import RingReader, RingWriter
+from serl_launcher.rewards.server import RewardServer
+from serl_launcher.rewards.server import build as build_reward_server
 from serl_launcher.serving.local import LocalPolicy
 from serl_robot_infra.adder import Adder
 from serl_robot_infra.episode import Body, EpisodeRunner
@@ -33,9 +37,12 @@ from serl_robot_infra.evaluation import wilson
 from serl_robot_infra.link import Run
 from serl_robot_infra.observers.base import EpisodeReport, Observer
 from serl_robot_infra.pacing import Pace, PoliteStop
+from serl_robot_infra.rewards.base import RewardSource
+from serl_robot_infra.rewards.environment import EnvironmentReward
 from serl_robot_infra.safety import SafetyChain
 from serl_robot_infra.wiring import build_env, build_guard, build_operator, build_reward
 from serl_transport.codec import pack
+from serl_transport.errors import CannotListen
 from serl_transport.schema import StepBatch
 from serl_transport.specs import TaskSpec
 
@@ -104,7 +111,10 @@ class Lockstep:
         self.trainer.view.attach(RingReader(self._ring.path))
         self._policy = LocalPolicy(cfg, self.paths.params)
         self._env = build_env(cfg, self.spec)
-        self._runner = self._build_runner()
+        self._rewards = self._serve_classifier()
+        self._runner = self._build_runner(build_reward(cfg))
+        # What counts in the end is the environment's word, whoever gave the rewards that were learned from.
+        self._evaluation_runner = self._build_runner(EnvironmentReward())
         self._drawn = {"demo": 0, "online": 0}
         self._helped: list[bool] = []  # of each online episode: did the operator drive?
         self._ticks = {"demo": 0, "online": 0}
@@ -112,19 +122,34 @@ class Lockstep:
         self.accepted = 0
 
     def close(self) -> None:
-        """Free the environment and the ring."""
+        """Free the environment and the ring, stop the reward server."""
+        if self._rewards is not None:
+            self._rewards.server.stop()
         self._env.close()
         self._ring.close()
         self.trainer.metrics.close()
 
-    def _build_runner(self) -> EpisodeRunner:
+    def _serve_classifier(self) -> RewardServer | None:
+        """The reward server that the actor of a run with reward=classifier asks, in a thread, on free ports."""
+        if OmegaConf.select(self.cfg, "reward.model") is None:
+            return None
+        while True:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                self.cfg.reward.port = free.getsockname()[1]
+            with contextlib.suppress(CannotListen):  # the port above it, for broadcasts, is taken
+                rewards = build_reward_server(self.cfg)
+                rewards.server.start(threaded=True)
+                return rewards
+
+    def _build_runner(self, reward: RewardSource) -> EpisodeRunner:
         rollout = self.cfg.rollout
         body = Body(
             env=self._env,
             broker=ActionChunkBroker(self._policy, rollout.execute_horizon),
             operator=build_operator(self.cfg, self._env),
             safety=SafetyChain(self.spec, **(self.cfg.task.get("safety") or {})),
-            reward=build_reward(self.cfg),
+            reward=reward,
             adder=Adder(self._keep, rollout.batch_ticks),
             pace=Pace(0),
             guard=build_guard(self.cfg, self._env, EmergencyStop(self.paths.root / "estop")),
@@ -172,7 +197,8 @@ class Lockstep:
         self._policy.stage()
         newest = self.trainer.version if mode == "eval" else 0
         ticket = Run(f"{stage}-{seed}", mode, stage, seed, newest, takeover=mode == "online")
-        return self._runner.run(ticket, seed)
+        runner = self._evaluation_runner if mode == "eval" else self._runner
+        return runner.run(ticket, seed)
 
     def demonstrate(self) -> None:
         """Until enough of them succeeded."""

@@ -38,6 +38,24 @@ def test_a_tiny_run_trains_at_the_asked_ratio(variant, tmp_path, capsys):
         assert rows[-1]["interventions"] > 0
 
 
+def test_a_classifier_gives_the_rewards_and_the_environment_has_the_last_word(tmp_path, capsys):
+    import learning
+    from compose import load_config
+    from omegaconf import OmegaConf
+
+    from serl_launcher.rewards.model import RewardCard, RewardClassifier, save
+
+    spec = OmegaConf.to_container(load_config(["task=pick"]).task.spec, resolve=True)
+    card = RewardCard("outcome", 2, ("wrist",), 16, False, spec, threshold=0.0)  # whatever it sees is success
+    save(tmp_path / "reward", RewardClassifier(card), card, {})
+    words = ["demos=2", "clone_steps=3", "env_steps=12", "eval_episodes=2", "curve_every=0"]
+    model = f"reward.model={tmp_path}/reward"
+    learning.one("rejection_classifier", "pick", "pi0_tiny", 0, [*(f"budget.{word}" for word in words), model])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [row["success_rate"] for row in rows] == [0, 0]
+    assert (rows[0]["demo_steps"], rows[1]["episodes"], rows[1]["env_steps"]) == (2, 12, 12)
+
+
 def test_rows_become_medians_and_a_picture(tmp_path):
     import learning
 
