@@ -56,7 +56,8 @@ class TinyGrootSize:
         """`GR00TN17` with the given configuration and this size's backbone."""
         from lerobot.policies.groot.groot_n1_7 import GR00TN17, GR00TN17Config
 
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as parent:
+            folder = f"{parent}/Qwen/Qwen3-VL"  # lerobot knows the kind of a backbone by its name, and warns of others
             self.backbone_config().save_pretrained(folder)
             core = GR00TN17(GR00TN17Config(**{**fields, "model_name": folder}), load_backbone_weights=False).float()
         spread(core)
