@@ -17,7 +17,8 @@ from serl_transport.codec import Limits, join, pack, unpack
 from serl_transport.dedup import SeenItems
 from serl_transport.errors import BadFrame, Refused, StorageFull, TooLarge
 from serl_transport.outbox import Ledger
-from serl_transport.params import WINDOW, Offer, Published, SpareMemory, pull, read_chunk
+from serl_transport.params import WINDOW, Offer, Published, SpareMemory, pull, pull_pieces, read_chunk
+from serl_transport.pieces import split_pieces
 from serl_transport.schema import StepBatch
 from serl_transport.spool import DiskSpool
 
@@ -444,3 +445,33 @@ def test_parameters_that_do_not_add_up_are_refused(change, message):
 def test_a_chunk_that_does_not_exist_is_refused(payload, error):
     with pytest.raises(error):
         read_chunk(Offer.of(Published.of(4, b"abc")), payload)
+
+
+def test_pieces_hold_the_frames_that_a_whole_blob_holds(monkeypatch):
+    rng = np.random.default_rng(0)
+    frames = pack({f"t{i}": rng.integers(0, 256, n, np.uint8) for i, n in enumerate((2000, 0, 7, 5000, 65, 1100, 3))})
+    for chunk_bytes in (64, 1000, 4096, 1 << 20):
+        monkeypatch.setattr("serl_transport.params.CHUNK_BYTES", chunk_bytes)
+        offer = Offer.of_frames(3, frames)
+        pieces = pull_pieces(lambda payload, held=offer: Ready(read_chunk(held, payload)))
+        assert [bytes(frame) for frame in pieces.frames] == [bytes(frame) for frame in frames]
+        assert (pieces.version, pieces.chunks) == (3, len(offer.chunks))
+    monkeypatch.setattr("serl_transport.params.SCATTERED_BYTES", 100)  # now it is a large one
+    pieces = pull_pieces(lambda payload: Ready(read_chunk(offer, payload)))
+    assert [bytes(frame) for frame in pieces.frames] == [bytes(frame) for frame in frames]
+
+
+@pytest.mark.parametrize("cut", [0, 3, 30, 90, 4000, -1])
+def test_pieces_of_no_blob_are_refused(cut):
+    blob = np.frombuffer(join(pack({"a": np.zeros(3000, np.uint8), "b": np.ones(2000, np.uint8)})), np.uint8)
+    for parts in ([blob[:cut]], [blob[:50], blob[50:cut]], [blob[:cut], blob[cut:], blob[:8]]):
+        with pytest.raises(BadFrame):
+            split_pieces(parts)
+    with pytest.raises(BadFrame):
+        split_pieces([])
+
+
+def test_a_damaged_chunk_of_a_hashed_version_is_refused_in_pieces_too():
+    offer = Offer.of(Published(2, join(pack({"a": np.zeros(5000, np.uint8)})), "0" * 64))
+    with pytest.raises(BadFrame, match="does not match its sha256"):
+        pull_pieces(lambda payload: Ready(read_chunk(offer, payload)))

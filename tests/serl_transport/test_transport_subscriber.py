@@ -1,4 +1,4 @@
-"""Notifications come back after cuts, those included after which libzmq never connects again."""
+"""Connections that may be silent for long come back after cuts, also those after which libzmq never connects again."""
 
 import contextlib
 import socket
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from serl_transport import TrainerConfig, subscriber
+from serl_transport import TrainerConfig, watch
 
 WAIT = 30.0
 
@@ -31,7 +31,8 @@ class Relay:
 
     def say(self, data: bytes) -> None:
         for end in self._ends:
-            end.sendall(data)
+            with contextlib.suppress(OSError):  # that connection has ended
+                end.sendall(data)
 
     def cut(self) -> None:
         for end in self._all:
@@ -47,7 +48,7 @@ class Relay:
                 return
             server = socket.create_connection(("127.0.0.1", self._target))
             self.connections += 1
-            self._ends = [client]
+            self._ends.append(client)
             self._all += [client, server]
             for source, sink in ((client, server), (server, client)):
                 threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
@@ -62,7 +63,7 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
-    monkeypatch.setattr(subscriber, "REOPEN_S", 1.0)
+    monkeypatch.setattr(watch, "REOPEN_S", 1.0)
 
 
 @pytest.fixture
@@ -120,3 +121,22 @@ def test_an_ordinary_cut_is_libzmqs_business_and_quick(relayed):
     server, relay, heard = relayed
     relay.cut()
     assert hears(server, heard)
+
+
+def test_the_askers_own_connection_comes_back_too(serve, connect, started, monkeypatch):
+    monkeypatch.setattr("serl_transport.link.REOPEN_S", 1.0)
+    server = serve(handlers={"infer": lambda peer, envelope, body: {"echo": body["n"]}})
+    relay = started(Relay(server.config.port_number))
+    client = connect(TrainerConfig(relay.port, server.config.broadcast_port))
+
+    def asked_here(n: int) -> bool:
+        deadline = time.monotonic() + WAIT
+        while (reply := client._asker.ask("infer", {"n": n}, WAIT)) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return reply == {"echo": n}
+
+    for n in range(2):
+        assert asked_here(n)
+        relay.say(b"\x02" + struct.pack(">Q", 1 << 62))
+        assert client.infer({"n": 7}, timeout_ms=WAIT * 1e3) == {"echo": 7}
+    assert asked_here(2)

@@ -163,7 +163,7 @@ class Gateway:
             self.actors.heartbeat(peer.actor_id, body)
         return self.server.heartbeat_reply()
 
-    def _request(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any] | Frames:
+    def _request(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any] | Frames | None:
         self.actors.seen(peer.actor_id)
         if envelope.target == "next_episode":
             return self.next_episode(peer.actor_id, peer.boot_id, body)
@@ -171,7 +171,8 @@ class Gateway:
             return self.status()
         if envelope.target == "params":
             self._announce_params()
-            return pack(self.params.chunk(body))
+            waits = self.server.standing.keep(envelope.token, body, self.params.version)
+            return None if waits else pack(self.params.chunk(body))
         if envelope.target in OPERATOR_REQUESTS:
             return self._operate(peer.actor_id, envelope.target)
         known = ["next_episode", "status", "params", *sorted(OPERATOR_REQUESTS)]
@@ -274,6 +275,7 @@ class Gateway:
     def _announce_params(self) -> None:
         if self.params.refresh():
             log.info("policy version %s is published", self.params.version)
+            self.server.standing.answer(lambda payload: pack(self.params.chunk(payload)))
             self.server.announce_params(self.params.version or 0, self.params.where())
 
     def _every_second(self) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +20,7 @@ from socket import gethostname
 from typing import Any
 
 from serl_transport import auth
+from serl_transport.answer import Answer
 from serl_transport.asker import Asker
 from serl_transport.codec import pack
 from serl_transport.config import TrainerConfig
@@ -30,7 +31,7 @@ from serl_transport.link import Link
 from serl_transport.listener import Listener
 from serl_transport.memory import keep_freed_memory
 from serl_transport.outbox import Ledger, Outbox
-from serl_transport.params import Published, SpareMemory, pull
+from serl_transport.params import Pieces, Published, Reply, SpareMemory, pull, pull_pieces
 from serl_transport.specs import TaskSpec
 from serl_transport.spool import DEFAULT_BYTES, ItemKey, open_spool
 from serl_transport.subscriber import Subscriber
@@ -153,9 +154,8 @@ class TrainerClient:
         `into`: a writable buffer that takes them (the blob is a view of it), for who keeps one from version to version:
         on the learner's own host that is one copy, at the speed of memcpy.
         """
-        # Over the data link: a large reply would hold up the answers to `infer` on the other one.
         return pull(
-            lambda payload: self._data.ask("request", payload, target="params"),
+            self._ask_params,
             version,
             same_host=auth.is_loopback(self._server_ip),
             announced=self._listener.announced(version),
@@ -201,6 +201,15 @@ class TrainerClient:
 
     # Inside.
 
+    def _ask_params(self, payload: dict[str, Any]) -> Answer:
+        # Over the data link: a large reply would hold up the answers to `infer` on the other one.
+        return self._data.ask("request", payload, target="params")
+
+    def _fetch_newest(self, raw: bool, ahead: Sequence[Reply]) -> Published | Pieces:
+        same_host, announced = auth.is_loopback(self._server_ip), self._listener.announced(None)
+        fetch = pull if raw else pull_pieces
+        return fetch(self._ask_params, same_host=same_host, announced=announced, ahead=ahead, spare=self._spare)
+
     def _open(
         self, server_ip: str, spool_dir: str | Path | None, spool_bytes: int, ledger_path: str | Path | None
     ) -> None:
@@ -211,10 +220,11 @@ class TrainerClient:
         if ledger_path is not None:
             ledger = Ledger(ledger_path)
             self._resources.callback(ledger.close)
-        self._listener = Listener(self.fetch_params, self.config.limits)
+        self._listener = Listener(self._fetch_newest, self.config.limits)
         self._resources.callback(self._listener.stop)
         self._control = self._link("control", self._listener.saw_version, None)
         self._data = self._link("data", None, RESEND_S)
+        self._listener.ask_ahead_over(self._data)
         self._control.on_ready(lambda: self._listener.saw_version(self._control.hello_reply))
         self._control.on_restart(self._listener.forget)
         Subscriber(

@@ -51,8 +51,8 @@ _SEEN_PER_SIZE = 8
 _ARRAYS_SEEN: dict[bytes, tuple["_Layout", int]] = {}  # receiver, other arrays: descriptor -> (layout, frame index)
 _NUMBERS = [msgpack.packb(number) for number in range(128)]  # of frames, as a descriptor ends with them
 _Path = Any  # "body", or (path of the container, key or index)
-_BLOB = struct.Struct("<4sI")  # magic, number of frames; then u64 lengths, then the frames, each padded to 8 bytes
-_BLOB_MAGIC = b"SJB1"
+BLOB = struct.Struct("<4sI")  # magic, number of frames; then u64 lengths, then the frames, each padded to 8 bytes
+BLOB_MAGIC = b"SJB1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def join_parts(frames: Sequence[Any]) -> list[Any]:
     """The same blob as flat buffers to be written one after the other; frames are not copied."""
     views = [buffer_of(frame) for frame in frames]
     sizes = [view.nbytes for view in views]
-    parts: list[Any] = [_BLOB.pack(_BLOB_MAGIC, len(sizes)) + struct.pack(f"<{len(sizes)}Q", *sizes)]
+    parts: list[Any] = [BLOB.pack(BLOB_MAGIC, len(sizes)) + struct.pack(f"<{len(sizes)}Q", *sizes)]
     for view, size in zip(views, sizes, strict=True):
         parts.append(view)
         if size % 8:
@@ -148,16 +148,16 @@ def copied(frame: Any) -> Any:
 def split(buffer: Buffer) -> list[memoryview]:
     """The frames of a blob made by `join`, as views. BadFrame when a single byte is missing or left over."""
     blob = memoryview(buffer).cast("B")
-    if len(blob) < _BLOB.size:
-        raise BadFrame(f"a blob of {len(blob)} bytes is shorter than its {_BLOB.size} byte head")
-    magic, count = _BLOB.unpack_from(blob)
-    if magic != _BLOB_MAGIC:
-        raise BadFrame(f"a blob starts with {_BLOB_MAGIC!r}, got {bytes(magic)!r}")
-    start = _BLOB.size + 8 * count
+    if len(blob) < BLOB.size:
+        raise BadFrame(f"a blob of {len(blob)} bytes is shorter than its {BLOB.size} byte head")
+    magic, count = BLOB.unpack_from(blob)
+    if magic != BLOB_MAGIC:
+        raise BadFrame(f"a blob starts with {BLOB_MAGIC!r}, got {bytes(magic)!r}")
+    start = BLOB.size + 8 * count
     if start > len(blob):
         raise BadFrame(f"a blob of {len(blob)} bytes cannot hold the lengths of {count} frames")
     frames = []
-    for size in struct.unpack_from(f"<{count}Q", blob, _BLOB.size):
+    for size in struct.unpack_from(f"<{count}Q", blob, BLOB.size):
         end = start + size + (-size % 8)
         if end > len(blob):
             raise BadFrame(f"a blob of {len(blob)} bytes ends inside frame {len(frames)}, which ends at {end}")

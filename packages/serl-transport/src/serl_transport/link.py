@@ -21,6 +21,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from serl_transport import auth
+from serl_transport.answer import Answer
 from serl_transport.codec import DEFAULT_LIMITS, Frames, Limits, pack, unpack
 from serl_transport.envelope import PROTOCOL, REPLY, Envelope
 from serl_transport.errors import (
@@ -53,33 +54,6 @@ class _Pending:
     on_reply: OnReply  # called once, in the loop's thread
     repeat: bool = False  # send again when it stays unanswered: the server deduplicates it
     sent_at: float = 0.0  # time.monotonic(); 0: not sent on this connection
-
-
-class Answer:
-    """A reply on its way."""
-
-    def __init__(self, link: "Link", request_id: int, kind: str):
-        self._link, self._request_id, self._kind = link, request_id, kind
-        self._lock = threading.Lock()  # held until the reply is here
-        self._lock.acquire()
-        self._result: Frames | WireError = []
-
-    def take(self, result: Frames | WireError) -> None:
-        """The reply; in the loop's thread."""
-        self._result = result
-        self._lock.release()
-
-    def result(self, timeout_s: float) -> dict[str, Any]:
-        """Wait for the reply's body, once. Raises the server's typed error, or ServerSilent after `timeout_s`."""
-        link = self._link
-        if not self._lock.acquire(timeout=timeout_s):
-            link.loop.call_soon(lambda: link.give_up(self._request_id))
-            raise ServerSilent(
-                f"no reply to {self._kind!r} from {link.endpoint} in {timeout_s * 1e3:g} ms; {link.state()}"
-            )
-        if isinstance(self._result, WireError):
-            raise self._result
-        return unpack(self._result, link.limits) if self._result else {}
 
 
 class Link:
@@ -151,11 +125,21 @@ class Link:
         """Ask and wait for the reply's body. Raises the server's typed error, or ServerSilent after `timeout_ms`."""
         return self.ask(kind, body, target=target).result(timeout_ms / 1e3)
 
-    def ask(self, kind: str, body: dict[str, Any] | Frames, *, target: str = "") -> "Answer":
-        """Ask without waiting; several questions may be on their way. Thread-safe."""
+    def ask(
+        self,
+        kind: str,
+        body: dict[str, Any] | Frames,
+        *,
+        target: str = "",
+        on_answer: Callable[[], None] | None = None,
+    ) -> Answer:
+        """Ask without waiting; several questions may be on their way. Thread-safe.
+
+        `on_answer` is called in the loop's thread when the reply, or an error in its place, is here.
+        """
         frames = body if isinstance(body, list) else pack(body, self.limits)
         envelope = self._envelope(kind, target)
-        answer = Answer(self, _id(envelope), kind)
+        answer = Answer(self, _id(envelope), kind, on_answer)
         self.loop.call_soon(lambda: self._submit(envelope, frames, answer.take))
         return answer
 

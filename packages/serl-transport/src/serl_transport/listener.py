@@ -1,20 +1,23 @@
 """Hears notifications and keeps a client's parameters fresh, on a thread that may take its time.
 
     5589 SUB ─▶ deliver() ─▶ [queue, newest 1000] ─▶ on_notify callbacks
-    notify, hello and heartbeat replies ─▶ saw_version() ─▶ pull ─▶ network callback
+    notify, hello and heartbeat replies ─▶ saw_version() ─▶ pull ─▶ network callback ─▶ ask ahead for the next version
 
 A version is pulled, never pushed: a client that missed the notification learns of it from the next heartbeat.
 """
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from serl_transport.codec import Limits, split, unpack
+from serl_transport.ahead import Ahead
+from serl_transport.codec import Limits, unpack
 from serl_transport.errors import WireError
-from serl_transport.params import Published
+from serl_transport.link import Link
+from serl_transport.params import REPLY_S, Pieces, Published, Reply
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +27,10 @@ NetworkCallback = Callable[[Any], None]
 class Listener:
     """Owns the callback thread of one client; started by the first callback."""
 
-    def __init__(self, fetch: Callable[[], Published], limits: Limits):
+    def __init__(self, fetch: Callable[..., Published | Pieces], limits: Limits):
+        """`fetch(raw, ahead)` pulls the newest version: whole (`raw`) or in pieces, from the answers `ahead` if any."""
         self._fetch, self._limits = fetch, limits
+        self._ahead: Ahead | None = None
         self._notify_callbacks: list[Callable[[dict[str, Any]], None]] = []
         self._network_callback: NetworkCallback | None = None
         self._raw = False
@@ -35,7 +40,12 @@ class Listener:
         self._delivered = 0  # version that the callback last got; 0: none
         self._wake = threading.Event()
         self._stopping = False
+        self._patience_ends: float | None = None  # time.monotonic(); None: no answer is overdue
         self._thread: threading.Thread | None = None
+
+    def ask_ahead_over(self, link: Link) -> None:
+        """Ask for the next version before it is announced, on that link; before anything else."""
+        self._ahead = Ahead(link, self._wake.set)
 
     def on_notify(self, fn: Callable[[dict[str, Any]], None]) -> None:
         """Call `fn(body)` for every notification."""
@@ -72,6 +82,8 @@ class Listener:
         """The server restarted: its versions may have started over, so the next one told is pulled. Thread-safe."""
         self._newest = self._delivered = 0
         self._announcement = {}
+        if self._ahead is not None:
+            self._ahead.drop()
 
     def stop(self) -> None:
         """End the thread; a running callback is waited for."""
@@ -88,12 +100,35 @@ class Listener:
 
     def _run(self) -> None:
         while not self._stopping:
-            self._wake.wait()
+            self._wake.wait(None if self._patience_ends is None else max(0.0, self._patience_ends - time.monotonic()))
             self._wake.clear()
             while self._bodies and not self._stopping:
                 self._run_notify_callbacks(self._bodies.popleft())
-            if self._network_callback is not None and self._newest not in (0, self._delivered) and not self._stopping:
-                self._refresh(self._network_callback)
+            if self._network_callback is not None and not self._stopping and self._is_due():
+                ahead = () if self._ahead is None else self._ahead.take()
+                if ahead or self._is_told:
+                    self._refresh(self._network_callback, ahead)
+
+    @property
+    def _is_told(self) -> bool:
+        """Whether there is a version that the callback has not got."""
+        return self._newest not in (0, self._delivered)
+
+    def _is_due(self) -> bool:
+        """Whether to pull: the questions asked ahead are answered, or a version was told of and none were asked.
+
+        If some were, their answers are on their way: asking again would send everything twice.
+        """
+        patience_ends, self._patience_ends = self._patience_ends, None
+        if self._ahead is not None and self._ahead.answered:
+            return True
+        if not self._is_told:
+            return False
+        if self._ahead is None or not self._ahead.asked:
+            return True
+        now = time.monotonic()
+        self._patience_ends = patience_ends or now + REPLY_S
+        return now >= self._patience_ends
 
     def _run_notify_callbacks(self, body: dict[str, Any]) -> None:
         for fn in self._notify_callbacks:
@@ -102,11 +137,11 @@ class Listener:
             except Exception:
                 log.exception("a notification callback failed")
 
-    def _refresh(self, callback: NetworkCallback) -> None:
+    def _refresh(self, callback: NetworkCallback, ahead: Sequence[Reply]) -> None:
         wanted = self._newest
         try:
-            published = self._fetch()
-            payload = published if self._raw else unpack(split(published.blob), self._limits)["params"]
+            published = self._fetch(self._raw, ahead)
+            payload = unpack(published.frames, self._limits)["params"] if isinstance(published, Pieces) else published
         except WireError as error:
             if not self._stopping:
                 log.warning("parameters version %d could not be pulled: %s", wanted, error.message)
@@ -120,3 +155,5 @@ class Listener:
             callback(payload)
         except Exception:
             log.exception("the network callback failed on version %d; the next version is tried", published.version)
+        if self._ahead is not None and published.chunks:
+            self._ahead.renew(published.version, published.chunks)

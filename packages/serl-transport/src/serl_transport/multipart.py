@@ -26,9 +26,9 @@ def readable(socket: zmq.Socket) -> bool:
     return bool(socket.getsockopt(_EVENTS) & _POLLIN)
 
 
-def receive_parts(socket: zmq.Socket) -> list[zmq.Frame]:
-    """The next message's frames. Raises zmq.Again when there is none."""
-    frame = socket.recv(_NOBLOCK, False)
+def receive_parts(socket: zmq.Socket, wait: bool = False) -> list[zmq.Frame]:
+    """The next message's frames. Raises zmq.Again when there is none; with `wait` after the socket's RCVTIMEO."""
+    frame = socket.recv(0 if wait else _NOBLOCK, False)
     parts = [frame]
     while frame.more:
         frame = socket.recv(_NOBLOCK, False)

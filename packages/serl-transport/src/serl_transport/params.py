@@ -16,16 +16,18 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from serl_transport.codec import join_parts
+from serl_transport.codec import Frames, join_parts, split
 from serl_transport.errors import BadFrame, NotReady, Refused
+from serl_transport.pieces import split_pieces
 
 CHUNK_BYTES = 4 << 20
 WINDOW = 8
+SCATTERED_BYTES = 32 << 20  # a larger version would take its memory anew from the system each time
 REPLY_S = 30.0
 TRIES = 3  # a newer version may replace the newest while it is being pulled
 
@@ -48,11 +50,21 @@ class Published:
     version: int  # 1, 2, 3 ...
     blob: bytes | memoryview  # `codec.join(codec.pack({"params": ...}))`, or a safetensors file
     sha256: str | None  # of the blob; None: its publisher gave none
+    chunks: int = field(default=0, compare=False)  # in which it came over the wire; 0: it did not
 
     @classmethod
     def of(cls, version: int, blob: bytes) -> "Published":
         """Hash and hold a blob."""
         return cls(version, blob, hashlib.sha256(blob).hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """One version as frames, which a client that unpacks it anyway gets without putting a blob together."""
+
+    version: int  # 1, 2, 3 ...
+    frames: Frames  # of `codec.pack({"params": ...})`
+    chunks: int  # in which it came over the wire; 0: it did not
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,63 +161,134 @@ def pull(
     announced: dict[str, Any] | None = None,
     into: Any = None,
     spare: SpareMemory | None = None,
+    ahead: Sequence[Reply] = (),
 ) -> Published:
     """Fetch a whole blob; BadFrame when the pieces do not add up to what was announced.
 
     `ask(payload)` gives the reply on its way. `same_host`: a file that the reply (or the announcement, which is the
     same without asking) names may be mapped instead, or be read `into` a buffer of the caller's. Without `into` memory
-    comes from `spare`.
+    comes from `spare`. `ahead`: replies of the first chunks, in order, which were asked for before.
     """
+    place = _Whole(into, spare or SpareMemory())
+    found = _pull(ask, version, place, same_host, announced, into, ahead)
+    return (
+        found
+        if isinstance(found, Published)
+        else Published(found["version"], place.buffer.data, found["sha256"], found["chunks"])
+    )
+
+
+def pull_pieces(
+    ask: Ask,
+    *,
+    same_host: bool = False,
+    announced: dict[str, Any] | None = None,
+    spare: SpareMemory | None = None,
+    ahead: Sequence[Reply] = (),
+) -> Pieces:
+    """Fetch the newest version for somebody who unpacks it; the same checks as `pull`."""
+    place = _Parts(spare or SpareMemory())
+    found = _pull(ask, None, place, same_host, announced, None, ahead)
+    if isinstance(found, Published):
+        return Pieces(found.version, list(split(found.blob)), 0)
+    return Pieces(found["version"], split_pieces(place.parts), found["chunks"])
+
+
+def _pull(
+    ask: Ask,
+    version: int | None,
+    place: "_Whole",
+    same_host: bool,
+    announced: dict[str, Any] | None,
+    into: Any,
+    ahead: Sequence[Reply],
+) -> Published | dict[str, Any]:
+    """The published file, or what the first chunk's reply said of the version that lies in `place` now."""
     expected = (announced or {}).get("chunks")
-    if same_host and not (announced and announced.get("file") is None):
+    if same_host and not ahead and not (announced and announced.get("file") is None):
         for told in ([announced] if announced else []) + [None]:
             told = told or ask({"version": version, "where": True}).result(REPLY_S)
             blob = _from_file(told, into)
             if blob is not None:
                 return Published(told["version"], blob, told["sha256"])
             expected = told.get("chunks")
-    room = _Room(into, spare or SpareMemory())
     for _ in range(TRIES):
         try:
-            return _receive(ask, version, room, expected)
+            return _receive(ask, version, place, expected, ahead)
         except _SupersededError:
-            continue
+            ahead = ()
     raise Refused(f"newer parameters replaced those that were being pulled, {TRIES} times in a row; ask again")
 
 
-class _Room:
-    """Where the bytes go: the caller's buffer, or memory of our own."""
+class _Whole:
+    """Puts chunks into one buffer: the caller's, or memory of our own."""
 
     def __init__(self, into: Any, spare: SpareMemory):
         self._into, self._spare = into, spare
+        self.buffer = np.empty(0, np.uint8)
 
-    def of(self, total: int) -> np.ndarray:
-        """uint8[total]; ValueError when the caller's buffer has not got the size."""
+    def begin(self, total: int) -> None:
+        """A version of so many bytes comes; ValueError when the caller's buffer has not got the size."""
         if self._into is not None:
-            return _room(self._into, total)
-        return self._spare.take(total) if total else np.empty(0, np.uint8)
+            self.buffer = _room(self._into, total)
+        else:
+            self.buffer = self._spare.take(total) if total else np.empty(0, np.uint8)
+
+    def put(self, end: int, data: np.ndarray) -> np.ndarray:
+        """The chunk behind the `end` of those before it, where it lies from now on."""
+        room = self.buffer[end : end + len(data)]
+        room[:] = data
+        return room
 
 
-def _receive(ask: Ask, version: int | None, room: _Room, expected: Any) -> Published:
+class _Parts(_Whole):
+    """Leaves the chunks of a small version where they arrived; a large one goes into memory that is used again."""
+
+    def __init__(self, spare: SpareMemory):
+        super().__init__(None, spare)
+        self.parts: list[np.ndarray] = []
+        self._scattered = False
+
+    def begin(self, total: int) -> None:
+        """A version of so many bytes comes."""
+        self._scattered = total <= SCATTERED_BYTES
+        self.parts = []
+        if not self._scattered:
+            super().begin(total)
+            self.parts = [self.buffer]
+
+    def put(self, end: int, data: np.ndarray) -> np.ndarray:
+        """The chunk behind the `end` of those before it, where it lies from now on."""
+        if not self._scattered:
+            return super().put(end, data)
+        self.parts.append(data)
+        return data
+
+
+def _receive(ask: Ask, version: int | None, place: _Whole, expected: Any, ahead: Sequence[Reply]) -> dict[str, Any]:
     """Ask for WINDOW chunks, or as many as are `expected`, before anything is heard, then keep WINDOW on their way."""
-    asked = max(1, min(WINDOW, expected)) if type(expected) is int else WINDOW
-    flying = deque(ask({"version": version, "number": number}) for number in range(asked))
+    asked = len(ahead) or (max(1, min(WINDOW, expected)) if type(expected) is int else WINDOW)
+    flying = deque(ahead or (ask({"version": version, "number": number}) for number in range(asked)))
     first = flying.popleft().result(REPLY_S)
-    buffer = room.of(first["total_bytes"])
+    total, reply, end = first["total_bytes"], first, 0
+    place.begin(total)
     with _Hasher(first["sha256"]) as hasher:
-        reply, end = first, 0
         for number in range(first["chunks"]):
             if number:
                 reply = _reply_of(flying.popleft(), version, first)
             while asked < first["chunks"] and len(flying) < WINDOW:
                 flying.append(ask({"version": first["version"], "number": asked}))
                 asked += 1
-            end = _place(buffer, reply, first, end, hasher)
-    if end != len(buffer):
-        raise BadFrame(f"parameters: version {first['version']} ends at {end} of {len(buffer)} bytes")
+            data = reply["data"]
+            if reply["version"] != first["version"] or reply["offset"] != end or end + len(data) > total:
+                raise BadFrame(f"parameters: expected version {first['version']} at {end}, got {reply['version']}")
+            hasher.feed(place.put(end, data))
+            end += len(data)
+    if end != total:
+        raise BadFrame(f"parameters: version {first['version']} ends at {end} of {total} bytes")
     if not hasher.matches:
         raise BadFrame(f"parameters: version {first['version']} does not match its sha256")
-    return Published(first["version"], buffer.data, first["sha256"])
+    return first
 
 
 def _reply_of(answer: Reply, wanted: int | None, first: dict[str, Any]) -> dict[str, Any]:
@@ -219,17 +302,6 @@ def _reply_of(answer: Reply, wanted: int | None, first: dict[str, Any]) -> dict[
     if wanted is None and reply["version"] != first["version"]:
         raise _SupersededError
     return reply
-
-
-def _place(buffer: np.ndarray, reply: dict[str, Any], first: dict[str, Any], end: int, hasher: "_Hasher") -> int:
-    """Copy a chunk behind the `end` of those before it; the new end."""
-    data = reply["data"]
-    after = end + len(data)
-    if reply["version"] != first["version"] or reply["offset"] != end or after > len(buffer):
-        raise BadFrame(f"parameters: expected version {first['version']} at {end}, got {reply['version']}")
-    buffer[end:after] = data
-    hasher.feed(buffer[end:after])
-    return after
 
 
 def _room(into: Any, total: int) -> np.ndarray:

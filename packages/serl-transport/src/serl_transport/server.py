@@ -17,6 +17,7 @@ from typing import Any
 import zmq
 
 from serl_transport import auth
+from serl_transport.ahead import Standing
 from serl_transport.allow_list import ROLES, AllowList
 from serl_transport.codec import buffer_of, pack
 from serl_transport.config import TrainerConfig
@@ -80,6 +81,7 @@ class TrainerServer:
         self.router = Router(
             self.loop, self.context, limits=config.limits, require_hello=True, keys=keys, permit=permit
         )
+        self.standing = Standing(self.router.reply)  # who waits for the version after the newest
         self._sessions = Sessions(self.router.actors_named, self.router.is_connected, self.router.forget)
         self.config = self._bind(config)  # with the actual ports where 0 was asked for
         for kind, handler in self._default_handlers().items():
@@ -111,6 +113,7 @@ class TrainerServer:
         version = self.params_version + 1
         frames = pack({"params": params}, self.config.limits)
         self._published = Offer.of_frames(version, [bytes(buffer_of(f)) for f in frames] if copy else frames)
+        self.loop.call_soon(lambda: self.standing.answer(self._params))
         self.announce_params(version, read_chunk(self._published, {"where": True}) | {"file": None})
         return version
 
@@ -273,11 +276,15 @@ class TrainerServer:
             self._data_callback(name, {"data": [item], "last_id": seq})
         return {"duplicate": False}
 
-    def _request(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> Reply:
+    def _params(self, payload: dict[str, Any]) -> Reply:
+        return pack(read_chunk(self._published, payload), self.config.limits)
+
+    def _request(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> Reply | None:
         """Default: `params` from the last `publish_network`, else `request_callback` for the configured types."""
         kind = envelope.target
         if kind == "params":
-            return pack(read_chunk(self._published, body), self.config.limits)
+            newest = self._published and self._published.version
+            return None if self.standing.keep(envelope.token, body, newest) else self._params(body)
         if kind not in self.config.request_types or self._request_callback is None:
             raise UnknownKind(f"no request {kind!r} here; the types are {sorted(self.config.request_types)}")
         return self._request_callback(kind, body) or {}

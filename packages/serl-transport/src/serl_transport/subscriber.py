@@ -1,18 +1,15 @@
 """Hears the learner's notifications (5589) in the control link's loop, and comes back after every kind of cut.
 
-    5589 PUB ─▶ SUB ─▶ deliver(body)          monitor events ─▶ connected? ─ not for REOPEN_S ─▶ a new socket
+    5589 PUB ─▶ SUB ─▶ deliver(body)          watch ─ hopeless ─▶ a new socket
 
-Nothing is sent on this connection, so silence is no sign of a dead one: what its socket's monitor tells is. libzmq
-connects again by itself after most cuts, but never after a protocol error (one flipped bit in a length).
+Nothing is sent on this connection, so silence is no sign of a dead one: what its socket's monitor tells is.
 """
 
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from serl_transport import auth
 from serl_transport.codec import Limits, unpack
@@ -20,11 +17,11 @@ from serl_transport.errors import WireError
 from serl_transport.keys import ClientKeys
 from serl_transport.loop import EventLoop
 from serl_transport.multipart import readable, receive_parts
+from serl_transport.watch import Watch
 
 log = logging.getLogger(__name__)
 
 NOTIFY_TOPIC = b"notify"
-REOPEN_S = 5.0  # as long as a link waits; libzmq has tried again several times by then, if it ever will
 LOOK_S = 0.5
 
 
@@ -44,34 +41,22 @@ class Subscriber:
         """`deliver` gets each notification's body."""
         self._loop, self._context, self._endpoint, self._deliver = loop, context, endpoint, deliver
         self._limits, self._keys = limits, keys
-        self._down_since: float | None = None  # time.monotonic(); None: connected
         self._open()
         loop.every(LOOK_S, self._look)
 
     def _open(self) -> None:
-        self._down_since = time.monotonic()
         self._socket = self._context.socket(zmq.SUB)
         auth.configure(self._socket, self._limits, self._keys)
         self._socket.setsockopt(zmq.SUBSCRIBE, NOTIFY_TOPIC)
-        # A protocol error after the handshake is told as a plain disconnection.
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._watch = Watch(self._socket)
         self._socket.connect(self._endpoint)
         self._loop.add_socket(self._socket, self._receive)
-        self._loop.add_socket(self._monitor, self._notice)
-
-    def _notice(self) -> None:
-        while readable(self._monitor):
-            event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
-            up = event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
-            self._down_since = None if up else time.monotonic()
 
     def _look(self) -> None:
-        if self._down_since is not None and time.monotonic() - self._down_since > REOPEN_S:
-            for socket in (self._socket, self._monitor):
-                self._loop.remove_socket(socket)
-            self._socket.disable_monitor()
-            self._monitor.close()
-            self._socket.close()
+        self._watch.look()
+        if self._watch.hopeless:
+            self._loop.remove_socket(self._socket)
+            self._watch.close()
             self._open()
 
     def _receive(self) -> None:
