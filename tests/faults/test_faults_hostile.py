@@ -20,7 +20,7 @@ from hostile import Hostile, tcp_garbage
 from rig import Windows
 
 from serl_transport import TrainerConfig, auth
-from serl_transport.codec import DEFAULT_LIMITS, pack
+from serl_transport.codec import DEFAULT_LIMITS, pack, unpack
 from serl_transport.envelope import Envelope
 from serl_transport.keys import ClientKeys
 from serl_transport.specs import TaskSpec
@@ -57,12 +57,14 @@ class Intruder:
         assert Envelope.from_frame(self.socket.recv_multipart()[0]).error is None
 
     def ask(self, frames: list[bytes]) -> str:
-        """Send; the error code of the answer, or 'ok'."""
+        """Send; the error code of the answer (of several items in one message: of the first refused one), or 'ok'."""
         self.socket.send_multipart(frames)
         if not self.socket.poll(20_000):
             return "no answer"
-        error = Envelope.from_frame(self.socket.recv_multipart()[0]).error
-        return error[0] if error else "ok"
+        first, *body = self.socket.recv_multipart()
+        error = Envelope.from_frame(first).error
+        refused = unpack(body).get("refused") if body else None
+        return error[0] if error else refused[0][1] if refused else "ok"
 
 
 @pytest.fixture

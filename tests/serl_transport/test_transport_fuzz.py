@@ -1,7 +1,8 @@
 """Every decoder that sees bytes of others, fuzzed: seeded damage to valid input, and input made of nothing.
 
-Codec, envelope, step batch, spool segment, allow-list, and the openpi protocol's msgpack; journal records have theirs
-beside the journal. Only typed errors may come out, and what is accepted must be what the decoder promises.
+Codec, envelope, messages of several items, step batch, spool segment, allow-list, and the openpi protocol's msgpack;
+journal records have theirs beside the journal. Only typed errors may come out, and what is accepted must be what the
+decoder promises.
 """
 
 import random
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from transport_samples import batch, spec
 
 from openpi_client import msgpack_numpy
+from serl_transport import bundle
 from serl_transport.allow_list import read_allow_list
-from serl_transport.codec import join, pack, split, unpack
+from serl_transport.codec import DEFAULT_LIMITS, join, pack, split, unpack
 from serl_transport.envelope import Envelope
 from serl_transport.errors import SpoolError, WireError
 from serl_transport.keys import KeyPair
@@ -119,6 +121,26 @@ def test_blobs():
         except WireError:
             continue
         assert sum(map(len, frames)) <= 2 * len(whole)
+
+
+def test_messages_of_several_items():
+    rng = random.Random(7)
+    whole = bundle.write([(seq, pack({"value": seq, "x": np.zeros(1500, np.uint8)})) for seq in range(1, 4)])
+    read = 0
+    for _ in range(ROUNDS):
+        try:
+            items = bundle.read([damage(rng, whole)], DEFAULT_LIMITS)
+        except WireError:
+            continue
+        read += 1
+        assert 1 <= len(items) <= bundle.MAX_ITEMS
+        assert sum(len(blob) for _, blob in items) < 2 * len(whole)
+        for _, blob in items:
+            try:
+                assert isinstance(unpack(split(blob)), dict)
+            except WireError:
+                continue
+    assert read, "a flipped byte within an item leaves the table as it was"
 
 
 def test_spool_segments(tmp_path, caplog):

@@ -111,9 +111,9 @@ class TrainerClient:
         """Items that the learner will never take; they are in the spool's `refused` folder, with the reason."""
         return self._outbox.refused
 
-    def flush(self, timeout_s: float) -> bool:
-        """Wait until nothing is unacknowledged; False after `timeout_s`."""
-        return self._outbox.wait_empty(timeout_s)
+    def flush(self, timeout_s: float, at_most: int = 0) -> bool:
+        """Wait until at most `at_most` items are unacknowledged; False after `timeout_s`."""
+        return self._outbox.wait(timeout_s, at_most)
 
     def update(self) -> bool:
         """Send what is new in the data stores and wait for its acknowledgement; True when all of it was taken."""

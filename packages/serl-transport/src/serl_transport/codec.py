@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgpack
@@ -39,17 +40,20 @@ INLINE_BYTES = 1024  # up to this an array travels in the header: a frame of its
 _SCALARS = (bool, int, float, str, bytes)
 _PLAIN = frozenset((*_SCALARS, type(None)))
 _LEAVES = _PLAIN | {np.ndarray}
-_TEXT, _INT = {str}, {int}
+_INT = {int}
 _MOST_DIMS = 32  # of numpy
 # What a robot sends has the same few layouts over and over: each is described, and checked, once.
 _LAYOUTS_KEPT = 4096
-_DESCRIPTORS: dict[tuple[np.dtype, tuple[int, ...]], bytes] = {}  # sender: dtype, shape -> packed descriptor
+# sender: dtype, shape -> packed descriptor, whether the array has the wire's byte order, whether it is small
+_DESCRIPTORS: dict[tuple[np.dtype, tuple[int, ...]], tuple[bytes, bool, bool]] = {}
 _LAYOUTS: dict[tuple[str, tuple[int, ...]], "_Layout"] = {}  # receiver: dtype's name, shape -> checked
-# receiver, small arrays: size of their extension -> (descriptor before the bytes, which names that very size; layout)
-_INLINE_SEEN: dict[int, tuple[tuple[bytes, "_Layout"], ...]] = {}
+# receiver, small arrays: size of their extension -> (descriptor before the bytes, which names that very size; its
+# length; dtype; shape)
+_INLINE_SEEN: dict[int, tuple[tuple[bytes, int, np.dtype, tuple[int, ...]], ...]] = {}
 _SEEN_PER_SIZE = 8
 _ARRAYS_SEEN: dict[bytes, tuple["_Layout", int]] = {}  # receiver, other arrays: descriptor -> (layout, frame index)
 _NUMBERS = [msgpack.packb(number) for number in range(128)]  # of frames, as a descriptor ends with them
+_extension = partial(tuple.__new__, msgpack.ExtType)  # without ExtType's checks of what is known here
 _Path = Any  # "body", or (path of the container, key or index)
 BLOB = struct.Struct("<4sI")  # magic, number of frames; then u64 lengths, then the frames, each padded to 8 bytes
 BLOB_MAGIC = b"SJB1"
@@ -79,7 +83,7 @@ def pack(body: dict[str, Any], limits: Limits = DEFAULT_LIMITS) -> Frames:
     if not isinstance(body, dict):
         raise TypeError(f"a body is a dict, got {type(body).__name__}")
     arrays: Frames = []
-    header = msgpack.packb(_encode(body, "body", 0, arrays, limits), use_bin_type=True)
+    header = msgpack.packb(_encode_map(body, "body", 0, arrays, limits), use_bin_type=True)
     frames = [header, *arrays]
     check_sizes(frames, limits)
     return frames
@@ -202,7 +206,7 @@ def _encode(value: Any, path: _Path, depth: int, arrays: Frames, limits: Limits)
 def _encode_map(value: Mapping[str, Any], path: _Path, depth: int, arrays: Frames, limits: Limits) -> dict[str, Any]:
     result = {}
     for key, item in value.items():
-        if not isinstance(key, str):
+        if type(key) is not str and not isinstance(key, str):
             raise TypeError(f"{_where(path)}: keys are texts, got {key!r}")
         kind = type(item)
         if kind in _PLAIN:
@@ -215,15 +219,13 @@ def _encode_map(value: Mapping[str, Any], path: _Path, depth: int, arrays: Frame
 
 
 def _encode_array(array: np.ndarray, path: _Path, arrays: Frames, limits: Limits) -> msgpack.ExtType:
-    if array.ndim > limits.rank:
-        raise TooLarge(f"{_where(path)}: {array.ndim} dims, the limit is {limits.rank}")
-    dtype = array.dtype
-    descriptor = _DESCRIPTORS.get((dtype, array.shape))
-    if descriptor is None:
-        descriptor = _describe(array, path)
-    if dtype not in _NATIVE:
+    dtype, shape = array.dtype, array.shape
+    if len(shape) > limits.rank:
+        raise TooLarge(f"{_where(path)}: {len(shape)} dims, the limit is {limits.rank}")
+    descriptor, native, small = _DESCRIPTORS.get((dtype, shape)) or _describe(array, path)
+    if not native:
         array = _wire(array)
-    if array.nbytes <= INLINE_BYTES:
+    if small:
         return _extension((_INLINE, descriptor + array.tobytes()))
     if not array.flags.c_contiguous:
         array = np.ascontiguousarray(array)
@@ -232,24 +234,21 @@ def _encode_array(array: np.ndarray, path: _Path, arrays: Frames, limits: Limits
     return _extension((_ARRAY, descriptor + (_NUMBERS[count] if count < len(_NUMBERS) else msgpack.packb(count))))
 
 
-def _extension(fields: tuple[int, bytes]) -> msgpack.ExtType:
-    """ExtType without its checks of what is known here."""
-    return tuple.__new__(msgpack.ExtType, fields)
-
-
 def _wire(array: np.ndarray) -> np.ndarray:
     """The same values in little-endian order."""
     return array if array.dtype in _NATIVE else array.astype(DTYPES[array.dtype.name])
 
 
-def _describe(array: np.ndarray, path: _Path) -> bytes:
-    """The descriptor `[dtype, shape, rest]` without its rest: a small array's bytes, or the number of a frame."""
+def _describe(array: np.ndarray, path: _Path) -> tuple[bytes, bool, bool]:
+    """What `_DESCRIPTORS` keeps: `[dtype, shape, rest]` without the rest, a small array's bytes or a frame's number."""
     name = array.dtype.name
     if name not in DTYPES:
         raise TypeError(f"{_where(path)}: dtype {array.dtype} is not allowed on the wire, use one of {list(DTYPES)}")
-    rest = array.nbytes if array.nbytes <= INLINE_BYTES else 1
-    whole = msgpack.packb([name, list(array.shape), 0 if array.nbytes > INLINE_BYTES else bytes(rest)])
-    return _keep(_DESCRIPTORS, (array.dtype, array.shape), whole[: len(whole) - rest])
+    small = array.nbytes <= INLINE_BYTES
+    rest = array.nbytes if small else 1
+    whole = msgpack.packb([name, list(array.shape), bytes(rest) if small else 0])
+    found = (whole[: len(whole) - rest], array.dtype in _NATIVE, small)
+    return _keep(_DESCRIPTORS, (array.dtype, array.shape), found)
 
 
 def _keep(cache: dict[Any, Any], key: Any, value: Any) -> Any:
@@ -286,8 +285,10 @@ def _strict_map(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise BadFrame("a map names a key twice")
-    if result and set(map(type, result)) != _TEXT:
-        raise BadFrame("a map's keys are texts")
+    try:
+        "".join(result)
+    except TypeError:
+        raise BadFrame("a map's keys are texts") from None
     return result
 
 
@@ -316,39 +317,48 @@ class _Arrays:
 
     def __init__(self, frames: Sequence[Any], limits: Limits):
         self._frames = frames
-        self._limits = limits
+        self._rank = limits.rank
         self._unused = set(range(1, len(frames)))
 
     def resolve(self, code: int, data: bytes) -> np.ndarray:
         """msgpack's ext_hook: the array that a descriptor names, or that lies in the header itself."""
         if code == _INLINE:
+            for descriptor, start, dtype, shape in _INLINE_SEEN.get(len(data), ()):
+                if data.startswith(descriptor) and len(shape) <= self._rank:
+                    if dtype is _BOOL and data[start:].translate(None, b"\0\1"):
+                        raise BadFrame("the header: a bool is 0 or 1")
+                    return np.ndarray(shape, dtype, data, start)
             return self._inline(data)
         if code != _ARRAY:
             raise BadFrame(f"unknown extension type {code}")
         seen = _ARRAYS_SEEN.get(data)
+        if seen is not None and seen[1] in self._unused:
+            (dtype, shape, size), number = seen
+            view = buffer_of(self._frames[number])
+            if len(view) == size and dtype is not _BOOL and len(shape) <= self._rank:
+                self._unused.discard(number)
+                return np.ndarray(shape, dtype, view.toreadonly())
         layout, rest = seen or self._descriptor(data)
-        if len(layout.shape) > self._limits.rank:
-            raise BadFrame(f"a shape is a list of at most {self._limits.rank} sizes")
+        if len(layout.shape) > self._rank:
+            raise BadFrame(f"a shape is a list of at most {self._rank} sizes")
         if type(rest) is not int or rest not in self._unused:
             raise BadFrame(f"an array names frame {rest!r}, which does not exist or is taken")
         self._unused.discard(rest)
-        if seen is None:
+        if seen is None and layout.nbytes and layout.dtype in _NATIVE:
             _keep(_ARRAYS_SEEN, data, (layout, rest))
         return _view(layout, buffer_of(self._frames[rest]).toreadonly(), f"frame {rest}")
 
     def _inline(self, data: bytes) -> np.ndarray:
-        seen = _INLINE_SEEN.get(len(data), ())
-        for descriptor, layout in seen:
-            if data.startswith(descriptor) and len(layout.shape) <= self._limits.rank:
-                return _view(layout, data[len(descriptor) :], "the header")
         layout, rest = self._descriptor(data)
-        if len(layout.shape) > self._limits.rank:
-            raise BadFrame(f"a shape is a list of at most {self._limits.rank} sizes")
+        if len(layout.shape) > self._rank:
+            raise BadFrame(f"a shape is a list of at most {self._rank} sizes")
         if type(rest) is not bytes:
             raise BadFrame("an array in the header is [dtype, shape, bytes]")
         array = _view(layout, rest, "the header")
-        if layout.nbytes <= INLINE_BYTES:
-            _keep(_INLINE_SEEN, len(data), ((data[: len(data) - layout.nbytes], layout), *seen)[:_SEEN_PER_SIZE])
+        if 0 < layout.nbytes <= INLINE_BYTES and layout.dtype in _NATIVE:
+            start = len(data) - layout.nbytes
+            seen = ((data[:start], start, layout.dtype, layout.shape), *_INLINE_SEEN.get(len(data), ()))
+            _keep(_INLINE_SEEN, len(data), seen[:_SEEN_PER_SIZE])
         return array
 
     def _descriptor(self, data: bytes) -> tuple[_Layout, Any]:

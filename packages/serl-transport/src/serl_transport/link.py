@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from serl_transport import auth
 from serl_transport.answer import Answer
-from serl_transport.codec import DEFAULT_LIMITS, Frames, Limits, pack, unpack
+from serl_transport.codec import DEFAULT_LIMITS, SHARED_BYTES, Frames, Limits, nbytes, pack, unpack
 from serl_transport.envelope import PROTOCOL, REPLY, Envelope
 from serl_transport.errors import (
     Corrupt,
@@ -181,7 +181,9 @@ class Link:
             self._finish(_id(envelope), self.refused)
 
     def _send_pending(self, pending: _Pending) -> None:
-        if self._transmit([pending.envelope.to_frame(pending.frames), *pending.frames]):
+        frames: Frames = []
+        envelope = pending.envelope.to_frame(_copied(pending.frames, frames))
+        if self._transmit([envelope, *frames]):
             pending.sent_at = time.monotonic()
 
     def _transmit(self, parts: Frames) -> bool:
@@ -378,6 +380,15 @@ class Link:
         self._socket.close()
         self.loop.close()
         self.context.destroy(linger=0)
+
+
+def _copied(frames: Frames, kept: Frames) -> Iterator[Any]:
+    """Each frame as it will be sent, put into `kept` as well: a copy of a small one is summed while it is cached."""
+    for frame in frames:
+        if type(frame) is not zmq.Frame and nbytes(frame) <= SHARED_BYTES:
+            frame = zmq.Frame(frame, copy=True)
+        kept.append(frame)
+        yield frame
 
 
 def _id(envelope: Envelope) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import zmq
 
+_send = zmq.backend.Socket.send  # zmq.Socket's own looks at options for other kinds of sockets first
 _NOBLOCK = int(zmq.NOBLOCK)
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -17,8 +18,8 @@ _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 def send_parts(socket: zmq.Socket, parts: Sequence[Any], copy: bool = False) -> None:
     """Send all parts, or raise zmq.Again and send none."""
     for part in parts[:-1]:
-        socket.send(part, _MORE, copy)
-    socket.send(parts[-1], _NOBLOCK, copy)
+        _send(socket, part, _MORE, copy)
+    _send(socket, parts[-1], _NOBLOCK, copy)
 
 
 def readable(socket: zmq.Socket) -> bool:

@@ -14,9 +14,11 @@ import logging
 import os
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serl_transport import bundle
 from serl_transport.codec import Frames, blob_crc32, nbytes, unpack
 from serl_transport.errors import (
     Corrupt,
@@ -71,6 +73,20 @@ class Ledger:
         self._file.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """An item of the spool, read to be sent."""
+
+    key: ItemKey
+    store: str  # name of the data store
+    frames: Frames  # of the body
+    size: int  # bytes of the frames
+
+    def joins(self, alone: set[ItemKey]) -> bool:
+        """Whether it may travel with others."""
+        return self.key not in alone
+
+
 class Outbox:
     """Owns the order and the window of one actor's data."""
 
@@ -81,9 +97,13 @@ class Outbox:
         heapq.heapify(self._queue)
         self._in_flight: dict[ItemKey, Frames] = {}
         self._in_flight_bytes = 0
+        self._full = False  # the window; it opens again once there is room for a whole message of several items
+        self._ahead: _Item | None = None  # read from the spool, and did not fit into the last message
+        self._alone: set[ItemKey] = set()  # were in a message that was refused as a whole
         self._acknowledged: list[tuple[ItemKey, Frames]] = []
         self._paused = False
         self._progress = threading.Condition()
+        self._awaited: list[int] = []  # what each waiting thread waits for: so many items or fewer
         if self._queue:
             log.info("re-sending %d items that earlier runs of this actor left in the spool", len(self._queue))
         link.on_ready(self._pump)
@@ -92,10 +112,20 @@ class Outbox:
         """A new item is in the spool. Thread-safe."""
         self._link.loop.call_soon(lambda: self._enqueue(key))
 
-    def wait_empty(self, timeout_s: float) -> bool:
-        """Wait until every item is acknowledged (or set aside); False after `timeout_s`. Thread-safe."""
+    def wait(self, timeout_s: float, at_most: int) -> bool:
+        """Wait until all items but `at_most` are acknowledged (or set aside); False after `timeout_s`. Thread-safe."""
         with self._progress:
-            return self._progress.wait_for(lambda: len(self._spool) == 0, timeout_s)
+            self._awaited.append(at_most)
+            try:
+                return self._progress.wait_for(lambda: len(self._spool) <= at_most, timeout_s)
+            finally:
+                self._awaited.remove(at_most)
+
+    def _tell(self) -> None:
+        """Wake those for whom enough is acknowledged."""
+        with self._progress:
+            if self._awaited and len(self._spool) <= max(self._awaited):
+                self._progress.notify_all()
 
     def _enqueue(self, key: ItemKey) -> None:
         heapq.heappush(self._queue, key)
@@ -103,46 +133,110 @@ class Outbox:
 
     def _pump(self) -> None:
         while self._queue and not self._paused and self._link.ready.is_set() and self._window_open():
-            self._send(heapq.heappop(self._queue))
+            items = self._next_items()
+            if items:
+                self._send(items)
 
     def _window_open(self) -> bool:
-        return len(self._in_flight) < WINDOW_ITEMS and self._in_flight_bytes < WINDOW_BYTES
+        items, size = len(self._in_flight), self._in_flight_bytes
+        if self._full:
+            self._full = items > WINDOW_ITEMS - bundle.MAX_ITEMS or size > WINDOW_BYTES - bundle.MAX_BYTES
+        else:
+            self._full = items >= WINDOW_ITEMS or size >= WINDOW_BYTES
+        return not self._full
 
-    def _send(self, key: ItemKey) -> None:
+    def _next_items(self) -> list["_Item"]:
+        """The oldest item, and those behind it that are waiting as well and fit into one message with it."""
+        first = self._read(heapq.heappop(self._queue))
+        if first is None:
+            return []
+        items, size = [first], first.size
+        while self._queue and len(items) < bundle.MAX_ITEMS and size < bundle.MAX_BYTES and first.joins(self._alone):
+            key = self._queue[0]
+            if key.boot_id != first.key.boot_id or key in self._alone:
+                break
+            item = self._read(key)
+            if item is not None and (item.store != first.store or size + item.size > bundle.MAX_BYTES):
+                self._ahead = item
+                break
+            heapq.heappop(self._queue)
+            if item is not None:
+                items.append(item)
+                size += item.size
+        return items
+
+    def _read(self, key: ItemKey) -> "_Item | None":
+        if self._ahead is not None and self._ahead.key == key:
+            item, self._ahead = self._ahead, None
+            return item
         try:
-            item = self._spool.read(key)
+            store, *frames = self._spool.read(key)
         except SpoolError as error:
             log.error("%s; the item is lost", error)
             self.refused += 1
             self._spool.ack(key)
-            return
-        store, *frames = item
-        size = sum(map(nbytes, item))
-        self._in_flight[key] = frames
-        self._in_flight_bytes += size
+            return None
+        return _Item(key, bytes(store).decode(), frames, sum(map(nbytes, frames)))
+
+    def _send(self, items: list["_Item"]) -> None:
+        first = items[0]
+        for item in items:
+            self._in_flight[item.key] = item.frames
+            self._in_flight_bytes += item.size
+        if len(items) == 1:
+            kind, seq, frames = "data", first.key.seq, first.frames
+        else:
+            kind, seq, frames = bundle.ITEMS, 0, [bundle.write([(item.key.seq, item.frames) for item in items])]
         self._link.submit(
-            "data",
+            kind,
             frames,
-            lambda result: self._answered(key, size, result),
-            target=bytes(store).decode(),
-            seq=key.seq,
-            boot_id=key.boot_id,
+            lambda result: self._answered(items, result),
+            target=first.store,
+            seq=seq,
+            boot_id=first.key.boot_id,
         )
 
-    def _answered(self, key: ItemKey, size: int, result: Frames | WireError) -> None:
+    def _answered(self, items: list["_Item"], result: Frames | WireError) -> None:
         if self._link.loop.stopping:
-            return  # the item stays in the spool for the next boot
-        frames = self._in_flight.pop(key)
-        self._in_flight_bytes -= size
-        if not isinstance(result, WireError):
+            return  # the items stay in the spool for the next boot
+        for item in items:
+            del self._in_flight[item.key]
+            self._in_flight_bytes -= item.size
+        if len(items) == 1:
+            self._settle(items[0], result if isinstance(result, WireError) else None)
+        else:
+            self._settle_all(items, result)
+        self._pump()
+
+    def _settle_all(self, items: list["_Item"], result: Frames | WireError) -> None:
+        if isinstance(result, WireError) and not isinstance(result, _RETRIED):
+            # The message was wrong, not each of its items: whose fault it is shows when they go alone.
+            self._alone.update(item.key for item in items)
+            for item in items:
+                heapq.heappush(self._queue, item.key)
+            return
+        if isinstance(result, WireError):
+            refused = dict.fromkeys(range(len(items)), result)
+        else:
+            try:
+                refused = bundle.refusals(unpack(result) if result else {}, len(items))
+            except WireError as error:
+                refused = dict.fromkeys(range(len(items)), Internal(f"a reply that says nothing: {error.message}"))
+        for index, item in enumerate(items):
+            self._settle(item, refused.get(index))
+
+    def _settle(self, item: "_Item", error: WireError | None) -> None:
+        """The learner has the item, or says why not."""
+        if error is None:
             if not self._acknowledged:
                 self._link.loop.call_soon(self._commit)  # one fsync for all replies of this turn
-            self._acknowledged.append((key, frames))
-        elif isinstance(result, _RETRIED):
-            self._retry(key, result)
+            self._acknowledged.append((item.key, item.frames))
+            self._alone.discard(item.key)
+        elif isinstance(error, _RETRIED):
+            self._retry(item.key, error)
         else:
-            self._set_aside(key, result)
-        self._pump()
+            self._alone.discard(item.key)
+            self._set_aside(item.key, error)
 
     def _commit(self) -> None:
         """Make acknowledged items known: ledger first, then the spool forgets them."""
@@ -157,8 +251,7 @@ class Outbox:
             return
         for key, _ in batch:
             self._spool.ack(key)
-        with self._progress:
-            self._progress.notify_all()
+        self._tell()
 
     def _retry(self, key: ItemKey, error: WireError) -> None:
         heapq.heappush(self._queue, key)
@@ -180,8 +273,7 @@ class Outbox:
             return
         self.refused += 1
         log.error("the learner refused item %d (%s); %s: %s", key.seq, error.code, where, error.message)
-        with self._progress:
-            self._progress.notify_all()
+        self._tell()
 
 
 def _ledger_row(key: ItemKey, frames: Frames) -> dict[str, Any]:

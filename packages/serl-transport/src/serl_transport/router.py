@@ -7,6 +7,7 @@
 cost its sender an error, never the loop its life.
 """
 
+import itertools
 import logging
 import time
 from collections import Counter
@@ -17,8 +18,8 @@ from typing import Any
 import msgpack
 import zmq
 
-from serl_transport import auth
-from serl_transport.codec import DEFAULT_LIMITS, Frames, Limits, check_sizes, pack, unpack
+from serl_transport import auth, bundle
+from serl_transport.codec import DEFAULT_LIMITS, Frames, Limits, check_sizes, pack, split, unpack
 from serl_transport.envelope import PROTOCOL, REPLY, Envelope
 from serl_transport.errors import (
     BadFrame,
@@ -26,6 +27,7 @@ from serl_transport.errors import (
     Corrupt,
     HelloRequired,
     Internal,
+    NotReady,
     ProtocolMismatch,
     Refused,
     Unauthorized,
@@ -82,6 +84,9 @@ class Router:
         self._permit = permit
         self._checked = require_hello  # peers across a network: checksums on everything
         self._handlers: dict[str, tuple[Handler, bool]] = {}
+        # Messages of several items that wait for answers: address -> request id -> answers
+        self._gatherings: dict[bytes, dict[int | bytes, bundle.Gathering]] = {}
+        self._serials = itertools.count()
         self.socket = context.socket(zmq.ROUTER)
         auth.configure(self.socket, limits, keys)
 
@@ -109,7 +114,16 @@ class Router:
 
         Frames are sent as they lie, without a copy: their memory must not change any more.
         """
-        address, request_id = _read_token(token)
+        address, request_id, place = _read_token(token)
+        if place is not None:
+            if self._loop.in_loop:
+                self._gather(address, request_id, place, result)
+            else:
+                self._loop.call_soon(lambda: self._gather(address, request_id, place, result))
+            return
+        self._reply(address, request_id, result)
+
+    def _reply(self, address: bytes, request_id: int | bytes, result: Reply) -> None:
         error, frames = None, []
         if isinstance(result, WireError):
             self.counters[result.code] += 1
@@ -131,7 +145,7 @@ class Router:
         """Drop the state of connections that said nothing for `timeout_s`."""
         oldest = time.monotonic() - timeout_s
         for address in [address for address, peer in self.peers.items() if peer.last_seen < oldest]:
-            del self.peers[address]
+            self.forget(address)
 
     def actors_named(self, name: str, but: str) -> list[Peer]:
         """Connections that said hello as actor `name`, those of boot `but` aside."""
@@ -153,6 +167,7 @@ class Router:
     def forget(self, address: bytes) -> None:
         """Let that connection say hello again before anything else."""
         self.peers.pop(address, None)
+        self._gatherings.pop(address, None)
 
     def close(self) -> None:
         """Close the socket, after the loop has ended."""
@@ -192,13 +207,11 @@ class Router:
             token = _token(address, request_id)
             result = self._answer(address, envelope, token, parts)
             if result is not None:
-                self.reply(token, result)
+                self._reply(address, request_id, result)
         except WireError as error:
-            self.reply(_token(address, request_id), error)
+            self._reply(address, request_id, error)
         except Exception as error:
-            log.exception("the handler of a message failed")
-            failure = Internal(f"the learner failed on this message, see its log: {type(error).__name__}")
-            self.reply(_token(address, request_id), failure)
+            self._reply(address, request_id, _failed(error))
 
     def _answer(self, address: bytes, envelope: Envelope, token: bytes, parts: Frames) -> Reply | None:
         if envelope.version != PROTOCOL and address in self.peers:
@@ -211,20 +224,69 @@ class Router:
         envelope.check(parts[1:])
         if self._permit is not None:
             self._permit(frame_key(parts[0]), envelope)
-        handler, raw = self._handlers.get(envelope.kind, (None, False))
+        several = envelope.kind == bundle.ITEMS
+        handler, raw = self._handlers.get("data" if several else envelope.kind, (None, False))
         if handler is None:
             raise UnknownKind(f"no handler for {envelope.kind!r}; the kinds are {sorted(self._handlers)}")
         self.counters[envelope.kind] += 1
         frames = parts[1:]
         peer = self._peer(address, envelope)
-        if peer.role == "operator" and envelope.kind in ("data", "infer"):
+        if peer.role == "operator" and envelope.kind in ("data", bundle.ITEMS, "infer"):
             raise Unauthorized(f"this connection said hello as an operator's; {envelope.kind} is an actor's")
-        if peer.role == "retired" and envelope.kind not in ("hello", "heartbeat", "data"):
+        if peer.role == "retired" and envelope.kind not in ("hello", "heartbeat", "data", bundle.ITEMS):
             raise Refused("another process has taken over this actor's name; this one may only deliver what it has")
-        if frames:
+        if several:
+            return self._take_items(peer, envelope, frames)
+        if frames and raw:
             check_sizes(frames, self.limits)
         body = frames if raw else (unpack(frames, self.limits) if frames else {})
-        return handler(peer, _with_token(envelope, token), body)
+        envelope.token = token
+        return handler(peer, envelope, body)
+
+    def _take_items(self, peer: Peer, envelope: Envelope, frames: Frames) -> Reply | None:
+        """Give each item to the handler of `data`, as if it had come alone; one reply when all are answered."""
+        address, request_id = peer.address, envelope.request_id
+        items = bundle.read(frames, self.limits)
+        waiting = self._gatherings.setdefault(address, {})
+        if len(waiting) >= bundle.MOST_OPEN and request_id not in waiting:
+            raise NotReady(f"{len(waiting)} messages of this connection wait for their answers already")
+        serial = next(self._serials)
+        waiting[request_id] = bundle.Gathering(serial, len(items))
+        for index, (seq, blob) in enumerate(items):
+            token = msgpack.packb([address, request_id, serial, index])
+            result = self._take_item(peer, envelope.of_item(seq, token), blob)
+            if result is not None:
+                self._gather(address, request_id, (serial, index), result)
+        return None
+
+    def _take_item(self, peer: Peer, envelope: Envelope, blob: memoryview) -> Reply | None:
+        handler, raw = self._handlers[envelope.kind]
+        self.counters[envelope.kind] += 1
+        try:
+            frames = split(blob)
+            if raw:
+                check_sizes(frames, self.limits)
+            return handler(peer, envelope, frames if raw else unpack(frames, self.limits))
+        except WireError as error:
+            return error
+        except Exception as error:
+            return _failed(error)
+
+    def _gather(self, address: bytes, request_id: int | bytes, place: tuple[int, int], result: Reply) -> None:
+        """An item's answer; its peer may have gone, or repeated the message, meanwhile."""
+        serial, index = place
+        waiting = self._gatherings.get(address, {})
+        gathering = waiting.get(request_id)
+        if gathering is None or gathering.serial != serial:
+            return
+        error = result if isinstance(result, WireError) else None
+        if error is not None:
+            self.counters[error.code] += 1
+        if gathering.put(index, error):
+            del waiting[request_id]
+            if not waiting:
+                del self._gatherings[address]
+            self._reply(address, request_id, gathering.reply())
 
     def _peer(self, address: bytes, envelope: Envelope) -> Peer:
         peer = self.peers.get(address)
@@ -253,13 +315,10 @@ def frame_key(frame: Any) -> bytes:
 
 def _is_fresh(peer: Peer, envelope: Envelope) -> bool:
     """Data has its own, lasting deduplication, and a link repeats it with the same id."""
+    if envelope.kind in ("data", bundle.ITEMS):
+        return True
     request_id = envelope.request_id
-    return envelope.kind == "data" or type(request_id) is not int or request_id < 1 or peer.window.accept(request_id)
-
-
-def _with_token(envelope: Envelope, token: bytes) -> Envelope:
-    object.__setattr__(envelope, "token", token)  # set once, right after it was read: nobody has seen it without
-    return envelope
+    return type(request_id) is not int or request_id < 1 or peer.window.accept(request_id)
 
 
 def _token(address: bytes, request_id: int | bytes) -> bytes:
@@ -267,11 +326,18 @@ def _token(address: bytes, request_id: int | bytes) -> bytes:
     return msgpack.packb([address, request_id])  # type: ignore[return-value]  (as in Envelope.to_frame)
 
 
-def _read_token(token: bytes) -> tuple[bytes, int | bytes]:
+def _read_token(token: bytes) -> tuple[bytes, int | bytes, tuple[int, int] | None]:
+    """(address, request id, and for one of several items the serial of their message and its place in it)."""
     try:
-        address, request_id = msgpack.unpackb(token)
+        address, request_id, *place = msgpack.unpackb(token)
     except Exception:
         raise BadFrame("a return token is not one of ours") from None
-    if type(address) is not bytes or type(request_id) not in (int, bytes):
+    kinds = [type(part) for part in (address, *place)]
+    if kinds not in ([bytes], [bytes, int, int]) or type(request_id) not in (int, bytes):
         raise BadFrame("a return token is not one of ours")
-    return address, request_id
+    return address, request_id, (place[0], place[1]) if place else None
+
+
+def _failed(error: Exception) -> Internal:
+    log.exception("the handler of a message failed")
+    return Internal(f"the learner failed on this message, see its log: {type(error).__name__}")

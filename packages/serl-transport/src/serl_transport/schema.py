@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from serl_transport.errors import BadFrame, SchemaMismatch
-from serl_transport.specs import TaskSpec, check_array, check_finite
+from serl_transport.specs import TaskSpec, all_finite, check_array, check_finite
 
 MODES = ("demo", "online", "eval")
 SUCCESS_SOURCES = ("environment", "human", "classifier")
@@ -318,10 +318,10 @@ def _check_arrays(arrays: Mapping[str, np.ndarray], rows: _Rows, spec: TaskSpec,
             check_array(key, array, dtype, shape)
     check_finite(STATE, arrays[STATE], spec.state_names)
     check_finite(ACTION, arrays[ACTION], spec.action_names)
-    if not np.isfinite(arrays["next.reward"]).all():
+    if not all_finite(arrays["next.reward"]):
         raise ValueError("next.reward: expected finite numbers")
-    if n and arrays["policy_version"].min() < -1:
-        raise ValueError(f"policy_version: expected -1 or more, got {arrays['policy_version'].min()}")
+    if n and (least := min(arrays["policy_version"].tolist())) < -1:
+        raise ValueError(f"policy_version: expected -1 or more, got {least}")
 
 
 def _check_flags(arrays: Mapping[str, np.ndarray], n: int, final: bool, outcome: Outcome | None) -> None:
@@ -329,7 +329,7 @@ def _check_flags(arrays: Mapping[str, np.ndarray], n: int, final: bool, outcome:
     done, truncated = arrays["next.done"], arrays["next.truncated"]
     ended = done | truncated
     inner = ended[: n - 1] if final else ended
-    if inner.any():
+    if b"\1" in inner.tobytes():  # several times cheaper than any(), of so few
         raise ValueError(f"next.done or next.truncated is set at row {int(inner.argmax())}, before the episode's end")
     if outcome is None:
         return
