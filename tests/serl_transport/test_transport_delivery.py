@@ -421,8 +421,8 @@ def test_parameters_are_read_into_a_buffer_of_the_callers(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": np.zeros(3, np.uint8)}, "does not match its sha256"),
-        ({"data": np.zeros(0, np.uint8)}, "version 4 ends at 0 of 3 bytes"),
+        ({"data": [np.zeros(3, np.uint8)]}, "does not match its sha256"),
+        ({"data": []}, "version 4 ends at 0 of 3 bytes"),
         ({"offset": 1}, "expected version 4 at 0"),
     ],
 )

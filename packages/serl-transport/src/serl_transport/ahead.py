@@ -38,6 +38,7 @@ class Ahead:
                 {"after": version, "number": number},
                 target="params",
                 on_answer=self._wake if number == self._decisive else None,
+                read_at_once=number != self._decisive,
             )
             for number in range(min(chunks, WINDOW))
         )

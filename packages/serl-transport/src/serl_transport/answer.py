@@ -16,16 +16,17 @@ if TYPE_CHECKING:
 class Answer:
     """A reply on its way."""
 
-    def __init__(self, link: Link, request_id: int, kind: str, on_answer: Callable[[], None] | None):
+    def __init__(self, link: Link, request_id: int, kind: str, on_answer: Callable[[], None] | None, at_once: bool):
         self._link, self._request_id, self._kind = link, request_id, kind
+        self._at_once = at_once  # read in the loop's thread
         self._on_answer = on_answer
         self._lock = threading.Lock()  # held until the reply is here
         self._lock.acquire()
-        self._result: Frames | WireError = []
+        self._result: Frames | WireError | dict[str, Any] = []
 
     def take(self, result: Frames | WireError) -> None:
         """The reply; in the loop's thread."""
-        self._result = result
+        self._result = self._read(result) if self._at_once else result
         self._lock.release()
         if self._on_answer is not None:
             self._on_answer()
@@ -52,6 +53,15 @@ class Answer:
             raise ServerSilent(
                 f"no reply to {self._kind!r} from {link.endpoint} in {timeout_s * 1e3:g} ms; {link.state()}"
             )
-        if isinstance(self._result, WireError):
-            raise self._result
-        return unpack(self._result, link.limits) if self._result else {}
+        result = self._result if isinstance(self._result, dict) else self._read(self._result)
+        if isinstance(result, WireError):
+            raise result
+        return result
+
+    def _read(self, result: Frames | WireError) -> dict[str, Any] | WireError:
+        if isinstance(result, WireError):
+            return result
+        try:
+            return unpack(result, self._link.limits) if result else {}
+        except WireError as error:
+            return error

@@ -132,14 +132,16 @@ class Link:
         *,
         target: str = "",
         on_answer: Callable[[], None] | None = None,
+        read_at_once: bool = False,
     ) -> Answer:
         """Ask without waiting; several questions may be on their way. Thread-safe.
 
-        `on_answer` is called in the loop's thread when the reply, or an error in its place, is here.
+        `on_answer` is called in the loop's thread when the reply, or an error in its place, is here. `read_at_once`:
+        the reply is unpacked there too, for one of several that is not waited for.
         """
         frames = body if isinstance(body, list) else pack(body, self.limits)
         envelope = self._envelope(kind, target)
-        answer = Answer(self, _id(envelope), kind, on_answer)
+        answer = Answer(self, _id(envelope), kind, on_answer, read_at_once)
         self.loop.call_soon(lambda: self._submit(envelope, frames, answer.take))
         return answer
 

@@ -9,6 +9,7 @@ published file instead. Memory of a version that nobody holds any more takes the
 """
 
 import hashlib
+import itertools
 import mmap
 import os
 import queue
@@ -25,8 +26,9 @@ from serl_transport.codec import Frames, join_parts, split
 from serl_transport.errors import BadFrame, NotReady, Refused
 from serl_transport.pieces import split_pieces
 
-CHUNK_BYTES = 4 << 20
-WINDOW = 8
+CHUNK_BYTES = 8 << 20  # each costs both sides a message's work: 10 MB are two
+SMALL_BYTES = 64 << 10  # smaller neighbours are copied together
+WINDOW = 4
 SCATTERED_BYTES = 32 << 20  # a larger version would take its memory anew from the system each time
 REPLY_S = 30.0
 TRIES = 3  # a newer version may replace the newest while it is being pulled
@@ -72,7 +74,7 @@ class Offer:
     """One version as a server holds it: chunks that are sent as they lie, without a copy."""
 
     version: int
-    chunks: Sequence[Any]  # flat buffers, together the blob
+    chunks: Sequence[Sequence[Any]]  # of flat buffers, together the blob
     offsets: Sequence[int]  # of each chunk in the blob, and of its end
     total_bytes: int
     sha256: str | None  # of the blob
@@ -88,12 +90,12 @@ class Offer:
         return cls.of_chunks(published.version, _chunks([published.blob]), published.sha256)
 
     @classmethod
-    def of_chunks(cls, version: int, chunks: Sequence[Any], sha256: str | None) -> "Offer":
-        """Flat buffers as they are to be sent."""
+    def of_chunks(cls, version: int, chunks: Sequence[Sequence[Any]], sha256: str | None) -> "Offer":
+        """Chunks of flat buffers, as they are to be sent."""
         offsets, total = [], 0
         for chunk in chunks:
             offsets.append(total)
-            total += len(chunk)
+            total += sum(map(len, chunk))
         return cls(version, chunks, [*offsets, total], total, sha256)
 
 
@@ -118,10 +120,10 @@ def read_chunk(offer: Offer | None, payload: dict[str, Any]) -> dict[str, Any]:
     if type(number) is not int or not 0 <= number < 1 << 32:
         raise BadFrame(f"number: expected that of a chunk, from 0, got {number!r}")
     number = min(number, len(offer.chunks))
-    data = offer.chunks[number] if number < len(offer.chunks) else b""
+    data = offer.chunks[number] if number < len(offer.chunks) else ()
     return told | {
         "offset": offer.offsets[number],
-        "data": np.frombuffer(data, np.uint8) if len(data) else np.empty(0, np.uint8),
+        "data": [np.frombuffer(part, np.uint8) for part in data],
     }
 
 
@@ -279,11 +281,12 @@ def _receive(ask: Ask, version: int | None, place: _Whole, expected: Any, ahead:
             while asked < first["chunks"] and len(flying) < WINDOW:
                 flying.append(ask({"version": first["version"], "number": asked}))
                 asked += 1
-            data = reply["data"]
-            if reply["version"] != first["version"] or reply["offset"] != end or end + len(data) > total:
+            after = end + sum(map(len, reply["data"]))
+            if reply["version"] != first["version"] or reply["offset"] != end or after > total:
                 raise BadFrame(f"parameters: expected version {first['version']} at {end}, got {reply['version']}")
-            hasher.feed(place.put(end, data))
-            end += len(data)
+            for data in reply["data"]:
+                hasher.feed(place.put(end, data))
+                end += len(data)
     if end != total:
         raise BadFrame(f"parameters: version {first['version']} ends at {end} of {total} bytes")
     if not hasher.matches:
@@ -371,19 +374,22 @@ def _from_file(told: dict[str, Any], into: Any) -> memoryview | None:
         os.close(file)
 
 
-def _chunks(parts: Sequence[Any]) -> list[Any]:
-    """Large buffers cut into views of CHUNK_BYTES, small neighbours joined into one."""
-    result: list[Any] = []
-    small: list[Any] = []
-    size = 0
+def _chunks(parts: Sequence[Any]) -> list[list[Any]]:
+    """The buffers' bytes in chunks of at most CHUNK_BYTES, cut within buffers that are larger only."""
+    result: list[list[Any]] = []
+    room = 0
     for part in parts:
-        view = memoryview(part)
-        if len(view) < CHUNK_BYTES // 4 and size + len(view) <= CHUNK_BYTES:
-            small.append(view)
-            size += len(view)
-            continue
-        if small:
-            result.append(b"".join(small))
-        small, size = [], 0
-        result += [view[at : at + CHUNK_BYTES] for at in range(0, len(view), CHUNK_BYTES)]
-    return [*result, b"".join(small)] if small else result
+        rest = memoryview(part)
+        while len(rest):
+            if not room or room < len(rest) <= CHUNK_BYTES:
+                result.append([])
+                room = CHUNK_BYTES
+            result[-1].append(rest[:room])
+            rest, room = rest[room:], room - min(room, len(rest))
+    return [_without_small(chunk) for chunk in result]
+
+
+def _without_small(chunk: list[Any]) -> list[Any]:
+    """The same bytes, small neighbours copied together."""
+    runs = itertools.groupby(chunk, lambda view: len(view) < SMALL_BYTES)
+    return list(itertools.chain.from_iterable([b"".join(views)] if small else list(views) for small, views in runs))
