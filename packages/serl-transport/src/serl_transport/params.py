@@ -319,9 +319,11 @@ class _Hasher:
     """SHA-256 on a thread of its own, so that hashing and receiving use two cores; does nothing without a goal."""
 
     def __init__(self, goal: str | None):
-        self._goal, self._digest = goal, hashlib.sha256()
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="trainer-client-sha256", daemon=True)
+        self._goal = goal
+        if goal is not None:
+            self._digest = hashlib.sha256()
+            self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            self._thread = threading.Thread(target=self._run, name="trainer-client-sha256", daemon=True)
 
     def __enter__(self) -> "_Hasher":
         if self._goal is not None:

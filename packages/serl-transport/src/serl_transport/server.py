@@ -112,9 +112,9 @@ class TrainerServer:
         """
         version = self.params_version + 1
         frames = pack({"params": params}, self.config.limits)
-        self._published = Offer.of_frames(version, [bytes(buffer_of(f)) for f in frames] if copy else frames)
-        self.loop.call_soon(lambda: self.standing.answer(self._params))
-        self.announce_params(version, read_chunk(self._published, {"where": True}) | {"file": None})
+        offer = Offer.of_frames(version, [bytes(buffer_of(f)) for f in frames] if copy else frames)
+        self.params_version, self._published = version, offer
+        self.loop.call_soon(lambda: self._offer(offer))
         return version
 
     def start(self, threaded: bool = False) -> None:
@@ -179,6 +179,12 @@ class TrainerServer:
         self.notify({"topic": "params", "version": version, **(where or {})})
 
     # Inside.
+
+    def _offer(self, offer: Offer) -> None:
+        """Answer those who wait for this version, then tell the others."""
+        if offer is self._published:  # else a newer one follows at once
+            self.standing.answer(self._params)
+            self.announce_params(offer.version, read_chunk(offer, {"where": True}) | {"file": None})
 
     def _bind(self, config: TrainerConfig) -> TrainerConfig:
         host = "127.0.0.1" if config.bind_host == "localhost" else config.bind_host
