@@ -37,7 +37,7 @@ def rows(quick: bool) -> Iterator[Row]:
         rounds = 2 if quick else max(5, 250 // megabytes)  # what takes milliseconds is the noisier
         yield from over_the_wire(megabytes << 20, f"{megabytes}MB", rounds)
     for megabytes in (10, 50) if quick else (10, 100, 500):
-        yield from on_one_host(megabytes << 20, f"{megabytes}MB", 2 if quick else 5)
+        yield from on_one_host(megabytes << 20, f"{megabytes}MB", 2 if quick else max(5, 150 // megabytes))
 
 
 def over_the_wire(nbytes: int, name: str, rounds: int) -> Iterator[Row]:

@@ -475,3 +475,18 @@ def test_a_damaged_chunk_of_a_hashed_version_is_refused_in_pieces_too():
     offer = Offer.of(Published(2, join(pack({"a": np.zeros(5000, np.uint8)})), "0" * 64))
     with pytest.raises(BadFrame, match="does not match its sha256"):
         pull_pieces(lambda payload: Ready(read_chunk(offer, payload)))
+
+
+def test_a_large_file_is_read_whole_by_two_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr("serl_transport.params_file.PIECE_BYTES", 1000)
+    blob = np.random.default_rng(0).bytes(123_457)
+    path = tmp_path / "v1.safetensors"
+    path.write_bytes(blob)
+    stat = path.stat()
+    told = {"version": 1, "total_bytes": len(blob), "sha256": None}
+    told["file"] = {"path": str(path), "dev": stat.st_dev, "ino": stat.st_ino}
+    mine = bytearray(len(blob) + 10)
+    for _ in range(20):
+        mine[:] = bytes(len(mine))
+        assert bytes(pull(None, same_host=True, announced=told, into=mine).blob) == blob
+    assert mine[len(blob) :] == bytes(10)

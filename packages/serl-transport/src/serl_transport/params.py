@@ -11,7 +11,6 @@ published file instead. Memory of a version that nobody holds any more takes the
 import hashlib
 import itertools
 import mmap
-import os
 import queue
 import threading
 import weakref
@@ -24,6 +23,7 @@ import numpy as np
 
 from serl_transport.codec import Frames, join_parts, split
 from serl_transport.errors import BadFrame, NotReady, Refused
+from serl_transport.params_file import from_file, room_in
 from serl_transport.pieces import split_pieces
 
 CHUNK_BYTES = 8 << 20  # each costs both sides a message's work: 10 MB are two
@@ -210,7 +210,7 @@ def _pull(
     if same_host and not ahead and not (announced and announced.get("file") is None):
         for told in ([announced] if announced else []) + [None]:
             told = told or ask({"version": version, "where": True}).result(REPLY_S)
-            blob = _from_file(told, into)
+            blob = from_file(told, into)
             if blob is not None:
                 return Published(told["version"], blob, told["sha256"])
             expected = told.get("chunks")
@@ -232,7 +232,7 @@ class _Whole:
     def begin(self, total: int) -> None:
         """A version of so many bytes comes; ValueError when the caller's buffer has not got the size."""
         if self._into is not None:
-            self.buffer = _room(self._into, total)
+            self.buffer = room_in(self._into, total)
         else:
             self.buffer = self._spare.take(total) if total else np.empty(0, np.uint8)
 
@@ -307,14 +307,6 @@ def _reply_of(answer: Reply, wanted: int | None, first: dict[str, Any]) -> dict[
     return reply
 
 
-def _room(into: Any, total: int) -> np.ndarray:
-    """The first `total` bytes of the caller's buffer."""
-    buffer = np.frombuffer(into, np.uint8)
-    if len(buffer) < total or not buffer.flags.writeable:
-        raise ValueError(f"into: expected a writable buffer of {total} bytes, got {len(buffer)}")
-    return buffer[:total]
-
-
 class _Hasher:
     """SHA-256 on a thread of its own, so that hashing and receiving use two cores; does nothing without a goal."""
 
@@ -348,32 +340,6 @@ class _Hasher:
     def _run(self) -> None:
         while (part := self._queue.get()) is not None:
             self._digest.update(part)
-
-
-def _from_file(told: dict[str, Any], into: Any) -> memoryview | None:
-    """The published file itself, when it is reachable from here and the very one that the learner means.
-
-    Mapped without a copy, or copied once by the kernel `into` a buffer: memory that was touched before takes a copy in
-    half the time that the page faults of a fresh mapping cost.
-    """
-    where, total = told.get("file"), told.get("total_bytes")
-    try:
-        file = os.open(where["path"], os.O_RDONLY | os.O_CLOEXEC)  # type: ignore[index]
-    except (TypeError, KeyError, ValueError, OSError):
-        return None
-    try:
-        stat = os.fstat(file)
-        if (stat.st_dev, stat.st_ino, stat.st_size) != (where.get("dev"), where.get("ino"), total) or not total:
-            return None
-        if into is None:
-            return memoryview(mmap.mmap(file, total, prot=mmap.PROT_READ))
-        room = _room(into, total).data
-        end = 0
-        while end < total and (got := os.preadv(file, [room[end:]], end)):
-            end += got
-        return room if end == total else None
-    finally:
-        os.close(file)
 
 
 def _chunks(parts: Sequence[Any]) -> list[list[Any]]:
