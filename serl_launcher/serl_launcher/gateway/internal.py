@@ -27,6 +27,7 @@ from serl_launcher.paths import internal_endpoint
 from serl_transport import codec
 from serl_transport.envelope import REPLY, Envelope
 from serl_transport.errors import ServerSilent, WireError
+from serl_transport.memory import keep_freed_memory
 
 ATTEMPT_S = 2.0
 INFER, INFER_REPLY = "infer", "infer_reply"
@@ -135,6 +136,7 @@ class PolicyLink(_Link):
     """The policy server's end: take forwarded questions, answer them in any order. One thread."""
 
     def __init__(self, run_dir: str | Path) -> None:
+        keep_freed_memory()
         super().__init__(run_dir, "policy")
         self._shelf = ShelfReader()
         self._run_dir = run_dir

@@ -26,6 +26,7 @@ from serl_transport import codec
 from serl_transport.envelope import Envelope
 from serl_transport.errors import BadFrame, WireError
 from serl_transport.loop import EventLoop
+from serl_transport.packer import packb
 
 log = logging.getLogger("gateway")
 MOST_BYTES = 64 << 10
@@ -41,7 +42,6 @@ class Line:
         connection.setblocking(False)
         self._socket = connection
         self._buffer = memoryview(bytearray(MOST_BYTES + 1))
-        self._pack = msgpack.Packer().pack  # a packer for each message would be most of its cost
 
     @classmethod
     def connect(cls, run_dir: str | Path) -> Line | None:
@@ -65,7 +65,7 @@ class Line:
             return False
         plain = [frame if type(frame) is bytes else bytes(codec.buffer_of(frame)) for frame in frames]
         e = envelope
-        message = self._pack((e.kind, e.actor_id, e.seq, e.request_id, e.target, e.error, plain))
+        message = packb((e.kind, e.actor_id, e.seq, e.request_id, e.target, e.error, plain))
         if len(message) > MOST_BYTES:
             return False
         try:

@@ -20,6 +20,7 @@ import numpy as np
 import zmq
 
 from serl_transport.errors import BadFrame, TooLarge
+from serl_transport.packer import packb
 
 Buffer = bytes | bytearray | memoryview
 Frames = list[Any]  # buffers: bytes, memoryview or zmq.Frame
@@ -83,7 +84,7 @@ def pack(body: dict[str, Any], limits: Limits = DEFAULT_LIMITS) -> Frames:
     if not isinstance(body, dict):
         raise TypeError(f"a body is a dict, got {type(body).__name__}")
     arrays: Frames = []
-    header = msgpack.packb(_encode_map(body, "body", 0, arrays, limits), use_bin_type=True)
+    header = packb(_encode_map(body, "body", 0, arrays, limits))
     frames = [header, *arrays]
     check_sizes(frames, limits)
     return frames

@@ -15,6 +15,7 @@ import msgpack
 from serl_transport.checksum import checksum64
 from serl_transport.codec import buffer_of, nbytes
 from serl_transport.errors import BadFrame, Corrupt, WireError
+from serl_transport.packer import packb
 
 PROTOCOL = 5
 MAX_ENVELOPE_BYTES = 64 << 10
@@ -53,9 +54,9 @@ class Envelope:
         if self.error is not None:
             wire["error"] = {"code": self.error[0], "message": self.error[1]}
         if frames is None:
-            return msgpack.packb(wire)  # type: ignore[return-value]  (None only with autoreset off)
+            return packb(wire)
         wire["c"] = _NO_SUM
-        stem = msgpack.packb(wire)[: -len(_NO_SUM)]  # type: ignore[index]
+        stem = packb(wire)[: -len(_NO_SUM)]
         return stem + self._sum(stem, frames)
 
     @classmethod

@@ -1,7 +1,8 @@
 """Keeps memory that was freed, because the next message of the same size will want it.
 
 glibc gives the end of its heap back to the kernel at every message of a few hundred kB, and gets it again, page fault
-by page fault, for the next one: that costs more CPU than sending the message. Server and client call this once.
+by page fault, for the next one: that costs more CPU than sending the message. Server, client and the policy server's
+link call this once.
 """
 
 import ctypes

@@ -37,6 +37,7 @@ from serl_transport.errors import (
 from serl_transport.keys import ServerKeys
 from serl_transport.loop import EventLoop
 from serl_transport.multipart import readable, receive_parts, send_parts
+from serl_transport.packer import packb
 from serl_transport.replay_guard import ReplayWindow
 from serl_transport.spool import new_boot_id
 
@@ -253,7 +254,7 @@ class Router:
         serial = next(self._serials)
         waiting[request_id] = bundle.Gathering(serial, len(items))
         for index, (seq, blob) in enumerate(items):
-            token = msgpack.packb([address, request_id, serial, index])
+            token = packb([address, request_id, serial, index])
             result = self._take_item(peer, envelope.of_item(seq, token), blob)
             if result is not None:
                 self._gather(address, request_id, (serial, index), result)
@@ -323,7 +324,7 @@ def _is_fresh(peer: Peer, envelope: Envelope) -> bool:
 
 def _token(address: bytes, request_id: int | bytes) -> bytes:
     """An opaque return address: it may travel through other processes and come back."""
-    return msgpack.packb([address, request_id])  # type: ignore[return-value]  (as in Envelope.to_frame)
+    return packb([address, request_id])
 
 
 def _read_token(token: bytes) -> tuple[bytes, int | bytes, tuple[int, int] | None]:
