@@ -9,12 +9,15 @@ Settings: config/reward_classifier.yaml. Writes reward.safetensors, reward.json 
 import os
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from compose import CONFIG_DIR, ConfigError, nearest
 from omegaconf import DictConfig, OmegaConf
+
+from serl_transport.specs import TaskSpec
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,6 +46,12 @@ def read_settings(argv: Sequence[str]) -> DictConfig:
     return OmegaConf.merge(settings, OmegaConf.from_dotlist(list(argv)))
 
 
+def _spec_of(folder: Path) -> TaskSpec:
+    if not (folder / "config.yaml").exists():
+        raise FileNotFoundError(f"run={folder}: expected a run folder with config.yaml and a journal")
+    return TaskSpec.from_dict(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml").task.spec, resolve=True))
+
+
 def run(settings: DictConfig) -> None:
     """Journal to classifier."""
     import numpy as np
@@ -51,12 +60,13 @@ def run(settings: DictConfig) -> None:
     from serl_launcher.rewards.labels import label_episodes, split_by_episode
     from serl_launcher.rewards.model import RewardCard, save
     from serl_launcher.rewards.training import Fit, plot, train
-    from serl_transport.specs import TaskSpec
 
-    folder = Path(settings.run)
-    if not (folder / "config.yaml").exists():
-        raise FileNotFoundError(f"run={folder}: expected a run folder with config.yaml and a journal")
-    spec = TaskSpec.from_dict(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml").task.spec, resolve=True))
+    folders = [Path(name) for name in settings.run.split(",")]
+    specs = [_spec_of(folder) for folder in folders]
+    spec = specs[0]
+    for folder, other in zip(folders, specs, strict=True):
+        if lines := other.differences(spec, f"of {folder}", f"of {folders[0]}"):
+            raise ValueError("run: the runs are of different tasks:\n  " + "\n  ".join(lines))
     cameras = tuple(settings.cameras or spec.cameras)
     unknown = [camera for camera in cameras if camera not in spec.cameras]
     if unknown:
@@ -70,14 +80,13 @@ def run(settings: DictConfig) -> None:
         task=spec.to_dict(),
         patience=settings.patience,
     )
-    episodes = label_episodes(
-        journal_episodes(folder, spec), cameras, settings.kind, settings.stages, settings.positive, settings.margin
-    )
+    found = chain.from_iterable(journal_episodes(folder, spec) for folder in folders)
+    episodes = label_episodes(found, cameras, settings.kind, settings.stages, settings.positive, settings.margin)
     shares = (settings.validation_share, settings.test_share)
     split = split_by_episode(episodes, shares, settings.kind, np.random.default_rng(settings.seed))
     print(f"episodes: {len(split.train)} train, {len(split.validation)} validation, {len(split.test)} test", flush=True)
     model, card, figures = train(split, card, Fit(**settings.fit), settings.seed)
-    out = Path(settings.out or folder / "reward")
+    out = Path(settings.out or folders[0] / "reward")
     save(out, model, card, figures)
     plot(figures, card.kind, out)
     for key, value in figures.items():

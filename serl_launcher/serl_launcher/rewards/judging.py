@@ -17,6 +17,18 @@ def episode_score(success_probability: np.ndarray, patience: int) -> float:
     return float(windows.min(axis=1).max())
 
 
+def verdict_at(success_probability: np.ndarray, threshold: float, patience: int) -> int | None:
+    """The observation with which an episode is called a success; None when it never is.
+
+    >>> verdict_at(np.array([0.1, 0.9, 0.2, 0.6, 0.7, 0.8]), threshold=0.5, patience=2)
+    4
+    """
+    if len(success_probability) < patience:
+        return None
+    windows = np.lib.stride_tricks.sliding_window_view(success_probability >= threshold, patience).all(axis=1)
+    return int(windows.argmax()) + patience - 1 if windows.any() else None
+
+
 def confusion(truth: np.ndarray, said: np.ndarray, classes: int) -> np.ndarray:
     """int64[classes, classes], rows the truth, columns what was said."""
     table = np.zeros((classes, classes), np.int64)

@@ -16,7 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serl_launcher.rewards.judging import balanced_accuracy, best_threshold, confusion, episode_score, precision_recall
+from serl_launcher.rewards.judging import (
+    balanced_accuracy,
+    best_threshold,
+    confusion,
+    episode_score,
+    precision_recall,
+    verdict_at,
+)
 from serl_launcher.rewards.labels import LabelledEpisode, Split
 from serl_launcher.rewards.model import RewardCard, RewardClassifier
 
@@ -40,19 +47,36 @@ class Labelled:
     images: dict[str, np.ndarray]  # camera -> uint8[n, h, w, 3]
     state: np.ndarray  # float32[n, s]
     label: np.ndarray  # int64[n]
+    succeeds: np.ndarray  # bool[n], the episode it is of ends in success
 
     @classmethod
     def of(cls, episodes: Sequence[LabelledEpisode]) -> Labelled:
+        """Of the episodes' observations with a label."""
         keep = [e.label >= 0 for e in episodes]
         images = {
             camera: np.concatenate([e.images[camera][k] for e, k in zip(episodes, keep, strict=True)])
             for camera in episodes[0].images
         }
         state = np.concatenate([e.state[k] for e, k in zip(episodes, keep, strict=True)])
-        return cls(images, state, np.concatenate([e.label[k] for e, k in zip(episodes, keep, strict=True)]))
+        label = np.concatenate([e.label[k] for e, k in zip(episodes, keep, strict=True)])
+        return cls(images, state, label, np.repeat([e.success for e in episodes], [k.sum() for k in keep]))
 
     def take(self, rows: np.ndarray) -> Labelled:
-        return Labelled({c: x[rows] for c, x in self.images.items()}, self.state[rows], self.label[rows])
+        """Those rows."""
+        images = {c: x[rows] for c, x in self.images.items()}
+        return Labelled(images, self.state[rows], self.label[rows], self.succeeds[rows])
+
+    def strata(self, kind: str) -> list[np.ndarray]:
+        """Rows that make up equal parts of a batch, by class.
+
+        outcome: half of class 0 comes from successful episodes. What lies just before success looks like it, and is
+        rare among the observations of all the failures.
+        """
+        rows = [np.flatnonzero(self.label == k) for k in range(self.label.max() + 1)]
+        if kind != "outcome":
+            return rows
+        before = [half for half in (rows[0][self.succeeds[rows[0]]], rows[0][~self.succeeds[rows[0]]]) if len(half)]
+        return [*before, *[rows[1]] * len(before)]
 
 
 def train(
@@ -71,16 +95,17 @@ def train(
     card = replace(card, temperature=_temperature(model, validation))
     model.card = card
     if card.kind == "outcome":
-        scores, truth = _scores(model, split.validation)
+        whole, unfinished = _scores(model, split.validation), _unfinished_scores(model, split.validation)
+        scores, truth = (np.concatenate(pair) for pair in zip(whole, unfinished, strict=True))
         card = model.card = replace(card, threshold=best_threshold(scores, truth))
     return model, card, report(model, split)
 
 
 def _fit(model: RewardClassifier, data: Labelled, fit: Fit, rng: np.random.Generator, tell: Callable) -> None:
-    """Class-balanced batches: rare successes weigh as much as the rest."""
+    """Class-balanced batches: rare successes weigh as much as the rest; see `Labelled.strata`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=fit.lr, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, fit.lr, total_steps=fit.steps)
-    rows = [np.flatnonzero(data.label == k) for k in range(model.card.classes)]
+    rows = data.strata(model.card.kind)
     share = -(-fit.batch_size // len(rows))
     model.train()
     for step in range(fit.steps):
@@ -122,6 +147,28 @@ def _scores(model: RewardClassifier, episodes: Sequence[LabelledEpisode]) -> tup
     return np.array(scores), np.array([e.success for e in episodes])
 
 
+def _unfinished_scores(model: RewardClassifier, episodes: Sequence[LabelledEpisode]) -> tuple[np.ndarray, np.ndarray]:
+    """Of successes as far as they are known not to be one yet: a verdict there ends an episode too early."""
+    scores = []
+    for e in episodes:
+        yet = e.label == 0
+        if e.success and yet.any():
+            said = model.probabilities({camera: x[yet] for camera, x in e.images.items()}, e.state[yet])
+            scores.append(episode_score(said[:, 1], model.card.patience))
+    return np.array(scores), np.zeros(len(scores), bool)
+
+
+def _early(model: RewardClassifier, episodes: Sequence[LabelledEpisode]) -> list[int]:
+    """For each success that is recognised: how many observations before its end the verdict comes."""
+    card = model.card
+    found = [
+        (len(e.label) - 1, verdict_at(model.probabilities(e.images, e.state)[:, 1], card.threshold, card.patience))
+        for e in episodes
+        if e.success
+    ]
+    return [end - at for end, at in found if at is not None]
+
+
 def report(model: RewardClassifier, split: Split) -> dict:
     """Figures on the held-out test episodes, JSON."""
     card, test = model.card, Labelled.of(split.test)
@@ -137,9 +184,11 @@ def report(model: RewardClassifier, split: Split) -> dict:
         scores, truth = _scores(model, split.test)
         episodes = confusion(truth, scores >= card.threshold, 2)
         precision, recall = precision_recall(scores, truth)
+        early = _early(model, split.test) or [0]
         figures |= {
             "episode_confusion": episodes.tolist(),
             "episode_balanced_accuracy": balanced_accuracy(episodes),
+            "observations_early": {"median": float(np.median(early)), "worst": max(early)},
             "precision": precision.tolist(),
             "recall": recall.tolist(),
         }

@@ -5,11 +5,18 @@ import pytest
 import torch
 from PIL import Image
 
-from serl_launcher.rewards.judging import balanced_accuracy, best_threshold, confusion, episode_score, precision_recall
+from serl_launcher.rewards.judging import (
+    balanced_accuracy,
+    best_threshold,
+    confusion,
+    episode_score,
+    precision_recall,
+    verdict_at,
+)
 from serl_launcher.rewards.labels import LabelledEpisode, outcome_labels, process_labels, split_by_episode
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, load, save
 from serl_launcher.rewards.server import RewardServer
-from serl_launcher.rewards.training import Fit, plot, train
+from serl_launcher.rewards.training import Fit, Labelled, plot, train
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
 from serl_transport.errors import SchemaMismatch
@@ -83,6 +90,32 @@ def test_judging_by_hand():
     assert precision.tolist() == pytest.approx([1, 1 / 2, 2 / 3])
     assert recall.tolist() == pytest.approx([1 / 2, 1 / 2, 1])
     assert episode_score(np.array([0.5, 0.9]), patience=3) == 0.0
+
+
+def test_the_moment_of_a_verdict_by_hand():
+    said = np.array([0.6, 0.1, 0.7, 0.8, 0.9])
+    assert [verdict_at(said, 0.5, patience) for patience in (1, 2, 3, 4)] == [0, 3, 4, None]
+    assert verdict_at(said, 0.95, 1) is None
+    assert verdict_at(said[:1], 0.5, 2) is None
+
+
+def test_half_of_what_is_no_success_yet_comes_from_episodes_that_will_be_one():
+    rng = np.random.default_rng(0)
+    data = Labelled.of([episode(0, True, rng), episode(1, False, rng)])  # labels: 7 × 0, 2 × −1, 2 × 1; 11 × 0
+    before, never, *success = data.strata("outcome")
+    assert (before.tolist(), never.tolist()) == (list(range(7)), list(range(9, 20)))
+    assert [part.tolist() for part in success] == [[7, 8], [7, 8]]
+    assert [len(part) for part in Labelled.of([episode(1, True, rng, "process")]).strata("process")] == [4, 4, 3]
+
+
+def test_a_verdict_does_not_come_before_the_end():
+    """The square is at three quarters of its size a little before: a threshold that only parts episodes fires there."""
+    split = split_by_episode(episodes(24), (0.2, 0.2), "outcome", np.random.default_rng(0))
+    model, calibrated, figures = train(split, card(), Fit(steps=60, shift=1), seed=0, tell=lambda line: None)
+    assert figures["observations_early"]["worst"] <= 3  # the last two are success by their label, two before unknown
+    for begun in (e for e in split.validation if e.success):
+        said = model.probabilities(begun.images, begun.state)[begun.label == 0, 1]
+        assert verdict_at(said, calibrated.threshold, 1) is None
 
 
 def test_an_outcome_classifier_learns_is_calibrated_and_survives_saving(tmp_path):
