@@ -14,6 +14,7 @@ import logging
 import time
 from typing import Any
 
+from serl_launcher.gateway.actor_lines import ActorLines
 from serl_launcher.gateway.actors import Actors
 from serl_launcher.gateway.files import read_json, write_json
 from serl_launcher.gateway.forward import InferForwarder
@@ -80,7 +81,9 @@ class Gateway:
         self.ingest = Ingest(settings, paths, self.actors, server.reply, server.call_soon, self._episode_closed)
         self._restore_tickets()
         self._roles = server.add_router(internal_endpoint(paths.root))
-        self.forwarder = InferForwarder(self._roles, server.reply, server.loop, paths.root)
+        self.forwarder = forwarder = InferForwarder(self._roles, server.reply, server.loop, paths.root)
+        forget, loop = forwarder.forget_memory, server.loop
+        self.lines = ActorLines(server.router, forwarder.infer_placed, forget, settings.spec, loop)
         self._stage = self._current_stage()
         self.operator = OperatorState(paths.root / "operator.json")
         self._exported: dict[str, Any] = {}
@@ -124,6 +127,7 @@ class Gateway:
             self.server.start()
         finally:
             self.ingest.close()
+            self.lines.close()
             self.forwarder.close()
             self._write_status()
             self._lock.release()
@@ -156,7 +160,10 @@ class Gateway:
     def _hello(self, peer: Peer, body: dict[str, Any]) -> dict[str, Any]:
         if peer.role == "actor":
             self.actors.joined(peer.actor_id, peer.boot_id)
-        return {"run": self.settings.run, "stage": self._stage.to_status(), "done": self.done}
+        reply = {"run": self.settings.run, "stage": self._stage.to_status(), "done": self.done}
+        if peer.role == "actor" and body.get("link") == "infer":
+            reply["line"] = self.lines.offer(peer, body.get("machine"))
+        return reply
 
     def _heartbeat(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
         if peer.role == "actor":

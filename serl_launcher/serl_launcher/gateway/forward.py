@@ -2,6 +2,7 @@
 
     actor, or a role that speaks for one ─▶ infer ─▶ [in flight] ─▶ policy server ─▶ infer_reply ─▶ who asked
                                       images: shared memory (gateway.shelf), the rest: gateway.line or the ipc socket
+                                      (of an actor on this host they lie in shared memory already: gateway.actor_lines)
 
 A forwarded question carries this host's monotonic time of arrival, in nanoseconds, in its envelope's seq: deadlines run
 from there, not from when a busy policy server came to read it.
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.gateway.internal import INFER, INFER_REPLY
+from serl_launcher.gateway.internal import FORGET, INFER, INFER_REPLY
 from serl_launcher.gateway.line import LineDesk
 from serl_launcher.gateway.shelf import Shelf
 from serl_transport.codec import Frames
@@ -66,18 +67,33 @@ class InferForwarder:
         """A role asks for somebody behind it (the openpi server). Raises NotReady when nobody serves."""
         self._forward(envelope, frames, self._roles.reply)
 
+    def infer_placed(self, actor: str, where: str, note: bytes, answer: Answer) -> None:
+        """An actor of this host asks; its frames lie `where` the note says. Raises NotReady when nobody serves."""
+        self._need_server()
+        self._push(actor, where, [note], _Asked(answer, b"", None))
+
+    def forget_memory(self, where: str) -> None:
+        """Nobody will ask from there any more."""
+        self._desk.send(self._pid, Envelope(FORGET, target=where), [])
+
     def _forward(self, envelope: Envelope, frames: Frames, answer: Answer) -> None:
-        if self._server is None:
-            raise NotReady("no policy server is running yet (or it is restarting); ask again")
-        arrived = time.monotonic_ns()
-        token = next(self._ids).to_bytes(8)
+        self._need_server()
         placed = self._shelf.put(frames)
         slot, where = None, ""
         if placed is not None:
             slot, note = placed
             frames, where = [note], self._shelf.where
-        self._in_flight[token] = _Asked(answer, envelope.token, slot)
-        forwarded = Envelope(INFER, envelope.actor_id, seq=arrived, request_id=token, target=where)
+        self._push(envelope.actor_id, where, frames, _Asked(answer, envelope.token, slot))
+
+    def _need_server(self) -> None:
+        if self._server is None:
+            raise NotReady("no policy server is running yet (or it is restarting); ask again")
+
+    def _push(self, actor: str, where: str, frames: Frames, asked: _Asked) -> None:
+        assert self._server is not None
+        token = next(self._ids).to_bytes(8)
+        self._in_flight[token] = asked
+        forwarded = Envelope(INFER, actor, seq=time.monotonic_ns(), request_id=token, target=where)
         if not self._desk.send(self._pid, forwarded, frames):
             self._roles.push(self._server, forwarded, frames)
 

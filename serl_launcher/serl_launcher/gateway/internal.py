@@ -22,7 +22,7 @@ from typing import Any
 import zmq
 
 from serl_launcher.gateway.line import Line
-from serl_launcher.gateway.shelf import ShelfReader
+from serl_launcher.gateway.shelf import ShelfReader, settle
 from serl_launcher.paths import internal_endpoint
 from serl_transport import codec
 from serl_transport.envelope import REPLY, Envelope
@@ -31,6 +31,7 @@ from serl_transport.memory import keep_freed_memory
 
 ATTEMPT_S = 2.0
 INFER, INFER_REPLY = "infer", "infer_reply"
+FORGET = "forget"  # gateway to policy server: the memory that `t` names holds no questions any more
 
 
 class _Link:
@@ -167,6 +168,7 @@ class PolicyLink(_Link):
             self._poller.unregister(self._line.fileno)
             self._line.close()
             self._line = None
+            self._shelf.clear()
 
     def _answer(self, envelope: Envelope, frames: codec.Frames) -> None:
         if self._line is None or not self._line.send(envelope, frames):
@@ -182,12 +184,16 @@ class PolicyLink(_Link):
         deadline = time.monotonic() + timeout_s
         while (message := self._receive(deadline - time.monotonic())) is not None:
             envelope, frames = message
+            if envelope.kind == FORGET:
+                self._shelf.forget(envelope.target)
             if envelope.kind != INFER or not isinstance(envelope.request_id, bytes):
                 continue  # the gateway's answer to `serving`
             try:
                 if envelope.target:
                     frames = self._shelf.frames(envelope.target, frames)
                 body = codec.unpack(frames)
+                if envelope.target:
+                    settle(body)
                 return InferRequest(envelope.request_id, body, envelope.actor_id, envelope.seq / 1e9)
             except WireError as error:
                 self.reply(envelope.request_id, error)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgpack
+import numpy as np
 
 from serl_transport.codec import Frames, buffer_of, nbytes
 from serl_transport.errors import BadFrame, Internal
@@ -25,6 +26,7 @@ log = logging.getLogger("gateway")
 SLOTS = 16
 SLOT_BYTES = 2 << 20
 WORTHWHILE_BYTES = 64 << 10  # less than that a socket takes in one go
+MOST_MAPPED = 160  # memories that a policy server keeps mapped: the shelf's, and one for each line (ActorLines)
 _ALIGNED = 64
 
 
@@ -63,33 +65,62 @@ class Shelf:
 
 
 class ShelfReader:
-    """The policy server's end. Frames are views: they hold until the question is answered."""
+    """The policy server's end, of this shelf and of the slots of actors on this host (`gateway/actor_lines.py`).
+
+    Frames are views: they hold until the question is answered.
+    """
 
     def __init__(self) -> None:
-        self._where = ""
-        self._memory = memoryview(b"")
+        self._memories: dict[str, memoryview] = {}  # by where; the one used last is last
 
     def frames(self, where: str, notes: Sequence[Any]) -> Frames:
         """The frames of a question. BadFrame for a malformed note, Internal when the memory cannot be reached."""
-        if where != self._where:
-            self._memory, self._where = _map(where), where
+        memory = self._memories.pop(where, None)
+        if memory is None:
+            memory = _map(where)
+            if len(self._memories) >= MOST_MAPPED:
+                del self._memories[next(iter(self._memories))]
+        self._memories[where] = memory
         try:
             (note,) = notes
             places = msgpack.unpackb(buffer_of(note))
-            frames = [self._memory[start : start + size] for start, size in places]
-            whole = all(len(frame) == size for frame, (_, size) in zip(frames, places, strict=True))
+            frames = [place if type(place) is bytes else memory[place[0] : place[0] + place[1]] for place in places]
+            whole = all(type(p) is bytes or len(f) == p[1] for f, p in zip(frames, places, strict=True))
         except Exception as error:  # msgpack raises a zoo of types
             raise BadFrame(f"a question's note is [[start, size], …]: {type(error).__name__}") from None
         if not whole:
             raise BadFrame(f"a question's note leaves the shared memory: {places!r:.200}")
         return frames
 
+    def forget(self, where: str) -> None:
+        """Let that memory go (once nobody holds a view of it)."""
+        self._memories.pop(where, None)
+
+    def clear(self) -> None:
+        """Let all memory go."""
+        self._memories.clear()
+
+
+def settle(body: dict[str, Any] | list[Any]) -> None:
+    """Copy every array but images, in place: an actor could still change what was checked.
+
+    Another pixel does no harm; a bool that is neither 0 nor 1 makes numpy write past the end of its result.
+    """
+    for key, value in body.items() if type(body) is dict else enumerate(body):
+        if type(value) is np.ndarray:
+            if value.dtype == bool:
+                body[key] = value.view(np.uint8) != 0
+            elif value.dtype != np.uint8:
+                body[key] = value.copy()
+        elif type(value) is dict or type(value) is list:
+            settle(value)
+
 
 def _map(where: str) -> memoryview:
     with contextlib.suppress(OSError, ValueError):
         fd = os.open(where.partition("#")[0], os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return memoryview(mmap.mmap(fd, SLOTS * SLOT_BYTES, prot=mmap.PROT_READ))
+            return memoryview(mmap.mmap(fd, 0, prot=mmap.PROT_READ))
         finally:
             os.close(fd)
     raise Internal(f"the policy server cannot reach the gateway's shared memory at {where}")

@@ -1,6 +1,8 @@
 """Asks one question at a time on a socket of its own, in the caller's thread: the shortest way there and back.
 
-    infer() ─▶ Asker.ask ─▶ DEALER ─▶ learner          busy, not connected, not let in yet: None, and the link asks
+    infer() ─▶ Asker.ask ─▶ AskLine ─▶ gateway         on its own host: a Unix socket and shared memory (same_host.py)
+                     └────▶ DEALER ─▶ learner          otherwise
+                     busy, not connected, not let in yet: None, and the link asks
 
 A question over `link.Link` is handed to the link's thread, and its answer back: two more wake-ups, a good part of a
 round trip's time. The Asker says hello when it must, and repeats a question whose connection was cut, as the link does.
@@ -23,6 +25,7 @@ from serl_transport.errors import Corrupt, HelloRequired, ServerSilent, WireErro
 from serl_transport.keys import ClientKeys
 from serl_transport.link import Link
 from serl_transport.multipart import receive_parts, send_parts
+from serl_transport.same_host import AskLine, machine_id
 from serl_transport.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -42,14 +45,17 @@ class Asker:
         boot_id: str,
         hello: Callable[[], dict[str, Any]],
         keys: ClientKeys | None,
+        same_host: bool = False,
     ):
-        """`link` asks in its place, and lives longer."""
+        """`link` asks in its place, and lives longer. `same_host`: a gateway of this host may offer a line."""
         self._link, self._limits = link, link.limits
         self._actor_id, self._boot_id, self._hello = actor_id, boot_id, hello
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._closing = self._let_in = False
         self._keys = keys
+        self._machine = machine_id() if same_host else ""
+        self._line: AskLine | None = None
         self._open()
 
     def ask(self, kind: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any] | None:
@@ -72,7 +78,13 @@ class Asker:
         """Fail the question that is under way and close the socket."""
         self._closing = True
         with self._lock:
+            self._hang_up()
             self._watch.close()
+
+    @property
+    def over_line(self) -> bool:
+        """Whether the next question goes over a line of this host."""
+        return self._line is not None
 
     def _open(self) -> None:
         self._socket = self._link.context.socket(zmq.DEALER)
@@ -84,6 +96,9 @@ class Asker:
 
     def _ask(self, kind: str, frames: Frames, deadline: float) -> Frames | None:
         """The reply's frames, or None when the question could not be sent the first time."""
+        answer = self._ask_on_line(kind, frames, deadline)
+        if answer is not None:
+            return answer
         asked, request_id = False, None
         while True:
             if request_id is None:
@@ -108,6 +123,37 @@ class Asker:
                     return answer
                 request_id = None
 
+    def _ask_on_line(self, kind: str, frames: Frames, deadline: float) -> Frames | None:
+        """The reply's frames; None when the question must go over TCP."""
+        line = self._line
+        if line is None or kind != "infer":
+            return None
+        try:
+            request_id = next(self._ids)
+            if not line.ready or not line.send(request_id, frames):
+                return None
+            reply = None
+            while reply is None or reply.request_id != request_id:  # another: of a question that could not wait
+                self._pause(deadline, 0)
+                reply = line.receive(min(LOOK_MS / 1e3, deadline - time.monotonic()))
+            if reply.error is not None:
+                raise WireError.from_code(*reply.error)
+        except HelloRequired:
+            self._let_in = False
+            self._hang_up()
+            return None
+        except EOFError:
+            # A line that has served and is gone is asked for again; one that never did would only delay each question.
+            self._let_in = self._let_in and not line.answered
+            self._hang_up()
+            return None
+        return reply.frames
+
+    def _hang_up(self) -> None:
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+
     def _read(self, envelope: Envelope, frames: Frames) -> Frames | None:
         """The answer; None when the question must be asked again."""
         try:
@@ -120,13 +166,17 @@ class Asker:
         return frames
 
     def _say_hello(self, until: float) -> bool:
-        request_id = self._send("hello", pack(self._hello(), self._limits))
+        self._hang_up()
+        body = self._hello() | ({"machine": self._machine} if self._machine else {})
+        request_id = self._send("hello", pack(body, self._limits))
         if request_id is None:
             return False
         try:
             while (reply := self._receive(until)) is not None:
                 if reply[0].request_id == request_id:
                     self._let_in = reply[0].error is None and reply[0].version == PROTOCOL
+                    if self._let_in and self._machine and reply[1]:
+                        self._line = AskLine.connect(unpack(reply[1], self._limits).get("line"))
                     break
         except TimeoutError:
             return False

@@ -1,7 +1,7 @@
 """The actor's end of the wire: acknowledged data, inference, requests, notifications, parameters.
 
     send_item / update ─▶ spool ─▶ outbox ─▶ data link ───▶ 5588
-    infer ──────────── in the caller's thread ─▶ asker ────▶ 5588
+    infer ──────────── in the caller's thread ─▶ asker ────▶ 5588, or the line of a gateway on this host
     request ───────────────────────────────▶ control link ─▶ 5588
     callbacks ◀── listener thread ◀──────── SUB ◀───────── 5589
 
@@ -60,19 +60,22 @@ class TrainerClient:
         wait_for_server: bool = True,
         timeout_ms: float = 5000,
         on_wait: Callable[[str], None] | None = None,
+        use_line: bool = True,
     ):
         """Connect, and wait until the learner accepts (`wait_for_server`), telling `on_wait` once a second.
 
         `role` operator: a connection that asks (and may steer the run), sends no data and needs no spec.
         Without `wait_for_server` it raises ServerSilent after `timeout_ms`. A refusal (another task, version,
         protocol or key) raises the typed WireError at once; ValueError names a missing key file; SpoolBusy and
-        SpoolError say what is wrong with `spool_dir`.
+        SpoolError say what is wrong with `spool_dir`. `use_line`: on the learner's own host `infer` may take a
+        shorter way than TCP (`same_host.py`).
         """
         if not 0 < len(name) <= 128:
             raise ValueError(f"a client's name (unique_identifier) has 1 to 128 characters, got {name!r}")
         keep_freed_memory()
         self.name, self.config, self.timeout_ms = name, config, timeout_ms
         self._server_ip = server_ip
+        self._use_line = use_line and auth.is_loopback(server_ip)
         self._server = f"{server_ip}:{config.port_number}"
         self._spec, self._role = spec, role
         self._keys = None if config.keys_dir is None else ClientKeys.load(config.keys_dir, name)
@@ -241,6 +244,7 @@ class TrainerClient:
             boot_id=self.boot_id,
             hello=lambda: {**self._hello(), "link": "infer"},
             keys=self._keys,
+            same_host=self._use_line,
         )
         self._resources.callback(self._asker.close)
         self._outbox = Outbox(self._data, self._spool, ledger)

@@ -59,6 +59,7 @@ class Peer:
     hello: dict[str, Any] = field(default_factory=dict)  # the body of its hello
     role: str = "actor"  # as its hello said: actor, or operator (which asks and pushes nothing); retired: see sessions
     window: ReplayWindow = field(default_factory=ReplayWindow)  # request ids it has used
+    key: bytes = b""  # the public key (Z85) of its connection, where there are keys
 
 
 class Router:
@@ -170,6 +171,21 @@ class Router:
         self.peers.pop(address, None)
         self._gatherings.pop(address, None)
 
+    def admit(self, peer: Peer, envelope: Envelope) -> None:
+        """Check and count a message of that connection's process which came another way (over a line of this host).
+
+        Raises what the router would have answered: HelloRequired, Unauthorized, Refused.
+        """
+        if self.peers.get(peer.address) is not peer:
+            raise HelloRequired("the connection that this line belongs to is gone: say hello again")
+        if self._permit is not None:
+            self._permit(peer.key, envelope)
+        self.counters[envelope.kind] += 1
+        _check_role(peer, envelope.kind)
+        if not _is_fresh(peer, envelope):
+            raise Refused(f"message {envelope.request_id} of this connection was handled before: nothing is replayed")
+        peer.last_seen = time.monotonic()
+
     def close(self) -> None:
         """Close the socket, after the loop has ended."""
         self.socket.close()
@@ -223,8 +239,10 @@ class Router:
                 "install the same release on both sides"
             )
         envelope.check(parts[1:])
+        key = b""
         if self._permit is not None:
-            self._permit(frame_key(parts[0]), envelope)
+            key = frame_key(parts[0])
+            self._permit(key, envelope)
         several = envelope.kind == bundle.ITEMS
         handler, raw = self._handlers.get("data" if several else envelope.kind, (None, False))
         if handler is None:
@@ -232,10 +250,8 @@ class Router:
         self.counters[envelope.kind] += 1
         frames = parts[1:]
         peer = self._peer(address, envelope)
-        if peer.role == "operator" and envelope.kind in ("data", bundle.ITEMS, "infer"):
-            raise Unauthorized(f"this connection said hello as an operator's; {envelope.kind} is an actor's")
-        if peer.role == "retired" and envelope.kind not in ("hello", "heartbeat", "data", bundle.ITEMS):
-            raise Refused("another process has taken over this actor's name; this one may only deliver what it has")
+        peer.key = key
+        _check_role(peer, envelope.kind)
         if several:
             return self._take_items(peer, envelope, frames)
         if frames and raw:
@@ -312,6 +328,13 @@ def frame_key(frame: Any) -> bytes:
         return frame.get("User-Id").encode()
     except zmq.ZMQError:
         return b""
+
+
+def _check_role(peer: Peer, kind: str) -> None:
+    if peer.role == "operator" and kind in ("data", bundle.ITEMS, "infer"):
+        raise Unauthorized(f"this connection said hello as an operator's; {kind} is an actor's")
+    if peer.role == "retired" and kind not in ("hello", "heartbeat", "data", bundle.ITEMS):
+        raise Refused("another process has taken over this actor's name; this one may only deliver what it has")
 
 
 def _is_fresh(peer: Peer, envelope: Envelope) -> bool:
