@@ -40,11 +40,11 @@ class Peer:
         self.pipe.close()
 
 
-def zmq_sink(pipe: Any, reply: list[bytes] | None = None) -> None:
+def zmq_sink(pipe: Any, reply: list[bytes] | None = None, host: str = "127.0.0.1") -> None:
     """Take multipart messages, answer each with an ack (or with `reply`)."""
     context = zmq.Context()
     router = context.socket(zmq.ROUTER)
-    pipe.send(router.bind_to_random_port("tcp://127.0.0.1"))
+    pipe.send(router.bind_to_random_port(f"tcp://{host}"))
     while True:
         parts = router.recv_multipart(copy=False)
         router.send_multipart([parts[0], *(reply or [b"ack"])], copy=reply is None)

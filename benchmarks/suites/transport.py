@@ -2,7 +2,8 @@
 
     TrainerClient ─▶ TrainerServer that validates and acknowledges      against bare pyzmq and raw TCP
     TrainerClient ─▶ gateway process: journal, fdatasync, ring          against write + fdatasync (and bare pyzmq)
-    infer ─▶ gateway ─▶ policy process that echoes ─▶ back              against one bare pyzmq hop
+    infer ─▶ gateway ─▶ policy process that echoes ─▶ back              against one bare pyzmq hop: on one host (over
+                                                                        the line, over TCP) and over a 1 Gbit/s link
 
 Three cameras at 128 and 224 pixels, batches of 1, 10 and 100 ticks, one copy of each frame. The actor's spool is in
 memory: an actor's disk is another machine's.
@@ -10,20 +11,20 @@ memory: an actor's disk is another machine's.
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-import zmq
 from floors import Peer, fdatasync_rate, tcp_rate, tcp_sink, zmq_rate, zmq_sink
 from rows import Row, alternate
+from suites._round_trip import NEAR_IP, measure, measure_in, namespace
 
 from serl_launcher.gateway.internal import PolicyLink
 from serl_transport import TrainerClient, TrainerConfig, TrainerServer, codec
@@ -105,59 +106,48 @@ def client_rate(ports: tuple[int, int], spec: TaskSpec, ticks: int, seconds: flo
 
 
 def round_trip(n: int, rounds: int) -> Iterator[Row]:
-    """p50 of a question with three 224 px images and an answer float32[50, 32]."""
+    """p50 of a question with three 224 px images and an answer float32[50, 32], beside one bare pyzmq hop.
+
+    As an actor of this host asks by default, then over TCP, then over a 1 Gbit/s link where one can be made here.
+    """
+    name, goal, rounds = "transport/infer_round_trip/3x224px", "<= 2", max(2, rounds)
     spec = make_spec(224)
-    images = {camera: np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8) for camera in CAMERAS}
-    body = {"observation": {"images": images, "state": np.zeros(14, np.float32)}, "prompt": "p", "min_version": 0,
-            "seed": None}  # fmt: skip
-    question = [Envelope("infer", "a", "b", 0, 1).to_frame(), *codec.pack(body)]
-    answer = [b"e" * 60, *codec.pack(echo_answer())]
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        with (
-            Peer(zmq_sink, [bytes(frame) for frame in answer]) as sink,
-            GatewayProcess(Path(folder), spec) as gateway,
-            Peer(echo_policy, folder) as policy,
-        ):
-            assert policy.port == "serving"
-            config = TrainerConfig(port_number=gateway.ports[0], broadcast_port=gateway.ports[1])
-            client = TrainerClient("a", "127.0.0.1", config, spec=spec)
-            context = zmq.Context()
-            dealer = context.socket(zmq.DEALER)
-            dealer.connect(f"tcp://127.0.0.1:{sink.port}")
-
-            def bare() -> None:
-                dealer.send_multipart(question, copy=False)
-                dealer.recv_multipart(copy=False)
-
-            found = alternate({"bare": lambda: p50_ms(bare, n), "ours": lambda: p50_ms(lambda: client.infer(body), n)},
-                              max(2, rounds))  # fmt: skip
-            client.stop()
-            context.destroy(linger=0)
-    yield Row.of("transport/infer_round_trip/3x224px/p50", found["ours"], "ms", found["bare"], "<= 2")
+    with answering(spec, "127.0.0.1") as (ports, bare_port):
+        found = measure(spec, "127.0.0.1", ports, bare_port, {"line": True, "tcp": False}, n, rounds)
+    yield Row.of(f"{name}/p50", found["line"], "ms", found["bare"], goal)
+    yield Row.of(f"{name}/tcp/p50", found["tcp"], "ms", found["bare"], goal)
+    with namespace() as far:
+        if far is not None:
+            with answering(spec, NEAR_IP) as (ports, bare_port):
+                found = measure_in(far, spec=spec.to_dict(), ip=NEAR_IP, ports=ports, bare_port=bare_port,
+                                   ways={"link": False}, n=n, rounds=rounds)  # fmt: skip
+            yield Row.of(f"{name}/1gbit/p50", found["link"], "ms", found["bare"], goal)
 
 
-def p50_ms(call: Any, n: int) -> float:
-    """Median duration of `call` in milliseconds, after a warm-up."""
-    for _ in range(10):
-        call()
-    times = []
-    for _ in range(n):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e3
+@contextmanager
+def answering(spec: TaskSpec, host: str) -> Iterator[tuple[tuple[int, int], int]]:
+    """A gateway and a policy that echoes, and a bare peer, all on `host`: (the gateway's ports, the peer's port)."""
+    answer = [b"e" * 60, *(bytes(frame) for frame in codec.pack(echo_answer()))]
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as folder,
+        Peer(zmq_sink, answer, host) as sink,
+        GatewayProcess(Path(folder), spec, host) as gateway,
+        Peer(echo_policy, folder) as policy,
+    ):
+        assert policy.port == "serving"
+        yield gateway.ports, sink.port
 
 
 class GatewayProcess:
     """A real gateway in `folder`; `ports` are its two."""
 
-    def __init__(self, folder: Path, spec: TaskSpec):
+    def __init__(self, folder: Path, spec: TaskSpec, host: str = "127.0.0.1"):
         self.ports = free_ports()
         stage = {"name": "online", "mode": "online", "steps": 10**9}
         cfg = {
             "run": "bench", "seed": 0, "port": self.ports[0], "broadcast_port": self.ports[1],
             "task": {"spec": spec.to_dict()}, "schedule": {"stages": [stage]},
-            "replay": {"capacity_frames": 4 * (MAX_TICKS + 1)},
+            "replay": {"capacity_frames": 4 * (MAX_TICKS + 1)}, "bind_host": host, "insecure": True,
         }  # fmt: skip
         (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
         self.process = subprocess.Popen(

@@ -83,8 +83,9 @@ class Asker:
 
     @property
     def over_line(self) -> bool:
-        """Whether the next question goes over a line of this host."""
-        return self._line is not None
+        """Whether questions go over a line of this host."""
+        line = self._line
+        return line is not None and line.answered
 
     def _open(self) -> None:
         self._socket = self._link.context.socket(zmq.DEALER)

@@ -144,6 +144,11 @@ class TrainerClient:
         reply = self._asker.ask("infer", body, timeout_ms / 1e3)
         return self._control.call("infer", body, timeout_ms=timeout_ms) if reply is None else reply
 
+    @property
+    def asks_over_line(self) -> bool:
+        """Whether `infer` has a line to a gateway of this host now."""
+        return self._asker.over_line
+
     def request(self, type: str, payload: dict[str, Any] | None = None, timeout_ms: float | None = None) -> dict:
         """Ask the learner something. Raises the learner's typed WireError, or ServerSilent.
 
