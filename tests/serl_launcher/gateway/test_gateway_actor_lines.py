@@ -19,6 +19,7 @@ import msgpack
 import numpy as np
 import pytest
 from gateway_samples import connected, serving
+from hostile_lines import datagram
 from replay_samples import SPEC, wait_for
 from test_gateway_process import start, write_config
 
@@ -307,26 +308,6 @@ class Raw:
         return "gone" if not answer else (msgpack.unpackb(answer)[1] or ["ok"])[0]
 
 
-def hostile(rng: random.Random, slot_bytes: int, request_id: int) -> bytes:
-    """A datagram that is no question, or one that reaches where it may not."""
-    header = bytes(pack({"image": IMAGE})[0])
-    slot = rng.randrange(SLOTS)
-    start, size = slot * slot_bytes, IMAGE.nbytes
-    note = rng.choice([
-        [header, [start + slot_bytes - size + 1, size]], [header, [-1, size]], [header, [start, 1 << 62]],
-        [header, [(1 << 63) - 1, size]], [header, [(1 - slot) * slot_bytes, size]], [header], [], {}, 5, b"",
-        [header, [start, size - 1]], [header, [start, size], [start, size]], [header, *[[start, 0]] * 2000],
-        [rng.randbytes(100), [start, size]], [b"\xdd\xff\xff\xff\xff"], [b"\x91" * 30_000], [header, [1.5, None]],
-        [header, [start]], [[start, size], [start, size]], [header, b"inline"], ["text", [start, size]],
-    ])  # fmt: skip
-    packed = rng.choice([msgpack.packb(note)] * 9 + [rng.randbytes(50)])
-    whole = rng.choice([[request_id, slot, packed]] * 30 + [
-        [request_id, SLOTS, packed], [request_id, -1, packed], [request_id, 1 << 62, packed], [request_id, slot],
-        ["x", slot, packed], [request_id, None, packed], [request_id, slot, note], 7, None, [True, True, packed],
-    ])  # fmt: skip
-    return rng.choice([msgpack.packb(whole)] * 30 + [rng.randbytes(rng.randrange(1, 2000)), b"\0", bytes(70_000)])
-
-
 def test_hostile_datagrams_cost_a_typed_error_or_the_line(lined) -> None:
     gateway, honest, _ = lined
     rng = random.Random(20261121)
@@ -335,7 +316,7 @@ def test_hostile_datagrams_cost_a_typed_error_or_the_line(lined) -> None:
     with connected(gateway, "hostile") as client:
         raw = Raw(gateway, client)
         for i in range(2000):
-            outcome = raw.ask(hostile(rng, raw.slot, next(client._asker._ids)))
+            outcome = raw.ask(datagram(rng, raw.slot, next(client._asker._ids)))
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
             if outcome == "gone":
                 raw.line.close()
