@@ -129,16 +129,21 @@ def run_all(
     return failures
 
 
+def label_of(row: dict[str, Any]) -> str:
+    """What seeds of one line in the table and one curve share: the algo and the words."""
+    return " ".join([row["algo"], *row["words"]])
+
+
 def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each algo: medians over its seeds, before and after."""
+    """For each algo, under the same words: medians over its seeds, before and after."""
     table = []
-    for algo in dict.fromkeys(row["algo"] for row in rows):
-        mine = {p: [r for r in rows if r["algo"] == algo and r["point"] == p] for p in ("before", "after")}
+    for label in dict.fromkeys(map(label_of, rows)):
+        mine = {p: [r for r in rows if label_of(r) == label and r["point"] == p] for p in ("before", "after")}
         if not mine["after"]:
             continue
         table.append(
             {
-                "algo": algo,
+                "algo": label,
                 "seeds": sorted(r["seed"] for r in mine["after"]),
                 "before": statistics.median(r["success_rate"] for r in mine["before"]),
                 "after": statistics.median(r["success_rate"] for r in mine["after"]),
@@ -158,26 +163,28 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    # Rows of the side-by-side runs tell both, and their minutes are the clock's.
+    kind = "minutes of wall time" if any("cpu_minutes" in row for row in rows) else "minutes of one core"
     panels = (
         ("env_steps", "success_rate", "online control ticks", "success without help"),
-        ("minutes", "success_rate", "minutes of one core (evaluations left out)", "success without help"),
+        ("minutes", "success_rate", f"{kind} (evaluations left out)", "success without help"),
         ("env_steps", "recent_intervention_rate", "online control ticks", "share of the last 50 episodes with help"),
     )
     figure, axes = plt.subplots(1, len(panels), figsize=(16, 4.5), layout="constrained")
-    for number, algo in enumerate(dict.fromkeys(row["algo"] for row in rows)):
+    for number, label in enumerate(dict.fromkeys(map(label_of, rows))):
         for axis, (x, y, _, _) in zip(axes, panels, strict=True):
-            curves = curves_of([r for r in rows if r["algo"] == algo and r.get(y) is not None], x, y)
+            curves = curves_of([r for r in rows if label_of(r) == label and r.get(y) is not None], x, y)
             for curve in curves:
                 axis.plot(*zip(*curve, strict=True), color=f"C{number}", alpha=0.25, linewidth=1)
             middle = median_curve(curves)
             if middle:
-                axis.plot(*zip(*middle, strict=True), color=f"C{number}", linewidth=2, marker="o", ms=4, label=algo)
+                axis.plot(*zip(*middle, strict=True), color=f"C{number}", linewidth=2, marker="o", ms=4, label=label)
     for axis, (_, _, xlabel, ylabel) in zip(axes, panels, strict=True):
         axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
-    task, policy = rows[0]["task"], rows[0]["policy"]
-    figure.suptitle(f"{task}, {policy}: thick the median over seeds, thin each seed")
+    task, policies = rows[0]["task"], " and ".join(dict.fromkeys(row["policy"] for row in rows))
+    figure.suptitle(f"{task}, {policies}: thick the median over seeds, thin each seed")
     figure.savefig(picture, dpi=110)
     plt.close(figure)
 
