@@ -183,6 +183,7 @@ class ActorLines:
         self._loop.remove_socket(fd)
         where = f"/proc/{os.getpid()}/fd/{memory}#{secrets.token_hex(6)}"
         line = self._lines[peer.address] = _Line(connection, peer, memory, where, {})
+        log.info("%r asks on this host: over a line, its images in shared memory", peer.actor_id)
         buffer = memoryview(bytearray(MOST_BYTES + 1))
         self._loop.add_socket(fd, lambda: self._read(line, buffer))
         return True
