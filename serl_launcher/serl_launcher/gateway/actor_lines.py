@@ -11,6 +11,7 @@ memory of a line goes when it does. The actor's end and the forms of the message
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -20,6 +21,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -131,7 +133,11 @@ class ActorLines:
     def _accept(self, listener: socket.socket) -> None:
         try:
             connection, _ = listener.accept()
-        except OSError:  # it has gone, or there are too many open files
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # whoever knocks keeps the loop awake until there is room
+                self._loop.remove_socket(listener.fileno())
+                again = partial(self._loop.add_socket, listener.fileno(), lambda: self._accept(listener))
+                self._loop.call_later(1.0, again)
             return
         connection.setblocking(False)
         if peer_of(connection)[1] != os.getuid():

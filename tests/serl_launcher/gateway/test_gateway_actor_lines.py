@@ -1,102 +1,30 @@
-"""Lines between actors and gateway on one host: the contract of `infer` over TCP, and what hostile ends cost."""
+"""Lines between actors and gateway on one host: the contract of `infer` over TCP, refusals, restarts, memory."""
 
 from __future__ import annotations
 
 import os
-import random
-import secrets
 import signal
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import keygen
-import msgpack
 import numpy as np
 import pytest
 from gateway_samples import connected, serving
-from hostile_lines import datagram
+from line_samples import IMAGE, memories, over_line, policy
 from replay_samples import SPEC, wait_for
 from test_gateway_process import start, write_config
 
 from serl_launcher.gateway import actor_lines
 from serl_launcher.gateway.app import Gateway
-from serl_launcher.gateway.internal import PolicyLink
 from serl_launcher.gateway.shelf import settle
 from serl_transport.client import TrainerClient
-from serl_transport.codec import pack
 from serl_transport.config import TrainerConfig
 from serl_transport.errors import DeadlineMissed, NotReady, Refused, ServerSilent, Unauthorized
-from serl_transport.same_host import SLOTS, AskLine, machine_id
-
-IMAGE = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
-Answer = Callable[[dict[str, Any]], Any]
-
-
-def echo(body: dict[str, Any]) -> Any:
-    return {"sum": int(body["image"].sum(dtype=np.int64)), "actions": np.zeros((50, 32), np.float32)}
-
-
-@contextmanager
-def policy(run_dir: Path, answer: Answer = echo) -> Iterator[list[dict[str, Any]]]:
-    """A policy server in a thread; the bodies it has seen. `answer` may return None: no answer."""
-    seen: list[dict[str, Any]] = []
-    stop = threading.Event()
-    link = PolicyLink(run_dir)
-
-    def run() -> None:
-        told = 0.0
-        while not stop.is_set():
-            if time.monotonic() - told > 0.2:
-                link.serving(version=1)
-                told = time.monotonic()
-            request = link.receive(0.05)
-            if request is not None:
-                seen.append(
-                    {key: value for key, value in request.body.items() if key != "image"}
-                )  # a view of the memory
-                result = answer(request.body)
-                if result is not None:
-                    link.reply(request.token, result)
-            del request
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        stop.set()
-        thread.join()
-        link.close()
-
-
-def over_line(client: TrainerClient, body: dict[str, Any] | None = None) -> TrainerClient:
-    """Ask until questions go over the line."""
-
-    def ask() -> bool:
-        try:
-            client.infer(body or {"image": IMAGE})
-        except NotReady:
-            return False
-        return client.asks_over_line
-
-    wait_for(ask)
-    return client
-
-
-def memories() -> int:
-    """Descriptors and mappings of lines' memory in this process, which is client, gateway and policy server at once."""
-    names = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            names.append(os.readlink(f"/proc/self/fd/{fd}"))
-        except OSError:
-            continue
-    return sum("flowserl-line" in name for name in [*names, *Path("/proc/self/maps").read_text().splitlines()])
+from serl_transport.same_host import SLOTS
 
 
 @pytest.fixture
@@ -281,97 +209,6 @@ def test_kill_9_of_the_gateway_costs_a_hello(tmp_path: Path) -> None:
         client.stop()
         process.kill()
         process.communicate()
-
-
-class Raw:
-    """A hostile end: a real hello and token, and then whatever it likes."""
-
-    def __init__(self, gateway: Gateway, client: TrainerClient):
-        over_line(client)
-        (held,) = [line for line in gateway.lines._lines.values() if line.peer.actor_id == client.name]
-        offers: list[dict[str, Any]] = []
-        gateway.server.call_soon(lambda: offers.append(gateway.lines.offer(held.peer, machine_id())))
-        wait_for(lambda: offers)
-        self.line = AskLine.connect(offers[0])
-        wait_for(lambda: self.line.ready)
-        self.socket, self.slot = self.line._socket, gateway.lines.slot_bytes
-        self.socket.settimeout(10)
-        self.peer = held.peer
-
-    def ask(self, message: bytes) -> str:
-        """'gone', 'ok' or the error's code."""
-        try:
-            self.socket.send(message)
-            answer = self.socket.recv(1 << 17)
-        except OSError:
-            return "gone"
-        return "gone" if not answer else (msgpack.unpackb(answer)[1] or ["ok"])[0]
-
-
-def test_hostile_datagrams_cost_a_typed_error_or_the_line(lined) -> None:
-    gateway, honest, _ = lined
-    rng = random.Random(20261121)
-    before = memories()
-    outcomes: dict[str, int] = {}
-    with connected(gateway, "hostile") as client:
-        raw = Raw(gateway, client)
-        for i in range(2000):
-            outcome = raw.ask(datagram(rng, raw.slot, next(client._asker._ids)))
-            outcomes[outcome] = outcomes.get(outcome, 0) + 1
-            if outcome == "gone":
-                raw.line.close()
-                raw = Raw(gateway, client)
-            if i % 100 == 0:
-                assert honest.infer({"image": IMAGE})["sum"]
-        raw.line.close()
-    assert honest.asks_over_line
-    assert set(outcomes) == {"gone", "bad_frame", "too_large"}, outcomes
-    assert outcomes["bad_frame"] > 1000
-    wait_for(lambda: memories() <= before)
-
-
-def test_old_request_ids_and_taken_slots_are_refused(tmp_path: Path) -> None:
-    with serving(tmp_path) as gateway, policy(tmp_path, lambda body: {} if "image" in body else None):
-        with connected(gateway) as client:
-            raw = Raw(gateway, client)
-            note = msgpack.packb([bytes(pack({})[0])])
-            image = msgpack.packb([bytes(pack({"image": IMAGE})[0]), [0, IMAGE.nbytes]])
-            assert raw.ask(msgpack.packb([500, 0, image])) == "ok"
-            assert raw.ask(msgpack.packb([500, 0, image])) == "refused"
-            raw.socket.send(msgpack.packb([501, 1, note]))  # never answered
-            assert raw.ask(msgpack.packb([502, 1, note])) == "gone"
-            raw.line.close()
-
-
-def test_thousands_of_connections(lined) -> None:
-    gateway, honest, _ = lined
-    name, files = gateway.lines._name, len(os.listdir("/proc/self/fd"))
-    rng = random.Random(1)
-    idle = []
-    for i in range(3000):
-        end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        end.connect(b"\0" + name)
-        end.settimeout(5)
-        if i % 3 == 0:
-            end.close()
-        else:
-            if i % 3 == 1:
-                with suppress(OSError):  # pushed out by those after it
-                    end.send(secrets.token_bytes(rng.choice([1, 15, 16, 17, 4000])))
-            idle.append(end)
-        if len(idle) > 200:
-            idle.pop(0).close()
-        if i % 300 == 0:
-            assert honest.infer({"image": IMAGE})["sum"]
-    with connected(gateway, "newcomer") as client:
-        over_line(client)
-    for end in idle:
-        end.settimeout(20)
-        with suppress(ConnectionResetError):
-            assert end.recv(10) == b"", "the gateway closes it, by itself"
-        end.close()
-    assert honest.asks_over_line
-    wait_for(lambda: len(os.listdir("/proc/self/fd")) <= files + 2)
 
 
 def test_a_full_house_is_told_to_use_tcp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
