@@ -157,9 +157,8 @@ class ActorLines:
             return
         except OSError:
             found = None
-        peer = found and found[0]
-        known = peer is not None and self._router.peers.get(peer.address) is peer
-        if not known or not self._welcome(connection, peer):
+        peer = None if found is None else found[0]
+        if peer is None or self._router.peers.get(peer.address) is not peer or not self._welcome(connection, peer):
             self._turn_away(fd)
 
     def _turn_away(self, fd: int) -> None:
@@ -201,9 +200,10 @@ class ActorLines:
                 self._take(line, buffer[:size])
             except BlockingIOError:
                 return
-            except (OSError, BadFrame, EOFError) as problem:
-                if isinstance(problem, BadFrame):
-                    log.error("a bad message on the line of %r: %s", line.peer.actor_id, problem.message)
+            except BadFrame as problem:
+                log.error("a bad message on the line of %r: %s", line.peer.actor_id, problem.message)
+                self._drop(line)
+            except (OSError, EOFError):
                 self._drop(line)
             if line.closed:
                 return

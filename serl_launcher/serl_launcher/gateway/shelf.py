@@ -101,13 +101,13 @@ class ShelfReader:
         self._memories.clear()
 
 
-def settle(body: dict[str, Any] | list[Any]) -> None:
-    """Copy every array but images, in place: an actor could still change what was checked.
+def settle(body: Any) -> None:
+    """Copy every array but images of a body (dict or list), in place: an actor could still change what was checked.
 
     Another pixel does no harm; a bool that is neither 0 nor 1 makes numpy write past the end of its result.
     """
     for key, value in body.items() if type(body) is dict else enumerate(body):
-        if type(value) is np.ndarray:
+        if isinstance(value, np.ndarray):
             if value.dtype == bool:
                 body[key] = value.view(np.uint8) != 0
             elif value.dtype != np.uint8:

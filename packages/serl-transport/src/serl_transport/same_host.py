@@ -134,8 +134,10 @@ class AskLine:
             return False
         slot = self._free[-1]
         note = place(frames, self._memory, slot * self._slot_bytes, self._slot_bytes)
-        message = note and packb((request_id, slot, packb(note)))
-        if not message or len(message) > MOST_BYTES:
+        if note is None:
+            return False
+        message = packb((request_id, slot, packb(note)))
+        if len(message) > MOST_BYTES:
             return False
         try:
             self._socket.send(message, socket.MSG_DONTWAIT)
