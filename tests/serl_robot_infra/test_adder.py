@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from serl_robot_infra.adder import Adder
-from serl_transport import codec
+from serl_transport import blob, codec
 from serl_transport.schema import Episode, EpisodeInfo, Observation, Outcome, StepBatch, TimeStep
 from serl_transport.specs import TaskSpec
 
@@ -43,7 +43,7 @@ def record(n, batch_ticks, outcome, last):
     adder.add(last)
     adder.end(observation(n), outcome)
     # Through the codec, as on the wire.
-    return [StepBatch.from_body(codec.unpack(codec.split(codec.join(codec.pack(body)))), SPEC) for body in sent]
+    return [StepBatch.from_body(codec.unpack(blob.split(blob.join(codec.pack(body)))), SPEC) for body in sent]
 
 
 @pytest.mark.parametrize(

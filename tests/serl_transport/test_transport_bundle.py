@@ -11,7 +11,8 @@ import pytest
 import zmq
 
 from serl_transport import bundle, codec
-from serl_transport.codec import DEFAULT_LIMITS, Limits, join, pack, split, unpack
+from serl_transport.blob import join, split
+from serl_transport.codec import DEFAULT_LIMITS, Limits, pack, unpack
 from serl_transport.envelope import Envelope
 from serl_transport.errors import BadFrame, Refused, StorageFull, TooLarge, WireError
 from serl_transport.spool import DiskSpool

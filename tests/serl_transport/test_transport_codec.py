@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serl_transport import codec
-from serl_transport.codec import DTYPES, INLINE_BYTES, Limits, blob_crc32, buffer_of, join, pack, split, unpack
+from serl_transport.blob import blob_crc32, join, split
+from serl_transport.codec import DTYPES, INLINE_BYTES, Limits, buffer_of, pack, unpack
 from serl_transport.errors import BadFrame, TooLarge, WireError
 from serl_transport.files import write_buffers
 

@@ -13,7 +13,8 @@ import pytest
 from transport_samples import batch, spec
 
 from serl_transport import TrainerConfig
-from serl_transport.codec import Limits, join, pack, unpack
+from serl_transport.blob import join
+from serl_transport.codec import Limits, pack, unpack
 from serl_transport.dedup import SeenItems
 from serl_transport.errors import BadFrame, Refused, StorageFull, TooLarge
 from serl_transport.outbox import Ledger

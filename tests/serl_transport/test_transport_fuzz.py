@@ -17,7 +17,8 @@ from transport_samples import batch, spec
 from openpi_client import msgpack_numpy
 from serl_transport import bundle
 from serl_transport.allow_list import read_allow_list
-from serl_transport.codec import DEFAULT_LIMITS, join, pack, split, unpack
+from serl_transport.blob import join, split
+from serl_transport.codec import DEFAULT_LIMITS, pack, unpack
 from serl_transport.envelope import Envelope
 from serl_transport.errors import SpoolError, WireError
 from serl_transport.keys import KeyPair

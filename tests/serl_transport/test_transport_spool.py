@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from serl_transport.codec import join, split
+from serl_transport.blob import join, split
 from serl_transport.errors import SpoolBusy, SpoolError, SpoolFull
 from serl_transport.segment import HEAD_BYTES
 from serl_transport.spool import DiskSpool, ItemKey, MemorySpool, Spool, open_spool

@@ -1,6 +1,6 @@
 """What a journal record says: the task's spec, one accepted step batch, or the closing of an abandoned episode.
 
-The gateway encodes, everyone who replays the journal decodes. A payload is `codec.join([head, *frames])`: a msgpack
+The gateway encodes, everyone who replays the journal decodes. A payload is `blob.join([head, *frames])`: a msgpack
 head, and for a step batch the very frames the actor sent, so that a checksum of the one is a checksum of the other.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import msgpack
 
 from serl_launcher.replay.journal import JournalCorrupt
-from serl_transport import codec
+from serl_transport import blob, codec
 from serl_transport.errors import BadFrame, WireError
 from serl_transport.schema import StepBatch
 from serl_transport.specs import TaskSpec
@@ -61,12 +61,12 @@ class DataEntry:
     @property
     def crc32(self) -> int:
         """Of the joined frames: the same number that the actor's ledger holds for this item."""
-        return codec.blob_crc32(self.frames)
+        return blob.blob_crc32(self.frames)
 
     def payload(self) -> list[Any]:
         """The record's bytes, as buffers that are written one after the other: the frames are not copied."""
         head = {"kind": "data", "actor_id": self.actor_id, "boot_id": self.boot_id, "seq": self.seq}
-        return codec.join_parts([msgpack.packb(head), *self.frames])
+        return blob.join_parts([msgpack.packb(head), *self.frames])
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ Entry = SpecEntry | DataEntry | CloseEntry
 def decode_entry(payload: bytes, spec: TaskSpec) -> Entry:
     """The entry of a record. SpecChangedError when the journal is of another task than `spec`."""
     try:
-        head, *frames = codec.split(payload)
+        head, *frames = blob.split(payload)
         return _decode(msgpack.unpackb(head), frames, spec)
     except (WireError, KeyError, msgpack.UnpackException) as error:
         raise JournalCorrupt(f"a journal record of an unknown form: {error!r}") from error
@@ -111,4 +111,4 @@ def _decode(head: Mapping[str, Any], frames: codec.Frames, spec: TaskSpec) -> En
 
 
 def _blob(head: dict[str, Any], frames: Sequence[Any] = ()) -> bytes:
-    return codec.join([msgpack.packb(head), *frames])
+    return blob.join([msgpack.packb(head), *frames])

@@ -4,7 +4,7 @@
     outbox ◀── refusals ◀── [reply: which items were refused, and why] ◀── Gathering ◀── an answer for each item
 
 The frame: magic, number of items u32; per item its seq u64 and the length of its blob u64; then the blobs, each made by
-`codec.join`. Actor, boot and store are the envelope's, so they are the same for all items. What a small item costs is
+`blob.join`. Actor, boot and store are the envelope's, so they are the same for all items. What a small item costs is
 mostly its own message; what is larger than a bundle travels alone, as frames.
 """
 
@@ -14,7 +14,8 @@ from typing import Any
 
 import msgpack
 
-from serl_transport.codec import Frames, Limits, buffer_of, check_sizes, join_parts, nbytes
+from serl_transport.blob import join_parts
+from serl_transport.codec import Frames, Limits, buffer_of, check_sizes, nbytes
 from serl_transport.errors import BadFrame, TooLarge, WireError
 
 ITEMS = "items"  # the envelope's kind
@@ -38,7 +39,7 @@ def write(items: Sequence[tuple[int, Frames]]) -> bytes:
 
 
 def read(frames: Sequence[Any], limits: Limits) -> list[tuple[int, memoryview]]:
-    """`(seq, blob)` of each item; `codec.split` reads the blobs. BadFrame or TooLarge for all but `write`'s frame."""
+    """`(seq, blob)` of each item; `blob.split` reads the blobs. BadFrame or TooLarge for all but `write`'s frame."""
     check_sizes([b"", *frames], limits)
     if len(frames) != 1:
         raise BadFrame(f"a message of items has one frame, got {len(frames)}")

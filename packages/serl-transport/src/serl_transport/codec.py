@@ -3,13 +3,10 @@
 Client, server, spool and journal call this. A body is a nested dict of str keys with None, bool, int, float, str,
 bytes, lists, dicts and numpy arrays. `pack` gives frame 0, a msgpack header in which every array is a descriptor
 (dtype name, shape, frame index), and one frame of little-endian bytes per array; arrays up to 1 KiB lie in the header
-itself. `join` / `split` turn the frames
-into one blob and back, for files.
+itself. `blob.py` turns the frames into one blob and back, for files.
 """
 
 import math
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -56,8 +53,6 @@ _ARRAYS_SEEN: dict[bytes, tuple["_Layout", int]] = {}  # receiver, other arrays:
 _NUMBERS = [msgpack.packb(number) for number in range(128)]  # of frames, as a descriptor ends with them
 _extension = partial(tuple.__new__, msgpack.ExtType)  # without ExtType's checks of what is known here
 _Path = Any  # "body", or (path of the container, key or index)
-BLOB = struct.Struct("<4sI")  # magic, number of frames; then u64 lengths, then the frames, each padded to 8 bytes
-BLOB_MAGIC = b"SJB1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,31 +110,6 @@ def check_sizes(frames: Sequence[Any], limits: Limits = DEFAULT_LIMITS) -> None:
         raise TooLarge(f"a message of {sum(sizes)} bytes, the limit is {limits.total_bytes}")
 
 
-def join(frames: Sequence[Any]) -> bytes:
-    """One blob of `frames` for a file; every frame starts at a multiple of 8 bytes."""
-    return b"".join(join_parts(frames))
-
-
-def join_parts(frames: Sequence[Any]) -> list[Any]:
-    """The same blob as flat buffers to be written one after the other; frames are not copied."""
-    views = [buffer_of(frame) for frame in frames]
-    sizes = [view.nbytes for view in views]
-    parts: list[Any] = [BLOB.pack(BLOB_MAGIC, len(sizes)) + struct.pack(f"<{len(sizes)}Q", *sizes)]
-    for view, size in zip(views, sizes, strict=True):
-        parts.append(view)
-        if size % 8:
-            parts.append(bytes(-size % 8))
-    return parts
-
-
-def blob_crc32(frames: Sequence[Any]) -> int:
-    """crc32 of `join(frames)`, without joining them."""
-    crc = 0
-    for part in join_parts(frames):
-        crc = zlib.crc32(part, crc)
-    return crc
-
-
 def copied(frame: Any) -> Any:
     """A copy of `frame` that can be sent any number of times without another one.
 
@@ -148,29 +118,6 @@ def copied(frame: Any) -> Any:
     """
     view = buffer_of(frame)
     return zmq.Frame(view, copy=True) if view.nbytes <= SHARED_BYTES else np.array(view).data
-
-
-def split(buffer: Buffer) -> list[memoryview]:
-    """The frames of a blob made by `join`, as views. BadFrame when a single byte is missing or left over."""
-    blob = memoryview(buffer).cast("B")
-    if len(blob) < BLOB.size:
-        raise BadFrame(f"a blob of {len(blob)} bytes is shorter than its {BLOB.size} byte head")
-    magic, count = BLOB.unpack_from(blob)
-    if magic != BLOB_MAGIC:
-        raise BadFrame(f"a blob starts with {BLOB_MAGIC!r}, got {bytes(magic)!r}")
-    start = BLOB.size + 8 * count
-    if start > len(blob):
-        raise BadFrame(f"a blob of {len(blob)} bytes cannot hold the lengths of {count} frames")
-    frames = []
-    for size in struct.unpack_from(f"<{count}Q", blob, BLOB.size):
-        end = start + size + (-size % 8)
-        if end > len(blob):
-            raise BadFrame(f"a blob of {len(blob)} bytes ends inside frame {len(frames)}, which ends at {end}")
-        frames.append(blob[start : start + size])
-        start = end
-    if start != len(blob):
-        raise BadFrame(f"{len(blob) - start} bytes after a blob's last frame")
-    return frames
 
 
 def buffer_of(frame: Any) -> memoryview:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from serl_transport import bundle
-from serl_transport.codec import Frames, blob_crc32, nbytes, unpack
+from serl_transport.blob import blob_crc32
+from serl_transport.codec import Frames, nbytes, unpack
 from serl_transport.errors import (
     Corrupt,
     Internal,
@@ -52,7 +53,7 @@ _RETRIED = (
 class Ledger:
     """Every acknowledged item as a JSON line, on disk before the spool forgets it; a line may repeat after a kill.
 
-    `{boot, seq, crc32, episode_id, first_tick, n}`; crc32 is of `codec.join(body frames)`, which is what the learner
+    `{boot, seq, crc32, episode_id, first_tick, n}`; crc32 is of `blob.join(body frames)`, which is what the learner
     journals. The fault tests compare it with what the learner holds.
     """
 

@@ -21,7 +21,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from serl_transport.codec import Frames, join_parts, split
+from serl_transport.blob import join_parts, split
+from serl_transport.codec import Frames
 from serl_transport.errors import BadFrame, NotReady, Refused
 from serl_transport.params_file import from_file, room_in
 from serl_transport.pieces import split_pieces
@@ -50,7 +51,7 @@ class Published:
     """One version of the parameters, as a client gets it."""
 
     version: int  # 1, 2, 3 ...
-    blob: bytes | memoryview  # `codec.join(codec.pack({"params": ...}))`, or a safetensors file
+    blob: bytes | memoryview  # `blob.join(codec.pack({"params": ...}))`, or a safetensors file
     sha256: str | None  # of the blob; None: its publisher gave none
     chunks: int = field(default=0, compare=False)  # in which it came over the wire; 0: it did not
 

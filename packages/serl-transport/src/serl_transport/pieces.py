@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from serl_transport.codec import BLOB, Frames, split
+from serl_transport.blob import BLOB, split
+from serl_transport.codec import Frames
 
 
 def split_pieces(parts: Sequence[np.ndarray]) -> Frames:
-    """The frames of a blob made by `codec.join`, from its parts uint8[k] in order; BadFrame as `codec.split`.
+    """The frames of a blob made by `blob.join`, from its parts uint8[k] in order; BadFrame as `blob.split`.
 
     A frame that lies within one part is a view of it; others are copied together.
     """

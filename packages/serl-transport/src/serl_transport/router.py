@@ -19,7 +19,8 @@ import msgpack
 import zmq
 
 from serl_transport import auth, bundle
-from serl_transport.codec import DEFAULT_LIMITS, Frames, Limits, check_sizes, pack, split, unpack
+from serl_transport.blob import split
+from serl_transport.codec import DEFAULT_LIMITS, Frames, Limits, check_sizes, pack, unpack
 from serl_transport.envelope import PROTOCOL, REPLY, Envelope
 from serl_transport.errors import (
     BadFrame,

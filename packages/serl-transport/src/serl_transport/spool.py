@@ -21,7 +21,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
-from serl_transport.codec import Frames, copied, join, join_parts, nbytes, split
+from serl_transport.blob import join, join_parts, split
+from serl_transport.codec import Frames, copied, nbytes
 from serl_transport.errors import SpoolBusy, SpoolError, SpoolFull
 from serl_transport.segment import HEAD_BYTES, Segment, record_bytes
 
