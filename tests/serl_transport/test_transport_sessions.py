@@ -10,6 +10,7 @@ import time
 import pytest
 
 from serl_transport.errors import NotReady, Refused
+from serl_transport.router import Peer
 from serl_transport.sessions import GONE_S, Sessions
 
 ACTOR = """
@@ -161,3 +162,18 @@ def test_what_decides(monkeypatch):
     there[:] = [Rival("4", "", now[0])]
     with pytest.raises(NotReady):
         sessions.enter("a", "5", "", delivers=False)  # no session proves nothing
+
+
+def test_one_links_refusal_does_not_make_the_other_wait_anew(monkeypatch):
+    """Both links of a newcomer say hello every second; the rival is heard between, never between the two."""
+    now = 100.0
+    monkeypatch.setattr("serl_transport.sessions.time.monotonic", lambda: now)
+    rival = Peer(b"r", "robot", "older", last_seen=99.0, hello={})
+    sessions = Sessions(lambda name, boot: [rival], lambda address: True, lambda address: None)
+    for delivers in (True, False):
+        with pytest.raises(NotReady):
+            sessions.enter("robot", "newer", "s", delivers=delivers)
+    rival.last_seen, now = 100.5, 101.0
+    for delivers in (True, False):
+        with pytest.raises(Refused, match="another living process"):
+            sessions.enter("robot", "newer", "s", delivers=delivers)

@@ -287,6 +287,9 @@ class TrainerClient:
         start = time.monotonic()
         for link in (self._control, self._data):
             while not link.settled.wait(1.0 if forever else self.timeout_ms / 1e3):
+                for other in (self._control, self._data):
+                    if other.refused is not None:
+                        raise other.refused
                 waited = time.monotonic() - start
                 message = f"waiting for learner at {self._server} ({waited:.0f} s)"
                 if not forever:

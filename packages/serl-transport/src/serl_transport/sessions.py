@@ -48,7 +48,8 @@ class Sessions:
     ) -> None:
         self._rivals, self._is_connected, self._forget = rivals, is_connected, forget
         self._boots = Boots()
-        self._asked: OrderedDict[tuple[str, str], float] = OrderedDict()  # (name, boot) -> its first hello
+        # (name, boot, data link?) -> its first hello. Each link by itself: one refusal must not restart the other wait.
+        self._asked: OrderedDict[tuple[str, str, bool], float] = OrderedDict()
 
     def enter(self, name: str, boot: str, session: object, *, delivers: bool) -> bool:
         """Let that process in; False when it is retired and may only deliver (`delivers`: its data link).
@@ -67,21 +68,21 @@ class Sessions:
         for rival in rivals:
             same_spool = isinstance(session, str) and session and rival.hello.get("session") == session
             if not same_spool and self._is_connected(rival.address):
-                self._look(name, boot, rival)
-        self._asked.pop((name, boot), None)
+                self._look((name, boot, delivers), rival)
+        self._asked.pop((name, boot, delivers), None)
         for rival in rivals:
             self._forget(rival.address)
         self._boots.enter(name, boot)
         return True
 
-    def _look(self, name: str, boot: str, rival: Rival) -> None:
+    def _look(self, newcomer: tuple[str, str, bool], rival: Rival) -> None:
         """Raise unless the rival has been silent for GONE_S since the newcomer's first hello."""
-        now = time.monotonic()
-        asked = self._asked.setdefault((name, boot), now)
+        now, name = time.monotonic(), newcomer[0]
+        asked = self._asked.setdefault(newcomer, now)
         while len(self._asked) > _ASKING:
             self._asked.popitem(last=False)
         if rival.last_seen > asked:
-            del self._asked[name, boot]
+            del self._asked[newcomer]
             where = str(rival.hello.get("host") or "another host")[:80]
             raise Refused(
                 f"another living process speaks as {name!r} ({where}, heard {now - rival.last_seen:.1f} s ago): two "
