@@ -170,7 +170,7 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
         ("minutes", "success_rate", f"{kind} (evaluations left out)", "success without help"),
         ("env_steps", "recent_intervention_rate", "online control ticks", "share of the last 50 episodes with help"),
     )
-    figure, axes = plt.subplots(1, len(panels), figsize=(16, 4.5), layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(16, 5.5), layout="constrained")
     for number, label in enumerate(dict.fromkeys(map(label_of, rows))):
         for axis, (x, y, _, _) in zip(axes, panels, strict=True):
             curves = curves_of([r for r in rows if label_of(r) == label and r.get(y) is not None], x, y)
@@ -182,7 +182,8 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
     for axis, (_, _, xlabel, ylabel) in zip(axes, panels, strict=True):
         axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", fontsize="small")
     task, policies = rows[0]["task"], " and ".join(dict.fromkeys(row["policy"] for row in rows))
     figure.suptitle(f"{task}, {policies}: thick the median over seeds, thin each seed")
     figure.savefig(picture, dpi=110)
