@@ -119,7 +119,6 @@ class Lockstep:
         self._helped: list[bool] = []  # of each online episode: did the operator drive?
         self._ticks = {"demo": 0, "online": 0}
         self._evaluation_s = 0.0
-        self.accepted = 0
 
     def close(self) -> None:
         """Free the environment and the ring, stop the reward server."""

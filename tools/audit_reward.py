@@ -10,6 +10,7 @@ is never changed. Exit codes: 0 done, 2 a mistake of the user.
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from serl_launcher.replay.episodes import journal_episodes
-from serl_launcher.rewards.judging import balanced_accuracy, confusion, episode_score
+from serl_launcher.rewards.judging import balanced_accuracy, confusion, episode_score, verdict_at
 from serl_launcher.rewards.model import RewardClassifier, load
 from serl_transport.schema import Episode
 from serl_transport.specs import TaskSpec
@@ -35,6 +36,7 @@ class Row:
     source: str  # environment | human | classifier | relabelled
     score: float  # highest threshold at which the classifier says success
     said: bool  # its verdict
+    early: int | None  # observations between the verdict and the recorded end; None without one
 
     @property
     def verdict(self) -> str:
@@ -59,6 +61,7 @@ def _row(ordinal: int, episode: Episode, model: RewardClassifier, relabel: dict[
     said = model.probabilities(images, episode.arrays["observation.state"])
     # What the actor would have seen: observations after an action, so not the first one.
     score = episode_score(said[1:, -1], model.card.patience)
+    at = verdict_at(said[1:, -1], model.card.threshold, model.card.patience)
     known = relabel.get(episode.info.episode_id)
     return Row(
         ordinal,
@@ -68,6 +71,7 @@ def _row(ordinal: int, episode: Episode, model: RewardClassifier, relabel: dict[
         source=episode.outcome.success_source if known is None else "relabelled",
         score=round(score, 4),
         said=score >= model.card.threshold,
+        early=None if at is None else len(said) - 2 - at,
     )
 
 
@@ -106,6 +110,10 @@ def show(rows: list[Row]) -> None:
     print(f"  {len(rows)} episodes: {counts[1, 1]} successes and {counts[0, 0]} failures agreed on,")
     print(f"  {counts[0, 1]} false positives, {counts[1, 0]} false negatives,")
     print(f"  balanced accuracy {balanced_accuracy(counts):.3f}")
+    early = [row.early for row in rows if row.recorded and row.early is not None]
+    if early:
+        median, worst = statistics.median(early), max(early)
+        print(f"  verdicts on successes: {median:g} observations before the end (median), {worst} at worst")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Python writes a module's bytecode at its first import. The roles of a run start together, and each would compile the
 same libraries beside the others; where PYTHONDONTWRITEBYTECODE is set, at every start anew (20 s of CPU for the policy
-libraries). Only what is imported is compiled: a tenth of the environment's files. A failing import is an environment
+libraries). Only what is imported is compiled: a quarter of the environment's files. A failing import is an environment
 that does not work, and ends this with its traceback.
 
     python tools/compile_imports.py learner|actor

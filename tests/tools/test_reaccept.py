@@ -9,6 +9,7 @@ import reaccept
 from omegaconf import OmegaConf
 from run_samples import SPEC, entries, episode, write_journal
 
+from serl_launcher.replay.episodes import journal_episodes
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, save
 
 
@@ -61,6 +62,8 @@ def test_the_audit_counts_both_kinds_of_error_and_takes_a_persons_word(run, caps
         True,
         "environment",
     )
+    ticks = {episode.info.episode_id: episode.n for _, episode in journal_episodes(run, SPEC)}
+    assert {name: row["early"] for name, row in rows.items()} == {name: n - 1 for name, n in ticks.items()}
     assert np.isfinite([row["score"] for row in rows.values()]).all()
     (run / "labels.json").write_text(json.dumps({"g": True}))
     assert audit_reward.main([str(run), "--relabel", str(run / "labels.json")]) == 2

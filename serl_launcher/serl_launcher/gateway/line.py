@@ -15,7 +15,6 @@ import contextlib
 import logging
 import os
 import socket
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,11 +26,9 @@ from serl_transport.envelope import Envelope
 from serl_transport.errors import BadFrame, WireError
 from serl_transport.loop import EventLoop
 from serl_transport.packer import packb
+from serl_transport.same_host import LABEL_BYTES, MOST_BYTES, peer_of, receive_datagram
 
 log = logging.getLogger("gateway")
-MOST_BYTES = 64 << 10
-LABEL_BYTES = 4 << 10  # for what a message has beside its frames
-_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 OnMessage = Callable[[Envelope, codec.Frames], None]
 
 
@@ -76,16 +73,11 @@ class Line:
 
     def receive(self) -> tuple[Envelope, codec.Frames] | None:
         """The next message, None when there is none. EOFError when the other end has gone, WireError for nonsense."""
-        try:
-            size = self._socket.recv_into(self._buffer)
-        except BlockingIOError:
+        message = receive_datagram(self._socket, self._buffer)
+        if message is None:
             return None
-        except OSError:
-            size = 0
-        if not size:
-            raise EOFError
         try:
-            kind, actor, seq, request_id, target, error, frames = msgpack.unpackb(self._buffer[:size])
+            kind, actor, seq, request_id, target, error, frames = msgpack.unpackb(message)
             error = None if error is None else (str(error[0]), str(error[1]))
         except Exception as problem:  # msgpack raises a zoo of types
             raise BadFrame(f"a message of the line is a list of seven: {type(problem).__name__}") from None
@@ -126,8 +118,7 @@ class LineDesk:
 
     def _accept(self) -> None:
         connection, _ = self._listener.accept()
-        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid, uid, _ = _CREDENTIALS.unpack(raw)
+        pid, uid = peer_of(connection)
         if uid != os.getuid():
             connection.close()
             return

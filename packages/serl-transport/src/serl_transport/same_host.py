@@ -51,6 +51,19 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
     return _CREDENTIALS.unpack(raw)[:2]
 
 
+def receive_datagram(connection: socket.socket, buffer: memoryview, flags: int = 0) -> memoryview | None:
+    """The next datagram, a part of `buffer`; None when none is there. EOFError when the other end has gone."""
+    try:
+        size = connection.recv_into(buffer, 0, flags)
+    except BlockingIOError:
+        return None
+    except OSError:
+        size = 0
+    if not size:
+        raise EOFError
+    return buffer[:size]
+
+
 def place(frames: Frames, memory: memoryview, start: int, room: int) -> list[Any] | None:
     """Copy all frames but the header into `memory`; the note that says where, None when they do not fit into `room`."""
     sizes = list(map(nbytes, frames))
@@ -182,16 +195,11 @@ class AskLine:
         return True
 
     def _receive(self, flags: int) -> LineReply | None:
-        try:
-            size = self._socket.recv_into(self._buffer, 0, flags)
-        except BlockingIOError:
+        message = receive_datagram(self._socket, self._buffer, flags)
+        if message is None:
             return None
-        except OSError:
-            size = 0
-        if not size:
-            raise EOFError
         try:
-            return self._read(self._buffer[:size])
+            return self._read(message)
         except Exception as problem:  # msgpack raises a zoo of types
             log.error("an answer on this host's line is [request id, error, note, frames]: %r", problem)
             raise EOFError from None
