@@ -37,7 +37,8 @@ class SACAgent(FlowAgent):
     per actor step. behaviour_weight: λ. normalise_q: divide Q by its mean size in the actor's loss, so that λ and α
     mean the same on every task (TD3+BC). imitation_weight: of flow matching on accepted chunks in every online step,
     backbone included. target_std: the σ at which the path entropy has its target. backup_entropy: subtract α log p in
-    the target. cal_ql_weight: 0 leaves the term out. q_limit: |Q| beyond it stops training.
+    the target. cal_ql_weight: 0 leaves the term out. return_bound: what an episode went on to bring is the least that a
+    target may be. q_limit: |Q| beyond it stops training.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class SACAgent(FlowAgent):
         backup_entropy: bool = False,
         cal_ql_weight: float = 0.0,
         cal_ql_samples: int = 2,
+        return_bound: bool = False,
         q_limit: float = 1e3,
     ) -> None:
         super().__init__()
@@ -81,6 +83,7 @@ class SACAgent(FlowAgent):
         self.imitation_weight, self.noise_samples = imitation_weight, noise_samples
         self.backup_entropy, self.q_limit = backup_entropy, q_limit
         self.cal_ql_weight, self.cal_ql_samples = cal_ql_weight, cal_ql_samples
+        self.return_bound = return_bound
         self.critic = ChunkCritic(feature_dim, horizon, policy.robot_dim, critics, widths)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.noise_scale = NoiseScale(feature_dim, flow_steps, policy.robot_dim, init_std, min_std, max_std)
@@ -213,7 +216,8 @@ class SACAgent(FlowAgent):
         reward, discount, bootstrap = (
             torch.as_tensor(x, device=device) for x in (batch.reward, batch.discount, batch.bootstrap)
         )
-        return chunk_target(reward, discount, bootstrap, value)
+        target = chunk_target(reward, discount, bootstrap, value)
+        return torch.maximum(target, torch.as_tensor(batch.to_go, device=device)) if self.return_bound else target
 
     def conservative_gap(self, batch: TransitionBatch, prefix: Prefix, features: Tensor, q: Tensor) -> Tensor:
         """Cal-QL's term over `cal_ql_samples` chunks of the policy and as many uniform ones."""
