@@ -14,6 +14,7 @@ import mujoco
 import numpy as np
 
 from serl_robot_infra.envs.base import StepResult
+from serl_robot_infra.envs.metaworld_box_close import BoxCloseScript
 from serl_robot_infra.envs.rendering import make_renderer
 from serl_transport.schema import Observation
 from serl_transport.specs import TaskSpec
@@ -66,6 +67,7 @@ class MetaWorldEnv:
         goal_in_state: bool = False,
     ):
         self._env, self._policy_class = _build(task)
+        self._task = task
         self._model, self._data = self._env.model, self._env.data
         self._cameras = {camera: self._find_camera(camera) for camera in cameras}
         self._renderer = make_renderer(self._model, image_size, image_size, renderer) if cameras else None
@@ -107,8 +109,9 @@ class MetaWorldEnv:
         return self._env._get_obs()
 
     def expert(self) -> "MetaWorldExpert":
-        """Meta-World's scripted policy for this task."""
-        return MetaWorldExpert(self, self._policy_class())
+        """Meta-World's scripted policy for this task, or a better one of ours."""
+        ours = self._task == "box-close-v3"
+        return MetaWorldExpert(self, BoxCloseScript(self._repeat) if ours else self._policy_class())
 
     def reset(self, seed: int, *, actuator_noise: float = 0.0) -> Observation:
         """Begin the episode that `seed` names; see `envs.base.Environment.reset`."""
@@ -169,7 +172,7 @@ class MetaWorldEnv:
 
 
 class MetaWorldExpert:
-    """Answers `envs.base.Expert` with a scripted policy of Meta-World; these have no memory."""
+    """Answers `envs.base.Expert` with a scripted policy as Meta-World has them; these have no memory."""
 
     def __init__(self, env: MetaWorldEnv, policy: Any):
         self._env = env
