@@ -75,6 +75,16 @@ def test_the_operator_demonstrates_and_takes_over(env, cfg):
     assert successes == [True] * 4
 
 
+def test_the_operator_of_box_close_always_gets_the_lid_on():
+    env = MetaWorldEnv("box-close-v3", "put the lid on the box", cameras=(), repeat=2, max_ticks=60)
+    for seed in range(30):
+        env.reset(seed)
+        expert = env.expert()
+        while not ((result := env.step(expert.act())).terminated or result.truncated):
+            pass
+        assert result.success, seed
+
+
 def test_actions_are_metres_per_tick_and_nothing_is_solved_by_itself(env):
     before = env.reset(0).state
     limit = env.spec.action_high[0]
