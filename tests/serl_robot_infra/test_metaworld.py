@@ -18,7 +18,7 @@ from serl_robot_infra.wiring import build_env, build_operator
 from serl_transport.specs import TaskSpec
 
 
-@pytest.fixture(scope="module", params=["metaworld", "metaworld_box_close"])
+@pytest.fixture(scope="module", params=["metaworld", "metaworld_box_close", "metaworld_pick_place"])
 def cfg(request):
     return load_config(
         [f"task={request.param}", "task.env.image_size=32", "task.spec.cameras={front:[32,32],wrist:[32,32]}"]
@@ -75,8 +75,9 @@ def test_the_operator_demonstrates_and_takes_over(env, cfg):
     assert successes == [True] * 4
 
 
-def test_the_operator_of_box_close_always_gets_the_lid_on():
-    env = MetaWorldEnv("box-close-v3", "put the lid on the box", cameras=(), repeat=2, max_ticks=60)
+@pytest.mark.parametrize(("task", "repeat"), [("box-close-v3", 2), ("pick-place-v3", 4)])
+def test_the_carrying_operator_always_gets_there(task, repeat):
+    env = MetaWorldEnv(task, "carry it", cameras=(), repeat=repeat, max_ticks=60)
     for seed in range(30):
         env.reset(seed)
         expert = env.expert()

@@ -14,7 +14,8 @@ import mujoco
 import numpy as np
 
 from serl_robot_infra.envs.base import StepResult
-from serl_robot_infra.envs.metaworld_box_close import BoxCloseScript
+from serl_robot_infra.envs.metaworld_carry import TASKS as CARRIED
+from serl_robot_infra.envs.metaworld_carry import CarryScript
 from serl_robot_infra.envs.rendering import make_renderer
 from serl_transport.schema import Observation
 from serl_transport.specs import TaskSpec
@@ -110,8 +111,8 @@ class MetaWorldEnv:
 
     def expert(self) -> "MetaWorldExpert":
         """Meta-World's scripted policy for this task, or a better one of ours."""
-        ours = self._task == "box-close-v3"
-        return MetaWorldExpert(self, BoxCloseScript(self._repeat) if ours else self._policy_class())
+        carry = CARRIED.get(self._task)
+        return MetaWorldExpert(self, CarryScript(carry, self._repeat) if carry else self._policy_class())
 
     def reset(self, seed: int, *, actuator_noise: float = 0.0) -> Observation:
         """Begin the episode that `seed` names; see `envs.base.Environment.reset`."""
