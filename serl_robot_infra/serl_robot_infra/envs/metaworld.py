@@ -109,10 +109,20 @@ class MetaWorldEnv:
         """float64[39], Meta-World's own observation: hand, gripper, objects, all of it one step ago, goal."""
         return self._env._get_obs()
 
+    @property
+    def has_own_operator(self) -> bool:
+        """Whether `expert` is ours instead of Meta-World's."""
+        return self._task in CARRIED
+
     def expert(self) -> "MetaWorldExpert":
-        """Meta-World's scripted policy for this task, or a better one of ours."""
-        carry = CARRIED.get(self._task)
-        return MetaWorldExpert(self, CarryScript(carry, self._repeat) if carry else self._policy_class())
+        """The scripted operator of this task: ours where there is one."""
+        if self.has_own_operator:
+            return MetaWorldExpert(self, CarryScript(CARRIED[self._task], self._repeat))
+        return self.script()
+
+    def script(self) -> "MetaWorldExpert":
+        """Meta-World's own scripted policy."""
+        return MetaWorldExpert(self, self._policy_class())
 
     def reset(self, seed: int, *, actuator_noise: float = 0.0) -> Observation:
         """Begin the episode that `seed` names; see `envs.base.Environment.reset`."""
