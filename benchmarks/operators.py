@@ -3,8 +3,8 @@
     python benchmarks/operators.py box-close-v3 pick-place-v3
     python benchmarks/operators.py assembly-v3 --repeat 4 --episodes 30
 
-One JSON row for each task, operator (ours, where there is one, and Meta-World's own) and condition: from the start, from
-there under the disturbance of demonstrations, and from where 1.5 s of wandering have led, half of the time it has.
+One JSON row for each task, operator (ours, where there is one, and Meta-World's own) and condition: from the start,
+from there under the disturbance of demonstrations, and from where 1.5 s of wandering have led, half of the time it has.
 """
 
 import argparse
