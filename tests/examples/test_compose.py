@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
     ("override", "message"),
     [
         ("algo=reject_samplng_pi0", "did you mean 'reject_sampling_pi0'"),
-        ("task=zzz", "no task is called 'zzz'; there are metaworld, metaworld_box_close, pick, "),
+        ("task=zzz", "no task is called 'zzz'; there are metaworld, metaworld_box_close, metaworld_pick_place, pick, "),
         ("prt=1", "unknown key 'prt' in 'prt=1'; did you mean 'port'"),
         ("broadcastport=1", "did you mean 'broadcast_port'?"),
         ("rollout.mod=demo", "did you mean 'rollout.mode'"),
