@@ -1,4 +1,4 @@
-"""How good the scripted operators of Meta-World's tasks are: a policy gets no better than the one who corrects it.
+"""How good the scripted operators of Meta-World's tasks are: a policy learns from the one who corrects it.
 
     python benchmarks/operators.py box-close-v3 pick-place-v3
     python benchmarks/operators.py assembly-v3 --repeat 4 --episodes 30

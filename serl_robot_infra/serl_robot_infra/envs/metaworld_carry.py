@@ -2,8 +2,8 @@
 
 Meta-World's own scripts solve these tasks from the start, but not from wherever a policy has got to: they close the
 gripper before it is down and then stand on the handle, or chase the thing that they hold when it has slipped by a
-centimetre. A policy cannot be taught to do better than the operator who corrects it, so this one comes in open, grips,
-and then steers the thing rather than the hand. docs/LOG.md has the rates of both.
+centimetre. What the operator cannot correct no policy is taught, so this one comes in open, grips, and then steers the
+thing rather than the hand. benchmarks/operators.py prints the rates of both.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import numpy as np
 
 GAIN = 25.0  # as in Meta-World's scripts: share of the largest move per metre of error, at one step a tick
 RESTING = 0.035  # a thing whose centre is above this is lifted, metres
+LIFT = 0.25  # height that the hand makes for until the thing is clear, metres
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,5 +67,5 @@ class CarryScript:
         if thing[2] <= RESTING and opening > task.gripped:
             return hand, 1.0
         if thing[2] < task.clear:
-            return np.array([*hand[:2], 0.25]), 1.0
+            return np.array([*hand[:2], LIFT]), 1.0
         return goal - offset, 1.0  # the thing, wherever in the grip it is, to the goal
