@@ -79,5 +79,6 @@ def random_transitions(b: int = 6, horizon: int = 2, seed: int = 0) -> Transitio
         next_images=random_batch(b, seed + 1).images,
         next_state=rng.uniform(0, 1, (b, 3)).astype(np.float32),
         to_go=np.ones(b, np.float32),
+        floor=np.where(np.arange(b) % 3 == 0, 1, -np.inf).astype(np.float32),
         demo=np.arange(b) % 2 == 0,
     )

@@ -58,6 +58,7 @@ def transitions(state, action, reward, next_state, discount, bootstrap) -> Trans
         next_images={},
         next_state=np.asarray(next_state, np.float32),
         to_go=np.asarray(reward, np.float32),
+        floor=np.asarray(reward, np.float32),
         demo=np.zeros(b, bool),
     )
 

@@ -38,7 +38,7 @@ class SACAgent(FlowAgent):
     mean the same on every task (TD3+BC). imitation_weight: of flow matching on accepted chunks in every online step,
     backbone included. target_std: the σ at which the path entropy has its target. backup_entropy: subtract α log p in
     the target. cal_ql_weight: 0 leaves the term out. return_bound: what an episode went on to bring is the least that a
-    target may be. q_limit: |Q| beyond it stops training.
+    target may be (`TransitionBatch.floor`). q_limit: |Q| beyond it stops training.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class SACAgent(FlowAgent):
             torch.as_tensor(x, device=device) for x in (batch.reward, batch.discount, batch.bootstrap)
         )
         target = chunk_target(reward, discount, bootstrap, value)
-        return torch.maximum(target, torch.as_tensor(batch.to_go, device=device)) if self.return_bound else target
+        return torch.maximum(target, torch.as_tensor(batch.floor, device=device)) if self.return_bound else target
 
     def conservative_gap(self, batch: TransitionBatch, prefix: Prefix, features: Tensor, q: Tensor) -> Tensor:
         """Cal-QL's term over `cal_ql_samples` chunks of the policy and as many uniform ones."""

@@ -36,6 +36,7 @@ class TransitionBatch:
     next_images: dict[str, np.ndarray]  # camera -> uint8[b, h, w, 3], at the chunk's end
     next_state: np.ndarray  # float32[b, s]
     to_go: np.ndarray  # float32[b], Σ γ^i r to the episode's end (Cal-QL's reference)
+    floor: np.ndarray  # float32[b], the least that the best value can be; −inf where that is not known
     demo: np.ndarray  # bool[b], from a demonstration
 
     def __len__(self) -> int:
@@ -52,6 +53,7 @@ class ChunkIndex:
     reward: np.ndarray  # float32[n]
     bootstrap: np.ndarray  # bool[n]
     to_go: np.ndarray  # float32[n]
+    terminated: np.ndarray  # bool[n], the episode did, at its last tick; False where a time limit or a cut ended it
 
     def __len__(self) -> int:
         return len(self.start)
@@ -66,7 +68,7 @@ class ChunkIndex:
 
     @classmethod
     def empty(cls) -> ChunkIndex:
-        dtypes = (np.int64, np.int64, np.int64, np.float32, bool, np.float32)
+        dtypes = (np.int64, np.int64, np.int64, np.float32, bool, np.float32, bool)
         return cls(*(np.zeros(0, dtype) for dtype in dtypes))
 
 
@@ -97,6 +99,7 @@ def index_episode(first_frame: int, reward: np.ndarray, done: np.ndarray, horizo
         reward=discounted.astype(np.float32),
         bootstrap=~done[ticks + length - 1],
         to_go=to_go.astype(np.float32),
+        terminated=np.full(n, done.any()),
     )
 
 
@@ -187,6 +190,13 @@ class TransitionView:
             return b if demo else 0
         return round(b * self.demo_share)
 
+    def _bounds(self, index: ChunkIndex) -> np.ndarray:
+        """bool[n]: is the return that followed a lower bound of the best value?
+
+        What came after a cut is not known, and is worth less than nothing only where a reward can be negative.
+        """
+        return index.terminated | (self.reward_range[0] >= 0)
+
     def _gather(self, index: ChunkIndex, n_demo: int) -> TransitionBatch:
         steps = np.arange(self.horizon)
         frames = np.minimum(index.start[:, None] + steps, index.last[:, None])
@@ -206,5 +216,6 @@ class TransitionView:
             next_images={camera: after[key] for camera, key in self._cameras.items()},
             next_state=after["observation.state"],
             to_go=index.to_go,
+            floor=np.where(self._bounds(index), index.to_go, np.float32(-np.inf)),
             demo=np.arange(len(index)) < n_demo,
         )

@@ -256,10 +256,10 @@ def test_cal_ql_lowers_values_of_unseen_actions():
 
 def test_a_target_is_at_least_the_return_that_followed():
     state, action = np.zeros((3, 1), np.float32), np.zeros((3, 1, 1), np.float32)
-    # No bootstrap, so the target is the reward; then 0, 0.7 and 0.2 came of it.
-    batch = transitions(state, action, np.array([0.5, 0.5, 0.5]), state, np.ones(3), np.zeros(3))
-    batch = replace(batch, to_go=np.array([0.0, 0.7, 0.2], np.float32))
-    for bound, expected in ((False, [0.5, 0.5, 0.5]), (True, [0.5, 0.7, 0.5])):
+    # No bootstrap, so the target is the reward; then 0, 0.7 and what a cut left unknown came of it.
+    batch = transitions(state, action, np.array([0.5, 0.5, -0.5]), state, np.ones(3), np.zeros(3))
+    batch = replace(batch, floor=np.array([0.0, 0.7, -np.inf], np.float32))
+    for bound, expected in ((False, [0.5, 0.5, -0.5]), (True, [0.5, 0.7, -0.5])):
         target = make_agent(return_bound=bound).backup(batch, torch.device("cpu"))
         assert target.tolist() == pytest.approx(expected)
 

@@ -106,6 +106,22 @@ def test_returns_to_go_by_hand():
     assert index.to_go.tolist() == [1.5, 3.0, 2.0, 4.0]
 
 
+def test_a_cut_episode_bounds_nothing_once_a_reward_was_negative(ring):
+    view = TransitionView(SPEC, 2, 0.5)
+    view.attach(RingReader(ring.path))
+
+    def floors():
+        view.refresh()
+        return {start: float(batch.floor[i]) for start, (batch, i) in by_start(view).items()}
+
+    ring.append(0, "online", False, arrays(3, 10, "truncated", [0, 0, 2]))
+    assert floors() == {10: 0.5, 11: 1.0, 12: 2.0}
+    # -1 + 0.5·(-1 + 0.5·4) = -0.5, -1 + 0.5·4 = 1, 4: it terminated, so nothing came after.
+    ring.append(1, "online", True, arrays(3, 20, "done", [-1, -1, 4]))
+    cut = {10: -np.inf, 11: -np.inf, 12: -np.inf}
+    assert floors() == cut | {20: -0.5, 21: 1.0, 22: 4.0}
+
+
 def test_half_of_a_batch_is_demonstrations_while_there_are_both(ring):
     ring.append(0, "demo", True, arrays(3, 10))
     view = TransitionView(SPEC, 2, 0.9, demo_share=0.5)
