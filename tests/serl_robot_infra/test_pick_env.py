@@ -136,6 +136,13 @@ def test_doing_nothing_is_truncated_after_60_ticks(blind):
     assert not any(r.terminated or r.success for r in results)
 
 
+def test_an_episode_is_as_long_as_asked():
+    env = PickEnv(cameras=(), max_ticks=3)
+    env.reset(0)
+    assert [env.step(np.zeros(4)).truncated for _ in range(3)] == [False, False, True]
+    assert env.spec.max_ticks == 3
+
+
 def test_a_cube_out_of_reach_is_a_failure_that_terminates(blind):
     blind.reset(3)
     blind._data.qpos[5:7] = [0.29, 0.0]

@@ -39,6 +39,7 @@ class PickEnv:
         renderer: `auto`, `egl`, `osmesa` or `ray` (see `envs.rendering`).
         actuator_noise: default of `reset`'s argument of that name.
         prompt: the language instruction.
+        max_ticks: length of an episode without success, ticks of 0.1 s.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class PickEnv:
         renderer: str = "auto",
         actuator_noise: float = 0.0,
         prompt: str = "pick up the red cube",
+        max_ticks: int = 60,
     ):
         self._model = mujoco.MjModel.from_xml_string(SCENE)
         self._data = mujoco.MjData(self._model)
@@ -71,7 +73,7 @@ class PickEnv:
             action_low=(-STEP_LIMIT, -STEP_LIMIT, -STEP_LIMIT, -1.0),
             action_high=(STEP_LIMIT, STEP_LIMIT, STEP_LIMIT, 1.0),
             control_hz=10.0,
-            max_ticks=60,
+            max_ticks=max_ticks,
         )
         self._low = np.asarray(self._spec.action_low)
         self._high = np.asarray(self._spec.action_high)
