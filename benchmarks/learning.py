@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +64,14 @@ def words_of(variant: str, task: str, policy: str, seed: int, extra: Sequence[st
 def one(variant: str, task: str, policy: str, seed: int, extra: Sequence[str]) -> None:
     """Run it here; rows go to stdout as they come."""
     from compose import load_config
-    from lockstep import Budget, run
+    from lockstep import budget_of, run
 
-    words = words_of(variant, task, policy, seed, extra)
-    own = dict(word.removeprefix("budget.").split("=", 1) for word in words if word.startswith("budget."))
-    kinds = {field.name: type(field.default) for field in fields(Budget)}
-    if unknown := sorted(set(own) - set(kinds)):
-        raise SystemExit(f"learning.py: no budget.{unknown[0]}; there are {', '.join(kinds)}")
-    budget = Budget(**{key: kinds[key](value) for key, value in own.items()})
+    budget, words = budget_of(words_of(variant, task, policy, seed, extra))
     head = {"algo": variant, "policy": policy, "task": task, "seed": seed, "words": list(extra)}
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="flowserl-learning-") as folder:
         settings = [f"runs_dir={folder}", "run=learning", "telemetry.tensorboard=false", "serving.device=cpu"]
-        cfg = load_config([*(w for w in words if not w.startswith("budget.")), *settings])
+        cfg = load_config([*words, *settings])
         for what, point in run(cfg, budget):
             wall = {"wall_minutes": round((time.monotonic() - started) / 60, 2)}
             print(json.dumps(head | {"point": what} | point.row() | wall), flush=True)

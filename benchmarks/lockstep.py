@@ -13,8 +13,8 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,16 @@ class Budget:
     eval_episodes: int = 60  # of the evaluation before and after, on seeds that training never draws
     curve_every: int = 1500  # ticks between the points of the curve; 0: none
     curve_episodes: int = 30  # of each point, on other seeds than the evaluation's
+
+
+def budget_of(words: Sequence[str]) -> tuple[Budget, list[str]]:
+    """What `budget.<field>=<value>` among the words say, and the other words. SystemExit names an unknown field."""
+    own = dict(word.removeprefix("budget.").split("=", 1) for word in words if word.startswith("budget."))
+    kinds = {field.name: type(field.default) for field in fields(Budget)}
+    if unknown := sorted(set(own) - set(kinds)):
+        raise SystemExit(f"no budget.{unknown[0]}; there are {', '.join(kinds)}")
+    budget = Budget(**{key: kinds[key](value) for key, value in own.items()})
+    return budget, [word for word in words if not word.startswith("budget.")]
 
 
 @dataclass(frozen=True, slots=True)

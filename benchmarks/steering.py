@@ -1,0 +1,127 @@
+"""How far a cloned flow can be steered by its noise: the most that noise-space SAC (DSRL) could make of it.
+
+    python benchmarks/steering.py budget.demos=30 budget.clone_steps=1500
+
+Clones demonstrations in lock step (benchmarks/lockstep.py), then acts without learning anything: of n chunks, each from
+a noise of its own, the one whose first actions are nearest to the scripted expert's is executed. One JSON row for each
+n and for each way to draw a noise: for every tick of the chunk (`per_step`), or one for all of them (`tiled`).
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+
+from compose import load_config  # noqa: E402
+from lockstep import FIRST_EVAL_SEED, Lockstep, budget_of  # noqa: E402
+
+from serl_launcher.policies.base import FlowPolicy, PolicyInput, sample  # noqa: E402
+from serl_robot_infra.evaluation import wilson  # noqa: E402
+from serl_robot_infra.wiring import build_env  # noqa: E402
+from serl_transport.schema import Observation  # noqa: E402
+
+COMPARED = 2  # first actions of a chunk that are compared with the expert's next one
+
+
+@torch.inference_mode()
+def chunks(
+    policy: FlowPolicy, observation: Observation, prompt: str, noise: Tensor, flow_steps: int
+) -> tuple[Tensor, np.ndarray]:
+    """Normalised float32[n, ah, ad] and physical float32[n, ah, robot dims], one a noise float32[n, ah, ad]."""
+    images = {camera: image[None] for camera, image in observation.images.items()}
+    prefix = policy.encode(PolicyInput(images=images, state=observation.state[None], prompts=[prompt]))
+    made = sample(policy, prefix.repeat(len(noise)), noise, flow_steps)
+    return made, policy.physical_actions(made).float().numpy()
+
+
+def nearest(made: Tensor, goal: Tensor, robot_dim: int) -> int:
+    """Which of float32[n, ah, ad] begins nearest to the action float32[1, 1, ad]."""
+    return int((made - goal)[:, :COMPARED, :robot_dim].square().sum((1, 2)).argmin())
+
+
+def success(env, choose: Callable[[Observation, np.ndarray], np.ndarray], horizon: int, seed: int) -> bool:
+    """One episode; choose: observation and the expert's action -> the chunk float32[ah, ad] to execute."""
+    observation, expert = env.reset(seed), env.expert()
+    while True:
+        wanted = expert.act()
+        expert.reset()
+        for action in choose(observation, wanted)[:horizon]:
+            result = env.step(action)
+            observation = result.observation
+            if result.terminated or result.truncated:
+                return bool(result.success)
+
+
+def whole_numbers(text: str) -> list[int]:
+    """`1,8` -> [1, 8]."""
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--episodes", type=int, default=60)
+    parser.add_argument("--best-of", type=whole_numbers, default="1,8,64", help="n, with commas between")
+    parser.add_argument("words", nargs="*", help="overrides of the config, and budget.<field>=<value>")
+    args = parser.parse_args()
+    budget, words = budget_of(["algo=sft_pi0", *args.words])
+    with tempfile.TemporaryDirectory(prefix="flowserl-steering-") as folder:
+        settings = [f"runs_dir={folder}", "run=steering", "telemetry.tensorboard=false", "serving.device=cpu"]
+        cfg = load_config([*words, *settings])
+        run = Lockstep(cfg, budget)
+        try:
+            measure(run, args)
+        finally:
+            run.close()
+
+
+def measure(run: Lockstep, args: argparse.Namespace) -> None:
+    """Clone, then a row for each variant and n."""
+    run.demonstrate()
+    run.trainer.learner.begin_stage("train")
+    run.train("clone", "train", run.budget.clone_steps, run.budget.clone_steps)
+    cfg, policy = run.cfg, run.trainer.learner.agent.policy
+    tensors = dict(policy.named_parameters())
+    with torch.no_grad():
+        for name, average in run.trainer.learner.averaged.items():
+            tensors[name].copy_(average)
+    policy.eval()
+    env, prompt = build_env(cfg, run.spec), run.spec.prompt
+    for variant in ("per_step", "tiled"):
+        for n in args.best_of:
+            generator = torch.Generator().manual_seed(cfg.seed)
+            rows = policy.action_horizon if variant == "per_step" else 1
+
+            def choose(observation: Observation, wanted: np.ndarray) -> np.ndarray:
+                noise = torch.randn(n, rows, policy.action_dim, generator=generator)  # noqa: B023
+                noise = noise.expand(-1, policy.action_horizon, -1)
+                made, actions = chunks(policy, observation, prompt, noise, cfg.serving.flow_steps)
+                goal = policy.normalise_actions(torch.tensor(wanted, dtype=torch.float32)[None, None])
+                return actions[nearest(made, goal, policy.robot_dim)]
+
+            seeds = range(FIRST_EVAL_SEED, FIRST_EVAL_SEED + args.episodes)
+            wins = sum(success(env, choose, cfg.rollout.execute_horizon, seed) for seed in seeds)
+            row = {
+                "policy": cfg.policy.name,
+                "task": run.spec.name,
+                "seed": cfg.seed,
+                "words": args.words,
+                "variant": variant,
+                "best_of": n,
+                "success_rate": round(wins / args.episodes, 4),
+                "interval": [round(x, 3) for x in wilson(wins, args.episodes)],
+                "trials": args.episodes,
+            }
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
