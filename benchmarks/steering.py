@@ -25,22 +25,15 @@ from compose import load_config  # noqa: E402
 from lockstep import FIRST_EVAL_SEED, Lockstep, budget_of  # noqa: E402
 
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, sample  # noqa: E402
+from serl_robot_infra.envs.base import ScriptedEnvironment  # noqa: E402
 from serl_robot_infra.evaluation import wilson  # noqa: E402
 from serl_robot_infra.wiring import build_env  # noqa: E402
 from serl_transport.schema import Observation  # noqa: E402
 
+Choice = Callable[[Observation, np.ndarray], np.ndarray]
+"""Observation and the expert's action -> the chunk float32[ah, ad] to execute."""
+
 COMPARED = 2  # first actions of a chunk that are compared with the expert's next one
-
-
-@torch.inference_mode()
-def chunks(
-    policy: FlowPolicy, observation: Observation, prompt: str, noise: Tensor, flow_steps: int
-) -> tuple[Tensor, np.ndarray]:
-    """Normalised float32[n, ah, ad] and physical float32[n, ah, robot dims], one a noise float32[n, ah, ad]."""
-    images = {camera: image[None] for camera, image in observation.images.items()}
-    prefix = policy.encode(PolicyInput(images=images, state=observation.state[None], prompts=[prompt]))
-    made = sample(policy, prefix.repeat(len(noise)), noise, flow_steps)
-    return made, policy.physical_actions(made).float().numpy()
 
 
 def nearest(made: Tensor, goal: Tensor, robot_dim: int) -> int:
@@ -48,8 +41,8 @@ def nearest(made: Tensor, goal: Tensor, robot_dim: int) -> int:
     return int((made - goal)[:, :COMPARED, :robot_dim].square().sum((1, 2)).argmin())
 
 
-def success(env, choose: Callable[[Observation, np.ndarray], np.ndarray], horizon: int, seed: int) -> bool:
-    """One episode; choose: observation and the expert's action -> the chunk float32[ah, ad] to execute."""
+def success(env: ScriptedEnvironment, choose: Choice, horizon: int, seed: int) -> bool:
+    """One episode."""
     observation, expert = env.reset(seed), env.expert()
     while True:
         wanted = expert.act()
@@ -88,26 +81,16 @@ def measure(run: Lockstep, args: argparse.Namespace) -> None:
     run.demonstrate()
     run.trainer.learner.begin_stage("train")
     run.train("clone", "train", run.budget.clone_steps, run.budget.clone_steps)
-    cfg, policy = run.cfg, run.trainer.learner.agent.policy
+    cfg, policy = run.cfg, run.trainer.learner.agent.policy.eval()
     tensors = dict(policy.named_parameters())
     with torch.no_grad():
         for name, average in run.trainer.learner.averaged.items():
             tensors[name].copy_(average)
-    policy.eval()
-    env, prompt = build_env(cfg, run.spec), run.spec.prompt
-    for variant in ("per_step", "tiled"):
+    env = build_env(cfg, run.spec)
+    seeds = range(FIRST_EVAL_SEED, FIRST_EVAL_SEED + args.episodes)
+    for variant, rows in (("per_step", policy.action_horizon), ("tiled", 1)):
         for n in args.best_of:
-            generator = torch.Generator().manual_seed(cfg.seed)
-            rows = policy.action_horizon if variant == "per_step" else 1
-
-            def choose(observation: Observation, wanted: np.ndarray) -> np.ndarray:
-                noise = torch.randn(n, rows, policy.action_dim, generator=generator)  # noqa: B023
-                noise = noise.expand(-1, policy.action_horizon, -1)
-                made, actions = chunks(policy, observation, prompt, noise, cfg.serving.flow_steps)
-                goal = policy.normalise_actions(torch.tensor(wanted, dtype=torch.float32)[None, None])
-                return actions[nearest(made, goal, policy.robot_dim)]
-
-            seeds = range(FIRST_EVAL_SEED, FIRST_EVAL_SEED + args.episodes)
+            choose = oracle(policy, run.spec.prompt, n, rows, cfg.serving.flow_steps, cfg.seed)
             wins = sum(success(env, choose, cfg.rollout.execute_horizon, seed) for seed in seeds)
             row = {
                 "policy": cfg.policy.name,
@@ -121,6 +104,23 @@ def measure(run: Lockstep, args: argparse.Namespace) -> None:
                 "trials": args.episodes,
             }
             print(json.dumps(row), flush=True)
+
+
+def oracle(policy: FlowPolicy, prompt: str, n: int, rows: int, flow_steps: int, seed: int) -> Choice:
+    """Of n chunks from noises float32[rows, ad], spread over the chunk, the one nearest to what the expert wants."""
+    generator = torch.Generator().manual_seed(seed)
+
+    @torch.inference_mode()
+    def choose(observation: Observation, wanted: np.ndarray) -> np.ndarray:
+        images = {camera: image[None] for camera, image in observation.images.items()}
+        prefix = policy.encode(PolicyInput(images=images, state=observation.state[None], prompts=[prompt]))
+        noise = torch.randn(n, rows, policy.action_dim, generator=generator).expand(-1, policy.action_horizon, -1)
+        made = sample(policy, prefix.repeat(n), noise, flow_steps)
+        goal = policy.normalise_actions(torch.tensor(wanted, dtype=torch.float32)[None, None])
+        best = nearest(made, goal, policy.robot_dim)
+        return policy.physical_actions(made[best : best + 1])[0].float().numpy()
+
+    return choose
 
 
 if __name__ == "__main__":
