@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from serl_launcher.critics.losses import chunk_target
 from serl_launcher.policies.base import FlowPolicy, PolicyInput
+from serl_launcher.replay.transitions import TransitionBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class FlowAgent(nn.Module):
     policy: FlowPolicy
     prompt: str
     horizon: int  # ticks of a chunk that are executed, what a critic sees
+    return_bound: bool  # is a target at least what the episode went on to bring (1611.01606)?
 
     def observe(self, images: dict[str, np.ndarray], state: np.ndarray):
         """The prefix of a batch of observations, without gradient."""
@@ -77,6 +80,15 @@ class FlowAgent(nn.Module):
         """
         part = chunk[:, : self.horizon, : self.policy.robot_dim]
         return part + (part.clamp(-1, 1) - part).detach()
+
+    def target_of(self, batch: TransitionBatch, next_value: Tensor) -> Tensor:
+        """The chunked backup of each transition from its next state's value float32[b]: float32[b]."""
+        device = next_value.device
+        reward, discount, bootstrap, floor = (
+            torch.as_tensor(x, device=device) for x in (batch.reward, batch.discount, batch.bootstrap, batch.floor)
+        )
+        target = chunk_target(reward, discount, bootstrap, next_value)
+        return torch.maximum(target, floor) if self.return_bound else target
 
     def labels(self, action: np.ndarray, device: torch.device) -> Tensor:
         """Executed physical actions in the model's units: float32[b, h, robot dims]."""

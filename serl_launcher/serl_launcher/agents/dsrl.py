@@ -21,7 +21,7 @@ from serl_launcher.agents.base import FlowAgent, ParameterGroup, check_values, f
 from serl_launcher.agents.flow_matching import imitation_loss
 from serl_launcher.agents.steering import Steering, steer
 from serl_launcher.critics.ensemble import ChunkCritic, track
-from serl_launcher.critics.losses import chunk_target, pessimistic, td_loss
+from serl_launcher.critics.losses import pessimistic, td_loss
 from serl_launcher.policies.base import FlowPolicy, Prefix, sample, trainable
 from serl_launcher.replay.learning import LearningBatch
 from serl_launcher.replay.transitions import TransitionBatch
@@ -55,13 +55,14 @@ class DSRLAgent(FlowAgent):
         prior_share: float = 0.5,
         entropy_per_dim: float = 0.5,
         init_temperature: float = 0.01,
+        return_bound: bool = False,
         q_limit: float = 1e3,
     ) -> None:
         super().__init__()
         self.policy, self.prompt, self.horizon = policy, prompt, horizon
         self.flow_steps, self.tau, self.target_members = flow_steps, tau, target_members
         self.warmup_steps, self.noise_samples, self.prior_share = warmup_steps, noise_samples, prior_share
-        self.q_limit = q_limit
+        self.return_bound, self.q_limit = return_bound, q_limit
         steering = self.steering
         self.critic = ChunkCritic(feature_dim, horizon, policy.robot_dim, critics, widths)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
@@ -146,10 +147,7 @@ class DSRLAgent(FlowAgent):
             after = self.observe(batch.next_images, batch.next_state)
             noise = steer(self.policy, after, self.draw(len(batch), self.policy.action_horizon, device))
             value = pessimistic(self.target(self.policy.features(after), self.act(after, noise)), self.target_members)
-            reward, discount, bootstrap = (
-                torch.as_tensor(x, device=device) for x in (batch.reward, batch.discount, batch.bootstrap)
-            )
-            target = chunk_target(reward, discount, bootstrap, value)
+            target = self.target_of(batch, value)
         chunk, is_pad = self.labels(batch.action, device), torch.as_tensor(batch.is_pad, device=device)
         q = self.critic(self.policy.features(prefix), chunk, is_pad)
         check_values(q, self.q_limit)

@@ -22,7 +22,7 @@ from serl_launcher.agents.base import FlowAgent, ParameterGroup, check_values, f
 from serl_launcher.agents.flow_matching import imitation_loss
 from serl_launcher.agents.flow_path import FlowPath, NoiseScale, path_entropy, sample_path
 from serl_launcher.critics.ensemble import ChunkCritic, track
-from serl_launcher.critics.losses import cal_ql, chunk_target, pessimistic, td_loss
+from serl_launcher.critics.losses import cal_ql, pessimistic, td_loss
 from serl_launcher.policies.base import FlowPolicy, Prefix, trainable
 from serl_launcher.replay.learning import LearningBatch
 from serl_launcher.replay.transitions import TransitionBatch
@@ -185,7 +185,7 @@ class SACAgent(FlowAgent):
         """Squared error to the chunked backup, and Cal-QL when asked for."""
         device = prefix.state.device
         with torch.no_grad():
-            target = self.backup(batch, device)
+            target = self.backup(batch)
         features = self.policy.features(prefix)
         chunk, is_pad = self.labels(batch.action, device), torch.as_tensor(batch.is_pad, device=device)
         q = self.critic(features, chunk, is_pad)
@@ -205,7 +205,7 @@ class SACAgent(FlowAgent):
             metrics["losses/cal_ql"] = gap.detach()
         return loss, metrics
 
-    def backup(self, batch: TransitionBatch, device: torch.device) -> Tensor:
+    def backup(self, batch: TransitionBatch) -> Tensor:
         """y of each transition: float32[b], without gradient."""
         prefix = self.observe(batch.next_images, batch.next_state)
         features = self.policy.features(prefix)
@@ -213,11 +213,7 @@ class SACAgent(FlowAgent):
         value = pessimistic(self.target(features, self.executed(path.chunk)), self.target_members)
         if self.backup_entropy:
             value = value - self.log_alpha.exp() * path.log_prob
-        reward, discount, bootstrap = (
-            torch.as_tensor(x, device=device) for x in (batch.reward, batch.discount, batch.bootstrap)
-        )
-        target = chunk_target(reward, discount, bootstrap, value)
-        return torch.maximum(target, torch.as_tensor(batch.floor, device=device)) if self.return_bound else target
+        return self.target_of(batch, value)
 
     def conservative_gap(self, batch: TransitionBatch, prefix: Prefix, features: Tensor, q: Tensor) -> Tensor:
         """Cal-QL's term over `cal_ql_samples` chunks of the policy and as many uniform ones."""

@@ -260,7 +260,7 @@ def test_a_target_is_at_least_the_return_that_followed():
     batch = transitions(state, action, np.array([0.5, 0.5, -0.5]), state, np.ones(3), np.zeros(3))
     batch = replace(batch, floor=np.array([0.0, 0.7, -np.inf], np.float32))
     for bound, expected in ((False, [0.5, 0.5, -0.5]), (True, [0.5, 0.7, -0.5])):
-        target = make_agent(return_bound=bound).backup(batch, torch.device("cpu"))
+        target = make_agent(return_bound=bound).backup(batch)
         assert target.tolist() == pytest.approx(expected)
 
 
