@@ -5,8 +5,8 @@
     python benchmarks/learning.py --plot docs/results/learning_pick.jsonl
 
 Appends JSON rows to docs/results/learning_<task>.jsonl (`before`, `curve` and `after` of each run) and draws the curves
-beside it. A run that is in the file already is not run again. Words with `=` are overrides for every run, and are kept
-in its rows. How a run goes: benchmarks/lockstep.py.
+beside it, those of the ablations in a second picture. A run that is in the file already is not run again. Words with
+`=` are overrides for every run, and are kept in its rows. How a run goes: benchmarks/lockstep.py.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ VARIANTS: dict[str, list[str]] = {
     "dsrl_per_step": ["algo=dsrl_{policy}", "algo.served.variant=per_step"],
     "dsrl_tiled": ["algo=dsrl_{policy}", "algo.served.variant=tiled"],
 }
+ALGORITHMS = ("sft", "rejection", "sac", "dsrl_per_step", "dsrl_tiled")  # the other variants take something away
 
 
 def words_of(variant: str, task: str, policy: str, seed: int, extra: Sequence[str]) -> list[str]:
@@ -130,8 +131,8 @@ def run_all(
 
 
 def label_of(row: dict[str, Any]) -> str:
-    """What seeds of one line in the table and one curve share: the algo and the words."""
-    return " ".join([row["algo"], *row["words"]])
+    """What seeds of one line in the table and one curve share: the algo and the words that change what is learned."""
+    return " ".join([row["algo"], *(word for word in row["words"] if not word.startswith("budget.curve_"))])
 
 
 def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -156,6 +157,17 @@ def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
+def pictures(rows: list[dict[str, Any]], output: Path) -> dict[Path, list[dict[str, Any]]]:
+    """Which rows are drawn where: the algorithms in one picture, ablations and plain rejection sampling in another."""
+    taken_away = [row for row in rows if row["algo"] in VARIANTS and row["algo"] not in ALGORITHMS]
+    others = [row for row in rows if row not in taken_away]
+    drawn = {output.with_suffix(".png"): others} if others else {}
+    if taken_away:
+        whole = [row for row in rows if label_of(row) == "rejection"]
+        drawn[output.with_name(f"{output.stem}_ablations.png")] = whole + taken_away
+    return drawn
+
+
 def draw(rows: list[dict[str, Any]], picture: Path) -> None:
     """Success over environment steps and over minutes of one core, intervention rate over steps: median and seeds."""
     import matplotlib
@@ -172,13 +184,14 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
     )
     figure, axes = plt.subplots(1, len(panels), figsize=(16, 5.5), layout="constrained")
     for number, label in enumerate(dict.fromkeys(map(label_of, rows))):
+        style = {"color": f"C{number}", "linestyle": "-" if number < 10 else "--"}  # there are ten colours
         for axis, (x, y, _, _) in zip(axes, panels, strict=True):
             curves = curves_of([r for r in rows if label_of(r) == label and r.get(y) is not None], x, y)
             for curve in curves:
-                axis.plot(*zip(*curve, strict=True), color=f"C{number}", alpha=0.25, linewidth=1)
+                axis.plot(*zip(*curve, strict=True), **style, alpha=0.25, linewidth=1)
             middle = median_curve(curves)
             if middle:
-                axis.plot(*zip(*middle, strict=True), color=f"C{number}", linewidth=2, marker="o", ms=4, label=label)
+                axis.plot(*zip(*middle, strict=True), **style, linewidth=2, marker="o", ms=4, label=label)
     for axis, (_, _, xlabel, ylabel) in zip(axes, panels, strict=True):
         axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)
@@ -197,12 +210,19 @@ def curves_of(rows: list[dict[str, Any]], x: str, y: str) -> list[list[tuple[flo
 
 
 def median_curve(curves: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """The k-th points' medians, as far as every seed has a k-th point."""
-    shortest = min(map(len, curves), default=0)
-    return [
-        (statistics.median(c[k][0] for c in curves), statistics.median(c[k][1] for c in curves))
-        for k in range(shortest)
-    ]
+    """The seeds' median at the points of the seed with the fewest, as far as every seed has come.
+
+    Between its points a seed is taken to be on the straight line; of two at the same place the later one counts.
+    """
+    import numpy as np  # after OMP_NUM_THREADS is set
+
+    seeds = [sorted(dict(curve).items()) for curve in curves if curve]
+    if not seeds:
+        return []
+    end = min(seed[-1][0] for seed in seeds)
+    places = sorted({min(x, end) for x, _ in min(seeds, key=len)})
+    values = [[np.interp(place, *zip(*seed, strict=True)) for seed in seeds] for place in places]
+    return [(place, float(statistics.median(at))) for place, at in zip(places, values, strict=True)]
 
 
 def main() -> int:
@@ -228,8 +248,8 @@ def main() -> int:
     rows = read_rows(output)
     for line in medians(rows):
         print(json.dumps(line))
-    if rows:
-        draw(rows, output.with_suffix(".png"))
+    for picture, drawn in pictures(rows, output).items():
+        draw(drawn, picture)
     return 1 if failures else 0
 
 

@@ -75,6 +75,33 @@ def test_rows_become_medians_and_a_picture(tmp_path):
     assert learning.median_curve(learning.curves_of(rows, "env_steps", "success_rate"))[-1] == (20, 0.8)
 
 
+def test_the_median_of_seeds_that_were_measured_at_different_places():
+    import learning
+
+    fine = [(0, 0.0), (1, 0.2), (2, 0.4), (4, 0.4), (4, 0.6)]  # the later of two at one place counts
+    coarse, other = [(0, 0.2), (2, 0.6)], [(0, 0.4), (3, 1.0)]
+    assert learning.median_curve([fine, coarse, other]) == [(0, 0.2), (2, 0.6)]
+    assert learning.median_curve([fine]) == [(0, 0.0), (1, 0.2), (2, 0.4), (4, 0.6)]
+    assert learning.median_curve([]) == []
+
+
+def test_ablations_are_drawn_apart_beside_plain_rejection_sampling():
+    import learning
+
+    def row(algo, *words):
+        return {"algo": algo, "words": list(words)}
+
+    plain, other = row("rejection", "budget.curve_every=3000"), row("rejection", "task.operator.takeover_tick=9")
+    ablation, sac, lerobot = row("rejection_no_human"), row("sac"), row("lerobot_sac_10hz")
+    drawn = learning.pictures([plain, other, ablation, sac], Path("a/learning_t.jsonl"))
+    assert drawn == {
+        Path("a/learning_t.png"): [plain, other, sac],
+        Path("a/learning_t_ablations.png"): [plain, ablation],
+    }
+    assert learning.pictures([lerobot], Path("s.jsonl")) == {Path("s.png"): [lerobot]}
+    assert learning.pictures([], Path("s.jsonl")) == {}
+
+
 def test_an_unknown_budget_is_named(monkeypatch):
     import learning
 
