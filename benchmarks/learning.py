@@ -152,9 +152,27 @@ def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "env_steps": statistics.median(r["env_steps"] for r in mine["after"]),
                 "interventions": statistics.median(r["interventions"] for r in mine["after"]),
                 "minutes": round(statistics.median(r["minutes"] for r in mine["after"]), 2),
+                "help": help_rates([r for r in rows if label_of(r) == label]),
             }
         )
     return table
+
+
+def help_rates(rows: list[dict[str, Any]]) -> tuple[float, float] | None:
+    """Share of episodes with help in the first and in the last quarter of the online ticks: the seeds' medians.
+
+    A quarter ends at the nearest point of the curve that is no shorter. None without an online stage.
+    """
+    rates = []
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        mine = [row for row in rows if row["seed"] == seed and row["point"] == "curve"]
+        points = [(0, 0, 0), *((row["env_steps"], row["episodes"], row["interventions"]) for row in mine)]
+        end = points[-1]
+        first = next(p for p in points if p[0] >= 0.24 * end[0])
+        last = [p for p in points if p[0] <= 0.76 * end[0]][-1]
+        if first[1] and end[1] > last[1]:
+            rates.append((first[2] / first[1], (end[2] - last[2]) / (end[1] - last[1])))
+    return tuple(round(statistics.median(part), 2) for part in zip(*rates, strict=True)) or None
 
 
 def pictures(rows: list[dict[str, Any]], output: Path) -> dict[Path, list[dict[str, Any]]]:

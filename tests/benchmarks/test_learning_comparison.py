@@ -85,6 +85,22 @@ def test_the_median_of_seeds_that_were_measured_at_different_places():
     assert learning.median_curve([]) == []
 
 
+def test_help_in_the_first_and_the_last_quarter():
+    import learning
+
+    def point(kind, seed, steps, episodes, helped):
+        return {"point": kind, "seed": seed, "env_steps": steps, "episodes": episodes, "interventions": helped}
+
+    def seed(number, *helped):  # after 25, 50, 76 and 101 ticks, 10 episodes each
+        places = zip((25, 50, 76, 101), (10, 20, 30, 40), helped, strict=True)
+        return [point("before", number, 0, 0, 0), *(point("curve", number, *at) for at in places)]
+
+    rows = seed(0, 8, 9, 10, 12) + seed(1, 4, 5, 6, 10) + seed(2, 6, 7, 8, 9)
+    # 0.8 to 0.2, 0.4 to 0.4, 0.6 to 0.1.
+    assert learning.help_rates(rows) == (0.6, 0.2)
+    assert learning.help_rates([point("before", 0, 0, 0, 0), point("after", 0, 0, 0, 0)]) is None
+
+
 def test_ablations_are_drawn_apart_beside_plain_rejection_sampling():
     import learning
 
