@@ -1,6 +1,6 @@
 """What a critic learns from: the chunked backup, the squared error to it, and the optional Cal-QL term.
 
-Pure functions of tensors, called by agents.sac and agents.dsrl.
+Pure functions of tensors, called by the agents.
 """
 
 from __future__ import annotations
