@@ -177,8 +177,9 @@ def help_rates(rows: list[dict[str, Any]]) -> tuple[float, float] | None:
 
 def pictures(rows: list[dict[str, Any]], output: Path) -> dict[Path, list[dict[str, Any]]]:
     """Which rows are drawn where: the algorithms in one picture, ablations and plain rejection sampling in another."""
-    taken_away = [row for row in rows if row["algo"] in VARIANTS and row["algo"] not in ALGORITHMS]
-    others = [row for row in rows if row not in taken_away]
+    ablations = set(VARIANTS) - set(ALGORITHMS)
+    taken_away = [row for row in rows if row["algo"] in ablations]
+    others = [row for row in rows if row["algo"] not in ablations]
     drawn = {output.with_suffix(".png"): others} if others else {}
     if taken_away:
         whole = [row for row in rows if label_of(row) == "rejection"]
