@@ -73,13 +73,20 @@ class FlowAgent(nn.Module):
             return self.policy.encode(PolicyInput(images, state, [self.prompt] * len(state)))
 
     def executed(self, chunk: Tensor) -> Tensor:
-        """The ticks and dims of a sampled chunk that reach the robot: float32[b, h, robot dims].
+        """The ticks and dims of a sampled chunk that reach the robot, as `sent`: float32[b, h, robot dims].
 
-        Values are those the robot would be sent (clipped to [−1, 1]); the gradient passes the clip, or an action beyond
-        the limit could never come back.
+        The gradient passes the clip, or an action beyond the limit could never come back.
         """
         part = chunk[:, : self.horizon, : self.policy.robot_dim]
-        return part + (part.clamp(-1, 1) - part).detach()
+        return part + (self.sent(part) - part).detach()
+
+    @torch.no_grad()
+    def sent(self, chunk: Tensor) -> Tensor:
+        """What the robot is sent for a chunk, both in the model's units: float[..., robot dims].
+
+        The limits are the task's; only units that span the task's ranges have them at ±1.
+        """
+        return self.policy.normalise_actions(self.policy.physical_actions(chunk))[..., : self.policy.robot_dim]
 
     def target_of(self, batch: TransitionBatch, next_value: Tensor) -> Tensor:
         """The chunked backup of each transition from its next state's value float32[b]: float32[b]."""
@@ -94,6 +101,19 @@ class FlowAgent(nn.Module):
         """Executed physical actions in the model's units: float32[b, h, robot dims]."""
         chunk = self.policy.normalise_actions(torch.as_tensor(action, device=device))
         return chunk[..., : self.policy.robot_dim]
+
+
+def critic_metrics(loss: Tensor, q: Tensor, target: Tensor, batch: TransitionBatch) -> dict[str, Tensor]:
+    """What every agent logs of its critic. q float32[e, b], target float32[b]."""
+    q = q.detach()
+    return {
+        "losses/critic": loss.detach(),
+        "critic/q": q.mean(),
+        "critic/q_max": q.max(),
+        "critic/target": target.mean(),
+        "critic/spread": q.std(dim=0).mean() if len(q) > 1 else torch.zeros(()),
+        "batch/terminal_share": 1 - torch.as_tensor(batch.bootstrap).float().mean(),
+    }
 
 
 def check_values(q: Tensor, limit: float) -> None:

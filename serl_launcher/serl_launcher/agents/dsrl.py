@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from serl_launcher.agents.base import FlowAgent, ParameterGroup, check_values, frozen_copy
+from serl_launcher.agents.base import FlowAgent, ParameterGroup, check_values, critic_metrics, frozen_copy
 from serl_launcher.agents.flow_matching import imitation_loss
 from serl_launcher.agents.steering import Steering, steer
 from serl_launcher.critics.ensemble import ChunkCritic, track
@@ -99,8 +99,8 @@ class DSRLAgent(FlowAgent):
         return target | {"online_steps": self.online_steps}
 
     def begin_stage(self, mode: str) -> None:
-        """From the first online stage on the flow rests and the noise policy drives."""
-        self._mode = mode
+        """From the first online stage on the flow rests: whatever comes later trains the noise policy."""
+        self._mode = "online" if self.online_steps > 0 else mode
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -151,14 +151,8 @@ class DSRLAgent(FlowAgent):
         chunk, is_pad = self.labels(batch.action, device), torch.as_tensor(batch.is_pad, device=device)
         q = self.critic(self.policy.features(prefix), chunk, is_pad)
         check_values(q, self.q_limit)
-        metrics = {
-            "losses/critic": (loss := td_loss(q, target)).detach(),
-            "critic/q": q.detach().mean(),
-            "critic/q_max": q.detach().max(),
-            "critic/target": target.mean(),
-            "batch/terminal_share": 1 - torch.as_tensor(batch.bootstrap).float().mean(),
-        }
-        return loss, metrics
+        loss = td_loss(q, target)
+        return loss, critic_metrics(loss, q, target, batch)
 
     def distillation_loss(self, prefix: Prefix, features: Tensor) -> Tensor:
         """½ (Q_W(s, w) − Q_A(s, flow(s, w)))², w from π_w and from the prior."""

@@ -5,7 +5,7 @@
                    and β · flow matching on accepted chunks, in every step
 
 The learner calls `forward(batch, step)` with a LearningBatch. In the online stage the values' prefixes are
-encoded once, without gradient, and serve flow, critic and reference alike.
+encoded once, without gradient, and serve flow and critic alike.
 """
 
 from __future__ import annotations
@@ -13,19 +13,23 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from serl_launcher.agents.base import FlowAgent, ParameterGroup, check_values, frozen_copy
+from serl_launcher.agents.base import FlowAgent, ParameterGroup, check_values, critic_metrics, frozen_copy
 from serl_launcher.agents.flow_matching import imitation_loss
 from serl_launcher.agents.flow_path import FlowPath, NoiseScale, path_entropy, sample_path
 from serl_launcher.critics.ensemble import ChunkCritic, track
 from serl_launcher.critics.losses import cal_ql, pessimistic, td_loss
-from serl_launcher.policies.base import FlowPolicy, Prefix, trainable
+from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix, trainable
 from serl_launcher.replay.learning import LearningBatch
 from serl_launcher.replay.transitions import TransitionBatch
+
+BEYOND = 1e6
+"""Model units far outside any robot's limits."""
 
 
 class SACAgent(FlowAgent):
@@ -76,6 +80,8 @@ class SACAgent(FlowAgent):
             longest = policy.action_horizon
             raise ValueError(f"rollout.execute_horizon: expected at most action_horizon {longest}, got {horizon}")
         self.policy, self.prompt, self.horizon = policy, prompt, horizon
+        if squash:
+            self._check_squash()
         self.flow_steps, self.squash = flow_steps, squash
         self.tau, self.target_members = tau, target_members
         self.warmup_steps, self.actor_period = warmup_steps, actor_period
@@ -100,6 +106,21 @@ class SACAgent(FlowAgent):
         super()._apply(fn, recurse)
         self._reference = {name: fn(p) for name, p in self._reference.items()}
         return self
+
+    def _check_squash(self) -> None:
+        low, high = self._limits()
+        if not (torch.allclose(low, -torch.ones_like(low)) and torch.allclose(high, torch.ones_like(high))):
+            raise ValueError(
+                "algo.agent.squash: tanh ends at ±1, but in this policy's units the task's limits lie at "
+                f"{[round(x, 2) for x in low.tolist()]} and {[round(x, 2) for x in high.tolist()]}; "
+                "take algo.agent.squash=false"
+            )
+
+    def _limits(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest action in the model's units: float32[robot dims] each."""
+        device = next(self.policy.parameters()).device
+        wide = torch.full((1, self.horizon, self.policy.robot_dim), BEYOND, device=device)
+        return self.sent(-wide)[0, 0], self.sent(wide)[0, 0]
 
     # What the learner needs.
 
@@ -147,7 +168,8 @@ class SACAgent(FlowAgent):
             metrics |= more
         if self._improves():
             noise, step_noise = self.draw(len(transitions), prefix)
-            value, losses["temperature"], more = self.actor_loss(prefix, noise, step_noise)
+            reference = self.reference_prefix(transitions) if self.behaviour_weight else None
+            value, losses["temperature"], more = self.actor_loss(prefix, noise, step_noise, reference)
             losses["actor"] = losses["actor"] + value if imitate else value
             metrics |= more
         return losses, metrics
@@ -171,15 +193,23 @@ class SACAgent(FlowAgent):
         )
 
     @torch.no_grad()
+    def reference_prefix(self, batch: TransitionBatch) -> Prefix:
+        """What the backbone said of these observations when the online stage began; imitation trains it, too."""
+        observation = PolicyInput(batch.images, batch.state, [self.prompt] * len(batch))
+        return self._by_reference("encode", observation)
+
+    @torch.no_grad()
     def reference_path(self, prefix: Prefix, noise: Tensor, step_noise: Tensor, log_std: Tensor) -> FlowPath:
-        """The same, of the policy with which the online stage began."""
-        tensors = {f"policy.{name}": p for name, p in self._reference.items()}
-        module = _Velocity(self.policy)
+        """The path of the policy with which the online stage began, from its own prefix and the same noises."""
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return functional_call(module, tensors, (prefix, x, t))
+            return self._by_reference("velocity", prefix, x, t)
 
         return sample_path(velocity, noise, step_noise, log_std, self._robot_dim, self.squash)
+
+    def _by_reference(self, method: str, *args: Any) -> Any:
+        tensors = {f"policy.{name}": p for name, p in self._reference.items()}
+        return functional_call(_Method(self.policy, method), tensors, args)
 
     def critic_loss(self, batch: TransitionBatch, prefix: Prefix) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error to the chunked backup, and Cal-QL when asked for."""
@@ -191,14 +221,7 @@ class SACAgent(FlowAgent):
         q = self.critic(features, chunk, is_pad)
         check_values(q, self.q_limit)
         loss = td_loss(q, target)
-        metrics = {
-            "losses/critic": loss.detach(),
-            "critic/q": q.detach().mean(),
-            "critic/q_max": q.detach().max(),
-            "critic/target": target.mean(),
-            "critic/spread": q.detach().std(dim=0).mean() if len(q) > 1 else torch.zeros(()),
-            "batch/terminal_share": 1 - torch.as_tensor(batch.bootstrap).float().mean(),
-        }
+        metrics = critic_metrics(loss, q, target, batch)
         if self.cal_ql_weight:
             gap = self.conservative_gap(batch, prefix, features, q)
             loss = loss + self.cal_ql_weight * gap
@@ -216,20 +239,25 @@ class SACAgent(FlowAgent):
         return self.target_of(batch, value)
 
     def conservative_gap(self, batch: TransitionBatch, prefix: Prefix, features: Tensor, q: Tensor) -> Tensor:
-        """Cal-QL's term over `cal_ql_samples` chunks of the policy and as many uniform ones."""
+        """Cal-QL's term over `cal_ql_samples` chunks of the policy and as many uniform ones within the limits."""
         m, b, device = self.cal_ql_samples, len(batch), features.device
         with torch.no_grad():
             repeated = prefix.repeat(m)
             log_std = self.noise_scale(features.repeat_interleave(m, 0))
             chunk = self.executed(self.path(repeated, *self.draw(b * m, repeated), log_std).chunk)
-            random = torch.empty_like(chunk).uniform_(-1, 1)
+            low, high = self._limits()
+            random = low + (high - low) * torch.rand_like(chunk)
         wide = features.repeat_interleave(m, 0)
         by_policy, by_chance = (self.critic(wide, c).view(-1, b, m) for c in (chunk, random))
-        density = -math.log(2) * self.horizon * self._robot_dim
-        return cal_ql(q, by_policy, by_chance, torch.as_tensor(batch.to_go, device=device), density)
+        return cal_ql(q, by_policy, by_chance, torch.as_tensor(batch.to_go, device=device))
 
-    def actor_loss(self, prefix: Prefix, noise: Tensor, step_noise: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """mean(α log p − Q/|Q| + λ‖a − a_ref‖²), the temperature's loss, and metrics."""
+    def actor_loss(
+        self, prefix: Prefix, noise: Tensor, step_noise: Tensor, reference_prefix: Prefix | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """mean(α log p − Q/|Q| + λ‖a − a_ref‖²), the temperature's loss, and metrics.
+
+        reference_prefix: None where the backbone has not moved since the online stage began.
+        """
         features = self.policy.features(prefix)
         log_std = self.noise_scale(features)
         path = self.path(prefix, noise, step_noise, log_std)
@@ -239,7 +267,8 @@ class SACAgent(FlowAgent):
         loss = (alpha.detach() * path.log_prob - q / size).mean()
         metrics = {}
         if self.behaviour_weight:
-            reference = self.reference_path(prefix, noise, step_noise, log_std.detach())
+            own = prefix if reference_prefix is None else reference_prefix
+            reference = self.reference_path(own, noise, step_noise, log_std.detach())
             drift = (path.chunk - reference.chunk)[..., : self._robot_dim].square().mean()
             loss = loss + self.behaviour_weight * drift
             metrics["actor/drift"] = drift.detach()
@@ -259,12 +288,12 @@ class SACAgent(FlowAgent):
         return self.policy.robot_dim
 
 
-class _Velocity(nn.Module):
-    """A policy's velocity as a module's forward, for functional_call."""
+class _Method(nn.Module):
+    """A policy's method as a module's forward, for functional_call."""
 
-    def __init__(self, policy: FlowPolicy) -> None:
+    def __init__(self, policy: FlowPolicy, method: str) -> None:
         super().__init__()
-        self.policy = policy
+        self.policy, self._method = policy, method
 
-    def forward(self, prefix: Prefix, x: Tensor, t: Tensor) -> Tensor:
-        return self.policy.velocity(prefix, x, t)
+    def forward(self, *args: Any) -> Any:
+        return getattr(self.policy, self._method)(*args)

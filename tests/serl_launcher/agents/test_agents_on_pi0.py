@@ -89,6 +89,31 @@ def test_dsrl_moves_the_noise_policy_alone_online_and_opens_its_gate():
     assert policy.steering.gate.item() == 1.0
 
 
+def test_sacs_reference_is_the_whole_policy_of_the_start_though_imitation_trains_the_backbone():
+    _, policy, learner = make("sac_pi0", behaviour_weight=1.0)
+    agent, batch = learner.agent, random_transitions(seed=9)
+    learner.begin_stage("online")
+    noise, step_noise = agent.draw(len(batch), before := agent.observe(batch.images, batch.state))
+    log_std = agent.noise_scale(policy.features(before)).detach()
+    with torch.no_grad():
+        at_the_start = agent.path(before, noise, step_noise, log_std).chunk
+    start = snapshot(policy)
+    steps(learner, 3)
+    assert any("vision_tower" in name for name in moved(policy, start))
+    later = agent.reference_path(agent.reference_prefix(batch), noise, step_noise, log_std).chunk
+    torch.testing.assert_close(later, at_the_start)
+
+
+def test_dsrls_flow_rests_in_a_train_stage_after_an_online_one():
+    _, policy, learner = make("dsrl_pi0")
+    learner.begin_stage("online")
+    steps(learner, 1)
+    before = snapshot(policy)
+    learner.begin_stage("train")
+    steps(learner, 2)
+    assert all(name.startswith("steering.") for name in moved(policy, before))
+
+
 @pytest.mark.parametrize("algo", ["sac_pi0", "dsrl_pi0"])
 def test_the_policy_server_loads_what_the_learner_publishes(algo, tmp_path):
     cfg, policy, learner = make(algo)

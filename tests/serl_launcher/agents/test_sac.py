@@ -254,6 +254,46 @@ def test_cal_ql_lowers_values_of_unseen_actions():
     assert gap(0.5) > gap(0.0) + 0.3
 
 
+class NarrowUnits(ToyFlow):
+    """Mean and deviation of a dataset: what the robot can do, −1 to 3, lies at −1.5 and 2.5 of the model's units."""
+
+    def normalise_actions(self, chunk):
+        return chunk - 0.5
+
+    def physical_actions(self, chunk):
+        return (chunk + 0.5).clamp(-1, 3)
+
+
+def test_the_critic_sees_what_the_robot_is_sent_whatever_the_units():
+    policy = NarrowUnits(ah=2, ad=1)
+    agent = make_agent(policy)
+    made = torch.tensor([[[1.8], [0.3]], [[4.0], [-9.0]]], requires_grad=True)
+    seen = agent.executed(made)
+    sent = policy.physical_actions(made)  # what the server answers, and what the replay then holds
+    torch.testing.assert_close(seen, agent.labels(sent.detach().numpy(), torch.device("cpu"))[:, : agent.horizon])
+    assert seen[1].flatten().tolist() == pytest.approx([2.5, -1.5][: agent.horizon])
+    seen.sum().backward()
+    assert made.grad[:, : agent.horizon].min() == 1  # the gradient passes the clip
+
+
+def test_uniform_chunks_fill_the_robots_limits(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("serl_launcher.agents.sac.cal_ql", lambda q, policy, random, to_go: q.mean())
+    agent = make_agent(NarrowUnits(), cal_ql_weight=1.0, cal_ql_samples=64)
+    agent.critic.register_forward_pre_hook(lambda module, args: drawn.append(args[1]))
+    zeros = np.zeros((8, 1))
+    batch = transitions(zeros, np.zeros((8, 1, 1)), np.ones(8), zeros, np.ones(8), np.zeros(8))
+    agent.critic_loss(batch, agent.observe(batch.images, batch.state))
+    random = drawn[-1]
+    assert -1.5 <= random.min() < -1.2
+    assert 2.2 < random.max() <= 2.5
+
+
+def test_squashing_is_refused_where_the_limits_are_not_at_one():
+    with pytest.raises(ValueError, match=r"algo.agent.squash.*limits lie at \[-1.5\] and \[2.5\]"):
+        make_agent(NarrowUnits(), squash=True)
+
+
 def test_a_target_is_at_least_the_return_that_followed():
     state, action = np.zeros((3, 1), np.float32), np.zeros((3, 1, 1), np.float32)
     # No bootstrap, so the target is the reward; then 0, 0.7 and what a cut left unknown came of it.

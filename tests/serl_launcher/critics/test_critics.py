@@ -79,12 +79,19 @@ def test_calibration_stops_pushing_below_the_data_returns():
     low = torch.full((1, 1, 1), -5.0, requires_grad=True)
     high = torch.full((1, 1, 1), 5.0, requires_grad=True)
     # The policy's value lies below the return of the data, 2: the term is a constant there.
-    loss = cal_ql(data, low, random, torch.tensor([2.0]), 0.0)
+    loss = cal_ql(data, low, random, torch.tensor([2.0]))
     assert loss.item() == pytest.approx(2 - math.log(2), abs=1e-4)
     loss.backward()
     assert low.grad.item() == 0
-    cal_ql(data, high, random, torch.tensor([2.0]), 0.0).backward()
+    cal_ql(data, high, random, torch.tensor([2.0])).backward()
     assert high.grad.item() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_policys_chunks_count_as_much_as_uniform_ones():
+    policy = torch.full((1, 1, 2), 0.9, requires_grad=True)
+    random = torch.full((1, 1, 2), 0.9, requires_grad=True)
+    cal_ql(torch.zeros(1, 1), policy, random, torch.tensor([0.5])).backward()
+    torch.testing.assert_close(policy.grad, random.grad)
 
 
 def test_targets_track_exponentially():
