@@ -6,7 +6,8 @@ episodes in the same order get the same verdicts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -35,6 +36,12 @@ class RuleBook:
         self._standing: dict[int, Verdict] = {}  # accepted online episodes, which a risen m may still reject
         if self.threshold is not None:
             self.threshold.reset()
+
+    def remember(self, history: Iterable[tuple[str, float]]) -> None:
+        """Mode and return of earlier episodes, for the threshold alone."""
+        for mode, return_ in history if self.threshold is not None else ():
+            if math.isfinite(return_):
+                self.threshold.observe(mode, return_)
 
     def judge(
         self, ordinal: int, mode: str, success: bool, columns: Mapping[str, np.ndarray]

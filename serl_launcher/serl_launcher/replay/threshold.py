@@ -1,7 +1,8 @@
 """The return threshold m of rejection sampling as a function of the episodes so far; it never falls.
 
-The chunk view (replay.views) shows it every finished episode in ordinal order, so that replaying a run gives the same
-thresholds again. yaml names one (`algo.threshold`); without one the rule's own `min_return` holds for ever.
+The chunk view (replay.views) shows it every finished episode in ordinal order, those that have left the ring from the
+acceptance ledger, so that replaying a run gives the same thresholds again. yaml names one (`algo.threshold`); without
+one the rule's own `min_return` holds for ever.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ class SteppedThreshold:
             raise ValueError(f"algo.threshold.values: expected {{0: m, n: m', …}} with m ≤ m', got {dict(values)}")
         self.reset()
 
+    def __str__(self) -> str:
+        return f"SteppedThreshold({dict(self._steps)})"
+
     @property
     def value(self) -> float:
         return [m for n, m in self._steps if n <= self._online][-1]
@@ -63,6 +67,10 @@ class QuantileThreshold:
         self._start, self._quantile, self._ceiling = start, quantile, ceiling
         self._returns: deque[float] = deque(maxlen=window)
         self.reset()
+
+    def __str__(self) -> str:
+        window = self._returns.maxlen
+        return f"QuantileThreshold(start={self._start}, quantile={self._quantile}, {window=}, ceiling={self._ceiling})"
 
     @property
     def value(self) -> float:

@@ -30,24 +30,39 @@ class Verdict:
     threshold: float | None  # m when the episode came, where a schedule sets it
 
 
-def rule_text(rule: Any) -> str:
-    """A rule and its settings, for people and for telling rules apart."""
-    if not is_dataclass(rule):
-        return type(rule).__name__
-    settings = ", ".join(f"{key}={value!r}" for key, value in asdict(rule).items())
-    return f"{type(rule).__name__}({settings})"
+def rule_text(rule: Any, threshold: Any = None) -> str:
+    """A rule, its settings and its threshold's, for people and for telling rules apart."""
+    own = _settings(rule)
+    return own if threshold is None else f"{own}, m by {_settings(threshold)}"
+
+
+def _settings(thing: Any) -> str:
+    if not is_dataclass(thing):
+        return str(thing) if type(thing).__str__ is not object.__str__ else type(thing).__name__
+    settings = ", ".join(f"{key}={value!r}" for key, value in asdict(thing).items())
+    return f"{type(thing).__name__}({settings})"
 
 
 class VerdictLedger:
-    """Appends verdicts that are new: a rebuilt view repeats what it said before a restart."""
+    """Appends verdicts that are new: a rebuilt view repeats what it said before a restart.
+
+    It outlives the ring: `returns` are those of every episode that was ever judged, in ordinal order.
+    """
 
     def __init__(self, path: Path, rule: str) -> None:
         self._path, self._rule = path, rule
-        self._told = {(row["ordinal"], row["accepted"], row["reason"]) for row in read(path) if row["rule"] == rule}
+        rows = read(path)
+        self._told = {(row["ordinal"], row["accepted"], row["reason"]) for row in rows if row["rule"] == rule}
+        self._returns = {row["ordinal"]: (row["mode"], row["return"]) for row in rows}
         _drop_torn_line(path)
+
+    def returns(self, before: int) -> list[tuple[str, float]]:
+        """Mode and return of the episodes whose ordinal is smaller than `before`, oldest first."""
+        return [self._returns[ordinal] for ordinal in sorted(self._returns) if ordinal < before]
 
     def note(self, verdict: Verdict) -> None:
         """One line, unless this rule said the same before."""
+        self._returns[verdict.ordinal] = (verdict.mode, verdict.return_)
         key = (verdict.ordinal, verdict.accepted, verdict.reason)
         if key in self._told:
             return

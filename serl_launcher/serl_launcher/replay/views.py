@@ -6,7 +6,7 @@ rule about each, keeps the indices, and gathers batches by index: nothing is cop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +42,8 @@ class ChunkView:
     """The accepted ticks of a ring, as chunk starts.
 
     threshold: schedule of m; weights: loss weight of `demo`, `autonomous` and `operator` chunks (1 where not named);
-    on_verdict: told of each episode, in ordinal order, again from the first after `clear`.
+    on_verdict: told of each episode, in ordinal order, again from the first after `clear`. history: mode and return of
+    the episodes before an ordinal, for the threshold: the ring may have lost them.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class ChunkView:
         threshold: Threshold | None = None,
         weights: Mapping[str, float] | None = None,
         on_verdict: Callable[[Verdict], None] = lambda verdict: None,
+        history: Callable[[int], Iterable[tuple[str, float]]] = lambda before: (),
     ) -> None:
         self._book = RuleBook(rule, spec, threshold)
-        self._horizon, self._on_verdict = horizon, on_verdict
+        self._horizon, self._on_verdict, self._history = horizon, on_verdict, history
         self._weights = _source_weights(weights or {})
         self._cameras = tuple(spec.cameras)
         self._ring: RingReader | None = None
@@ -86,6 +88,8 @@ class ChunkView:
     def refresh(self) -> int:
         """Take in the episodes committed since the last call; returns how many."""
         rows = self._ring.episodes(self._next_ordinal)
+        if rows and self._next_ordinal == 0:
+            self._book.remember(self._history(rows[0].ordinal))
         for row in rows:
             self._next_ordinal = row.ordinal + 1
             try:

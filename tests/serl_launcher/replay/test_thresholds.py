@@ -61,6 +61,39 @@ def test_steps_count_online_episodes():
         SteppedThreshold({0: 0.5, 2: 0.4})
 
 
+def test_a_threshold_stays_where_it_was_when_the_trainer_starts_anew_and_the_ring_has_moved_on(tmp_path, ring):
+    path, rule = tmp_path / "acceptance.jsonl", SuccessRule(noop_threshold=0.0, min_return=0.5)
+
+    def start():
+        threshold = QuantileThreshold(0.5, quantile=0.5, window=2)
+        ledger = VerdictLedger(path, rule_text(rule, threshold))
+        return threshold, view_of(ring, threshold=threshold, on_verdict=ledger.note, history=ledger.returns)
+
+    threshold, view = start()
+    for ordinal in range(20):  # 16 of them fit
+        put(ring, ordinal, 0.95 if ordinal < 4 else 0.6)
+        view.refresh()
+    m, lines = threshold.value, path.read_text()
+    assert m == pytest.approx(0.95)
+    threshold, view = start()
+    view.refresh()
+    assert threshold.value == m
+    assert view.accepted["online"] == 0  # the good ones have left the ring, the others are no better than before
+    assert path.read_text() == lines
+
+
+def test_a_ledger_tells_rules_with_other_schedules_apart():
+    rule = SuccessRule()
+    texts = {
+        rule_text(rule),
+        rule_text(rule, QuantileThreshold(0.5)),
+        rule_text(rule, QuantileThreshold(0.5, window=7)),
+        rule_text(rule, SteppedThreshold({0: 0.5})),
+    }
+    assert len(texts) == 4
+    assert rule_text(rule, SteppedThreshold({0: 0.5})).endswith("m by SteppedThreshold({0: 0.5})")
+
+
 def test_a_risen_threshold_rejects_earlier_online_episodes_too_and_keeps_demonstrations(ring):
     verdicts = []
     view = view_of(
