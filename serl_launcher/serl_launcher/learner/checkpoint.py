@@ -57,7 +57,12 @@ def complete(root: Path) -> list[Path]:
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """tensors, optimizer state, state of a whole checkpoint."""
     optimizer = torch.load(folder / FILES[1], weights_only=True)
-    return load_file(folder / FILES[0]), optimizer, json.loads((folder / FILES[2]).read_text())
+    return load_file(folder / FILES[0]), optimizer, read_state(folder)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state alone."""
+    return json.loads((folder / FILES[2]).read_text())
 
 
 def _sync(path: Path) -> None:

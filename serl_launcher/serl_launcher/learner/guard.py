@@ -66,7 +66,8 @@ class Fall:
 class EvaluationWatch:
     """Keeps the parameters of the best evaluated version, and notices a fall.
 
-    goals: episodes of each evaluation stage, in the schedule's order; margin: None judges nothing.
+    goals: episodes of each evaluation stage, in the schedule's order; margin: None judges nothing. A fall is told again
+    until `settle` says that its rollback is safe on disk.
     """
 
     def __init__(self, params_dir: Path, goals: Mapping[str, int], margin: float | None) -> None:
@@ -94,11 +95,16 @@ class EvaluationWatch:
             shutil.copyfile(self._dir / newest.file, part)
             os.replace(part, self._kept)
             best.stage, best.rate, best.version = stage, rate, newest.version
-        best.judged.append(stage)
-        part = self._file.with_suffix(".part")
-        part.write_text(json.dumps(asdict(best)))
-        os.replace(part, self._file)
+        if fall is None:
+            self.settle(stage)
         return fall
+
+    def settle(self, stage: str) -> None:
+        """This stage's evaluation needs nothing more."""
+        self._best.judged.append(stage)
+        part = self._file.with_suffix(".part")
+        part.write_text(json.dumps(asdict(self._best)))
+        os.replace(part, self._file)
 
     @property
     def _kept(self) -> Path:

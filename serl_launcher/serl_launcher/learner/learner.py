@@ -181,6 +181,22 @@ class Learner:
             p.copy_(published[name])
             self.averaged[name].copy_(published[name])
 
+    @torch.no_grad()
+    def continue_from(self, tensors: dict[str, Tensor]) -> None:
+        """Begin at the policy in another algorithm's `tensors`: raw weights and their average.
+
+        What an algorithm adds to a policy is left out. Raises ValueError as `load_tensors` does for the rest.
+        """
+        fresh = tuple(getattr(self.agent, "fresh", ()))
+        for prefix, mine in (("raw.", self._state), ("averaged.", self.averaged)):
+            theirs = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            want = {n: p for n, p in mine.items() if n in theirs or not (fresh and n.startswith(fresh))}
+            problems = describe_mismatch(want, {n: t for n, t in theirs.items() if n in mine})
+            if problems:
+                raise ValueError("checkpoint does not fit this policy: " + "; ".join(problems))
+            for name, p in want.items():
+                p.copy_(theirs[name])
+
     def counters(self) -> dict[str, int]:
         return {"step": self.step_count, "average_age": self._average_age}
 

@@ -129,6 +129,8 @@ class Trainer:
             return
         self.learner.start_from(read_tensors(fall.parameters)[0])
         self.publish()
+        self.save()  # or the next start would go on from the policy that fell
+        self.watch.settle(fall.stage)
         log.error(
             "evaluation %s fell to %.2f, more than rollback_margin below the %.2f of %s: version %d is rolled back to "
             "version %d, published again as version %d",
@@ -203,7 +205,7 @@ class Trainer:
 
     def _recover(self, fault: FloatingPointError) -> None:
         """A step was refused: nothing of it is kept, and what is served stays."""
-        folders = checkpoint.complete(self.paths.checkpoints)
+        folders = [f for f in checkpoint.complete(self.paths.checkpoints) if self._wrote(f)]
         decision = self.guard.after(can_go_back=bool(folders))
         log.error("%s (%s; policy version %d goes on being served)", fault, decision, self.version)
         if decision == GO_BACK:
@@ -263,6 +265,7 @@ class Trainer:
             "version": self.version,
             "rng": self.rng.bit_generator.state,
             "torch_rng": torch.get_rng_state().tolist(),
+            "agent": type(self.learner.agent).__name__,
         }
         optimizer = self.learner.optimizer_state()
         checkpoint.save(
@@ -274,46 +277,64 @@ class Trainer:
             self.cfg.trainer.keep_checkpoints,
         )
 
-    def _restore(self, folder: Path) -> dict[str, Any]:
-        """Parameters, optimizers and counters of a checkpoint; returns the rest of its state."""
+    def _wrote(self, folder: Path) -> bool:
+        """Is this checkpoint one of the agent that trains now?"""
+        mine = type(self.learner.agent).__name__
+        return checkpoint.read_state(folder).get("agent", mine) == mine
+
+    def _restore(self, folder: Path) -> None:
+        """Parameters, optimizers and counters of a checkpoint."""
         tensors, optimizer, state = checkpoint.load(folder)
         self.learner.load_tensors(tensors)
         self.learner.load_optimizer_state(optimizer)
         self.learner.load_counters(state["counters"])
-        return state
 
     def _resume(self) -> None:
         """From the newest whole checkpoint of this run; else from checkpoint_path; else from scratch."""
         folders = checkpoint.complete(self.paths.checkpoints)
         newest = Published.read(self.paths.params)
         if folders:
-            state = self._restore(folders[-1])
-            self.stage_steps, self.stage_start = state["stage_steps"], state["stage_start"]
-            self.rng.bit_generator.state = state["rng"]
-            torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
-            # Versions published after the checkpoint were used by actors: never reuse their numbers.
-            self.version = max(state["version"], newest.version if newest else 0)
-            log.info(
-                "resumed from %s at step %d, policy version %d", folders[-1].name, self.learner.step_count, self.version
-            )
+            self._continue_from(folders[-1])
+            if self.cfg.checkpoint_path:
+                log.warning("checkpoint_path is for a new run: this one goes on from %s", folders[-1].name)
         elif self.cfg.checkpoint_path:
             path = find_parameters(self.cfg.checkpoint_path)
             self.learner.start_from(read_tensors(path)[0])
             log.info("starting from %s", path)
-        if not folders and newest is not None:
-            self.version = newest.version
+        # Versions published after the checkpoint were used by actors: never reuse their numbers.
+        self.version = max(self.version, newest.version if newest else 0)
+
+    def _continue_from(self, folder: Path) -> None:
+        """The whole state of a checkpoint; of another algorithm's only what both have: the policy and the counters."""
+        state = checkpoint.read_state(folder)
+        if self._wrote(folder):
+            self._restore(folder)
+            self.rng.bit_generator.state = state["rng"]
+            torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
+        else:
+            self.learner.continue_from(checkpoint.load(folder)[0])
+            self.learner.step_count = state["counters"]["step"]
+            log.warning(
+                "%s was trained by %s: %s goes on from its policy and the run's data, values and optimizers start anew",
+                folder.name, state["agent"], type(self.learner.agent).__name__,
+            )  # fmt: skip
+        self.stage_steps, self.stage_start, self.version = state["stage_steps"], state["stage_start"], state["version"]
+        log.info("resumed from %s at step %d, policy version %d", folder.name, self.learner.step_count, self.version)
 
 
 def build_view(cfg: DictConfig, paths: RunPaths, spec: TaskSpec, action_horizon: int) -> ChunkView | LearningView:
     """The acceptance view of `algo`, with transitions beside it where the algorithm learns values."""
     algo, rule = cfg.algo, instantiate(cfg.algo.rule)
+    threshold = instantiate(algo.threshold) if algo.get("threshold") else None
+    ledger = VerdictLedger(paths.acceptance, rule_text(rule, threshold))
     imitation = ChunkView(
         rule,
         spec,
         action_horizon,
-        threshold=instantiate(algo.threshold) if algo.get("threshold") else None,
+        threshold=threshold,
         weights=algo.get("source_weights"),
-        on_verdict=VerdictLedger(paths.acceptance, rule_text(rule)).note,
+        on_verdict=ledger.note,
+        history=ledger.returns,
     )
     if not algo.get("transitions"):
         return imitation

@@ -45,7 +45,9 @@ def test_a_fall_beyond_the_margin_names_the_best_version_and_its_parameters(tmp_
         1,
     )
     assert read_tensors(fall.parameters)[0]["p"].item() == 1.0
-    assert watch.look(results(before=0.7, after=0.4)) is None  # told once
+    assert watch.look(results(before=0.7, after=0.4)) == fall  # until its rollback is safe
+    watch.settle("after")
+    assert watch.look(results(before=0.7, after=0.4)) is None
 
 
 def test_a_small_fall_and_an_unfinished_evaluation_are_let_be(tmp_path):

@@ -158,3 +158,46 @@ def test_a_fallen_evaluation_brings_the_best_version_back(tmp_path, ring, caplog
     assert "version 2 is rolled back to version 1, published again as version 3" in caplog.text
     served = read_tensors(tmp_path / "params" / Published.read(tmp_path / "params").file)[0]
     assert all(torch.equal(served[name], tensor) for name, tensor in best.items())
+
+
+def test_a_rollback_holds_when_the_trainer_starts_anew_whenever_it_was_killed(tmp_path, ring, monkeypatch):
+    put(ring, 0, "demo")
+    evaluations = {"a": {"episodes": 10, "successes": 9}}
+    trainer, _ = make(tmp_path, ring, steps=2)
+    trainer.run()
+    trainer._roll_back_after_a_fall({"eval": evaluations})
+    best = {n: t.clone() for n, t in trainer.learner.averaged.items()}
+    trainer, _ = make(tmp_path, ring, steps=4)
+    trainer.run()  # further, and worse
+    evaluations |= {"b": {"episodes": 10, "successes": 2}}
+    with monkeypatch.context() as killed:
+        killed.setattr(trainer, "save", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer._roll_back_after_a_fall({"eval": evaluations})
+    for _ in range(2):
+        trainer, _ = make(tmp_path, ring, steps=4)
+        trainer._roll_back_after_a_fall({"eval": evaluations})
+        assert all(torch.equal(trainer.learner.averaged[name], tensor) for name, tensor in best.items())
+    assert version(tmp_path) == trainer.version == 5  # 1 and 2, 3 of the fallen, rolled back twice
+
+
+def test_another_algorithm_goes_on_in_the_folder_from_the_policy_it_finds(tmp_path, ring, caplog):
+    for k in range(3):
+        put(ring, 2 * k, "demo")
+        put(ring, 2 * k + 1, "online", success=k == 0)
+    first, _ = make(tmp_path, ring, steps=3)
+    first.run()
+    second, gateway = make(tmp_path, ring, "sac_pi0", mode="online", steps=2)
+    assert "trained by FlowMatchingAgent: SACAgent goes on from its policy and the run's data" in caplog.text
+    gateway.stage["name"] = "further"
+    assert (second.learner.step_count, second.version) == (3, first.version)
+    for which in ("averaged", "_state"):
+        theirs = getattr(first.learner, which)
+        assert all(torch.equal(t, theirs[name]) for name, t in getattr(second.learner, which).items())
+    second.run()
+    assert second.learner.step_count == 5
+    again, _ = make(tmp_path, ring, "sac_pi0", mode="online", steps=2)
+    want = second.learner.tensors()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in again.learner.tensors().items())
+    back, _ = make(tmp_path, ring, steps=3)
+    assert all(torch.equal(t, second.learner.averaged[name]) for name, t in back.learner.averaged.items())
