@@ -5,6 +5,8 @@
 
 No lock: the writer moves `first_valid` past the episodes it is about to overwrite *before* it touches their frames,
 and a reader looks at `first_valid` again *after* its copy; what it copied is either whole or it raises Evicted.
+Demonstrations stay: when the oldest frames must go, theirs move to the head, as a new row of the table, as long as
+they fill no more than half of the ring.
 An episode of n ticks takes n+1 consecutive absolute frame numbers; slot = frame modulo capacity. In the last frame
 of an episode only the observation means anything. The counters are aligned 8-byte words, written once each.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import mmap
 import os
 from collections.abc import Iterable, Mapping
@@ -35,6 +38,8 @@ from serl_launcher.replay.ring_layout import (
     choose_folder,
     plan_layout,
 )
+
+log = logging.getLogger("replay")
 
 # Counters, int64 each: absolute frame numbers, then absolute row numbers of the episode table.
 HEAD, FIRST_VALID, ROWS, FIRST_ROW = range(4)
@@ -74,6 +79,7 @@ class EpisodeRow:
     mode: str  # demo | online
     success: bool
     interventions: int  # ticks the operator drove
+    row: int  # absolute row number of the table: grows with every commit, anew for a demonstration that moved
 
 
 class _RingFile:
@@ -130,9 +136,11 @@ class RingWriter(_RingFile):
         path = folder / f"{_ring_stem(run_dir)}-{os.getpid()}-{os.urandom(3).hex()}.ring"
         self._lock = _reserve(path, layout)
         super().__init__(path, layout, mmap.ACCESS_WRITE)
+        self._demo_frames = 0  # of the demonstrations in the ring, the one that is being appended included
+        self._told = False
 
     def append(self, ordinal: int, mode: str, success: bool, arrays: Mapping[str, np.ndarray]) -> EpisodeRow:
-        """Copy one finished episode in and publish it, evicting the oldest ones it displaces.
+        """Copy one finished episode in and publish it, evicting the oldest ones it displaces, demonstrations last.
 
         arrays: the schema's keys; observations [n+1, ...], everything else [n, ...]. RingError when it cannot fit.
         """
@@ -142,21 +150,25 @@ class RingWriter(_RingFile):
                 f"episode {ordinal} has {n} ticks and needs {n + 1} frames, the ring holds {self.capacity}: "
                 "raise replay.capacity_frames"
             )
-        first = self.head
-        self._evict_until(first + n + 1 - self.capacity)
+        if mode == "demo":
+            self._demo_frames += n + 1
+        self._make_room(n + 1)
+        return self._write(ordinal, n, mode, bool(success), arrays)
+
+    def _write(self, ordinal: int, n: int, mode: str, success: bool, arrays: Mapping[str, np.ndarray]) -> EpisodeRow:
+        """Into free slots at the head."""
+        first, index = self.head, int(self._counters[ROWS])
         slots = np.arange(first, first + n + 1) % self.capacity
         for key, array in self._arrays.items():
             rows = slots if key.startswith("observation.") else slots[:n]
             array[rows] = arrays[key]
         interventions = int(np.count_nonzero(arrays["intervention"]))
-        row = EpisodeRow(ordinal, first, n, mode, bool(success), interventions)
-        index = int(self._counters[ROWS])
         self._table[index % self.layout.episode_rows] = (
             ordinal, first, n, MODES.index(mode), int(success), interventions,
         )  # fmt: skip
         self._counters[HEAD] = first + n + 1
         self._counters[ROWS] = index + 1  # last: this publishes the episode
-        return row
+        return EpisodeRow(ordinal, first, n, mode, success, interventions, index)
 
     def close(self, unlink: bool = True) -> None:
         """Forget the file. Readers that mapped it keep their view until they let go."""
@@ -164,15 +176,39 @@ class RingWriter(_RingFile):
             self.path.unlink(missing_ok=True)
         os.close(self._lock)
 
-    def _evict_until(self, oldest: int) -> None:
-        """Drop whole episodes until no committed frame is older than `oldest`."""
-        row, rows = int(self._counters[FIRST_ROW]), int(self._counters[ROWS])
-        valid = self.first_valid
-        while valid < oldest and row < rows:
-            _, first, n, *_ = self._table[row % self.layout.episode_rows]
-            valid, row = int(first) + int(n) + 1, row + 1
-        self._counters[FIRST_ROW] = row
-        self._counters[FIRST_VALID] = valid
+    def _make_room(self, frames: int) -> None:
+        """Drop the oldest episodes until there are free slots for this many frames; demonstrations move to the head.
+
+        A move frees nothing and costs a copy, once for each time the ring goes round.
+        """
+        while self.head + frames > self.first_valid + self.capacity:
+            index = int(self._counters[FIRST_ROW])
+            ordinal, first, n, mode, success, _ = self._table[index % self.layout.episode_rows].tolist()
+            demo, moved = MODES[mode] == "demo", None
+            if demo and self._demo_frames <= self.capacity // 2 and self._demo_frames + frames <= self.capacity:
+                moved = self._copy(first, n)
+            elif demo:
+                self._demo_frames -= n + 1
+                self._say_that_demonstrations_leave()
+            self._counters[FIRST_ROW] = index + 1
+            self._counters[FIRST_VALID] = first + n + 1
+            if moved is not None:
+                self._write(ordinal, n, "demo", bool(success), moved)
+
+    def _copy(self, first: int, n: int) -> dict[str, np.ndarray]:
+        slots = np.arange(first, first + n + 1) % self.capacity
+        return {
+            key: array[slots if key.startswith("observation.") else slots[:n]] for key, array in self._arrays.items()
+        }
+
+    def _say_that_demonstrations_leave(self) -> None:
+        if not self._told:
+            self._told = True
+            log.warning(
+                "demonstrations fill more than half of the replay ring: the oldest leave it, and are trained on no "
+                "longer; raise replay.capacity_frames (%d) to keep them",
+                self.capacity,
+            )
 
 
 class RingReader(_RingFile):
@@ -187,16 +223,15 @@ class RingReader(_RingFile):
             raise RingError(f"no replay ring at {path}: the gateway has replaced it; ask its status again") from None
         super().__init__(path, RingLayout.from_header(header, path), mmap.ACCESS_READ)
 
-    def episodes(self, since_ordinal: int = 0) -> list[EpisodeRow]:
-        """Committed episodes with ordinal >= since_ordinal, oldest first."""
+    def episodes(self, since_row: int = 0) -> list[EpisodeRow]:
+        """Committed episodes whose row number is at least since_row, oldest commit first."""
         rows = int(self._counters[ROWS])
-        indices = np.arange(int(self._counters[FIRST_ROW]), rows)
+        indices = np.arange(max(since_row, int(self._counters[FIRST_ROW])), rows)
         table = self._table[indices % self.layout.episode_rows].copy()
         still = indices >= int(self._counters[FIRST_ROW])  # read after the copy: older rows may be half overwritten
-        table = table[still]
         return [
-            EpisodeRow(int(o), int(first), int(n), MODES[m], bool(s), int(i))
-            for o, first, n, m, s, i in table[table[:, 0] >= since_ordinal]
+            EpisodeRow(int(o), int(first), int(n), MODES[m], bool(s), int(i), int(index))
+            for index, (o, first, n, m, s, i) in zip(indices[still], table[still], strict=True)
         ]
 
     def gather(

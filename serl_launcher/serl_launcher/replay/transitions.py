@@ -123,7 +123,7 @@ class TransitionView:
 
     def clear(self) -> None:
         """Forget every index; the next `refresh` rebuilds them from the ring."""
-        self._next_ordinal = 0
+        self._next_row = 0
         self._index = {"demo": ChunkIndex.empty(), "online": ChunkIndex.empty()}
         self.reward_range = (float("inf"), float("-inf"))  # lowest and highest reward of a tick
 
@@ -142,9 +142,9 @@ class TransitionView:
 
     def refresh(self) -> int:
         """Take in the episodes committed since the last call; returns how many."""
-        rows = self._ring.episodes(self._next_ordinal)
-        for row in rows:
-            self._next_ordinal = row.ordinal + 1
+        rows = self._ring.episodes(self._next_row)
+        for row in rows:  # a demonstration that moved comes again, and what it left is dropped below
+            self._next_row = row.row + 1
             try:
                 self._add(row)
             except Evicted:  # the writer lapped a reader that slept for a whole ring: that episode is gone for all

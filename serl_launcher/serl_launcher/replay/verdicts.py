@@ -56,9 +56,9 @@ class VerdictLedger:
         self._returns = {row["ordinal"]: (row["mode"], row["return"]) for row in rows}
         _drop_torn_line(path)
 
-    def returns(self, before: int) -> list[tuple[str, float]]:
-        """Mode and return of the episodes whose ordinal is smaller than `before`, oldest first."""
-        return [self._returns[ordinal] for ordinal in sorted(self._returns) if ordinal < before]
+    def returns(self, after: int, before: int) -> list[tuple[str, float]]:
+        """Mode and return of the episodes whose ordinals lie between these, oldest first."""
+        return [self._returns[ordinal] for ordinal in range(after + 1, before) if ordinal in self._returns]
 
     def note(self, verdict: Verdict) -> None:
         """One line, unless this rule said the same before."""

@@ -43,7 +43,7 @@ class ChunkView:
 
     threshold: schedule of m; weights: loss weight of `demo`, `autonomous` and `operator` chunks (1 where not named);
     on_verdict: told of each episode, in ordinal order, again from the first after `clear`. history: mode and return of
-    the episodes before an ordinal, for the threshold: the ring may have lost them.
+    the episodes between two ordinals, for the threshold: the ring may have lost them.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ChunkView:
         threshold: Threshold | None = None,
         weights: Mapping[str, float] | None = None,
         on_verdict: Callable[[Verdict], None] = lambda verdict: None,
-        history: Callable[[int], Iterable[tuple[str, float]]] = lambda before: (),
+        history: Callable[[int, int], Iterable[tuple[str, float]]] = lambda after, before: (),
     ) -> None:
         self._book = RuleBook(rule, spec, threshold)
         self._horizon, self._on_verdict, self._history = horizon, on_verdict, history
@@ -66,7 +66,8 @@ class ChunkView:
 
     def clear(self) -> None:
         """Forget every index; the next `refresh` rebuilds them from the ring."""
-        self._next_ordinal = 0
+        self._next_row, self._last_ordinal = 0, -1
+        self._demonstrations: dict[int, Selection] = {}  # accepted ones by ordinal: the ring may move them
         self._frames = np.zeros((0, self._horizon), np.int64)  # absolute frame of each chunk tick, clipped at the end
         self._is_pad = np.zeros((0, self._horizon), bool)
         self._demo = np.zeros(0, bool)
@@ -87,16 +88,14 @@ class ChunkView:
 
     def refresh(self) -> int:
         """Take in the episodes committed since the last call; returns how many."""
-        rows = self._ring.episodes(self._next_ordinal)
-        if rows and self._next_ordinal == 0:
-            self._book.remember(self._history(rows[0].ordinal))
-        for row in rows:
-            self._next_ordinal = row.ordinal + 1
+        rows = self._ring.episodes(self._next_row)
+        for row in sorted(rows, key=lambda row: row.ordinal):  # a demonstration that moved comes late
             try:
                 self._add(row)
             except Evicted:  # the writer lapped a reader that slept for a whole ring: that episode is gone for all
                 continue
         if rows:
+            self._next_row = rows[-1].row + 1
             self._drop_before(self._ring.first_valid)
         return len(rows)
 
@@ -123,19 +122,32 @@ class ChunkView:
         return known if threshold is None else known | {"replay/threshold": threshold.value}
 
     def _add(self, row: EpisodeRow) -> None:
+        if row.ordinal <= self._last_ordinal:
+            self._follow(row)
+            return
         columns = self._ring.gather(np.arange(row.first_frame, row.first_frame + row.n_ticks), COLUMNS)
+        self._book.remember(self._history(self._last_ordinal, row.ordinal))
+        self._last_ordinal = row.ordinal
         selection, (verdict, *overturned) = self._book.judge(row.ordinal, row.mode, row.success, columns)
         self._on_verdict(verdict)
         self.seen[row.mode] = self.seen.get(row.mode, 0) + 1
         self.reasons[verdict.reason] = self.reasons.get(verdict.reason, 0) + 1
         if selection.accepted:
+            self.accepted[row.mode] = self.accepted.get(row.mode, 0) + 1
             self._admit(row, selection)
+            if row.mode == "demo":
+                self._demonstrations[row.ordinal] = selection
         for fallen in overturned:
             self._expel(fallen)
 
+    def _follow(self, row: EpisodeRow) -> None:
+        """A demonstration that was judged before lies elsewhere now."""
+        if selection := self._demonstrations.get(row.ordinal):
+            self._keep(self._ordinal != row.ordinal)
+            self._admit(row, selection)
+
     def _admit(self, row: EpisodeRow, selection: Selection) -> None:
         n = row.n_ticks
-        self.accepted[row.mode] = self.accepted.get(row.mode, 0) + 1
         starts = np.flatnonzero(selection.starts)
         steps = starts[:, None] + np.arange(self._horizon)
         inside = np.minimum(steps, n - 1)

@@ -79,7 +79,7 @@ def test_wraps_and_evicts_whole_episodes(writer: RingWriter) -> None:
     writer.append(3, "online", False, episode_arrays(5, 18))  # frames 18..23: slots 18, 19, 0..3
     rows = reader.episodes()
     assert [row.ordinal for row in rows] == [1, 2, 3]
-    assert [row.ordinal for row in reader.episodes(since_ordinal=3)] == [3]
+    assert [row.ordinal for row in reader.episodes(since_row=3)] == [3]
     frames = np.arange(rows[-1].first_frame, rows[-1].first_frame + 6)
     assert reader.gather(frames, ["observation.state"])["observation.state"][:, 0].tolist() == list(range(18, 24))
     with pytest.raises(Evicted):
@@ -95,6 +95,37 @@ def test_a_long_episode_evicts_everything_else(writer: RingWriter) -> None:
     reader = RingReader(writer.path)
     assert [row.ordinal for row in reader.episodes()] == [3]
     assert reader.first_valid == 18
+
+
+def test_demonstrations_move_to_the_head_instead_of_going(writer: RingWriter) -> None:
+    reader = RingReader(writer.path)
+    writer.append(0, "demo", True, episode_arrays(4, 100))
+    for k in range(1, 9):  # 5 frames each into 20: twice around
+        writer.append(k, "online", False, episode_arrays(4, 5 * k))
+        rows = reader.episodes()
+        assert {row.ordinal for row in rows} == {0, *range(max(1, k - 2), k + 1)}
+        (demo,) = [row for row in rows if row.mode == "demo"]
+        got = reader.gather(np.arange(demo.first_frame, demo.first_frame + 5))
+        assert got["observation.state"][:, 0].tolist() == [100, 101, 102, 103, 104]
+        assert got["policy_version"][:4].tolist() == [100, 101, 102, 103]
+        assert (demo.success, demo.interventions) == (True, 2)
+        assert [row.row for row in rows] == sorted({row.row for row in rows})
+    assert reader.episodes(since_row=demo.row)[0].ordinal == 0
+
+
+def test_demonstrations_beyond_half_of_the_ring_leave_oldest_first_and_that_is_said(writer: RingWriter, caplog) -> None:
+    reader = RingReader(writer.path)
+    for k in range(3):  # 15 of 20 frames
+        writer.append(k, "demo", True, episode_arrays(4, 0))
+    for k in range(3, 7):
+        writer.append(k, "online", True, episode_arrays(4, 0))
+    assert sorted(row.ordinal for row in reader.episodes()) == [1, 2, 5, 6]
+    assert caplog.text.count("demonstrations fill more than half of the replay ring") == 1
+    writer.append(7, "online", True, episode_arrays(14, 0))  # with both of them there is no room for it
+    assert sorted(row.ordinal for row in reader.episodes()) == [2, 7]
+    for k in range(8, 14):
+        writer.append(k, "demo", True, episode_arrays(4, 0))
+    assert sorted(row.ordinal for row in reader.episodes()) == [10, 11, 12, 13]
 
 
 def test_an_oversized_episode_is_refused_by_name(writer: RingWriter) -> None:

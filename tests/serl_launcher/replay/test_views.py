@@ -5,6 +5,7 @@ import pytest
 
 from serl_launcher.replay.acceptance import SuccessRule
 from serl_launcher.replay.ring import RingReader, RingWriter
+from serl_launcher.replay.transitions import TransitionView
 from serl_launcher.replay.views import ChunkView
 from serl_transport.specs import TaskSpec
 
@@ -104,6 +105,32 @@ def test_evicted_episodes_leave_the_view(ring):
     view.refresh()
     drawn = set((view.sample(np.random.default_rng(0), 500).action[:, 0, 0] // 10).astype(int))
     assert drawn == set(range(4, 10))
+
+
+@pytest.mark.parametrize("every", [1, 7, 20])
+def test_demonstrations_stay_in_the_views_however_far_the_ring_moves_on(ring, every):
+    verdicts = []
+    ring.append(0, "demo", True, arrays(5, 500))
+    ring.append(1, "demo", False, arrays(5, 600, success=False))
+    chunks = ChunkView(SuccessRule(noop_threshold=0.0), SPEC, 4, on_verdict=verdicts.append)
+    chunks.attach(RingReader(ring.path))
+    values = TransitionView(SPEC, 2, 0.9)
+    values.attach(RingReader(ring.path))
+    rng = np.random.default_rng(0)
+    for ordinal in range(2, 22):
+        ring.append(ordinal, "online", True, arrays(5, 10 * ordinal))
+        if ordinal % every:
+            continue
+        chunks.refresh()
+        values.refresh()
+        demo = chunks.sample(rng, 400)
+        assert set(demo.action[demo.demo, 0, 0].astype(int)) == set(range(500, 505))
+        both = values.sample(rng, 400)
+        assert set(both.action[both.demo, 0, 0].astype(int)) == {*range(500, 505), *range(600, 605)}
+        assert values.count("demo") == 10
+    assert chunks.accepted["demo"] == 1
+    judged = [v.ordinal for v in verdicts]
+    assert len(judged) == len(set(judged))  # a move is no new episode
 
 
 def test_eviction_between_refreshes_is_survived(ring):
