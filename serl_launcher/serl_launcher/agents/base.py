@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from serl_launcher.agents.encoded import Encoded
 from serl_launcher.critics.losses import chunk_target
 from serl_launcher.policies.base import FlowPolicy, PolicyInput
 from serl_launcher.replay.transitions import TransitionBatch
@@ -88,7 +89,7 @@ class FlowAgent(nn.Module):
         """
         return self.policy.normalise_actions(self.policy.physical_actions(chunk))[..., : self.policy.robot_dim]
 
-    def target_of(self, batch: TransitionBatch, next_value: Tensor) -> Tensor:
+    def target_of(self, batch: TransitionBatch | Encoded, next_value: Tensor) -> Tensor:
         """The chunked backup of each transition from its next state's value float32[b]: float32[b]."""
         device = next_value.device
         reward, discount, bootstrap, floor = (
@@ -103,8 +104,8 @@ class FlowAgent(nn.Module):
         return chunk[..., : self.policy.robot_dim]
 
 
-def critic_metrics(loss: Tensor, q: Tensor, target: Tensor, batch: TransitionBatch) -> dict[str, Tensor]:
-    """What every agent logs of its critic. q float32[e, b], target float32[b]."""
+def critic_metrics(loss: Tensor, q: Tensor, target: Tensor, bootstrap: np.ndarray | Tensor) -> dict[str, Tensor]:
+    """What every agent logs of its critic. q float32[e, b], target float32[b], bootstrap bool[b]."""
     q = q.detach()
     return {
         "losses/critic": loss.detach(),
@@ -112,7 +113,7 @@ def critic_metrics(loss: Tensor, q: Tensor, target: Tensor, batch: TransitionBat
         "critic/q_max": q.max(),
         "critic/target": target.mean(),
         "critic/spread": q.std(dim=0).mean() if len(q) > 1 else torch.zeros(()),
-        "batch/terminal_share": 1 - torch.as_tensor(batch.bootstrap).float().mean(),
+        "batch/terminal_share": 1 - torch.as_tensor(bootstrap).float().mean(),
     }
 
 

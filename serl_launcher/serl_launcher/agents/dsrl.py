@@ -4,7 +4,8 @@
     π_w(w | s) α log π_w − Q_W(s, w)                                 the flow itself: never touched when online
 
 DSRL with noise aliasing (Wagenmaker et al., 2506.15799): the gradient never runs through the flow. In a train stage
-the flow is cloned from demonstrations, Q_A warming up on them.
+the flow is cloned from demonstrations, Q_A warming up on them. Online, a step encodes its batch into a memory and
+trains the small networks on a larger draw from it: what a resting flow said of a transition stays true.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from serl_launcher.agents.base import FlowAgent, ParameterGroup, check_values, critic_metrics, frozen_copy
+from serl_launcher.agents.encoded import Encoded, Memory
 from serl_launcher.agents.flow_matching import imitation_loss
 from serl_launcher.agents.steering import Steering, steer
 from serl_launcher.critics.ensemble import ChunkCritic, track
@@ -26,13 +28,18 @@ from serl_launcher.policies.base import FlowPolicy, Prefix, sample, trainable
 from serl_launcher.replay.learning import LearningBatch
 from serl_launcher.replay.transitions import TransitionBatch
 
+TOLD = ("is_pad", "reward", "discount", "bootstrap", "floor")
+"""What a transition says itself."""
+
 
 class DSRLAgent(FlowAgent):
     """Noise policy, critic over actions, critic over noise, temperature.
 
     policy: with a `steering` module (agents.steering.add_steering). Settings as in SACAgent; prior_share: part of the
     distillation batch whose w comes from N(0, I) within the bound, so that Q_W knows more than π_w's own noise;
-    entropy_per_dim: target entropy of π_w for each dim of w (N(0, 1) has 1.42).
+    entropy_per_dim: target entropy of π_w for each dim of w (N(0, 1) has 1.42). memory: encoded transitions that are
+    kept; memory_batch: drawn from them in each online step. The next action in a target is π_w's of the step that
+    encoded it, at most memory / batch steps ago.
     """
 
     fresh = ("steering.",)
@@ -57,12 +64,15 @@ class DSRLAgent(FlowAgent):
         init_temperature: float = 0.01,
         return_bound: bool = False,
         q_limit: float = 1e3,
+        memory: int = 4096,
+        memory_batch: int = 256,
     ) -> None:
         super().__init__()
         self.policy, self.prompt, self.horizon = policy, prompt, horizon
         self.flow_steps, self.tau, self.target_members = flow_steps, tau, target_members
         self.warmup_steps, self.noise_samples, self.prior_share = warmup_steps, noise_samples, prior_share
         self.return_bound, self.q_limit = return_bound, q_limit
+        self.memory, self.memory_batch = Memory(memory), memory_batch
         steering = self.steering
         self.critic = ChunkCritic(feature_dim, horizon, policy.robot_dim, critics, widths)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
@@ -101,6 +111,7 @@ class DSRLAgent(FlowAgent):
     def begin_stage(self, mode: str) -> None:
         """From the first online stage on the flow rests: whatever comes later trains the noise policy."""
         self._mode = "online" if self.online_steps > 0 else mode
+        self.memory.clear()
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -114,20 +125,23 @@ class DSRLAgent(FlowAgent):
 
     def forward(self, batch: LearningBatch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses by group (those whose turn it is), and metrics."""
-        transitions = batch.transitions
-        prefix = self.observe(transitions.images, transitions.state)
-        losses, metrics = {}, {}
-        losses["critic"], metrics = self.critic_loss(transitions, prefix)
+        transitions, online = batch.transitions, self._mode == "online"
+        data = self.encode(transitions)
+        if online:
+            self.memory.add(data)
+            data = self.memory.draw(self.memory_batch)
+        losses = {}
+        losses["critic"], metrics = self.critic_loss(data)
         metrics["batch/transition_demo_share"] = torch.as_tensor(transitions.demo).float().mean()
-        if self._mode == "train":
+        if not online:
             losses["policy"], more = imitation_loss(self.policy, self.prompt, batch.imitation, self.noise_samples)
             return losses, metrics | more
-        features = self.policy.features(prefix)
-        losses["noise_critic"] = self.distillation_loss(prefix, features)
+        losses["noise_critic"] = self.distillation_loss(data)
         metrics["losses/noise_critic"] = losses["noise_critic"].detach()
+        metrics["batch/encoded"] = torch.tensor(float(len(self.memory)))
         if self.online_steps >= self.warmup_steps:
-            epsilon = self.draw(len(features), self.steering.rows, features.device)
-            losses["noise_actor"], losses["temperature"], more = self.noise_actor_loss(features, epsilon)
+            epsilon = self.draw(len(data), self.steering.rows, data.features.device)
+            losses["noise_actor"], losses["temperature"], more = self.noise_actor_loss(data.features, epsilon)
             metrics |= more
         return losses, metrics
 
@@ -140,30 +154,48 @@ class DSRLAgent(FlowAgent):
         """The executed part of the chunk that grows from this noise: float32[b, h, robot dims]."""
         return self.executed(sample(self.policy, prefix, noise, self.flow_steps))
 
-    def critic_loss(self, batch: TransitionBatch, prefix: Prefix) -> tuple[Tensor, dict[str, Tensor]]:
+    @torch.no_grad()
+    def encode(self, batch: TransitionBatch) -> Encoded:
+        """Everything that takes the backbone or the flow."""
+        prefix = self.observe(batch.images, batch.state)
+        features, device = self.policy.features(prefix), prefix.state.device
+        after = self.observe(batch.next_images, batch.next_state)
+        noise = steer(self.policy, after, self.draw(len(batch), self.policy.action_horizon, device))
+        w = self.explore(features)
+        told = {key: torch.as_tensor(getattr(batch, key), device=device) for key in TOLD}
+        return Encoded(
+            features=features,
+            chunk=self.labels(batch.action, device),
+            next_features=self.policy.features(after),
+            next_chunk=self.act(after, noise),
+            w=w,
+            w_chunk=self.act(prefix, self.steering.spread(w)),
+            **told,
+        )
+
+    def explore(self, features: Tensor) -> Tensor:
+        """Noises to distil at: `prior_share` of them from N(0, I) within the bound, the rest from π_w."""
+        b, bound = len(features), self.steering.bound
+        epsilon = self.draw(b, self.steering.rows, features.device)
+        from_prior = torch.arange(b, device=features.device) < round(b * self.prior_share)
+        own = self.steering.draw(features, epsilon).w
+        return torch.where(from_prior[:, None, None], epsilon.clamp(-bound, bound), own)
+
+    def critic_loss(self, data: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
         """Q_A: squared error to the chunked backup under the policy as it acts."""
-        device = prefix.state.device
         with torch.no_grad():
-            after = self.observe(batch.next_images, batch.next_state)
-            noise = steer(self.policy, after, self.draw(len(batch), self.policy.action_horizon, device))
-            value = pessimistic(self.target(self.policy.features(after), self.act(after, noise)), self.target_members)
-            target = self.target_of(batch, value)
-        chunk, is_pad = self.labels(batch.action, device), torch.as_tensor(batch.is_pad, device=device)
-        q = self.critic(self.policy.features(prefix), chunk, is_pad)
+            value = pessimistic(self.target(data.next_features, data.next_chunk), self.target_members)
+            target = self.target_of(data, value)
+        q = self.critic(data.features, data.chunk, data.is_pad)
         check_values(q, self.q_limit)
         loss = td_loss(q, target)
-        return loss, critic_metrics(loss, q, target, batch)
+        return loss, critic_metrics(loss, q, target, data.bootstrap)
 
-    def distillation_loss(self, prefix: Prefix, features: Tensor) -> Tensor:
-        """½ (Q_W(s, w) − Q_A(s, flow(s, w)))², w from π_w and from the prior."""
+    def distillation_loss(self, data: Encoded) -> Tensor:
+        """½ (Q_W(s, w) − Q_A(s, flow(s, w)))²."""
         with torch.no_grad():
-            b, bound = len(features), self.steering.bound
-            epsilon = self.draw(b, self.steering.rows, features.device)
-            from_prior = torch.arange(b, device=features.device) < round(b * self.prior_share)
-            own = self.steering.draw(features, epsilon).w
-            w = torch.where(from_prior[:, None, None], epsilon.clamp(-bound, bound), own)
-            value = self.critic(features, self.act(prefix, self.steering.spread(w))).mean(0)
-        return td_loss(self.noise_critic(features, w), value)
+            value = self.critic(data.features, data.w_chunk).mean(0)
+        return td_loss(self.noise_critic(data.features, data.w), value)
 
     def noise_actor_loss(self, features: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """mean(α log π_w − Q_W), the temperature's loss, and metrics."""

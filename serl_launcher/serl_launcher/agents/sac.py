@@ -221,7 +221,7 @@ class SACAgent(FlowAgent):
         q = self.critic(features, chunk, is_pad)
         check_values(q, self.q_limit)
         loss = td_loss(q, target)
-        metrics = critic_metrics(loss, q, target, batch)
+        metrics = critic_metrics(loss, q, target, batch.bootstrap)
         if self.cal_ql_weight:
             gap = self.conservative_gap(batch, prefix, features, q)
             loss = loss + self.cal_ql_weight * gap

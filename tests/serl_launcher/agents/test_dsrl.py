@@ -157,6 +157,33 @@ def test_the_chains_optimum_is_reached():
         assert q == pytest.approx(0.8 ** (2 - state), abs=0.1)
 
 
+def test_one_pass_of_the_flow_serves_many_samples_and_the_oldest_leave():
+    agent = make_agent(warmup_steps=0, memory=20, memory_batch=64)
+    agent.begin_stage("online")
+    rng, seen = np.random.default_rng(0), []
+    agent.critic.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for k in range(4):
+        batch = bandit_batch(rng, 8)
+        batch.state[:] = k
+        seen.clear()
+        _, metrics = agent(LearningBatch(None, batch), 0)
+        assert {len(features) for features in seen} == {64}
+    assert metrics["batch/encoded"] == 20
+    assert set(seen[0].flatten().tolist()) == {1.0, 2.0, 3.0}  # 4 of the second batch, all of the last two
+    agent.begin_stage("online")
+    assert len(agent.memory) == 0
+
+
+def test_what_the_memory_holds_of_a_transition_is_what_flow_and_steering_said():
+    agent = make_agent("tiled", prior_share=1.0)
+    data = agent.encode(batch := bandit_batch(np.random.default_rng(0), 8))
+    prefix = agent.observe({}, batch.state)
+    assert torch.equal(data.w_chunk, agent.act(prefix, agent.steering.spread(data.w)))
+    assert data.w.abs().max() <= agent.steering.bound
+    torch.testing.assert_close(data.chunk.numpy(), batch.action)
+    assert data.reward.tolist() == batch.reward.tolist()
+
+
 def test_a_variant_that_is_not_known_is_named():
     with pytest.raises(ValueError, match="expected one of per_step, tiled, got 'both'"):
         make_agent("both")
