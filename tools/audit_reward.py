@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from omegaconf import OmegaConf
 
 from serl_launcher.replay.episodes import journal_episodes
-from serl_launcher.rewards.judging import balanced_accuracy, confusion, episode_score, verdict_at
-from serl_launcher.rewards.model import RewardClassifier, load
+from serl_launcher.rewards.judging import balanced_accuracy, confusion, episode_score, stages_reached, verdict_at
+from serl_launcher.rewards.model import RewardCard, RewardClassifier, load
 from serl_transport.schema import Episode
 from serl_transport.specs import TaskSpec
 
@@ -34,7 +35,7 @@ class Row:
     mode: str
     recorded: bool  # success as it was recorded, or as a person corrected it
     source: str  # environment | human | classifier | relabelled
-    score: float  # highest threshold at which the classifier says success
+    score: float  # outcome: highest threshold at which the classifier says success; process: share of stages reached
     said: bool  # its verdict
     early: int | None  # observations between the verdict and the recorded end; None without one
 
@@ -59,9 +60,7 @@ def audit(run: Path, model: RewardClassifier, relabel: dict[str, bool], mode: st
 def _row(ordinal: int, episode: Episode, model: RewardClassifier, relabel: dict[str, bool]) -> Row:
     images = {camera: episode.arrays[f"observation.images.{camera}"] for camera in model.card.cameras}
     said = model.probabilities(images, episode.arrays["observation.state"])
-    # What the actor would have seen: observations after an action, so not the first one.
-    score = episode_score(said[1:, -1], model.card.patience)
-    at = verdict_at(said[1:, -1], model.card.threshold, model.card.patience)
+    score, at = judge(said[1:], model.card)  # what the actor would have seen: observations after an action
     known = relabel.get(episode.info.episode_id)
     return Row(
         ordinal,
@@ -70,9 +69,18 @@ def _row(ordinal: int, episode: Episode, model: RewardClassifier, relabel: dict[
         recorded=episode.outcome.success if known is None else known,
         source=episode.outcome.success_source if known is None else "relabelled",
         score=round(score, 4),
-        said=score >= model.card.threshold,
+        said=at is not None,
         early=None if at is None else len(said) - 2 - at,
     )
+
+
+def judge(said: np.ndarray, card: RewardCard) -> tuple[float, int | None]:
+    """The score of an episode and the observation with which the actor calls it a success, by float32[n, classes]."""
+    if card.kind == "outcome":
+        sure = said[:, 1]
+        return episode_score(sure, card.patience), verdict_at(sure, card.threshold, card.patience)
+    done = stages_reached(said) / (card.classes - 1)
+    return float(done[-1]), int(done.argmax()) if done[-1] == 1 else None
 
 
 def main(argv: list[str]) -> int:

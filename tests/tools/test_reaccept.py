@@ -11,6 +11,9 @@ from run_samples import SPEC, entries, episode, write_journal
 
 from serl_launcher.replay.episodes import journal_episodes
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, save
+from serl_robot_infra.envs.base import StepResult
+from serl_robot_infra.rewards.classifier import ClassifierReward
+from serl_transport.schema import Observation
 
 
 @pytest.fixture
@@ -68,3 +71,29 @@ def test_the_audit_counts_both_kinds_of_error_and_takes_a_persons_word(run, caps
     (run / "labels.json").write_text(json.dumps({"g": True}))
     assert audit_reward.main([str(run), "--relabel", str(run / "labels.json")]) == 2
     assert "does not hold: g" in capsys.readouterr().err
+
+
+class Says:
+    """A reward server, and its link, that says these probabilities in turn."""
+
+    def __init__(self, said):
+        self.said = iter(said)
+
+    def request(self, type, payload, timeout_ms):
+        return {"kind": "process", "probabilities": next(self.said)}
+
+
+def test_the_audit_says_of_stages_what_the_actor_would_have_said():
+    card = RewardCard("process", 4, ("front",), 16, False, SPEC.to_dict(), threshold=0.5)
+    jump, unsure = np.eye(4)[[0, 0, 3, 0]], [0.3, 0.2, 0.1, 0.4]
+    rng = np.random.default_rng(0)
+    walks = [np.array([*np.eye(4)[[0, 1, 2]], unsure]), jump, *(rng.dirichlet([0.3] * 4, 9) for _ in range(40))]
+    verdicts = []
+    for said in walks:
+        source = ClassifierReward(Says(said))
+        results = [source.judge(StepResult(Observation({}, np.zeros(1)), 0.0, False, False, False)) for _ in said]
+        first = next((i for i, result in enumerate(results) if result.success), None)
+        assert audit_reward.judge(said, card) == (pytest.approx(sum(r.reward for r in results)), first)
+        verdicts.append(first)
+    assert verdicts[:2] == [3, None]  # the last stage may be unsure, and may not be jumped to
+    assert {verdict is None for verdict in verdicts[2:]} == {True, False}
