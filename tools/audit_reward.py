@@ -4,22 +4,27 @@
     python tools/audit_reward.py runs/night1 [--model runs/night1/reward] [--relabel labels.json] [--mode eval]
 
 Prints each disagreement and the counts of false positives and negatives; writes reward_audit.json into the run folder.
-`--relabel`: {"episode id": true | false}, a person's word on some episodes, which then counts as the truth; the journal
-is never changed. Exit codes: 0 done, 2 a mistake of the user.
+`--relabel`: {"episode id": true | false}, a person's word on some episodes. It is kept in the run's relabelled.json,
+with who and when, and counts as the truth from then on: here, in train_reward.sh, and for what the run learns from its
+next start on. The journal is never changed. Exit codes: 0 done, 2 a mistake of the user.
 """
 
 import argparse
+import getpass
 import json
+import os
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from omegaconf import OmegaConf
 
 from serl_launcher.replay.episodes import journal_episodes
+from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.rewards.judging import balanced_accuracy, confusion, episode_score, stages_reached, verdict_at
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, load
 from serl_transport.schema import Episode
@@ -45,29 +50,30 @@ class Row:
         return "agrees" if self.said == self.recorded else f"false {'positive' if self.said else 'negative'}"
 
 
-def audit(run: Path, model: RewardClassifier, relabel: dict[str, bool], mode: str | None) -> Iterator[Row]:
-    """Every judged episode of the run. ValueError when a relabelled episode is not there."""
+def audit(
+    run: Path, model: RewardClassifier, relabelled: Relabelled, words: Mapping[str, bool], mode: str | None
+) -> Iterator[Row]:
+    """Every judged episode of the run. ValueError when one that `words` relabel is not there."""
     spec = TaskSpec.from_dict(OmegaConf.to_container(OmegaConf.load(run / "config.yaml").task.spec, resolve=True))
-    unknown = set(relabel)
-    for ordinal, episode in journal_episodes(run, spec):
+    unknown = set(words)
+    for ordinal, episode in journal_episodes(run, spec, relabelled=relabelled):
         unknown.discard(episode.info.episode_id)
         if mode in (None, episode.info.mode) and episode.outcome.truncated_by not in ("dead_actor", "stop"):
-            yield _row(ordinal, episode, model, relabel)
+            yield _row(ordinal, episode, model, episode.info.episode_id in relabelled.labels)
     if unknown:
         raise ValueError(f"--relabel names episodes that {run} does not hold: {', '.join(sorted(unknown)[:5])}")
 
 
-def _row(ordinal: int, episode: Episode, model: RewardClassifier, relabel: dict[str, bool]) -> Row:
+def _row(ordinal: int, episode: Episode, model: RewardClassifier, by_person: bool) -> Row:
     images = {camera: episode.arrays[f"observation.images.{camera}"] for camera in model.card.cameras}
     said = model.probabilities(images, episode.arrays["observation.state"])
     score, at = judge(said[1:], model.card)  # what the actor would have seen: observations after an action
-    known = relabel.get(episode.info.episode_id)
     return Row(
         ordinal,
         episode.info.episode_id,
         episode.info.mode,
-        recorded=episode.outcome.success if known is None else known,
-        source=episode.outcome.success_source if known is None else "relabelled",
+        recorded=episode.outcome.success,
+        source="relabelled" if by_person else episode.outcome.success_source,
         score=round(score, 4),
         said=at is not None,
         early=None if at is None else len(said) - 2 - at,
@@ -94,16 +100,42 @@ def main(argv: list[str]) -> int:
     try:
         if not (args.run / "config.yaml").exists():
             raise FileNotFoundError(f"{args.run}: expected a run folder with config.yaml and a journal")
-        relabel = json.loads(args.relabel.read_text()) if args.relabel else {}
-        rows = list(audit(args.run, load(args.model or args.run / "reward"), relabel, args.mode))
-    except (FileNotFoundError, ValueError) as mistake:
+        words, relabelled = read_words(args.relabel) if args.relabel else {}, Relabelled(args.run)
+        relabelled.add(words, _login(), datetime.now(UTC).isoformat(timespec="seconds"))
+        rows = list(audit(args.run, load(args.model or args.run / "reward"), relabelled, words, args.mode))
+        if words:
+            relabelled.save()
+    except (OSError, ValueError) as mistake:
         print(f"audit_reward: {mistake}", file=sys.stderr)
         return 2
     show(rows)
+    if words:
+        print(f"{relabelled.path}: {len(words)} episodes relabelled. train_reward.sh learns from these labels, and the")
+        print("  run itself from its next start on: a failure is imitated no longer, a success is")
     table = [asdict(row) | {"verdict": row.verdict} for row in rows]
     (args.run / "reward_audit.json").write_text(json.dumps(table, indent=1))
     print(f"{args.run / 'reward_audit.json'}: every episode; correct some with --relabel")
     return 0
+
+
+def read_words(path: Path) -> dict[str, bool]:
+    """The file of --relabel. ValueError says what is wrong with it."""
+    expected = f'--relabel {path}: expected {{"episode id": true | false}}'
+    try:
+        words = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{expected}, got no JSON: {error}") from None
+    wrong = {k: v for k, v in words.items() if type(v) is not bool} if isinstance(words, dict) else words
+    if wrong or not isinstance(words, dict):
+        raise ValueError(f"{expected}, got {str(wrong)[:80]}")
+    return words
+
+
+def _login() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return str(os.getuid())
 
 
 def show(rows: list[Row]) -> None:

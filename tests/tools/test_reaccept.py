@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from run_samples import SPEC, entries, episode, write_journal
 
 from serl_launcher.replay.episodes import journal_episodes
+from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, save
 from serl_robot_infra.envs.base import StepResult
 from serl_robot_infra.rewards.classifier import ClassifierReward
@@ -65,12 +66,34 @@ def test_the_audit_counts_both_kinds_of_error_and_takes_a_persons_word(run, caps
         True,
         "environment",
     )
+    kept = json.loads((run / "relabelled.json").read_text())
+    assert (kept["episode-1"]["success"], set(kept["episode-1"])) == (True, {"success", "by", "time"})
     ticks = {episode.info.episode_id: episode.n for _, episode in journal_episodes(run, SPEC)}
     assert {name: row["early"] for name, row in rows.items()} == {name: n - 1 for name, n in ticks.items()}
     assert np.isfinite([row["score"] for row in rows.values()]).all()
     (run / "labels.json").write_text(json.dumps({"g": True}))
     assert audit_reward.main([str(run), "--relabel", str(run / "labels.json")]) == 2
     assert "does not hold: g" in capsys.readouterr().err
+    assert json.loads((run / "relabelled.json").read_text()) == kept
+    (run / "labels.json").write_text(json.dumps({"episode-1": "no"}))
+    assert audit_reward.main([str(run), "--relabel", str(run / "labels.json")]) == 2
+    assert "expected {\"episode id\": true | false}, got {'episode-1': 'no'}" in capsys.readouterr().err
+    assert audit_reward.main([str(run)]) == 0  # what was said before still counts
+    assert "0 false positives, 0 false negatives" in capsys.readouterr().out
+
+
+def test_a_relabelled_episode_is_judged_by_its_new_label(run, capsys):
+    verdicts = {v.ordinal: v.reason for v in reaccept.judge(run, OmegaConf.load(run / "config.yaml"))}
+    assert verdicts == {0: "accepted", 1: "accepted", 2: "return"}
+    labels = Relabelled(run)
+    labels.add({"episode-2": False, "episode-1": True}, "ana", "2026-01-01T12:00:00+00:00")
+    labels.save()
+    verdicts = reaccept.judge(run, OmegaConf.load(run / "config.yaml"))
+    assert {v.ordinal: (v.reason, v.success, v.return_) for v in verdicts} == {
+        0: ("accepted", True, 1.0),
+        1: ("return", False, 0.0),
+        2: ("accepted", True, 1.0),
+    }
 
 
 class Says:
