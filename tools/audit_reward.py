@@ -139,13 +139,17 @@ def _login() -> str:
 
 
 def show(rows: list[Row]) -> None:
-    """Disagreements, then the counts."""
+    """Disagreements, then the counts, over the episodes whose truth is known: not from a classifier."""
     for row in rows:
         if row.verdict != "agrees":
             print(f"  {row.verdict:14}  score {row.score:.2f}  {row.mode:6}  {row.episode_id}  ({row.source})")
-    if not rows:
-        print("  no judged episode")
+    known = [row for row in rows if row.source != "classifier"]
+    if len(known) < len(rows):
+        print(f"  {len(rows) - len(known)} episodes that only a classifier judged are not counted: --relabel them")
+    if not known:
+        print("  no episode that the environment or a person judged")
         return
+    rows = known
     counts = confusion([row.recorded for row in rows], [row.said for row in rows], 2)
     print(f"  {len(rows)} episodes: {counts[1, 1]} successes and {counts[0, 0]} failures agreed on,")
     print(f"  {counts[0, 1]} false positives, {counts[1, 0]} false negatives,")

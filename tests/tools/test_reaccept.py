@@ -1,6 +1,7 @@
 """Judging a run again by another rule, from its journal; auditing rewards against it."""
 
 import json
+from dataclasses import replace
 
 import audit_reward
 import numpy as np
@@ -80,6 +81,16 @@ def test_the_audit_counts_both_kinds_of_error_and_takes_a_persons_word(run, caps
     assert "expected {\"episode id\": true | false}, got {'episode-1': 'no'}" in capsys.readouterr().err
     assert audit_reward.main([str(run)]) == 0  # what was said before still counts
     assert "0 false positives, 0 false negatives" in capsys.readouterr().out
+
+
+def test_a_classifiers_word_is_no_truth_to_audit_by(capsys):
+    row = audit_reward.Row(0, "e0", "online", True, "classifier", 0.9, True, 0)
+    audit_reward.show([row, replace(row, source="environment", recorded=False)])
+    said = capsys.readouterr().out
+    assert "1 episodes that only a classifier judged are not counted: --relabel them" in said
+    assert "1 episodes: 0 successes and 0 failures agreed on" in said
+    audit_reward.show([row])
+    assert "no episode that the environment or a person judged" in capsys.readouterr().out
 
 
 def test_a_relabelled_episode_is_judged_by_its_new_label(run, capsys):
