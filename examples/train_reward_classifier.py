@@ -81,7 +81,12 @@ def run(settings: DictConfig) -> None:
         patience=settings.patience,
     )
     found = chain.from_iterable(journal_episodes(folder, spec) for folder in folders)
-    episodes = label_episodes(found, cameras, settings.kind, settings.stages, settings.positive, settings.margin)
+    episodes, unjudged = label_episodes(
+        found, cameras, settings.kind, settings.stages, settings.positive, settings.margin
+    )
+    if unjudged:
+        print(f"left out: {unjudged} episodes that only a classifier judged; tools/audit_reward.py --relabel takes a")
+        print("  person's word on them", flush=True)
     shares = (settings.validation_share, settings.test_share)
     split = split_by_episode(episodes, shares, settings.kind, np.random.default_rng(settings.seed))
     print(f"episodes: {len(split.train)} train, {len(split.validation)} validation, {len(split.test)} test", flush=True)

@@ -4,23 +4,29 @@
     python tools/audit_reward.py runs/night1 [--model runs/night1/reward] [--relabel labels.json] [--mode eval]
 
 Prints each disagreement and the counts of false positives and negatives; writes reward_audit.json into the run folder.
-`--relabel`: {"episode id": true | false}, a person's word on some episodes, which then counts as the truth; the journal
-is never changed. Exit codes: 0 done, 2 a mistake of the user.
+`--relabel`: {"episode id": true | false}, a person's word on some episodes. It is kept in the run's relabelled.json,
+with who and when, and counts as the truth from then on: here, in train_reward.sh, and for what the run learns from its
+next start on. The journal is never changed. Exit codes: 0 done, 2 a mistake of the user.
 """
 
 import argparse
+import getpass
 import json
+import os
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 from omegaconf import OmegaConf
 
 from serl_launcher.replay.episodes import journal_episodes
-from serl_launcher.rewards.judging import balanced_accuracy, confusion, episode_score, verdict_at
-from serl_launcher.rewards.model import RewardClassifier, load
+from serl_launcher.replay.relabelled import Relabelled
+from serl_launcher.rewards.judging import balanced_accuracy, confusion, episode_score, stages_reached, verdict_at
+from serl_launcher.rewards.model import RewardCard, RewardClassifier, load
 from serl_transport.schema import Episode
 from serl_transport.specs import TaskSpec
 
@@ -34,7 +40,7 @@ class Row:
     mode: str
     recorded: bool  # success as it was recorded, or as a person corrected it
     source: str  # environment | human | classifier | relabelled
-    score: float  # highest threshold at which the classifier says success
+    score: float  # outcome: highest threshold at which the classifier says success; process: share of stages reached
     said: bool  # its verdict
     early: int | None  # observations between the verdict and the recorded end; None without one
 
@@ -44,35 +50,43 @@ class Row:
         return "agrees" if self.said == self.recorded else f"false {'positive' if self.said else 'negative'}"
 
 
-def audit(run: Path, model: RewardClassifier, relabel: dict[str, bool], mode: str | None) -> Iterator[Row]:
-    """Every judged episode of the run. ValueError when a relabelled episode is not there."""
+def audit(
+    run: Path, model: RewardClassifier, relabelled: Relabelled, words: Mapping[str, bool], mode: str | None
+) -> Iterator[Row]:
+    """Every judged episode of the run. ValueError when one that `words` relabel is not there."""
     spec = TaskSpec.from_dict(OmegaConf.to_container(OmegaConf.load(run / "config.yaml").task.spec, resolve=True))
-    unknown = set(relabel)
-    for ordinal, episode in journal_episodes(run, spec):
+    unknown = set(words)
+    for ordinal, episode in journal_episodes(run, spec, relabelled=relabelled):
         unknown.discard(episode.info.episode_id)
         if mode in (None, episode.info.mode) and episode.outcome.truncated_by not in ("dead_actor", "stop"):
-            yield _row(ordinal, episode, model, relabel)
+            yield _row(ordinal, episode, model, episode.info.episode_id in relabelled.labels)
     if unknown:
         raise ValueError(f"--relabel names episodes that {run} does not hold: {', '.join(sorted(unknown)[:5])}")
 
 
-def _row(ordinal: int, episode: Episode, model: RewardClassifier, relabel: dict[str, bool]) -> Row:
+def _row(ordinal: int, episode: Episode, model: RewardClassifier, by_person: bool) -> Row:
     images = {camera: episode.arrays[f"observation.images.{camera}"] for camera in model.card.cameras}
     said = model.probabilities(images, episode.arrays["observation.state"])
-    # What the actor would have seen: observations after an action, so not the first one.
-    score = episode_score(said[1:, -1], model.card.patience)
-    at = verdict_at(said[1:, -1], model.card.threshold, model.card.patience)
-    known = relabel.get(episode.info.episode_id)
+    score, at = judge(said[1:], model.card)  # what the actor would have seen: observations after an action
     return Row(
         ordinal,
         episode.info.episode_id,
         episode.info.mode,
-        recorded=episode.outcome.success if known is None else known,
-        source=episode.outcome.success_source if known is None else "relabelled",
+        recorded=episode.outcome.success,
+        source="relabelled" if by_person else episode.outcome.success_source,
         score=round(score, 4),
-        said=score >= model.card.threshold,
+        said=at is not None,
         early=None if at is None else len(said) - 2 - at,
     )
+
+
+def judge(said: np.ndarray, card: RewardCard) -> tuple[float, int | None]:
+    """The score of an episode and the observation with which the actor calls it a success, by float32[n, classes]."""
+    if card.kind == "outcome":
+        sure = said[:, 1]
+        return episode_score(sure, card.patience), verdict_at(sure, card.threshold, card.patience)
+    done = stages_reached(said) / (card.classes - 1)
+    return float(done[-1]), int(done.argmax()) if done[-1] == 1 else None
 
 
 def main(argv: list[str]) -> int:
@@ -86,26 +100,56 @@ def main(argv: list[str]) -> int:
     try:
         if not (args.run / "config.yaml").exists():
             raise FileNotFoundError(f"{args.run}: expected a run folder with config.yaml and a journal")
-        relabel = json.loads(args.relabel.read_text()) if args.relabel else {}
-        rows = list(audit(args.run, load(args.model or args.run / "reward"), relabel, args.mode))
-    except (FileNotFoundError, ValueError) as mistake:
+        words, relabelled = read_words(args.relabel) if args.relabel else {}, Relabelled(args.run)
+        relabelled.add(words, _login(), datetime.now(UTC).isoformat(timespec="seconds"))
+        rows = list(audit(args.run, load(args.model or args.run / "reward"), relabelled, words, args.mode))
+        if words:
+            relabelled.save()
+    except (OSError, ValueError) as mistake:
         print(f"audit_reward: {mistake}", file=sys.stderr)
         return 2
     show(rows)
+    if words:
+        print(f"{relabelled.path}: {len(words)} episodes relabelled. train_reward.sh learns from these labels, and the")
+        print("  run itself from its next start on: a failure is imitated no longer, a success is")
     table = [asdict(row) | {"verdict": row.verdict} for row in rows]
     (args.run / "reward_audit.json").write_text(json.dumps(table, indent=1))
     print(f"{args.run / 'reward_audit.json'}: every episode; correct some with --relabel")
     return 0
 
 
+def read_words(path: Path) -> dict[str, bool]:
+    """The file of --relabel. ValueError says what is wrong with it."""
+    expected = f'--relabel {path}: expected {{"episode id": true | false}}'
+    try:
+        words = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{expected}, got no JSON: {error}") from None
+    wrong = {k: v for k, v in words.items() if type(v) is not bool} if isinstance(words, dict) else words
+    if wrong or not isinstance(words, dict):
+        raise ValueError(f"{expected}, got {str(wrong)[:80]}")
+    return words
+
+
+def _login() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return str(os.getuid())
+
+
 def show(rows: list[Row]) -> None:
-    """Disagreements, then the counts."""
+    """Disagreements, then the counts, over the episodes whose truth is known: not from a classifier."""
     for row in rows:
         if row.verdict != "agrees":
             print(f"  {row.verdict:14}  score {row.score:.2f}  {row.mode:6}  {row.episode_id}  ({row.source})")
-    if not rows:
-        print("  no judged episode")
+    known = [row for row in rows if row.source != "classifier"]
+    if len(known) < len(rows):
+        print(f"  {len(rows) - len(known)} episodes that only a classifier judged are not counted: --relabel them")
+    if not known:
+        print("  no episode that the environment or a person judged")
         return
+    rows = known
     counts = confusion([row.recorded for row in rows], [row.said for row in rows], 2)
     print(f"  {len(rows)} episodes: {counts[1, 1]} successes and {counts[0, 0]} failures agreed on,")
     print(f"  {counts[0, 1]} false positives, {counts[1, 0]} false negatives,")

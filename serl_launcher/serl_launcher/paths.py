@@ -39,6 +39,11 @@ class RunPaths:
         return self.root / "acceptance.jsonl"
 
     @property
+    def relabelled(self) -> Path:
+        """What a person said of episodes afterwards."""
+        return self.root / "relabelled.json"
+
+    @property
     def dataset(self) -> Path:
         """LeRobotDataset v3 (derived)."""
         return self.root / "dataset"

@@ -47,6 +47,7 @@ class Actor:
         mode: what to ask for: follow (the learner's schedule), demo, online or eval.
         episodes: stop after this many; None: until told to.
         estop: while it is latched no episode is begun.
+        evaluation_runner: runs evaluations, where another reward judges them; None: `runner` does.
     """
 
     def __init__(
@@ -58,10 +59,12 @@ class Actor:
         mode: str = "follow",
         episodes: int | None = None,
         estop: EmergencyStop | None = None,
+        evaluation_runner: EpisodeRunner | None = None,
     ):
         if mode not in _WANTS:
             raise ValueError(f"rollout.mode: expected one of {', '.join(_WANTS)}, got {mode!r}")
         self._runner = runner
+        self._evaluation_runner = evaluation_runner or runner
         self._link = link
         self._observer = observer
         self._stop = stop
@@ -99,7 +102,8 @@ class Actor:
         return f"stopped by {self._stop.signal.name}" if self._stop.signal else "stopped"
 
     def _run_episode(self, ticket: Run) -> None:
-        report = self._runner.run(ticket, self._count + 1)
+        runner = self._evaluation_runner if ticket.mode == "eval" else self._runner
+        report = runner.run(ticket, self._count + 1)
         self._evaluation.add(report)
         if report.ticks:
             self._count += 1
@@ -121,6 +125,7 @@ def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
         task.env {_target_}             the environment
         task.operator {_target_}        called with env=; null: none
         reward {_target_}               who judges (config/reward/); task.reward, where a task names one, wins
+        reward.evaluate_with            environment: it judges evaluations; null: the same reward does
         task.safety {max_speed, max_acceleration, workspace, targets}   optional limits of `safety.SafetyChain`
         rollout.mode                    follow | demo | online | eval
         rollout.episodes                null: until the learner says stop

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -175,17 +176,17 @@ def build_actor(
         pace=pace,
         guard=guard,
     )
-    runner = EpisodeRunner(
-        body,
-        observer,
-        stop,
-        actor_id=cfg.unique_identifier,
-        boot_id=link.boot_id,
-        may_take_over=rollout.operator,
-        demo_noise=rollout.demo_noise,
-        hold_limit_s=rollout.hold_limit_s,
-    )
-    return Actor(runner, link, observer, stop, rollout.mode, rollout.episodes, guard.estop), observer
+    settings = {
+        "actor_id": cfg.unique_identifier,
+        "boot_id": link.boot_id,
+        "may_take_over": rollout.operator,
+        "demo_noise": rollout.demo_noise,
+        "hold_limit_s": rollout.hold_limit_s,
+    }
+    runner = EpisodeRunner(body, observer, stop, **settings)
+    evaluation_body = replace(body, reward=evaluation_reward(cfg, body.reward))
+    evaluation = EpisodeRunner(evaluation_body, observer, stop, **settings)
+    return Actor(runner, link, observer, stop, rollout.mode, rollout.episodes, guard.estop, evaluation), observer
 
 
 def build_policy(cfg: DictConfig, link: LearnerLink) -> MeasuredPolicy | None:
@@ -215,8 +216,25 @@ def build_openpi(cfg: DictConfig) -> OpenpiPolicy:
 
 def build_reward(cfg: DictConfig) -> RewardSource:
     """The reward source of the task's own yaml, else of the `reward` group, else the environment's."""
-    node = cfg.task.get("reward") or cfg.get("reward")
-    return instantiate(node) if node else EnvironmentReward()
+    settings = _plain(_reward_node(cfg)) or {}
+    settings.pop("evaluate_with", None)
+    return instantiate(settings) if settings else EnvironmentReward()
+
+
+def evaluation_reward(cfg: DictConfig, reward: RewardSource) -> RewardSource:
+    """Who judges evaluations: `reward`, as everything, unless reward.evaluate_with says that the environment does."""
+    node = _reward_node(cfg)
+    match node.get("evaluate_with") if node else None:
+        case None:
+            return reward
+        case "environment":
+            return EnvironmentReward()
+        case other:
+            raise ValueError(f"reward.evaluate_with: expected environment or null (the same reward), got {other!r}")
+
+
+def _reward_node(cfg: DictConfig) -> DictConfig | None:
+    return cfg.task.get("reward") or cfg.get("reward")
 
 
 def build_operator(cfg: DictConfig, env: Environment) -> Any:

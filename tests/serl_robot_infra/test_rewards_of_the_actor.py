@@ -1,5 +1,6 @@
 """Rewards on the robot side: learned ones, a silent reward server, a goal pose, a person's keys (real terminal)."""
 
+import io
 import os
 import subprocess
 import sys
@@ -8,11 +9,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
+from scripted_learner import ScriptedLearner, actor_config, ticket
 
+from serl_robot_infra.actor import main
 from serl_robot_infra.envs.base import StepResult
+from serl_robot_infra.envs.pick import PickEnv
 from serl_robot_infra.rewards.classifier import ClassifierReward
 from serl_robot_infra.rewards.goal_pose import GoalPoseReward
 from serl_robot_infra.rewards.human_key import HumanKeyReward
+from serl_robot_infra.wiring import build_reward, evaluation_reward
 from serl_transport.errors import ServerSilent
 from serl_transport.schema import Observation
 
@@ -65,6 +71,42 @@ def test_each_stage_is_rewarded_once_in_order_and_sums_to_one():
 def test_a_silent_reward_server_ends_the_episode_as_truncated_and_keeps_its_tick():
     result = ClassifierReward(Answers("outcome", []), patience_s=0.0).judge(STEP)
     assert (result.reward, result.terminated, result.truncated, result.success) == (0.0, False, True, False)
+
+
+class Fooled:
+    """A classifier that sees success everywhere."""
+
+    success_source = "classifier"
+
+    def reset(self):
+        pass
+
+    def judge(self, result):
+        return replace(result, reward=1.0, terminated=True, success=True)
+
+
+@pytest.mark.parametrize(("evaluate_with", "ticks", "success"), [("environment", 60, False), (None, 1, True)])
+def test_the_environment_may_judge_evaluations_while_a_classifier_judges_the_rest(
+    tmp_path, evaluate_with, ticks, success
+):
+    env = PickEnv(image_size=32, renderer="ray")
+    tickets = [ticket("eval", 1_000_000), ticket("online", 1, takeover=False)]
+    with ScriptedLearner(env.spec, tickets) as learner:
+        cfg = actor_config(learner, tmp_path)
+        cfg.reward = {"_target_": f"{__name__}.Fooled", "evaluate_with": evaluate_with}
+        out = io.StringIO()
+        assert main(cfg, out) == 0, out.getvalue()
+        evaluation, online = learner.episodes()
+    env.close()
+    assert (evaluation.n, evaluation.outcome.success) == (ticks, success)
+    assert evaluation.outcome.success_source == (evaluate_with or "classifier")
+    assert (online.n, online.outcome.success, online.outcome.success_source) == (1, True, "classifier")
+
+
+def test_an_unknown_judge_of_evaluations_is_named():
+    cfg = OmegaConf.create({"task": {}, "reward": {"_target_": f"{__name__}.Fooled", "evaluate_with": "human"}})
+    with pytest.raises(ValueError, match=r"reward.evaluate_with: expected environment or null .*, got 'human'"):
+        evaluation_reward(cfg, build_reward(cfg))
 
 
 def at(x, ended=False):

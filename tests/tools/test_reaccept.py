@@ -1,6 +1,7 @@
 """Judging a run again by another rule, from its journal; auditing rewards against it."""
 
 import json
+from dataclasses import replace
 
 import audit_reward
 import numpy as np
@@ -10,7 +11,11 @@ from omegaconf import OmegaConf
 from run_samples import SPEC, entries, episode, write_journal
 
 from serl_launcher.replay.episodes import journal_episodes
+from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, save
+from serl_robot_infra.envs.base import StepResult
+from serl_robot_infra.rewards.classifier import ClassifierReward
+from serl_transport.schema import Observation
 
 
 @pytest.fixture
@@ -62,9 +67,67 @@ def test_the_audit_counts_both_kinds_of_error_and_takes_a_persons_word(run, caps
         True,
         "environment",
     )
+    kept = json.loads((run / "relabelled.json").read_text())
+    assert (kept["episode-1"]["success"], set(kept["episode-1"])) == (True, {"success", "by", "time"})
     ticks = {episode.info.episode_id: episode.n for _, episode in journal_episodes(run, SPEC)}
     assert {name: row["early"] for name, row in rows.items()} == {name: n - 1 for name, n in ticks.items()}
     assert np.isfinite([row["score"] for row in rows.values()]).all()
     (run / "labels.json").write_text(json.dumps({"g": True}))
     assert audit_reward.main([str(run), "--relabel", str(run / "labels.json")]) == 2
     assert "does not hold: g" in capsys.readouterr().err
+    assert json.loads((run / "relabelled.json").read_text()) == kept
+    (run / "labels.json").write_text(json.dumps({"episode-1": "no"}))
+    assert audit_reward.main([str(run), "--relabel", str(run / "labels.json")]) == 2
+    assert "expected {\"episode id\": true | false}, got {'episode-1': 'no'}" in capsys.readouterr().err
+    assert audit_reward.main([str(run)]) == 0  # what was said before still counts
+    assert "0 false positives, 0 false negatives" in capsys.readouterr().out
+
+
+def test_a_classifiers_word_is_no_truth_to_audit_by(capsys):
+    row = audit_reward.Row(0, "e0", "online", True, "classifier", 0.9, True, 0)
+    audit_reward.show([row, replace(row, source="environment", recorded=False)])
+    said = capsys.readouterr().out
+    assert "1 episodes that only a classifier judged are not counted: --relabel them" in said
+    assert "1 episodes: 0 successes and 0 failures agreed on" in said
+    audit_reward.show([row])
+    assert "no episode that the environment or a person judged" in capsys.readouterr().out
+
+
+def test_a_relabelled_episode_is_judged_by_its_new_label(run, capsys):
+    verdicts = {v.ordinal: v.reason for v in reaccept.judge(run, OmegaConf.load(run / "config.yaml"))}
+    assert verdicts == {0: "accepted", 1: "accepted", 2: "return"}
+    labels = Relabelled(run)
+    labels.add({"episode-2": False, "episode-1": True}, "ana", "2026-01-01T12:00:00+00:00")
+    labels.save()
+    verdicts = reaccept.judge(run, OmegaConf.load(run / "config.yaml"))
+    assert {v.ordinal: (v.reason, v.success, v.return_) for v in verdicts} == {
+        0: ("accepted", True, 1.0),
+        1: ("return", False, 0.0),
+        2: ("accepted", True, 1.0),
+    }
+
+
+class Says:
+    """A reward server, and its link, that says these probabilities in turn."""
+
+    def __init__(self, said):
+        self.said = iter(said)
+
+    def request(self, type, payload, timeout_ms):
+        return {"kind": "process", "probabilities": next(self.said)}
+
+
+def test_the_audit_says_of_stages_what_the_actor_would_have_said():
+    card = RewardCard("process", 4, ("front",), 16, False, SPEC.to_dict(), threshold=0.5)
+    jump, unsure = np.eye(4)[[0, 0, 3, 0]], [0.3, 0.2, 0.1, 0.4]
+    rng = np.random.default_rng(0)
+    walks = [np.array([*np.eye(4)[[0, 1, 2]], unsure]), jump, *(rng.dirichlet([0.3] * 4, 9) for _ in range(40))]
+    verdicts = []
+    for said in walks:
+        source = ClassifierReward(Says(said))
+        results = [source.judge(StepResult(Observation({}, np.zeros(1)), 0.0, False, False, False)) for _ in said]
+        first = next((i for i, result in enumerate(results) if result.success), None)
+        assert audit_reward.judge(said, card) == (pytest.approx(sum(r.reward for r in results)), first)
+        verdicts.append(first)
+    assert verdicts[:2] == [3, None]  # the last stage may be unsure, and may not be jumped to
+    assert {verdict is None for verdict in verdicts[2:]} == {True, False}

@@ -21,6 +21,7 @@ from serl_launcher.replay.assembler import Assembler, ClosedEpisode
 from serl_launcher.replay.entries import CloseEntry, DataEntry, Entry, SpecEntry
 from serl_launcher.replay.episodes import EpisodeStream
 from serl_launcher.replay.journal_writer import JournalWriter
+from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.replay.ring import RingError, RingWriter
 from serl_transport.codec import Frames
 from serl_transport.envelope import Envelope
@@ -44,6 +45,7 @@ class Ingest:
         post: Callable[[Callable[[], None]], None],
         on_closed: Callable[[LedgerRow], None],
     ) -> None:
+        self._relabelled = Relabelled(paths.root)  # read once: labels given later count from the next start on
         self.ledger = Ledger(paths.episodes)
         self.ring = RingWriter(settings.spec, settings.capacity_frames, paths.root)
         self._settings, self._actors, self._reply, self._on_closed = settings, actors, reply, on_closed
@@ -160,12 +162,13 @@ class Ingest:
             self._on_closed(row)
 
     def _take(self, closed: ClosedEpisode) -> LedgerRow:
-        """A closed episode into ledger and ring."""
+        """A closed episode into the ledger as it was recorded, and into the ring as people corrected it."""
         episode = closed.build()
         row = LedgerRow.of(closed, episode)
         if row.mode != "eval":
+            corrected = self._relabelled.correct(episode)
             try:
-                self.ring.append(closed.ordinal, row.mode, row.success, episode.arrays)
+                self.ring.append(closed.ordinal, row.mode, corrected.outcome.success, corrected.arrays)
             except RingError as error:
                 log.error("episode %s is recorded but cannot be trained on: %s", row.episode_id, error)
         self.ledger.add(row)

@@ -43,13 +43,16 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class SuccessRule:
-    """Accept an episode whose return reaches m (Hi-ORS, arXiv 2510.26406): autonomous and operator ticks alike.
+    """Accept a success whose return reaches m (Hi-ORS, arXiv 2510.26406): autonomous and operator ticks alike.
+
+    The paper's rule is return ≥ m alone (`require_success=False`): with rewards for stages a failure may reach m, too.
 
     What the policy did just before the operator took over is what the operator had to correct: those ticks are neither
     labels nor starts. Storing them stopped the improvement on the default task (docs/LOG.md).
     """
 
     min_return: float = 0.5  # m
+    require_success: bool = True  # a failure is rejected whatever its return
     min_ticks: int = 3  # shorter episodes are dropped
     noop_threshold: float = 0.02  # ticks that move less than this share of the range are dropped, see `idle_starts`
     noop_dims: Sequence[int] | None = None  # action dimensions that move the robot; null: all
@@ -63,6 +66,8 @@ class SuccessRule:
         threshold = self.min_return if episode.threshold is None else episode.threshold
         if float(episode.reward.sum()) < threshold:
             return Selection.rejected(n, "return")
+        if self.require_success and not episode.success:
+            return Selection.rejected(n, "failed")
         labels = ~before_takeover(episode.intervention, self.mask_before_takeover)
         labels &= ~idle_starts(episode.action, episode.intervention, self.noop_threshold, self.noop_dims)
         starts = labels & (episode.intervention | (np.arange(n) % self.autonomous_stride == 0))

@@ -8,6 +8,7 @@ from pathlib import Path
 from serl_launcher.replay.assembler import Assembler, ClosedEpisode
 from serl_launcher.replay.entries import DataEntry, decode_entry
 from serl_launcher.replay.journal import JournalReader
+from serl_launcher.replay.relabelled import Relabelled
 from serl_transport.schema import Episode
 from serl_transport.specs import TaskSpec
 
@@ -47,12 +48,18 @@ class EpisodeStream:
         self._reader.close()
 
 
-def journal_episodes(run_dir: Path, spec: TaskSpec, start: int | None = None) -> Iterator[tuple[int, Episode]]:
-    """(ordinal, episode) of everything the journal has closed, from ordinal `start` on."""
+def journal_episodes(
+    run_dir: Path, spec: TaskSpec, start: int | None = None, relabelled: Relabelled | None = None
+) -> Iterator[tuple[int, Episode]]:
+    """(ordinal, episode) of everything the journal has closed, from ordinal `start` on, as people corrected it.
+
+    relabelled: whose labels count; None: the run's own.
+    """
+    relabelled = relabelled or Relabelled(run_dir)
     stream = EpisodeStream(run_dir, spec, start or 0)
     try:
         for closed in stream.poll():
-            yield closed.ordinal, closed.build()
+            yield closed.ordinal, relabelled.correct(closed.build())
     finally:
         stream.close()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from serl_transport.stages import stage_after
+
 
 def episode_score(success_probability: np.ndarray, patience: int) -> float:
     """The highest threshold at which the episode still counts as a success: `patience` observations in a row reach it.
@@ -27,6 +29,18 @@ def verdict_at(success_probability: np.ndarray, threshold: float, patience: int)
         return None
     windows = np.lib.stride_tricks.sliding_window_view(success_probability >= threshold, patience).all(axis=1)
     return int(windows.argmax()) + patience - 1 if windows.any() else None
+
+
+def stages_reached(probabilities: np.ndarray) -> np.ndarray:
+    """The furthest stage after each observation, as the actor counts them: int64[n] of float32[n, classes].
+
+    >>> stages_reached(np.eye(4)[[0, 3, 1, 3, 3]])
+    array([0, 1, 1, 2, 3])
+    """
+    reached, stage = np.zeros(len(probabilities), np.int64), 0
+    for i, said in enumerate(probabilities):
+        reached[i] = stage = stage_after(stage, said)
+    return reached
 
 
 def confusion(truth: np.ndarray, said: np.ndarray, classes: int) -> np.ndarray:

@@ -60,11 +60,18 @@ def process_labels(n: int, success: bool, stages: int) -> np.ndarray:
 
 def label_episodes(
     episodes: Iterable[tuple[int, Episode]], cameras: Sequence[str], kind: str, stages: int, positive: int, margin: int
-) -> list[LabelledEpisode]:
-    """Labelled copies of (ordinal, episode). Episodes that nobody judged (a dead actor, a stop) are left out."""
-    found = []
+) -> tuple[list[LabelledEpisode], int]:
+    """Labelled copies of (ordinal, episode), and how many were left out because only a classifier judged them.
+
+    A classifier that learns from its own word makes its mistakes the truth. Episodes that nobody judged (a dead actor,
+    a stop) are left out, too; one that ran into its time limit without success is a failure.
+    """
+    found, unjudged = [], 0
     for ordinal, episode in episodes:
         if episode.outcome.truncated_by in ("dead_actor", "stop"):
+            continue
+        if episode.outcome.success_source == "classifier":
+            unjudged += 1
             continue
         success = episode.outcome.success
         if kind == "outcome":
@@ -74,7 +81,7 @@ def label_episodes(
         images = {camera: episode.arrays[f"observation.images.{camera}"] for camera in cameras}
         state = episode.arrays["observation.state"]
         found.append(LabelledEpisode(ordinal, episode.info.episode_id, success, images, state, label))
-    return found
+    return found, unjudged
 
 
 def split_by_episode(

@@ -17,6 +17,7 @@ from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
 from serl_transport.errors import Internal, NotReady, ServerSilent
 from serl_transport.specs import TaskSpec
+from serl_transport.stages import stage_after
 
 log = logging.getLogger(__name__)
 RETRY_S = 0.2
@@ -66,12 +67,9 @@ class ClassifierReward:
 
     def _process(self, answer: Mapping[str, Any]) -> tuple[float, bool]:
         said = np.asarray(answer["probabilities"])
-        last, stage = len(said) - 1, int(said.argmax())
-        # One stage at a time: a classifier that jumps is wrong more often than a robot is that fast.
-        reached = min(stage, self._stage + 1)
-        reward = max(0, reached - self._stage) / last
-        self._stage = max(self._stage, reached)
-        return reward, self._stage == last
+        last, before = len(said) - 1, self._stage
+        self._stage = stage_after(before, said)
+        return (self._stage - before) / last, self._stage == last
 
     def _ask(self, result: StepResult) -> dict[str, Any] | None:
         """The answer, or None when the server stayed silent; the robot holds meanwhile."""

@@ -14,8 +14,12 @@ from gateway_samples import connected, serving
 from replay_samples import SPEC, batches, info, wait_for
 
 from serl_launcher.gateway.internal import InternalClient, PolicyLink
-from serl_launcher.replay.episodes import journal_episodes
+from serl_launcher.replay.acceptance import SuccessRule
+from serl_launcher.replay.episodes import EpisodeStream, journal_episodes
+from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.replay.ring import RingReader
+from serl_launcher.replay.transitions import TransitionView
+from serl_launcher.replay.views import ChunkView
 from serl_transport.client import TrainerClient
 from serl_transport.codec import pack, unpack
 from serl_transport.errors import BadFrame, NotReady, Refused, SchemaMismatch, UnknownKind
@@ -101,6 +105,39 @@ def test_a_restart_rebuilds_everything_from_the_journal(tmp_path: Path) -> None:
                 assert deliver_as(client, boot, seq, part) == {"duplicate": seq == 3}
             wait_for(lambda: len(ledger(tmp_path)) == 2)
             assert ledger(tmp_path)[1]["n_ticks"] == 6
+
+
+def test_a_restart_trains_on_what_a_person_said_afterwards_and_the_record_stays(tmp_path: Path) -> None:
+    with serving(tmp_path) as gateway, connected(gateway) as client:
+        second = batches(info("e2"), (7,), success=False)
+        second[0].arrays["observation.images.front"][:] += 100  # tells the two apart
+        send(client, [*batches(info("e1"), (4, 3)), *second])
+        assert client.flush(10)
+        wait_for(lambda: len(ledger(tmp_path)) == 2)
+    rows = ledger(tmp_path)
+    labels = Relabelled(tmp_path)
+    labels.add({"e1": False, "e2": True}, "ana", "2026-01-01T12:00:00+00:00")
+    labels.save()
+    with serving(tmp_path) as gateway:
+        ring = RingReader(gateway.ingest.ring.path)
+        imitation = ChunkView(SuccessRule(noop_threshold=0.0), SPEC, 2)
+        values = TransitionView(SPEC, 2, gamma=1.0)
+        for view in (imitation, values):
+            view.attach(ring)
+            view.refresh()
+        assert [(row.ordinal, row.success) for row in ring.episodes()] == [(0, False), (1, True)]
+        drawn = imitation.sample(np.random.default_rng(0), 100)
+        assert set(drawn.images["front"][:, 0, 0, 0].tolist()) == {101, 102, 103, 104, 105, 106}
+        got = values.sample(np.random.default_rng(0), 400)
+        second = got.images["front"][:, 0, 0, 0] >= 100
+        np.testing.assert_array_equal(got.to_go, np.float32(second))
+        assert not got.bootstrap[got.is_pad[:, 1]].any()  # both terminated
+        assert ledger(tmp_path) == rows
+    recorded = [closed.build().outcome.success for closed in EpisodeStream(tmp_path, SPEC).poll()]
+    assert recorded == [True, False]
+    (tmp_path / "relabelled.json").write_text('{"e1": true}')
+    with pytest.raises(ValueError, match=r"relabelled.json: expected"), serving(tmp_path):
+        pass
 
 
 def test_the_schedule_leads_an_actor_through_the_stages(tmp_path: Path) -> None:

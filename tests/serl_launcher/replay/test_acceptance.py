@@ -1,5 +1,7 @@
 """The acceptance rules, tick by tick."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from serl_launcher.replay.acceptance import (
@@ -36,6 +38,15 @@ def test_a_failure_is_rejected_by_its_return():
     selection = SuccessRule()(episode(success=False))
     assert (selection.accepted, selection.reason) == (False, "return")
     assert not selection.starts.any()
+
+
+def test_a_failure_with_the_rewards_of_its_stages_is_rejected_unless_the_return_alone_is_asked_for():
+    """Two of three stages and the time limit, as a process classifier rewards them."""
+    staged = replace(episode(success=False), reward=np.float32([0, 1 / 3, 0, 1 / 3, 0, 0]))
+    selection = SuccessRule()(staged)
+    assert (selection.accepted, selection.reason) == (False, "failed")
+    assert SuccessRule(require_success=False)(staged).accepted
+    assert SuccessRule(require_success=False, min_return=0.8)(staged).reason == "return"
 
 
 def test_a_short_episode_is_dropped_even_when_it_succeeded():

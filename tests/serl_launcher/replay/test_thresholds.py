@@ -12,6 +12,8 @@ from serl_launcher.replay.threshold import QuantileThreshold, SteppedThreshold
 from serl_launcher.replay.verdicts import VerdictLedger, read, rule_text
 from serl_launcher.replay.views import ChunkView
 
+RULE = SuccessRule(noop_threshold=0.0, min_return=0.5)
+
 
 @pytest.fixture
 def ring(tmp_path):
@@ -20,16 +22,16 @@ def ring(tmp_path):
     writer.close()
 
 
-def put(ring, ordinal, return_, mode="online", driven=()):
-    """Four ticks; the whole return comes at the last."""
+def put(ring, ordinal, return_, mode="online", driven=(), success=None):
+    """Four ticks; the whole return comes at the last. success: what the return says when None."""
     body = arrays(4, 10 * ordinal, "truncated", [0, 0, 0, return_])
     body["intervention"][list(driven)] = True
     body["policy_version"][:] = ordinal
-    ring.append(ordinal, mode, return_ > 0, body)
+    ring.append(ordinal, mode, return_ > 0 if success is None else success, body)
 
 
-def view_of(ring, **settings):
-    view = ChunkView(SuccessRule(noop_threshold=0.0, min_return=0.5), SPEC, 2, **settings)
+def view_of(ring, rule=RULE, **settings):
+    view = ChunkView(rule, SPEC, 2, **settings)
     view.attach(RingReader(ring.path))
     return view
 
@@ -118,6 +120,18 @@ def test_a_risen_threshold_rejects_earlier_online_episodes_too_and_keeps_demonst
     view.clear()
     view.refresh()  # the same episodes give the same thresholds again
     assert [(v.ordinal, v.accepted, v.reason, v.threshold) for v in verdicts[5:]] == told
+
+
+def test_a_schedule_works_on_the_returns_of_failures_where_they_may_be_imitated(ring):
+    for ordinal, return_ in enumerate((0.3, 0.6, 0.6, 0.2)):
+        put(ring, ordinal, return_, success=False)
+    rule = SuccessRule(noop_threshold=0.0, require_success=False)
+    view = view_of(ring, rule, threshold=QuantileThreshold(0.2, quantile=1.0, window=2))
+    view.refresh()
+    assert episodes_drawn(view) == {1, 2}
+    strict = view_of(ring, threshold=QuantileThreshold(0.2, quantile=1.0, window=2))
+    strict.refresh()
+    assert strict.reasons == {"failed": 3, "return": 1}
 
 
 def test_weights_follow_the_source_of_a_chunk(ring):

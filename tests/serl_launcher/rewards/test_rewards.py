@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.rewards.judging import (
     balanced_accuracy,
     best_threshold,
@@ -13,13 +14,20 @@ from serl_launcher.rewards.judging import (
     precision_recall,
     verdict_at,
 )
-from serl_launcher.rewards.labels import LabelledEpisode, outcome_labels, process_labels, split_by_episode
+from serl_launcher.rewards.labels import (
+    LabelledEpisode,
+    label_episodes,
+    outcome_labels,
+    process_labels,
+    split_by_episode,
+)
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, load, save
 from serl_launcher.rewards.server import RewardServer
 from serl_launcher.rewards.training import Fit, Labelled, plot, train
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
 from serl_transport.errors import SchemaMismatch
+from serl_transport.schema import Episode, EpisodeInfo, Outcome
 from serl_transport.specs import TaskSpec
 
 SPEC = TaskSpec.from_dict(
@@ -63,6 +71,35 @@ def test_labels_by_hand():
     assert outcome_labels(5, True, 2, 2).tolist() == [0, 0, -1, -1, 1, 1]
     assert process_labels(5, True, 3).tolist() == [0, 0, 1, 1, 2, 2]
     assert process_labels(5, False, 3).tolist() == [-1] * 6
+
+
+def recorded(name, success, source, truncated_by=None):
+    """An episode of three ticks as the journal gives it."""
+    who = EpisodeInfo(name, "a", "b", SPEC.name, SPEC.prompt, "online", "online", 0, 0.0)
+    arrays = {
+        "observation.images.front": np.zeros((4, 16, 16, 3), np.uint8),
+        "observation.state": np.zeros((4, 1), np.float32),
+        "action": np.zeros((3, 1), np.float32),
+        "next.reward": np.zeros(3, np.float32),
+    }
+    flags = {f"next.{key}": np.zeros(3, bool) for key in ("done", "truncated", "success")}
+    return Episode(who, Outcome(success, source, truncated_by), arrays | flags)
+
+
+def test_a_classifiers_own_word_is_no_label_until_a_person_gives_theirs(tmp_path):
+    words = [
+        recorded("fooled", True, "classifier"), recorded("silent", False, "classifier", "time_limit"),
+        recorded("late", False, "human", "time_limit"), recorded("done", True, "environment"),
+        recorded("stopped", False, "human", "stop"),
+    ]  # fmt: skip
+    found, unjudged = label_episodes(enumerate(words), ["front"], "outcome", 2, 1, 1)
+    assert ([(e.episode_id, e.success) for e in found], unjudged) == ([("late", False), ("done", True)], 2)
+    labels = Relabelled(tmp_path)
+    labels.add({"fooled": False, "silent": False}, "ana", "2026-01-01T12:00:00+00:00")
+    found, unjudged = label_episodes(enumerate(map(labels.correct, words)), ["front"], "outcome", 2, 1, 1)
+    told = [(e.episode_id, e.success) for e in found]
+    assert (told, unjudged) == ([("fooled", False), ("silent", False), ("late", False), ("done", True)], 0)
+    assert found[0].label.tolist() == [0, 0, 0, 0]
 
 
 def test_no_episode_is_on_two_sides_and_both_classes_are_on_each():

@@ -1,0 +1,88 @@
+"""A person's later word on episodes (runs/<name>/relabelled.json), and the episodes as they are by it.
+
+    tools/audit_reward.py --relabel ─▶ relabelled.json ─▶ correct(episode) ─▶ gateway's ring; journal_episodes
+
+What learns reads episodes through `Relabelled.correct`: the views over the ring, train_reward.sh, tools/reaccept.py.
+The journal, and with it the dataset and episodes.jsonl, keeps what was recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from serl_launcher.paths import RunPaths
+from serl_transport.schema import Episode, Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What a person said of one episode."""
+
+    success: bool
+    by: str  # login name
+    time: str  # ISO 8601
+
+
+class Relabelled:
+    """Labels of a run by episode id. Raises ValueError when the file cannot be read as such."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = RunPaths(run_dir).relabelled
+        self.labels: dict[str, Label] = {}
+        if self.path.exists():
+            self.labels = _read(self.path)
+
+    def add(self, words: Mapping[str, bool], by: str, time: str) -> None:
+        """Take these in; a later word replaces an earlier one. `save` keeps them."""
+        self.labels |= {episode_id: Label(success, by, time) for episode_id, success in words.items()}
+
+    def save(self) -> None:
+        """Replace the file in one step, on disk when this returns."""
+        part = self.path.with_name(self.path.name + ".part")
+        with part.open("w", encoding="utf-8") as file:
+            json.dump({episode_id: asdict(label) for episode_id, label in self.labels.items()}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def correct(self, episode: Episode) -> Episode:
+        """The episode as if the person had pressed the key for success or failure at its last tick.
+
+        A success gets what its rewards lack to 1, so that stages already paid are not paid twice; a failure gets 0.
+        """
+        label = self.labels.get(episode.info.episode_id)
+        if label is None:
+            return episode
+        if label.success == episode.outcome.success:
+            return replace(episode, outcome=replace(episode.outcome, success_source="human"))
+        reward = np.clip(1 - episode.arrays["next.reward"][:-1].sum(), 0, 1) if label.success else 0
+        last = {"next.reward": reward, "next.success": label.success, "next.done": True, "next.truncated": False}
+        arrays = dict(episode.arrays)
+        for key, value in last.items():
+            arrays[key] = arrays[key].copy()
+            arrays[key][-1] = value
+        return replace(episode, outcome=Outcome(label.success, "human", None), arrays=arrays)
+
+
+def _read(path: Path) -> dict[str, Label]:
+    try:
+        labels = {episode_id: Label(**row) for episode_id, row in json.loads(path.read_text()).items()}
+        if all(type(label.success) is bool for label in labels.values()):
+            return labels
+    except (ValueError, TypeError, AttributeError):
+        pass
+    raise ValueError(
+        f'{path}: expected {{"episode id": {{"success": true | false, "by": …, "time": …}}}}, as '
+        "tools/audit_reward.py --relabel writes; got something else. Mend it, or remove it to take every label back"
+    )
