@@ -304,6 +304,32 @@ def test_a_target_is_at_least_the_return_that_followed():
         assert target.tolist() == pytest.approx(expected)
 
 
+def test_the_entropy_of_the_backup_by_hand():
+    agent = make_agent(
+        ToyFlow(ah=2), flow_steps=1, init_std=0.1, init_temperature=0.3, backup_entropy=True, target_members=1
+    )
+    with torch.no_grad():
+        for layer in (agent.policy.net[-1], agent.target.head):  # velocity 0, and Q̄ = 2 of whatever is done
+            layer.weight.zero_()
+            layer.bias.zero_()
+        agent.target.head.bias.fill_(2.0)
+    noise = torch.tensor([[0.2, -0.5], [0.2, -0.5], [2.0, 1.0]])[..., None]
+    step_noise = torch.tensor([[-1.0, 0.3], [-1.0, 0.3], [2.0, 2.0]])[None, ..., None]
+    agent.draw = lambda b, prefix: (noise, step_noise)
+    state, reward = np.zeros((3, 1)), np.array([0.5, 0.5, 0.5])
+    batch = transitions(state, np.zeros((3, 2, 1)), reward, state, np.full(3, 0.9), [True, False, True])
+
+    # log p: four standard normals of which two are scaled by σ = 0.1; a rare path has the larger entropy bonus.
+    def log_p(*drawn):
+        return sum(-0.5 * x * x - 0.5 * math.log(2 * math.pi) for x in drawn) - 2 * math.log(0.1)
+
+    want = [0.5 + 0.9 * (2 - 0.3 * log_p(0.2, -0.5, -1, 0.3)), 0.5, 0.5 + 0.9 * (2 - 0.3 * log_p(2, 1, 2, 2))]
+    assert agent.backup(batch).tolist() == pytest.approx(want, rel=1e-4)
+    assert want[0] < 0.5 + 0.9 * 2 < want[2]
+    agent.backup_entropy = False
+    assert agent.backup(batch).tolist() == pytest.approx([2.3, 0.5, 2.3])
+
+
 def test_an_execute_horizon_beyond_the_chunk_is_named():
     with pytest.raises(ValueError, match=r"execute_horizon: expected at most action_horizon 1, got 2"):
         make_agent(horizon=2)
