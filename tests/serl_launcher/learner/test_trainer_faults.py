@@ -5,80 +5,12 @@ The real trainer, agent and ring; only the gateway's answers are scripted.
 
 import logging
 
-import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
-from tiny import ROOT, SPEC, tiny_config
+from trainer_rig import make, put
 
 from serl_launcher.learner.parameters import Published, read_tensors
-from serl_launcher.learner.trainer import Trainer
-from serl_launcher.paths import RunPaths
-from serl_launcher.replay.ring import RingWriter
 from serl_launcher.replay.verdicts import read
-
-
-class ScriptedGateway:
-    """Answers progress with a status: this stage until its steps are done, or `limit` reports, then done."""
-
-    def __init__(self, ring, stage, limit):
-        self.ring, self.stage, self.limit, self.reports = ring, stage, limit, []
-        self.evaluations = {}
-
-    def hello(self):
-        return {}
-
-    def progress(self, **report):
-        self.reports.append(report)
-        over = report["stage_steps"].get(self.stage["name"], 0) >= self.stage["steps_goal"]
-        return {
-            "stage": self.stage,
-            "done": over or len(self.reports) >= self.limit,
-            "ring": str(self.ring.path),
-            "counts": {"transitions": 1000 * len(self.reports)},  # the rate limiter lets everything pass
-            "eval": self.evaluations,
-        }
-
-
-def put(ring, ordinal, mode="demo", success=True, n=8):
-    rng = np.random.default_rng(ordinal)
-    last = np.arange(n) == n - 1
-    state = rng.uniform(0, 1, (n + 1, 3)).astype(np.float32)
-    ring.append(ordinal, mode, success, {
-        **{f"observation.images.{c}": rng.integers(0, 256, (n + 1, 32, 32, 3), np.uint8) for c in SPEC.cameras},
-        "observation.state": state,
-        "action": rng.uniform(-0.02, 0.02, (n, 2)).astype(np.float32),
-        "next.reward": (last & success).astype(np.float32),
-        "next.done": last & success,
-        "next.truncated": last & (not success),
-        "next.success": last & success,
-        "intervention": np.zeros(n, bool),
-        "policy_version": np.zeros(n, np.int64),
-        "time_ns": np.zeros(n, np.int64),
-    })  # fmt: skip
-
-
-@pytest.fixture
-def ring(tmp_path):
-    writer = RingWriter(SPEC, 400, tmp_path, shared=tmp_path)
-    yield writer
-    writer.close()
-
-
-def make(tmp_path, ring, algo="reject_sampling_pi0", mode="train", steps=4, limit=40, **changes):
-    cfg = tiny_config(
-        trainer__batch_size=4, trainer__device="cpu", trainer__log_period=1, trainer__publish_period=100,
-        trainer__checkpoint_period=2, telemetry__tensorboard=False, rollout__execute_horizon=2,
-        serving__flow_steps=2, **changes,
-    )  # fmt: skip
-    cfg.task.noop_dims = None
-    cfg.algo = OmegaConf.load(ROOT / "config" / "algo" / f"{algo}.yaml")
-    if algo.startswith("sac"):
-        cfg.algo.agent.update({"warmup_steps": 1, "actor_period": 1, "critics": 2, "widths": [16]})
-        cfg.algo.transitions.min_online = 1
-    cfg.schedule = {"stages": [{"name": name, "mode": "eval", "episodes": 10} for name in "ab"]}
-    gateway = ScriptedGateway(ring, {"name": "s", "mode": mode, "steps_goal": steps}, limit)
-    return Trainer(cfg, RunPaths(tmp_path), gateway), gateway
 
 
 def version(tmp_path):

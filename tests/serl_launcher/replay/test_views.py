@@ -98,6 +98,20 @@ def test_rejected_episodes_and_hidden_ticks_are_never_drawn(ring):
     assert view.reasons == {"return": 1, "accepted": 1}
 
 
+def test_an_online_stage_is_ready_with_so_many_accepted_online_episodes(ring):
+    ring.append(0, "demo", True, arrays(3, 10))
+    ring.append(1, "online", False, arrays(3, 20, success=False))
+    ring.append(2, "online", True, arrays(3, 30))
+    view = view_of(ring)
+    view.refresh()
+    assert not view.ready("online", 2)  # a demonstration and a failure do not count
+    assert view.ready("online", 1)
+    assert view.ready("train", 2)
+    ring.append(3, "online", True, arrays(3, 40))
+    view.refresh()
+    assert view.ready("online", 2)
+
+
 def test_evicted_episodes_leave_the_view(ring):
     for ordinal in range(10):  # 6 frames each into 40: the oldest go
         ring.append(ordinal, "demo", True, arrays(5, 10 * ordinal))
