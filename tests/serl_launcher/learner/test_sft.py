@@ -52,6 +52,9 @@ def test_chunks_are_the_recorded_actions_and_end_with_the_episode(folder):
     np.testing.assert_allclose(middle["state"], [3 / TICKS, 0.5, np.sin(9 / TICKS)], atol=1e-6)
     assert middle["is_pad"].tolist() == [False] * 4
     assert last["is_pad"].tolist() == [False, False, True, True]
+    batch = chunks.collate([middle, last])
+    assert batch.is_pad.tolist() == [[False] * 4, [False, False, True, True]]
+    assert batch.weight.tolist() == [1, 1]
     assert middle["image.front"].dtype == np.uint8
     assert middle["image.front"][-1, -1].tolist() == [100, 100, 100]
 
