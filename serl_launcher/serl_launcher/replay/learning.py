@@ -60,7 +60,8 @@ class LearningView:
     def ready(self, mode: str, min_accepted: int) -> bool:
         """Is there enough to train on in a stage of this mode?"""
         if mode == "online":
-            return self.transitions.count("online") >= max(1, self._min_online)
+            enough = self.accepted["online"] >= min_accepted
+            return enough and self.transitions.count("online") >= max(1, self._min_online)
         return len(self.imitation) > 0 and len(self.transitions) > 0
 
     def problem(self, mode: str, min_accepted: int) -> str | None:

@@ -38,14 +38,15 @@ def test_a_train_stage_does_not_wait_for_transitions(tmp_path, ring):
     assert run(trainer, gateway, [8] * 10)[-1] == 4
 
 
+@pytest.mark.parametrize("algo", ["reject_sampling_pi0", "sac_pi0"])
 @pytest.mark.parametrize(("accepted", "steps"), [(2, 0), (3, 2)])
-def test_an_online_stage_waits_for_enough_accepted_episodes(tmp_path, ring, accepted, steps):
+def test_an_online_stage_waits_for_enough_accepted_episodes(tmp_path, ring, algo, accepted, steps):
     for k in range(4):  # neither demonstrations nor failures count
         put(ring, k, "demo")
         put(ring, 4 + k, "online", success=False)
     for k in range(accepted):
         put(ring, 8 + k, "online")
-    trainer, _ = make(tmp_path, ring, mode="online", steps=2, limit=4, algo__min_accepted=3)
+    trainer, _ = make(tmp_path, ring, algo, mode="online", steps=2, limit=4, algo__min_accepted=3)
     trainer.run()
     assert trainer.learner.step_count == steps
 
