@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from serl_launcher.agents.base import FlowAgent, ParameterGroup, check_values, frozen_copy
+from serl_launcher.agents.base import FlowAgent, ParameterGroup, check_horizon, check_members, check_values, frozen_copy
 from serl_launcher.agents.flow_matching import imitation_loss
 from serl_launcher.agents.steering import Steering, steer
 from serl_launcher.critics.ensemble import ChunkCritic, track
@@ -59,6 +59,8 @@ class DSRLAgent(FlowAgent):
         q_limit: float = 1e3,
     ) -> None:
         super().__init__()
+        check_horizon(horizon, policy)
+        check_members(target_members, critics)
         self.policy, self.prompt, self.horizon = policy, prompt, horizon
         self.flow_steps, self.tau, self.target_members = flow_steps, tau, target_members
         self.warmup_steps, self.noise_samples, self.prior_share = warmup_steps, noise_samples, prior_share
