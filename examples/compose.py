@@ -119,13 +119,13 @@ def _check_value(word: Word, default: Any) -> None:
     choices = CHOICES.get(word.key)
     if choices and word.value not in choices:
         raise ConfigError(f"{word.key} is {word.value!r}; expected one of {', '.join(choices)}")
-    expected = _type_mismatch(word.value, default)
+    expected = type_mismatch(word.value, default)
     if expected:
         shown = "a section" if isinstance(default, DictConfig) else repr(default)
         raise ConfigError(f"{word.key} in {word.text!r} must be {expected} (default {shown}), got {word.value!r}")
 
 
-def _type_mismatch(value: Any, default: Any) -> str:
+def type_mismatch(value: Any, default: Any) -> str:
     """What was expected, in words, or an empty string when `value` may replace `default`."""
     if default is None or default == "auto":
         return ""

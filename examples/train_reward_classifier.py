@@ -11,11 +11,14 @@ import sys
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from compose import CONFIG_DIR, ConfigError, nearest
+from compose import CONFIG_DIR, ConfigError, nearest, type_mismatch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from serl_transport.specs import TaskSpec
 
@@ -43,13 +46,42 @@ def read_settings(argv: Sequence[str]) -> DictConfig:
             raise ConfigError(f"cannot read {word!r}: expected key=value, such as seed=3")
         if key not in known:
             raise ConfigError(f"unknown key {key!r}{nearest(key, known)}")
-    return OmegaConf.merge(settings, OmegaConf.from_dotlist(list(argv)))
+        _check(word, _read(word), OmegaConf.select(settings, key))
+    return OmegaConf.merge(settings, *(_read(word) for word in argv))
+
+
+def _read(word: str) -> DictConfig:
+    try:
+        given = OmegaConf.from_dotlist([word])
+        OmegaConf.resolve(given)
+        return given
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"cannot read {word!r}: {str(error).splitlines()[0]}") from None
+
+
+def _check(word: str, given: DictConfig, default: Any) -> None:
+    """ConfigError when the value is of another kind than the yaml's."""
+    key = word.partition("=")[0]
+    value = OmegaConf.select(given, key)
+    value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    expected = type_mismatch(value, default)
+    if key == "cameras" and value is not None and not isinstance(value, list):
+        expected = f"a list, such as [{value}]"
+    if key in ("seed", "run") and value is None:
+        expected = "given"
+    if key == "seed" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        expected = "a whole number of at least 0"
+    if expected:
+        raise ConfigError(f"{key} in {word!r} must be {expected}, got {value!r}")
 
 
 def _spec_of(folder: Path) -> TaskSpec:
     if not (folder / "config.yaml").exists():
         raise FileNotFoundError(f"run={folder}: expected a run folder with config.yaml and a journal")
-    return TaskSpec.from_dict(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml").task.spec, resolve=True))
+    spec = OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "task.spec")
+    if spec is None:
+        raise ValueError(f"run={folder}: its config.yaml has no task.spec; expected the config of a run")
+    return TaskSpec.from_dict(OmegaConf.to_container(spec, resolve=True))
 
 
 def run(settings: DictConfig) -> None:
@@ -61,7 +93,7 @@ def run(settings: DictConfig) -> None:
     from serl_launcher.rewards.model import RewardCard, save
     from serl_launcher.rewards.training import Fit, plot, train
 
-    folders = [Path(name) for name in settings.run.split(",")]
+    folders = [Path(name) for name in str(settings.run).split(",")]
     specs = [_spec_of(folder) for folder in folders]
     spec = specs[0]
     for folder, other in zip(folders, specs, strict=True):
@@ -91,7 +123,7 @@ def run(settings: DictConfig) -> None:
     split = split_by_episode(episodes, shares, settings.kind, np.random.default_rng(settings.seed))
     print(f"episodes: {len(split.train)} train, {len(split.validation)} validation, {len(split.test)} test", flush=True)
     model, card, figures = train(split, card, Fit(**settings.fit), settings.seed)
-    out = Path(settings.out or folders[0] / "reward")
+    out = Path(str(settings.out or folders[0] / "reward"))
     save(out, model, card, figures)
     plot(figures, card.kind, out)
     for key, value in figures.items():

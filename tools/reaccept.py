@@ -11,28 +11,58 @@ rebuilt. `--out FILE` writes the verdicts as JSON lines. Exit codes: 0 done, 2 a
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from serl_launcher.replay.episodes import journal_episodes
 from serl_launcher.replay.rulebook import RuleBook
 from serl_launcher.replay.verdicts import Verdict, rule_text
+from serl_transport.mistakes import said
 from serl_transport.specs import TaskSpec
+
+KEYS = re.compile(r"algo\.(rule|threshold)(\..+)?")
+
+
+def read(word: str) -> DictConfig:
+    """One override. Raises ValueError for what would change no verdict."""
+    key, equals, _ = word.lstrip("+").partition("=")
+    if not equals:
+        raise ValueError(f"cannot read {word!r}: expected key=value, such as algo.rule.min_return=0.8")
+    if not KEYS.fullmatch(key):
+        raise ValueError(
+            f"{word!r} changes no verdict: expected algo.rule.<key>=, such as algo.rule.min_return=0.8, "
+            "algo.threshold.<key>= or a whole '+algo.threshold={_target_: …}'"
+        )
+    try:
+        return OmegaConf.from_dotlist([word.lstrip("+")])
+    except YAMLError as error:
+        raise ValueError(f"cannot read {word!r}: {str(error).splitlines()[0]}") from None
+
+
+def part(algo: DictConfig, name: str) -> Any:
+    """The rule or the threshold that `algo` names, built. Raises ValueError where it names none."""
+    node = algo[name]
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise ValueError(f"algo.{name}: expected {{_target_: <class>, …}}, got {node}")
+    return instantiate(node)
 
 
 def judge(run: Path, cfg: DictConfig) -> list[Verdict]:
     """The last verdict on every demonstration and online episode of the run, by `cfg.algo`."""
     spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
-    threshold = instantiate(cfg.algo.threshold) if cfg.algo.get("threshold") else None
-    book = RuleBook(instantiate(cfg.algo.rule), spec, threshold)
+    threshold = part(cfg.algo, "threshold") if cfg.algo.get("threshold") else None
+    book = RuleBook(part(cfg.algo, "rule"), spec, threshold)
     last: dict[int, Verdict] = {}
     for ordinal, episode in journal_episodes(run, spec):
         if episode.info.mode == "eval":
@@ -67,13 +97,10 @@ def main(argv: list[str]) -> int:
         if not (args.run / "config.yaml").exists():
             raise FileNotFoundError(f"{args.run}: expected a run folder with config.yaml and a journal")
         cfg = OmegaConf.load(args.run / "config.yaml")
-        other = OmegaConf.merge(cfg, OmegaConf.from_dotlist([word.lstrip("+") for word in args.overrides]))
+        other = OmegaConf.merge(cfg, *map(read, args.overrides))
         before, after = judge(args.run, cfg), judge(args.run, other)
     except (FileNotFoundError, ValueError, HydraException, OmegaConfBaseException) as error:
-        mistake: BaseException = error
-        while mistake.__cause__ is not None:  # Hydra wraps what the rule itself says
-            mistake = mistake.__cause__
-        print(f"reaccept: {str(mistake).splitlines()[0]}", file=sys.stderr)
+        print(f"reaccept: {said(error)}", file=sys.stderr)
         return 2
     print("\n".join(changes(before, after)) or "  no verdict changes")
     for name, verdicts in (("this run's rule", before), (rule_text(instantiate(other.algo.rule)), after)):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -42,6 +43,7 @@ from serl_robot_infra.standalone import StandaloneLink
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
 from serl_transport.errors import Refused, SpoolError, SpoolFull, WireError
+from serl_transport.mistakes import said
 from serl_transport.specs import TaskSpec
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ _WAIT_LINE_S = 5.0
 
 
 class StoppedError(Exception):
-    """A signal came while the learner was waited for."""
+    """A signal came while a server was waited for."""
 
 
 def run_actor(cfg: DictConfig, stream: TextIO) -> int:
@@ -66,7 +68,7 @@ def run_actor(cfg: DictConfig, stream: TextIO) -> int:
         return _refuse(str(mistake), stream)
     except InstantiationException as mistake:
         log.debug("where it came from", exc_info=True)
-        return _refuse(_innermost(mistake), stream)
+        return _refuse(said(mistake), stream)
     except KeyboardInterrupt:
         print("actor: interrupted; what was not delivered is sent at the next start", file=stream, flush=True)
         return INTERRUPTED
@@ -171,7 +173,7 @@ def build_actor(
         broker=broker,
         operator=build_operator(cfg, env),
         safety=SafetyChain(env.spec, **_plain(cfg.task.get("safety")) or {}),
-        reward=build_reward(cfg),
+        reward=build_reward(cfg, waiting(stream, stop)),
         adder=Adder(keeper(link, observer, stop), rollout.batch_ticks),
         pace=pace,
         guard=guard,
@@ -214,11 +216,15 @@ def build_openpi(cfg: DictConfig) -> OpenpiPolicy:
     return OpenpiPolicy(settings, spec, run=cfg.run, guided=cfg.rollout.get("realtime") == "rtc")
 
 
-def build_reward(cfg: DictConfig) -> RewardSource:
-    """The reward source of the task's own yaml, else of the `reward` group, else the environment's."""
+def build_reward(cfg: DictConfig, on_wait: Callable[[str], None] = log.warning) -> RewardSource:
+    """The reward source of the task's own yaml, else of the `reward` group, else the environment's.
+
+    on_wait: told again and again by a source that waits for a server (`_partial_: true` in its yaml).
+    """
     settings = _plain(_reward_node(cfg)) or {}
     settings.pop("evaluate_with", None)
-    return instantiate(settings) if settings else EnvironmentReward()
+    source = instantiate(settings) if settings else EnvironmentReward()
+    return source(on_wait=on_wait) if isinstance(source, partial) else source
 
 
 def evaluation_reward(cfg: DictConfig, reward: RewardSource) -> RewardSource:
@@ -268,16 +274,6 @@ def connect_learner(cfg: DictConfig, spec: TaskSpec, stream: TextIO, stop: Polit
     Raises StoppedError on a signal while waiting, WireError when the learner refuses (another task or version).
     """
     run_dir = Path(cfg.runs_dir) / cfg.run
-    next_line = 0.0
-
-    def on_wait(message: str) -> None:
-        nonlocal next_line
-        if stop:
-            raise StoppedError
-        if time.monotonic() >= next_line:
-            next_line = time.monotonic() + _WAIT_LINE_S
-            print(message, file=stream, flush=True)
-
     return TrainerClient(
         cfg.unique_identifier,
         cfg.ip,
@@ -288,8 +284,23 @@ def connect_learner(cfg: DictConfig, spec: TaskSpec, stream: TextIO, stop: Polit
         spool_dir=run_dir / "spool" / cfg.unique_identifier,
         spool_bytes=cfg.rollout.spool_mb << 20,
         ledger_path=run_dir / "spool" / f"{cfg.unique_identifier}.acknowledged.jsonl" if cfg.rollout.ledger else None,
-        on_wait=on_wait,
+        on_wait=waiting(stream, stop),
     )
+
+
+def waiting(stream: TextIO, stop: PoliteStop) -> Callable[[str], None]:
+    """What a client tells while it waits: a line now and then; raises StoppedError on a signal."""
+    next_line = 0.0
+
+    def on_wait(message: str) -> None:
+        nonlocal next_line
+        if stop:
+            raise StoppedError
+        if time.monotonic() >= next_line:
+            next_line = time.monotonic() + _WAIT_LINE_S
+            print(message, file=stream, flush=True)
+
+    return on_wait
 
 
 def standalone(cfg: DictConfig) -> StandaloneLink:
@@ -329,9 +340,3 @@ def _flush(link: LearnerLink, timeout_s: float, observer: Observer) -> None:
 
 def _plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True) if node is not None else None
-
-
-def _innermost(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

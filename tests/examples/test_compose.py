@@ -58,6 +58,18 @@ def test_every_option_of_every_group_composes():
             assert OmegaConf.select(load_config([f"{group}={name}"]), group) is not None
 
 
+@pytest.mark.parametrize("algorithm", ["sac", "dsrl", "sft", "reject_sampling"])
+@pytest.mark.parametrize("family", ["pi0", "pi05", "groot"])
+def test_an_algorithm_of_another_family_brings_that_familys_policy(algorithm, family):
+    config = load_config([f"algo={algorithm}_{family}"])
+    assert (config.algo.name, config.policy.name) == (f"{algorithm}_{family}", f"{family}_tiny")
+
+
+def test_a_policy_that_is_named_wins_over_the_algorithms_own():
+    assert load_config(["algo=sac_groot", "policy=groot_n1_7"]).policy.name == "groot_n1_7"
+    assert load_config(["policy=pi05", "algo=sac_pi05"]).policy.name == "pi05"
+
+
 def test_dotted_keys_reach_into_lists_and_sections():
     config = OmegaConf.create({"a": {"b": 1}, "rows": [{"c": 2}, 3], "none": None})
     assert list(dotted_keys(config)) == ["a", "a.b", "rows", "rows.0", "rows.0.c", "rows.1", "none"]

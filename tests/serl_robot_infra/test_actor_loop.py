@@ -242,6 +242,24 @@ def test_a_learner_that_comes_late_is_waited_for_and_sigterm_ends_the_waiting(sp
     assert "waiting for learner at 127.0.0.1" in stream.getvalue()
 
 
+def test_an_absent_reward_server_is_named_with_its_address_and_the_first_ctrl_c_ends_the_waiting(
+    spec, tmp_path, repo_root, free_ports
+):
+    from omegaconf import OmegaConf
+
+    with ScriptedLearner(spec, []) as learner:
+        config = actor_config(learner, tmp_path)
+        config.reward = OmegaConf.load(repo_root / "config" / "reward" / "classifier.yaml")
+        config.reward.update({"port": free_ports[0], "keys_dir": None})
+        threading.Timer(2.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        stream = io.StringIO()
+        assert main(config, stream) == 130
+    out = stream.getvalue()
+    assert f"waiting for the reward server at 127.0.0.1:{free_ports[0]}" in out
+    assert "reward.model=<folder>" in out
+    assert "waiting for learner" not in out
+
+
 def test_a_learner_that_restarts_in_mid_episode_gets_the_whole_episode(spec, tmp_path):
     asked = threading.Event()
 

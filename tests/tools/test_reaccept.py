@@ -52,6 +52,37 @@ def test_a_mistyped_rule_key_is_one_line(run, capsys):
     assert len(problem.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("junk", "cannot read 'junk': expected key=value"),
+        ("min_return=5", "'min_return=5' changes no verdict: expected algo.rule.<key>="),
+        ("algo.rul.min_return=5", "'algo.rul.min_return=5' changes no verdict"),
+        ("algo=sft_pi0", "'algo=sft_pi0' changes no verdict"),
+        ("task.noop_dims=[0]", "'task.noop_dims=[0]' changes no verdict"),
+        ("algo.rule=strict", "algo.rule: expected {_target_: <class>, …}, got strict"),
+        ("algo.threshold.start=0.7", "algo.threshold: expected {_target_: <class>, …}, got {'start': 0.7}"),
+        ("algo.rule.min_return={", "cannot read 'algo.rule.min_return={'"),
+        ("algo.rule.min_return=high", "algo.rule.min_return: expected a number, got 'high'"),
+        ("algo.rule.min_ticks=2.5", "algo.rule.min_ticks: expected a whole number of at least 0, got 2.5"),
+        ("algo.rule.autonomous_stride=0", "algo.rule.autonomous_stride: expected a whole number of at least 1, got 0"),
+        ("algo.rule.noop_dims=[7]", "task.noop_dims (algo.rule.noop_dims): expected a list of dimensions"),
+        ("algo.rule._target_=serl_launcher.replay.acceptance.Nope", "algo.rule._target_: No module named"),
+    ],
+)
+def test_a_word_that_would_change_nothing_or_cannot_work_is_refused(run, capsys, word, message):
+    assert reaccept.main([str(run), word]) == 2
+    problem = capsys.readouterr().err
+    assert message in problem
+    assert len(problem.splitlines()) == 1
+
+
+def test_a_threshold_may_be_added(run, capsys):
+    schedule = "{_target_: serl_launcher.replay.threshold.SteppedThreshold, values: {0: 5.0}}"
+    assert reaccept.main([str(run), f"+algo.threshold={schedule}"]) == 0
+    assert "episode 0 (demo, return 1): accepted -> return" in capsys.readouterr().out
+
+
 def test_the_audit_counts_both_kinds_of_error_and_takes_a_persons_word(run, capsys):
     camera = next(iter(SPEC.cameras))
     card = RewardCard("outcome", 2, (camera,), 16, False, SPEC.to_dict(), threshold=0.0)  # says success always

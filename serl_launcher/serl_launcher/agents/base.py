@@ -117,6 +117,19 @@ def critic_metrics(loss: Tensor, q: Tensor, target: Tensor, bootstrap: np.ndarra
     }
 
 
+def check_horizon(horizon: int, policy: FlowPolicy) -> None:
+    """A critic judges executed ticks; a chunk has no more of them than the policy makes. ValueError says so."""
+    if not 1 <= horizon <= policy.action_horizon:
+        longest = policy.action_horizon
+        raise ValueError(f"rollout.execute_horizon: expected 1 to action_horizon {longest}, got {horizon}")
+
+
+def check_members(members: int, critics: int) -> None:
+    """The target's minimum is over some of the critics. ValueError says how many there are."""
+    if not 1 <= members <= critics:
+        raise ValueError(f"algo.agent.target_members: expected 1 to algo.agent.critics {critics}, got {members}")
+
+
 def check_values(q: Tensor, limit: float) -> None:
     """Raise Diverged when any |Q| passes `limit` or is not a number."""
     worst = q.detach().abs().max().item()

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from serl_launcher.agents.base import FlowAgent, ParameterGroup, check_values, critic_metrics, frozen_copy
+from serl_launcher.agents.base import (
+    FlowAgent,
+    ParameterGroup,
+    check_horizon,
+    check_members,
+    check_values,
+    critic_metrics,
+    frozen_copy,
+)
 from serl_launcher.agents.encoded import Encoded, Memory
 from serl_launcher.agents.flow_matching import imitation_loss
 from serl_launcher.agents.steering import Steering, steer
@@ -68,6 +76,8 @@ class DSRLAgent(FlowAgent):
         memory_batch: int = 256,
     ) -> None:
         super().__init__()
+        check_horizon(horizon, policy)
+        check_members(target_members, critics)
         self.policy, self.prompt, self.horizon = policy, prompt, horizon
         self.flow_steps, self.tau, self.target_members = flow_steps, tau, target_members
         self.warmup_steps, self.noise_samples, self.prior_share = warmup_steps, noise_samples, prior_share

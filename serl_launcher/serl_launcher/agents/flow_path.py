@@ -99,7 +99,7 @@ class NoiseScale(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 < low < initial < high:
-            raise ValueError(f"noise: expected 0 < min_std < init_std < max_std, got {low}, {initial} and {high}")
+            raise ValueError(f"algo.agent: expected 0 < min_std < init_std < max_std, got {low}, {initial} and {high}")
         self.steps, self.robot_dim = steps, robot_dim
         self._low, self._range = math.log(low), math.log(high) - math.log(low)
         self.body = nn.Sequential(nn.Linear(feature_dim, width), nn.SiLU(), nn.Linear(width, steps * robot_dim))

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from serl_launcher.agents.base import FlowAgent, ParameterGroup, check_values, critic_metrics, frozen_copy
+from serl_launcher.agents.base import (
+    FlowAgent,
+    ParameterGroup,
+    check_horizon,
+    check_members,
+    check_values,
+    critic_metrics,
+    frozen_copy,
+)
 from serl_launcher.agents.flow_matching import imitation_loss
 from serl_launcher.agents.flow_path import FlowPath, NoiseScale, path_entropy, sample_path
 from serl_launcher.critics.ensemble import ChunkCritic, track
@@ -76,9 +84,8 @@ class SACAgent(FlowAgent):
         q_limit: float = 1e3,
     ) -> None:
         super().__init__()
-        if horizon > policy.action_horizon:
-            longest = policy.action_horizon
-            raise ValueError(f"rollout.execute_horizon: expected at most action_horizon {longest}, got {horizon}")
+        check_horizon(horizon, policy)
+        check_members(target_members, critics)
         self.policy, self.prompt, self.horizon = policy, prompt, horizon
         if squash:
             self._check_squash()

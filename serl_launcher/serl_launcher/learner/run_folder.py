@@ -61,6 +61,7 @@ def prepare(cfg: DictConfig) -> RunFolder:
         raise RunError(
             f"checkpoint_path={cfg.checkpoint_path}: no such file or folder ({Path.cwd()} is the work folder)"
         )
+    _check_reward(cfg)
     lock = _open_folder(paths)
     if is_complete(paths, cfg) and cfg.on_complete == "rotate":
         print(f"the finished run {paths.root.name} was moved to {rotate(paths)}", flush=True)
@@ -143,6 +144,16 @@ def _check_network(cfg: DictConfig) -> None:
             f"bind_host={cfg.bind_host} lets anyone on that network drive the policy and send data; make keys "
             "(tools/keygen.py) and give security.keys_dir, or add insecure=true if that network is yours alone, "
             "or keep 127.0.0.1 and use an ssh tunnel"
+        )
+
+
+def _check_reward(cfg: DictConfig) -> None:
+    """A learned reward has a model to serve: without one every actor would wait for its server for ever."""
+    reward = None if OmegaConf.select(cfg, "task.reward") else cfg.get("reward")
+    if reward and "model" in reward and not reward.model:
+        raise RunError(
+            "reward=classifier: expected reward.model=<folder that train_reward.sh wrote>, got none; "
+            "name it, or take another reward="
         )
 
 

@@ -15,12 +15,14 @@ import logging
 import signal
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -39,6 +41,7 @@ from serl_launcher.replay.transitions import TransitionView
 from serl_launcher.replay.verdicts import VerdictLedger, rule_text
 from serl_launcher.replay.views import ChunkView
 from serl_launcher.telemetry.metrics import MetricsWriter
+from serl_transport.mistakes import of_the_user, said
 from serl_transport.specs import TaskSpec
 
 log = logging.getLogger("trainer")
@@ -348,13 +351,17 @@ def main(run_dir: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     paths = RunPaths(Path(run_dir))
     cfg = OmegaConf.load(paths.config)
-    try:
-        trainer = Trainer(cfg, paths, InternalClient(paths.root, "trainer"))
-    except (ValueError, FileNotFoundError) as mistake:
-        print(f"trainer: {mistake}", file=sys.stderr)
-        return 2
-    signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
-    trainer.run()
+    with closing(InternalClient(paths.root, "trainer")) as link:
+        try:
+            trainer = Trainer(cfg, paths, link)
+        except (ValueError, FileNotFoundError, InstantiationException) as mistake:
+            if not of_the_user(mistake):
+                raise
+            log.debug("where it came from", exc_info=True)
+            print(f"trainer: {said(mistake)}", file=sys.stderr)
+            return 2
+        signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
+        trainer.run()
     return 0
 
 

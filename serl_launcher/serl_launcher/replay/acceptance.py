@@ -59,6 +59,12 @@ class SuccessRule:
     mask_before_takeover: int | None = None  # policy ticks hidden before a takeover; null: the whole stretch
     autonomous_stride: int = 1  # mixed rate: chunks begin at every k-th tick that the policy drove, at each of a person
 
+    def __post_init__(self) -> None:
+        _check_numbers(self, "min_return", "noop_threshold")
+        _check_counts(self, min_ticks=0, autonomous_stride=1)
+        if self.mask_before_takeover is not None:
+            _check_counts(self, mask_before_takeover=0)
+
     def __call__(self, episode: EpisodeColumns) -> Selection:
         n = len(episode)
         if n < self.min_ticks:
@@ -82,6 +88,10 @@ class DemonstrationRule:
     noop_threshold: float = 0.02
     noop_dims: Sequence[int] | None = None
 
+    def __post_init__(self) -> None:
+        _check_numbers(self, "noop_threshold")
+        _check_counts(self, min_ticks=0)
+
     def __call__(self, episode: EpisodeColumns) -> Selection:
         n = len(episode)
         if episode.mode != "demo":
@@ -92,6 +102,20 @@ class DemonstrationRule:
             return Selection.rejected(n, "failed")
         labels = ~idle_starts(episode.action, episode.intervention, self.noop_threshold, self.noop_dims)
         return Selection(bool(labels.any()), "accepted" if labels.any() else "noop", labels.copy(), labels)
+
+
+def _check_numbers(rule: object, *names: str) -> None:
+    for name in names:
+        value = getattr(rule, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+            raise ValueError(f"algo.rule.{name}: expected a number, got {value!r}")
+
+
+def _check_counts(rule: object, **least: int) -> None:
+    for name, bound in least.items():
+        value = getattr(rule, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+            raise ValueError(f"algo.rule.{name}: expected a whole number of at least {bound}, got {value!r}")
 
 
 def before_takeover(intervention: np.ndarray, reach: int | None) -> np.ndarray:

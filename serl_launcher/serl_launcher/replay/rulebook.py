@@ -7,7 +7,7 @@ episodes in the same order get the same verdicts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,13 +21,14 @@ COLUMNS = ("action", "next.reward", "intervention", "policy_version")
 
 
 class RuleBook:
-    """threshold: a schedule of m; None leaves the rule its own."""
+    """threshold: a schedule of m; None leaves the rule its own. ValueError: the rule does not fit the task."""
 
     def __init__(
         self, rule: Callable[[EpisodeColumns], Selection], spec: TaskSpec, threshold: Threshold | None = None
     ) -> None:
         low, high = np.float32(spec.action_low), np.float32(spec.action_high)
         self._offset, self._scale = (high + low) / 2, (high - low) / 2
+        check_noop_dims(getattr(rule, "noop_dims", None), spec)
         self._rule, self.threshold = rule, threshold
         self.clear()
 
@@ -72,6 +73,17 @@ class RuleBook:
     def _overturn(self, m: float) -> list[Verdict]:
         fallen = [self._standing.pop(o) for o, v in list(self._standing.items()) if v.return_ < m]
         return [replace(v, accepted=False, reason="threshold_rose", starts=0, labels=0, threshold=m) for v in fallen]
+
+
+def check_noop_dims(dims: Sequence[int] | None, spec: TaskSpec) -> None:
+    """They are dimensions of the task's action. Raises ValueError that names task.noop_dims."""
+    n = len(spec.action_names)
+    if dims is not None and (isinstance(dims, int | str) or any(d not in range(n) for d in dims)):
+        got = dims if isinstance(dims, int | str) else list(dims)
+        raise ValueError(
+            f"task.noop_dims (algo.rule.noop_dims): expected a list of dimensions of the action, "
+            f"0 to {n - 1} ({', '.join(spec.action_names)}), or null, got {got}"
+        )
 
 
 def _verdict(ordinal: int, episode: EpisodeColumns, versions: np.ndarray, selection: Selection) -> Verdict:

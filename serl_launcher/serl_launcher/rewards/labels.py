@@ -91,6 +91,8 @@ def split_by_episode(
 
     Raises ValueError that says which episodes are missing.
     """
+    if not (all(0 < share < 1 for share in shares) and sum(shares) < 1):
+        raise ValueError(f"validation_share, test_share: expected above 0 and below 1 in sum, got {shares}")
     groups = [[e for e in episodes if e.success], [e for e in episodes if not e.success]]
     if kind == "process":
         groups = groups[:1]

@@ -42,6 +42,8 @@ class RewardCard:
     def __post_init__(self) -> None:
         if self.kind not in KINDS or self.classes < 2:
             raise ValueError(f"reward.kind: expected one of {', '.join(KINDS)} with 2 or more classes, got {self.kind}")
+        if self.image_size < 1 or self.patience < 1:
+            raise ValueError(f"image_size, patience: expected 1 or more, got {self.image_size} and {self.patience}")
 
     @property
     def spec(self) -> TaskSpec:
@@ -61,7 +63,7 @@ class RewardClassifier(nn.Module):
         for a, b in pairwise(channels):
             layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(4, b), nn.SiLU()]
         self.eye = nn.Sequential(*layers)
-        grid = max(1, card.image_size // 16)
+        grid = -(-card.image_size // 16)  # each of the four convolutions halves the size, rounding up
         self.state_units = Affine.from_bounds(spec.state_low, spec.state_high)
         size = len(card.cameras) * 2 * width * grid * grid + (len(spec.state_names) if card.use_state else 0)
         self.head = nn.Sequential(

@@ -8,6 +8,7 @@ Called by examples/train_reward_classifier.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,13 @@ class Fit:
     shift: int = 3  # pixels of random shift, per image
     brightness: float = 0.1  # random change, share of the range
     state_noise: float = 0.02  # of the state's range
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch_size", 1), ("shift", 0), ("brightness", 0), ("state_noise", 0)):
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"fit.{name}: expected {least} or more, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"fit.lr: expected a number above 0, got {self.lr}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +122,8 @@ def _fit(model: RewardClassifier, data: Labelled, fit: Fit, rng: np.random.Gener
         state = torch.as_tensor(batch.state)
         state = state + fit.state_noise * model.state_units.scale * torch.randn_like(state)
         loss = torch.nn.functional.cross_entropy(model.logits(images, state), torch.as_tensor(batch.label))
+        if not loss.isfinite():
+            raise ValueError(f"the loss is {loss.item()} at step {step + 1}: fit.lr={fit.lr:g} is too high, lower it")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

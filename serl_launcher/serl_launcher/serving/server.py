@@ -16,6 +16,7 @@ import math
 import time
 from pathlib import Path
 
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.gateway.internal import InferRequest, PolicyLink
@@ -25,6 +26,7 @@ from serl_launcher.serving.engine import PolicyEngine, query_from_body
 from serl_launcher.serving.figures import ServingFigures
 from serl_launcher.serving.loader import ParameterLoader
 from serl_transport.errors import DeadlineMissed, Internal, NotReady, SchemaMismatch, WireError
+from serl_transport.mistakes import of_the_user, said
 
 log = logging.getLogger("policy")
 
@@ -180,8 +182,11 @@ def main(run_dir: str) -> int:
     paths = RunPaths(Path(run_dir))
     try:
         server = PolicyServer(OmegaConf.load(paths.config), paths)
-    except ValueError as mistake:
-        log.error("%s", mistake)
+    except (ValueError, FileNotFoundError, InstantiationException) as mistake:
+        if not of_the_user(mistake):
+            raise
+        log.debug("where it came from", exc_info=True)
+        log.error("%s", said(mistake))
         return 2
     server.run()
     return 0

@@ -6,7 +6,7 @@ classifier: reward for each stage reached for the first time, 1 in sum; the last
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -94,8 +94,16 @@ def connect(
     environment_may_end: bool = False,
     keys_dir: str | None = None,
     model: str | None = None,
+    on_wait: Callable[[str], None] = log.warning,
 ) -> ClassifierReward:
-    """The reward of config/reward/classifier.yaml; waits for the reward server. `model` is the server's business."""
+    """The reward of config/reward/classifier.yaml; waits for the reward server, telling `on_wait` once a second.
+
+    `model` is the server's business.
+    """
     config = TrainerConfig(port_number=port, broadcast_port=port + 1, keys_dir=keys_dir)
-    client = TrainerClient(name, ip, config, spec=TaskSpec.from_dict(dict(spec)))
+    line = (
+        f"waiting for the reward server at {ip}:{port} (reward.ip, reward.port); "
+        "the learner starts one when it has reward=classifier reward.model=<folder>"
+    )
+    client = TrainerClient(name, ip, config, spec=TaskSpec.from_dict(dict(spec)), on_wait=lambda _: on_wait(line))
     return ClassifierReward(client, patience_s, environment_may_end)

@@ -331,6 +331,6 @@ def test_the_entropy_of_the_backup_by_hand():
 
 
 def test_an_execute_horizon_beyond_the_chunk_is_named():
-    with pytest.raises(ValueError, match=r"execute_horizon: expected at most action_horizon 1, got 2"):
+    with pytest.raises(ValueError, match=r"execute_horizon: expected 1 to action_horizon 1, got 2"):
         make_agent(horizon=2)
     assert math.isfinite(make_agent().target_entropy)

@@ -132,6 +132,10 @@ def test_a_port_in_use_is_named(compose, monkeypatch, key):
         (["bind_host=0.0.0.0"], "insecure=true"),
         (["bind_host=203.0.113.9", "insecure=true"], "cannot assign requested address"),
         (["run=a/b"], "names a folder"),
+        (
+            ["reward=classifier"],
+            "expected reward.model=<folder that train_reward.sh wrote>, got none",
+        ),
         (["run=.hidden"], "names a folder"),
         (["checkpoint_path=nowhere/to/be/found"], "checkpoint_path=nowhere/to/be/found: no such file or folder"),
         (["schedule.stages.0.mode=demonstrate"], "schedule.stages.0.mode: expected one of demo"),

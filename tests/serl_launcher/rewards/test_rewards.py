@@ -179,6 +179,38 @@ def test_a_process_classifier_learns_the_stages():
     assert figures["frame_balanced_accuracy"] > 0.8
 
 
+@pytest.mark.parametrize("size", [1, 15, 16, 40, 100])
+def test_any_image_size_fits(size):
+    model = RewardClassifier(RewardCard("outcome", 2, ("front",), size, False, SPEC.to_dict()))
+    said = model.probabilities({"front": np.zeros((1, 16, 16, 3), np.uint8)}, np.zeros((1, 1), np.float32))
+    assert said.shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, r"fit\.batch_size: expected 1 or more, got 0"),
+        ({"steps": 0}, r"fit\.steps: expected 1 or more"),
+        ({"lr": 0.0}, r"fit\.lr: expected a number above 0"),
+        ({"lr": float("nan")}, r"fit\.lr: expected a number above 0, got nan"),
+    ],
+)
+def test_a_fit_that_cannot_work_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Fit(**settings)
+
+
+def test_a_loss_that_is_no_number_ends_the_training():
+    split = split_by_episode(episodes(24), (0.2, 0.2), "outcome", np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"the loss is nan at step \d+: fit\.lr=1e\+30 is too high"):
+        train(split, card(), Fit(steps=20, lr=1e30), seed=0, tell=lambda line: None)
+
+
+def test_shares_that_leave_nothing_to_train_on_are_refused():
+    with pytest.raises(ValueError, match="validation_share, test_share: expected above 0 and below 1 in sum"):
+        split_by_episode(episodes(20), (0.6, 0.4), "outcome", np.random.default_rng(0))
+
+
 def test_a_folder_without_a_classifier_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"reward.json"):
         load(tmp_path / "nothing")
