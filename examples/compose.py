@@ -19,6 +19,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from serl_robot_infra.task_yaml import check_keys, check_task
+
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 
 # Keys that take one word of a few. Group choices are the files of the group's folder and need no entry here.
@@ -66,7 +68,8 @@ def load_config(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> Dict
     for word in words:  # run=7 and run=1e3 are names, not numbers
         if word.kind == "set" and _is_plain_text(base, word) and not isinstance(word.value, str | None):
             OmegaConf.update(config, word.key, word.text.partition("=")[2])
-    return _resolve(config)
+    name = next((word.value for word in reversed(selections) if word.key == "task"), "pick")
+    return _check_task(config, f"config/task/{name}.yaml")
 
 
 def group_options(config_dir: Path = CONFIG_DIR) -> dict[str, list[str]]:
@@ -171,6 +174,19 @@ def _compose(config_dir: Path, overrides: Sequence[str]) -> DictConfig:
             return hydra_compose("base", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, OSError) as error:
         raise ConfigError(f"config/ does not compose: {' '.join(str(error).split())}") from None
+
+
+def _check_task(config: DictConfig, file: str) -> DictConfig:
+    """Resolved; the keys first, since a missing one would be an interpolation that is not found."""
+    try:
+        check_keys(config.task, file)
+        config = _resolve(config)
+        check_task(OmegaConf.to_container(config.task), file)
+    except ConfigError:
+        raise
+    except ValueError as mistake:
+        raise ConfigError(str(mistake)) from None
+    return config
 
 
 def _resolve(config: DictConfig) -> DictConfig:

@@ -36,8 +36,9 @@ from serl_robot_infra.pacing import Pace, PoliteStop
 from serl_robot_infra.policy_client import MeasuredPolicy, RemotePolicy
 from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.rewards.environment import EnvironmentReward
-from serl_robot_infra.safety import SafetyChain
+from serl_robot_infra.safety import SafetyChain, describe
 from serl_robot_infra.standalone import StandaloneLink
+from serl_robot_infra.task_yaml import check_task
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
 from serl_transport.errors import Refused, SpoolError, SpoolFull, WireError
@@ -75,13 +76,15 @@ def run_actor(cfg: DictConfig, stream: TextIO) -> int:
 
 
 def _run(cfg: DictConfig, stream: TextIO, stop: PoliteStop) -> None:
-    spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))  # type: ignore[arg-type]
+    check_task(_plain(cfg.task), f"config/task/{cfg.task.get('name') or '<yours>'}.yaml")
+    spec = TaskSpec.from_dict(_plain(cfg.task.spec))
     with ExitStack() as resources:
         env = build_env(cfg, spec)
         resources.callback(env.close)
         renderer = getattr(env, "renderer_name", "none")
         learner = f"{cfg.ip}:{cfg.port}" if cfg.ip else "none"
         print(f"task {spec.name}, renderer {renderer}, learner {learner}", file=stream, flush=True)
+        print(describe(_plain(cfg.task.get("safety"))), file=stream, flush=True)
         estop = EmergencyStop(Path(cfg.runs_dir) / cfg.run / "estop")
         resources.enter_context(estop.installed())
         listen_for_estop(cfg, estop, stream)
@@ -169,7 +172,7 @@ def build_actor(
         env=env,
         broker=broker,
         operator=build_operator(cfg, env),
-        safety=SafetyChain(env.spec, **_plain(cfg.task.get("safety")) or {}),
+        safety=SafetyChain.of(env.spec, _plain(cfg.task.get("safety"))),
         reward=build_reward(cfg),
         adder=Adder(keeper(link, observer, stop), rollout.batch_ticks),
         pace=pace,

@@ -31,6 +31,14 @@ from omegaconf import OmegaConf
         ("port=1,2", "names several values"),
         ("+policy.extra=???", "these keys need a value: policy.extra"),
         ("run=${nowhere}", "does not resolve"),
+        (
+            "+task.saftey={max_speed: {dx: 1}}",
+            "task.saftey (config/task/pick.yaml or the command line): unknown key; did",
+        ),
+        ("task.safety={max_sped: {dx: 1}}", "config/task/pick.yaml: task.safety.max_sped: unknown key; did you mean"),
+        ("task.noop_dims=[7]", "task.noop_dims: expected a list of numbers from 0 to 3"),
+        ("task.rate_hz=fast", "task.rate_hz"),
+        ("+task.spec.cameras.side=64", "config/task/pick.yaml: task spec: cameras.side: expected [height, width]"),
     ],
 )
 def test_a_mistake_is_one_clear_message(override, message):

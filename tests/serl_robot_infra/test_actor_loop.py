@@ -56,6 +56,7 @@ def test_demo_online_and_eval_record_who_drove(spec, tmp_path):
         assert len(episode.arrays["observation.state"]) == episode.n + 1
         assert (np.diff(episode.arrays["time_ns"]) > 0).all()
     assert learner.wants == ["follow"] * 5
+    assert "no safety limits beside action_low and action_high: task.safety is not set" in out
     assert "stage-demo · success" in out
     assert "evaluation stage-eval: 0/1 = 0.00" in out
 
@@ -207,6 +208,12 @@ def test_another_task_at_the_learner_is_one_clear_message(spec, tmp_path):
         ({"rollout.mode": "evil"}, "rollout.mode: expected one of follow, demo, online, eval, got 'evil'"),
         ({"rollout.policy": "distant"}, "rollout.policy: expected remote, local, openpi or none, got 'distant'"),
         ({"rollout.execute_horizon": 0}, "execute_horizon: expected at least 1, got 0"),
+        (
+            {"task.saftey": {"max_speed": {"dx": 1.0}}},
+            "task.saftey (config/task/<yours>.yaml or the command line): unkn",
+        ),
+        ({"task.saftey": {"max_speed": {"dx": 1.0}}}, "did you mean 'safety'?"),
+        ({"task.safety": {"max_sped": {"dx": 1.0}}}, "task.safety.max_sped: unknown key; did you mean 'max_speed'?"),
         ({"task.safety": {"max_speed": {"dq": 1.0}}}, "max_speed: expected one of dx, dy, dz, grip, got 'dq'"),
     ],
 )
