@@ -250,7 +250,7 @@ def keeper(link: LearnerLink, observer: Observer, stop: PoliteStop) -> Callable[
 def connect_learner(cfg: DictConfig, spec: TaskSpec, stream: TextIO, stop: PoliteStop) -> TrainerClient:
     """The link to the learner at ip:port, once that is there; its spool lies in the run's folder.
 
-    Raises StoppedError on a signal while waiting, WireError when the learner refuses (another task or version).
+    Raises StoppedError on a signal while waiting, WireError when the learner refuses (another run, task or version).
     """
     run_dir = Path(cfg.runs_dir) / cfg.run
     next_line = 0.0
@@ -274,6 +274,7 @@ def connect_learner(cfg: DictConfig, spec: TaskSpec, stream: TextIO, stop: Polit
         spool_bytes=cfg.rollout.spool_mb << 20,
         ledger_path=run_dir / "spool" / f"{cfg.unique_identifier}.acknowledged.jsonl" if cfg.rollout.ledger else None,
         on_wait=on_wait,
+        run=cfg.run,
     )
 
 

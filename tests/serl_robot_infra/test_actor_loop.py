@@ -199,6 +199,15 @@ def test_another_task_at_the_learner_is_one_clear_message(spec, tmp_path):
     assert "prompt: stack the cubes on the actor, pick up the red cube on the learner" in stream.getvalue()
 
 
+def test_the_learner_of_another_run_is_one_clear_message(spec, tmp_path):
+    with ScriptedLearner(spec, [ticket("demo", 1)]) as learner:
+        learner.server.run = "quickstart"
+        code, out = run(learner, tmp_path)
+        assert learner.episodes() == []
+    assert code == 2
+    assert "is of run 'quickstart', this actor of run 'test': give the actor run=quickstart, or the port=" in out
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -56,7 +56,7 @@ def prepare(cfg: DictConfig) -> RunFolder:
         stages = read_stages(OmegaConf.to_container(cfg.schedule.stages))
     except ValueError as error:
         raise RunError(str(error)) from None
-    _check_network(cfg)
+    check_network(cfg)
     if cfg.checkpoint_path and not Path(cfg.checkpoint_path).exists():
         raise RunError(
             f"checkpoint_path={cfg.checkpoint_path}: no such file or folder ({Path.cwd()} is the work folder)"
@@ -105,13 +105,14 @@ def read_config(paths: RunPaths) -> DictConfig:
 
 
 def wait_for_ports(cfg: DictConfig) -> None:
-    """Both ports can be bound. RunError names the one in use, after a few seconds of patience."""
+    """Every port can be bound. RunError names the one in use, after a few seconds of patience."""
     deadline = time.monotonic() + PORT_PATIENCE_S
-    for key in ("port", "broadcast_port"):
-        while problem := _bind_problem(cfg.bind_host, cfg[key]):
+    for key in ("port", "broadcast_port", "reward.port"):
+        port = OmegaConf.select(cfg, key) or 0
+        while problem := _bind_problem(cfg.bind_host, port):
             if time.monotonic() > deadline or "in use" not in problem:
                 raise RunError(
-                    f"{key}={cfg[key]} on {cfg.bind_host}: {problem}; is another learner running? "
+                    f"{key}={port} on {cfg.bind_host}: {problem}; is another learner running? "
                     f"Stop it, or give both sides another {key}="
                 )
             time.sleep(0.2)
@@ -130,7 +131,8 @@ def _bind_problem(host: str, port: int) -> str:
     return ""
 
 
-def _check_network(cfg: DictConfig) -> None:
+def check_network(cfg: DictConfig) -> None:
+    """Ports and address make sense and are allowed. RunError tells what to change."""
     for key in ("port", "broadcast_port"):
         if not isinstance(cfg[key], int) or not 0 <= cfg[key] <= 65535:
             raise RunError(f"{key}={cfg[key]}: expected a port from 1 to 65535 (0: any free one)")
