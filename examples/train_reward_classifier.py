@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from compose import CONFIG_DIR, ConfigError, nearest
 from omegaconf import DictConfig, OmegaConf
 
+from serl_launcher.run_config import read_config
 from serl_transport.specs import TaskSpec
 
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         run(read_settings(argv))
-    except (ConfigError, ValueError, FileNotFoundError) as mistake:
+    except (ConfigError, ValueError, OSError) as mistake:
         print(f"train_reward_classifier: {mistake}", file=sys.stderr)
         return 2
     return 0
@@ -49,7 +50,8 @@ def read_settings(argv: Sequence[str]) -> DictConfig:
 def _spec_of(folder: Path) -> TaskSpec:
     if not (folder / "config.yaml").exists():
         raise FileNotFoundError(f"run={folder}: expected a run folder with config.yaml and a journal")
-    return TaskSpec.from_dict(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml").task.spec, resolve=True))
+    config = read_config(folder / "config.yaml", "task.spec")
+    return TaskSpec.from_dict(OmegaConf.to_container(config.task.spec, resolve=True))
 
 
 def run(settings: DictConfig) -> None:

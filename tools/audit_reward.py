@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from serl_launcher.replay.episodes import journal_episodes
 from serl_launcher.rewards.judging import balanced_accuracy, confusion, episode_score, verdict_at
 from serl_launcher.rewards.model import RewardClassifier, load
+from serl_launcher.run_config import read_config
 from serl_transport.schema import Episode
 from serl_transport.specs import TaskSpec
 
@@ -46,7 +47,8 @@ class Row:
 
 def audit(run: Path, model: RewardClassifier, relabel: dict[str, bool], mode: str | None) -> Iterator[Row]:
     """Every judged episode of the run. ValueError when a relabelled episode is not there."""
-    spec = TaskSpec.from_dict(OmegaConf.to_container(OmegaConf.load(run / "config.yaml").task.spec, resolve=True))
+    config = read_config(run / "config.yaml", "task.spec")
+    spec = TaskSpec.from_dict(OmegaConf.to_container(config.task.spec, resolve=True))
     unknown = set(relabel)
     for ordinal, episode in journal_episodes(run, spec):
         unknown.discard(episode.info.episode_id)

@@ -1,5 +1,7 @@
 """Composition: what a mistake on the command line says, and what a right one gives."""
 
+import shutil
+
 import pytest
 import train_rlpd
 from compose import ConfigError, dotted_keys, group_options, load_config
@@ -45,6 +47,15 @@ def test_a_mistake_is_one_clear_message(override, message):
     with pytest.raises(ConfigError) as raised:
         load_config([override])
     assert message in str(raised.value)
+    assert str(raised.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("text", ["name: mine\nspec: {a: [1\n", "a: 1: 2\n", "- a list\n"])
+def test_a_syntax_error_in_a_yaml_is_one_message_with_its_file(text, tmp_path, repo_root):
+    config_dir = shutil.copytree(repo_root / "config", tmp_path / "config")
+    (config_dir / "task" / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config/ does not compose: .*mine") as raised:
+        load_config(["task=mine"], config_dir)
     assert str(raised.value).count("\n") == 0
 
 

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from serl_launcher import run_config
 from serl_launcher.gateway.schedule import Stage, read_stages
 from serl_launcher.paths import RunPaths
 from serl_transport.auth import is_loopback
@@ -96,12 +97,9 @@ def rotate(paths: RunPaths) -> Path:
 def read_config(paths: RunPaths) -> DictConfig:
     """The config of the folder's last start. RunError: it cannot be read."""
     try:
-        config = OmegaConf.load(paths.config)
-    except Exception as error:  # yaml's and omegaconf's errors share no base
-        raise RunError(f"{paths.config} cannot be read ({type(error).__name__}); take run=<new name>") from None
-    if not isinstance(config, DictConfig):
-        raise RunError(f"{paths.config} is empty or no mapping; take run=<new name>")
-    return config
+        return run_config.read_config(paths.config)
+    except (ValueError, OSError) as error:
+        raise RunError(f"{error}; take run=<new name>") from None
 
 
 def wait_for_ports(cfg: DictConfig) -> None:
