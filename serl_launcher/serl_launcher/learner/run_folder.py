@@ -10,23 +10,30 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher import run_config
+from serl_launcher.gateway.files import read_json
 from serl_launcher.gateway.schedule import Stage, read_stages
 from serl_launcher.paths import RunPaths
+from serl_launcher.replay.journal import JournalCorrupt, JournalReader
 from serl_transport.auth import is_loopback
+from serl_transport.specs import TaskSpec
 
 MIN_FREE_MB = 500
 # A killed learner's gateway may need a moment to let go of its ports.
 PORT_PATIENCE_S = 5.0
 # What makes the recorded data and the parameters of a run usable; the rest may change from one start to the next.
-IDENTITY = ("task.name", "task.spec", "task.env", "policy")
+IDENTITY = ("task.name", "task.spec", "policy")
+NOTED = ("task.env",)  # a camera's serial number, an address, a renderer: worth a line, and the user's to judge
+# What a start leaves that never got data, made for its task and policy.
+UNUSED = ("journal", "params", "checkpoints", "dataset", "metrics", "stage_progress.json")
 
 
 class RunError(ValueError):
@@ -57,6 +64,10 @@ def prepare(cfg: DictConfig) -> RunFolder:
         stages = read_stages(OmegaConf.to_container(cfg.schedule.stages))
     except ValueError as error:
         raise RunError(str(error)) from None
+    try:
+        TaskSpec.from_dict(plain(cfg, "task.spec"))
+    except ValueError as error:
+        raise RunError(f"config/task/{cfg.task.get('name')}.yaml: {error}") from None
     check_network(cfg)
     if cfg.checkpoint_path and not Path(cfg.checkpoint_path).exists():
         raise RunError(
@@ -168,20 +179,67 @@ def _open_folder(paths: RunPaths) -> IO[str]:
 def _state(paths: RunPaths, cfg: DictConfig) -> str:
     if not paths.config.exists() and not paths.journal.exists():
         return "new"
-    if cfg.resume == "never":
+    used = holds_data(paths)
+    if used and cfg.resume == "never":
         raise RunError(f"{paths.root} holds a run and resume=never; choose another run=, or resume=auto to continue it")
     if paths.config.exists():
-        changed = list(differences(read_config(paths), cfg))
-        if changed:
-            rows = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, old, new in changed[:8])
-            raise RunError(f"{paths.root} holds another experiment:{rows}\nStart a new one with run=<new name>")
+        old = read_config(paths) if used else _readable(paths)
+        if changed := [*differences(old, cfg, IDENTITY)]:
+            if used:
+                raise RunError(
+                    f"{paths.root} holds another experiment:{_rows(changed)}\nStart a new one with run=<new name>, or "
+                    f"set these keys back. (A key that only an update added: write it into {paths.config}.)"
+                )
+            _put_aside(paths)
+            return "new"
+        if changed := [*differences(old, cfg, NOTED)]:
+            print(f"{paths.root} was recorded with another task.env:{_rows(changed)}", flush=True)
     return "complete" if is_complete(paths, cfg) else "resumed"
 
 
-def differences(old: DictConfig, new: DictConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Identity keys whose values differ, as (dotted key, old, new)."""
-    for key in IDENTITY:
+def _readable(paths: RunPaths) -> DictConfig:
+    """The config of a start that came to nothing; empty when that was torn."""
+    try:
+        return read_config(paths)
+    except RunError:
+        return OmegaConf.create({})
+
+
+def holds_data(paths: RunPaths) -> bool:
+    """Was anything recorded or trained here? A journal's first record is the task's spec, no data yet."""
+    if paths.summary.exists() or (read_json(paths.latest_params) or {}).get("step", 0) > 0:
+        return True
+    reader = JournalReader(paths.journal)
+    try:
+        return len(list(islice(reader.poll(), 2))) > 1
+    except JournalCorrupt:  # the gateway tells what is wrong with it
+        return True
+    finally:
+        reader.close()
+
+
+def _put_aside(paths: RunPaths) -> None:
+    """Out of the way of another task or policy. The spool and a pressed e-stop stay where an actor looks for them."""
+    found = [name for name in UNUSED if (paths.root / name).exists()]
+    if not found:
+        return
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    aside = paths.root / f"unused.{stamp}"
+    aside.mkdir(exist_ok=True)
+    for name in found:
+        (paths.root / name).rename(aside / name)
+    print(f"nothing was recorded here with the task or policy of before; what it left is in {aside}", flush=True)
+
+
+def differences(old: DictConfig, new: DictConfig, keys: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
+    """What differs under these keys, as (dotted key, old, new)."""
+    for key in keys:
         yield from _differences(key, plain(old, key), plain(new, key))
+
+
+def _rows(changed: Sequence[tuple[str, Any, Any]]) -> str:
+    rows = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, old, new in changed[:8])
+    return rows + (f"\n  and {len(changed) - 8} more" if len(changed) > 8 else "")
 
 
 def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
