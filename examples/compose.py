@@ -76,7 +76,8 @@ def load_config(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> Dict
 def group_options(config_dir: Path = CONFIG_DIR) -> dict[str, list[str]]:
     """The groups (folders of config/) and the names one may select in each."""
     folders = sorted(p for p in config_dir.iterdir() if p.is_dir())
-    return {f.name: sorted(p.stem for p in f.glob("*.yaml")) for f in folders if any(f.glob("*.yaml"))}
+    names = {f.name: sorted(p.stem for p in f.glob("*.yaml") if not p.stem.startswith("_")) for f in folders}
+    return {group: found for group, found in names.items() if found}
 
 
 def dotted_keys(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:

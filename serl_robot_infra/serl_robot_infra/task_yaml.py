@@ -6,6 +6,7 @@ key is refused: a misspelt `safety` would otherwise switch the limits off.
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from serl_robot_infra.safety import SafetyChain
@@ -31,6 +32,10 @@ def check_keys(task: Any, file: str) -> None:
     for key, what in NEEDED.items():
         if task.get(key) is None:
             raise ValueError(f"{file}: missing key {key!r}: {what}")
+    if isinstance(task["spec"], Mapping):
+        for field in fields(TaskSpec):
+            if field.name not in task["spec"]:
+                raise ValueError(f"{file}: missing key 'spec.{field.name}'")
 
 
 def check_task(task: Any, file: str) -> None:

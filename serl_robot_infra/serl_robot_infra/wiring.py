@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from inspect import signature
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,7 +23,7 @@ from openpi_client.realtime_chunk_broker import RealtimeChunkBroker
 from serl_robot_infra.actor import Actor
 from serl_robot_infra.adder import Adder
 from serl_robot_infra.envs.base import Environment
-from serl_robot_infra.episode import Body, EpisodeRunner
+from serl_robot_infra.episode import Body, EnvironmentFailedError, EpisodeRunner
 from serl_robot_infra.estop import EmergencyStop
 from serl_robot_infra.guard import RobotGuard, Stoppable
 from serl_robot_infra.interventions.none import NoIntervention
@@ -46,9 +47,10 @@ from serl_transport.specs import TaskSpec
 
 log = logging.getLogger(__name__)
 
-USER_MISTAKE, INTERRUPTED = 2, 130
+FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
 _SPOOL_RETRY_S = 0.5
 _WAIT_LINE_S = 5.0
+_DEMO_NOISE = 0.15  # share of the action range (DART, Laskey et al. 2017)
 
 
 class StoppedError(Exception):
@@ -67,6 +69,10 @@ def run_actor(cfg: DictConfig, stream: TextIO) -> int:
     except InstantiationException as mistake:
         log.debug("where it came from", exc_info=True)
         return _refuse(_innermost(mistake), stream)
+    except EnvironmentFailedError as fault:
+        log.debug("where it came from", exc_info=True)
+        print(f"actor: error: {fault}; what was not delivered is sent at the next start", file=stream, flush=True)
+        return FAILED
     except KeyboardInterrupt:
         print("actor: interrupted; what was not delivered is sent at the next start", file=stream, flush=True)
         return INTERRUPTED
@@ -90,6 +96,7 @@ def _run(cfg: DictConfig, stream: TextIO, stop: PoliteStop) -> None:
         listen_for_estop(cfg, estop, stream)
         guard = build_guard(cfg, env, estop)
         resources.callback(guard.close)
+        print(describe_guard(guard, env), file=stream, flush=True)
         link = connect_learner(cfg, spec, stream, stop) if cfg.ip else standalone(cfg)
         resources.callback(link.stop)
         actor, observer = build_actor(cfg, env, link, stream, stop, guard)
@@ -111,6 +118,14 @@ def _refuse(message: str, stream: TextIO) -> int:
 def build_env(cfg: DictConfig, spec: TaskSpec) -> Environment:
     """The environment of task.env; ValueError listing each field in which it differs from task.spec."""
     env = instantiate(cfg.task.env)
+    if missing := [name for name in ("spec", "reset", "step", "close") if not hasattr(env, name)]:
+        raise ValueError(f"task.env: {cfg.task.env._target_} lacks {', '.join(missing)}; see envs/base.py")
+    try:
+        signature(env.reset).bind(0, actuator_noise=0.0)
+    except TypeError as error:
+        raise ValueError(
+            f"task.env: expected {cfg.task.env._target_}.reset(seed, *, actuator_noise=0.0): {error}"
+        ) from None
     lines = spec.differences(env.spec, "in task.spec", f"in {cfg.task.env._target_}")
     if lines:
         env.close()
@@ -140,6 +155,23 @@ def build_guard(cfg: DictConfig, env: Environment, estop: EmergencyStop) -> Robo
     watched = robot is not None if enabled == "auto" else enabled
     stop_s = watchdog.get("stop_ms", 500.0) / 1e3 if watched else None
     return RobotGuard(robot, estop, env.spec.control_hz if rate is None else rate, stop_s)
+
+
+def describe_guard(guard: RobotGuard, env: Environment) -> str:
+    """Whether a watchdog stops this robot, in one line, for the actor's start."""
+    if guard.stop_s is not None:
+        return f"watchdog: controlled stop after {guard.stop_s * 1e3:g} ms without an action"
+    return f"no watchdog: {type(env).__name__} has no hold() and stop(), or rollout.watchdog.enabled is false"
+
+
+def demo_noise(cfg: DictConfig, env: Environment) -> float:
+    """rollout.demo_noise; `auto`: 0.15 in a simulation, 0 on a robot (it has hold and stop), which is not disturbed."""
+    noise = cfg.rollout.demo_noise
+    if noise == "auto":
+        return 0.0 if isinstance(env, Stoppable) else _DEMO_NOISE
+    if isinstance(noise, bool) or not isinstance(noise, int | float) or not noise >= 0:
+        raise ValueError(f"rollout.demo_noise: expected auto or a number, 0 or more, got {noise!r}")
+    return float(noise)
 
 
 def build_broker(cfg: DictConfig, policy: BasePolicy | None) -> ActionChunkBroker | RealtimeChunkBroker | None:
@@ -185,7 +217,7 @@ def build_actor(
         actor_id=cfg.unique_identifier,
         boot_id=link.boot_id,
         may_take_over=rollout.operator,
-        demo_noise=rollout.demo_noise,
+        demo_noise=demo_noise(cfg, env),
         hold_limit_s=rollout.hold_limit_s,
     )
     return Actor(runner, link, observer, stop, rollout.mode, rollout.episodes, guard.estop), observer
