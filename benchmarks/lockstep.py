@@ -40,7 +40,7 @@ from serl_robot_infra.pacing import Pace, PoliteStop
 from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.rewards.environment import EnvironmentReward
 from serl_robot_infra.safety import SafetyChain
-from serl_robot_infra.wiring import build_env, build_guard, build_operator, build_reward
+from serl_robot_infra.wiring import build_env, build_guard, build_operator, build_reward, demo_noise
 from serl_transport.codec import pack
 from serl_transport.errors import CannotListen
 from serl_transport.schema import StepBatch
@@ -170,7 +170,7 @@ class Lockstep:
             actor_id="lockstep",
             boot_id="lockstep",
             may_take_over=rollout.operator,
-            demo_noise=rollout.demo_noise,
+            demo_noise=demo_noise(self.cfg, self._env),
         )
 
     def _keep(self, body: dict[str, Any]) -> None:

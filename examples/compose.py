@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,6 +19,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from serl_robot_infra.task_yaml import check_keys, check_task
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 
@@ -66,13 +69,15 @@ def load_config(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> Dict
     for word in words:  # run=7 and run=1e3 are names, not numbers
         if word.kind == "set" and _is_plain_text(base, word) and not isinstance(word.value, str | None):
             OmegaConf.update(config, word.key, word.text.partition("=")[2])
-    return _resolve(config)
+    name = next((word.value for word in reversed(selections) if word.key == "task"), "pick")
+    return _check_task(config, f"config/task/{name}.yaml")
 
 
 def group_options(config_dir: Path = CONFIG_DIR) -> dict[str, list[str]]:
     """The groups (folders of config/) and the names one may select in each."""
     folders = sorted(p for p in config_dir.iterdir() if p.is_dir())
-    return {f.name: sorted(p.stem for p in f.glob("*.yaml")) for f in folders if any(f.glob("*.yaml"))}
+    names = {f.name: sorted(p.stem for p in f.glob("*.yaml") if not p.stem.startswith("_")) for f in folders}
+    return {group: found for group, found in names.items() if found}
 
 
 def dotted_keys(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
@@ -169,8 +174,21 @@ def _compose(config_dir: Path, overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_dir(config_dir=str(config_dir), version_base="1.3"):
             return hydra_compose("base", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, OSError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"config/ does not compose: {' '.join(str(error).split())}") from None
+
+
+def _check_task(config: DictConfig, file: str) -> DictConfig:
+    """Resolved; the keys first, since a missing one would be an interpolation that is not found."""
+    try:
+        check_keys(config.task, file)
+        config = _resolve(config)
+        check_task(OmegaConf.to_container(config.task), file)
+    except ConfigError:
+        raise
+    except ValueError as mistake:
+        raise ConfigError(str(mistake)) from None
+    return config
 
 
 def _resolve(config: DictConfig) -> DictConfig:

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from serl_launcher.run_config import read_config
 from serl_transport.specs import TaskSpec
 
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         run(read_settings(argv))
-    except (ConfigError, ValueError, FileNotFoundError) as mistake:
+    except (ConfigError, ValueError, OSError) as mistake:
         print(f"train_reward_classifier: {mistake}", file=sys.stderr)
         return 2
     return 0
@@ -78,10 +79,8 @@ def _check(word: str, given: DictConfig, default: Any) -> None:
 def _spec_of(folder: Path) -> TaskSpec:
     if not (folder / "config.yaml").exists():
         raise FileNotFoundError(f"run={folder}: expected a run folder with config.yaml and a journal")
-    spec = OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "task.spec")
-    if spec is None:
-        raise ValueError(f"run={folder}: its config.yaml has no task.spec; expected the config of a run")
-    return TaskSpec.from_dict(OmegaConf.to_container(spec, resolve=True))
+    config = read_config(folder / "config.yaml", "task.spec")
+    return TaskSpec.from_dict(OmegaConf.to_container(config.task.spec, resolve=True))
 
 
 def run(settings: DictConfig) -> None:

@@ -17,11 +17,13 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from serl_launcher.agents.build import build_agent
 from serl_launcher.learner.learner import Learner, Schedule
@@ -101,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         run(Path(arguments[0]), Path(arguments[1]), configured(arguments[2:]))
-    except (ValueError, OSError, HydraException) as mistake:
+    except (ValueError, OSError, HydraException, OmegaConfBaseException, yaml.YAMLError) as mistake:
         print(f"train_sft: {mistake}", file=sys.stderr)
         return 2
     return 0

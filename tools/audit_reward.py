@@ -27,6 +27,7 @@ from serl_launcher.replay.episodes import journal_episodes
 from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.rewards.judging import balanced_accuracy, confusion, episode_score, stages_reached, verdict_at
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, load
+from serl_launcher.run_config import read_config
 from serl_transport.schema import Episode
 from serl_transport.specs import TaskSpec
 
@@ -54,7 +55,8 @@ def audit(
     run: Path, model: RewardClassifier, relabelled: Relabelled, words: Mapping[str, bool], mode: str | None
 ) -> Iterator[Row]:
     """Every judged episode of the run. ValueError when one that `words` relabel is not there."""
-    spec = TaskSpec.from_dict(OmegaConf.to_container(OmegaConf.load(run / "config.yaml").task.spec, resolve=True))
+    config = read_config(run / "config.yaml", "task.spec")
+    spec = TaskSpec.from_dict(OmegaConf.to_container(config.task.spec, resolve=True))
     unknown = set(words)
     for ordinal, episode in journal_episodes(run, spec, relabelled=relabelled):
         unknown.discard(episode.info.episode_id)

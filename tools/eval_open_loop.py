@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from serl_launcher.learner.parameters import find_parameters
 from serl_launcher.paths import RunPaths
@@ -35,6 +35,7 @@ from serl_launcher.policies.open_loop import (
     hold_still,
     run_episode,
 )
+from serl_launcher.run_config import read_config
 from serl_launcher.serving.engine import PolicyEngine, Query
 
 COLOURS = {"policy": "tab:blue", "hold_still": "tab:gray", "repeat_last": "tab:orange"}
@@ -193,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         paths = RunPaths(args.run)
         if not paths.config.is_file():
             raise FileNotFoundError(f"{args.run}: not a run folder (no config.yaml)")
-        cfg = OmegaConf.load(paths.config)
+        cfg = read_config(paths.config, "task.spec", "policy", "algo", "rollout.execute_horizon")
         stride = args.stride or cfg.rollout.execute_horizon
         output = args.output or args.run / "open_loop"
         out = evaluate(cfg, args.run, args.dataset or paths.dataset, args.episodes, stride, output)

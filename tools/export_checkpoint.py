@@ -22,6 +22,7 @@ from serl_launcher.paths import RunPaths
 from serl_launcher.policies.groot import GrootFlowPolicy
 from serl_launcher.policies.groot_checkpoint import save_groot
 from serl_launcher.policies.saving import save_policy
+from serl_launcher.run_config import read_config
 from serl_transport.specs import TaskSpec
 
 
@@ -33,7 +34,7 @@ def export(run: Path, folder: Path, version: str | None = None) -> Path:
     config = RunPaths(run).config
     if not config.is_file():
         raise FileNotFoundError(f"{run}: not a run folder (no config.yaml)")
-    cfg = OmegaConf.load(config)
+    cfg = read_config(config, "task.spec", "policy")
     path = run / "params" / version if version else find_parameters(run)
     policy = build_policy(cfg, TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True)))
     metadata = load_into(policy, path, base_sha256(policy))

@@ -14,10 +14,12 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from serl_launcher.learner.data_check import findings
 from serl_launcher.learner.modality import Modality
@@ -109,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
             args.flow_steps = 4 if isinstance(policy, GrootFlowPolicy) else 10
         noise_samples = cfg.algo.agent.get("noise_samples", 1)
         cost = estimate(policy, spec, cfg.policy.get("precision", "float32"), args.flow_steps, noise_samples)
-    except (ValueError, OSError, HydraException) as mistake:
+    except (ValueError, OSError, HydraException, OmegaConfBaseException, yaml.YAMLError) as mistake:
         print(f"preflight: {mistake}", file=sys.stderr)
         return 2
     lines, fits = report(cfg, cost, args)

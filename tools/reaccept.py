@@ -28,6 +28,7 @@ from yaml import YAMLError
 from serl_launcher.replay.episodes import journal_episodes
 from serl_launcher.replay.rulebook import RuleBook
 from serl_launcher.replay.verdicts import Verdict, rule_text
+from serl_launcher.run_config import read_config
 from serl_transport.mistakes import said
 from serl_transport.specs import TaskSpec
 
@@ -96,7 +97,7 @@ def main(argv: list[str]) -> int:
     try:
         if not (args.run / "config.yaml").exists():
             raise FileNotFoundError(f"{args.run}: expected a run folder with config.yaml and a journal")
-        cfg = OmegaConf.load(args.run / "config.yaml")
+        cfg = read_config(args.run / "config.yaml", "task.spec", "algo.rule")
         other = OmegaConf.merge(cfg, *map(read, args.overrides))
         before, after = judge(args.run, cfg), judge(args.run, other)
     except (FileNotFoundError, ValueError, HydraException, OmegaConfBaseException) as error:

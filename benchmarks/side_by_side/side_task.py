@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from serl_robot_infra.envs.base import Environment
 from serl_robot_infra.evaluation import wilson
 from serl_robot_infra.interventions.base import Intervention
-from serl_robot_infra.wiring import build_env, build_operator
+from serl_robot_infra.wiring import build_env, build_operator, demo_noise
 from serl_transport.schema import Observation
 from serl_transport.specs import TaskSpec
 
@@ -58,7 +58,7 @@ class Robot:
     def begin(self, seed: int, mode: str) -> Observation:
         """The episode that `seed` names: disturbed in a demonstration, as the actor's are."""
         self.operator.reset(np.random.default_rng([seed, 2]), from_start=mode == "demo")
-        return self.env.reset(seed, actuator_noise=self.cfg.rollout.demo_noise if mode == "demo" else 0.0)
+        return self.env.reset(seed, actuator_noise=demo_noise(self.cfg, self.env) if mode == "demo" else 0.0)
 
 
 def seed_of(run_seed: int, mode: str, number: int) -> int:

@@ -118,7 +118,9 @@ class Actor:
 
 
 def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
-    """Run an actor from a resolved config; the process's exit code: 0 done or stopped, 2 user mistake, 130 interrupted.
+    """Run an actor from a resolved config; the process's exit code.
+
+    0 done or stopped, 1 the robot's code failed, 2 user mistake, 130 interrupted.
 
     Reads (defaults of config/base.yaml):
         task.spec                       the task's contract, must equal the environment's
@@ -138,7 +140,7 @@ def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
         rollout.estop_key               space; null: none
         rollout.rate_hz                 0: as fast as possible; null: the task's control_hz
         rollout.operator                true: the operator may take over
-        rollout.demo_noise              0.15
+        rollout.demo_noise              auto: 0.15, on a robot 0
         rollout.batch_ticks             10
         rollout.hold_limit_s            10
         rollout.flush_timeout_s         20

@@ -7,7 +7,9 @@ What is recorded as `action` is what left the safety chain, so what was executed
 """
 
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,6 +35,10 @@ _RETRY_S = 0.2
 
 class EpisodeCutError(Exception):
     """The episode cannot go on; the message says why, for people."""
+
+
+class EnvironmentFailedError(Exception):
+    """The robot's own code failed (a camera is gone, a driver gave up); the message says where, for people."""
 
 
 @dataclass(slots=True)
@@ -151,7 +157,8 @@ class EpisodeRunner:
     def _reset(self, now: _Progress) -> None:
         self._check_stop()  # a reset moves the robot
         noise = self._demo_noise if now.ticket.mode == "demo" else 0.0
-        observation = self._body.env.reset(now.ticket.seed, actuator_noise=noise)
+        with self._driver("reset"):
+            observation = self._body.env.reset(now.ticket.seed, actuator_noise=noise)
         now.seen_at = time.monotonic_ns()
         self._body.safety.check_observation(observation)
         now.observation = observation
@@ -171,7 +178,9 @@ class EpisodeRunner:
         action = self._body.safety.filter(action, before.state, source)
         if (reason := self._body.guard.feed()) is not None:
             raise EpisodeCutError(reason)
-        result = self._limit_time(now, self._body.reward.judge(self._body.env.step(action)))
+        with self._driver("step"):
+            stepped = self._body.env.step(action)
+        result = self._limit_time(now, self._body.reward.judge(stepped))
         now.seen_at = time.monotonic_ns()
         self._body.safety.check_observation(result.observation)
         step = TimeStep(
@@ -260,6 +269,20 @@ class EpisodeRunner:
                 self._observer.message(f"{who} for {waited:.0f} s; holding ({problem})")
             self._check_stop()
             self._stop.wait(_RETRY_S)
+
+    @contextmanager
+    def _driver(self, what: str) -> Iterator[None]:
+        """A driver may raise anything; ValueError and OSError are in the user's words already."""
+        try:
+            yield
+        except (ValueError, OSError):
+            raise
+        except Exception as fault:
+            at = traceback.extract_tb(fault.__traceback__)[-1]
+            raise EnvironmentFailedError(
+                f"{type(self._body.env).__name__}.{what} failed: {type(fault).__name__}: "
+                f"{' '.join(str(fault).split())} ({at.filename}, line {at.lineno})"
+            ) from fault
 
     def _check_stop(self) -> None:
         if (reason := self._body.guard.forbids()) is not None:

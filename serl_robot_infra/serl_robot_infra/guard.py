@@ -46,7 +46,7 @@ class RobotGuard:
     def __init__(self, robot: Stoppable | None, estop: EmergencyStop, rate_hz: float, stop_s: float | None):
         if stop_s is not None and stop_s <= 0:
             raise ValueError(f"rollout.watchdog.stop_ms: expected a number above 0, got {stop_s * 1e3:g}")
-        self._robot, self.estop, self._stop_s = robot, estop, stop_s
+        self._robot, self.estop, self.stop_s = robot, estop, stop_s
         self._period = min(1.0 / rate_hz, _SIMULATED_PERIOD_S) if rate_hz else _SIMULATED_PERIOD_S
         self._held_at = 0.0  # monotonic seconds of the last hold
         self._hold_s = 2.0 / rate_hz if rate_hz else _SIMULATED_PERIOD_S * 2
@@ -97,7 +97,7 @@ class RobotGuard:
             if reason != self._stopped_for:
                 self._stopped_for, self._stop_due = reason, reason is not None
             silent = 0.0 if self._fed is None or self.tripped else now - self._fed
-            if self._stop_s is not None and silent > self._stop_s:
+            if self.stop_s is not None and silent > self.stop_s:
                 self.tripped = f"no action for {silent * 1e3:.0f} ms: controlled stop (rollout.watchdog.stop_ms)"
                 self._stop_due = True
             if self._robot is None:

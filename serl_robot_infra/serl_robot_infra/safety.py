@@ -7,8 +7,11 @@ limits bend an action; a non-finite number stops the episode, since no safe mean
                  └ UnsafeTickError          └ against what was sent before
 """
 
+import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +28,7 @@ class Tick:
     last_move: np.ndarray  # float32[ad], displacement that was sent at the tick before; 0 when the robot stood
 
 
+_SECTIONS = ("max_speed", "max_acceleration", "workspace", "targets")
 Limit = Callable[[np.ndarray, Tick], np.ndarray]
 """(action float32[ad], tick) -> action float32[ad]."""
 
@@ -72,6 +76,25 @@ class SafetyChain:
         self._sent: np.ndarray | None = None
         self._last_move = np.zeros(spec.action_dim, np.float32)
 
+    @staticmethod
+    def of(spec: TaskSpec, section: Any) -> "SafetyChain":
+        """From `task.safety` of the yaml; ValueError names a key that is unknown, missing or no number."""
+        section = _mapping(section, "task.safety")
+        _check_keys(section, _SECTIONS, "task.safety")
+        for key in _SECTIONS:
+            for name, value in _mapping(section.get(key), f"task.safety.{key}").items():
+                where = f"task.safety.{key}.{name}"
+                if key == "workspace":
+                    _check_box(value, where)
+                elif key == "targets":
+                    _check_text(value, where)
+                else:
+                    _check_number(value, where)
+        try:
+            return SafetyChain(spec, **section)
+        except ValueError as mistake:
+            raise ValueError(f"task.safety.{mistake}") from None
+
     def reset(self) -> None:
         """The robot stands still: an episode begins, or it held."""
         self._sent = None
@@ -105,6 +128,18 @@ class SafetyChain:
         for action, sensed in self._targets.items():
             origin[action] = state[sensed] if self._sent is None else self._sent[action]
         return origin
+
+
+def describe(section: Mapping[str, Any] | None) -> str:
+    """`task.safety` in one line, for the actor's start."""
+    parts = []
+    for key, limits in (section or {}).items():
+        names = ", ".join(f"{name} {_shown(value)}" for name, value in (limits or {}).items())
+        if names:
+            parts.append(f"{key} {names}")
+    if not parts:
+        return "no safety limits beside action_low and action_high: task.safety is not set"
+    return f"safety limits: {'; '.join(parts)}"
 
 
 def absolute_limits(spec: TaskSpec) -> Limit:
@@ -166,3 +201,47 @@ def _index(names: Sequence[str], name: str, key: str) -> int:
     if name not in names:
         raise ValueError(f"{key}: expected one of {', '.join(names)}, got {name!r}")
     return list(names).index(name)
+
+
+def _shown(limit: Any) -> str:
+    if isinstance(limit, Mapping):
+        return f"{limit['low']:g} to {limit['high']:g} (by {limit['action']})"
+    return f"{limit:g}" if isinstance(limit, int | float) else f"follows {limit}"
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: expected a mapping of names, got {value!r}")
+    return value
+
+
+def _check_keys(section: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in section:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(known)}"
+            raise ValueError(f"{where}.{key}: unknown key; {hint}")
+
+
+def _check_box(box: Any, where: str) -> None:
+    if not isinstance(box, Mapping):
+        raise ValueError(f"{where}: expected {{low, high, action}}, got {box!r}")
+    _check_keys(box, ("low", "high", "action"), where)
+    for key in ("low", "high", "action"):
+        if key not in box:
+            raise ValueError(f"{where}: missing key {key!r}; expected {{low, high, action}}")
+    _check_number(box["low"], f"{where}.low")
+    _check_number(box["high"], f"{where}.high")
+    _check_text(box["action"], f"{where}.action")
+
+
+def _check_number(value: Any, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{where}: expected a number, got {value!r}")
+
+
+def _check_text(value: Any, where: str) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: expected a name, got {value!r}")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,7 +25,7 @@ from openpi_client.realtime_chunk_broker import RealtimeChunkBroker
 from serl_robot_infra.actor import Actor
 from serl_robot_infra.adder import Adder
 from serl_robot_infra.envs.base import Environment
-from serl_robot_infra.episode import Body, EpisodeRunner
+from serl_robot_infra.episode import Body, EnvironmentFailedError, EpisodeRunner
 from serl_robot_infra.estop import EmergencyStop
 from serl_robot_infra.guard import RobotGuard, Stoppable
 from serl_robot_infra.interventions.none import NoIntervention
@@ -38,8 +39,9 @@ from serl_robot_infra.pacing import Pace, PoliteStop
 from serl_robot_infra.policy_client import MeasuredPolicy, RemotePolicy
 from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.rewards.environment import EnvironmentReward
-from serl_robot_infra.safety import SafetyChain
+from serl_robot_infra.safety import SafetyChain, describe
 from serl_robot_infra.standalone import StandaloneLink
+from serl_robot_infra.task_yaml import check_task
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
 from serl_transport.errors import Refused, SpoolError, SpoolFull, WireError
@@ -48,9 +50,10 @@ from serl_transport.specs import TaskSpec
 
 log = logging.getLogger(__name__)
 
-USER_MISTAKE, INTERRUPTED = 2, 130
+FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
 _SPOOL_RETRY_S = 0.5
 _WAIT_LINE_S = 5.0
+_DEMO_NOISE = 0.15  # share of the action range (DART, Laskey et al. 2017)
 
 
 class StoppedError(Exception):
@@ -69,6 +72,10 @@ def run_actor(cfg: DictConfig, stream: TextIO) -> int:
     except InstantiationException as mistake:
         log.debug("where it came from", exc_info=True)
         return _refuse(said(mistake), stream)
+    except EnvironmentFailedError as fault:
+        log.debug("where it came from", exc_info=True)
+        print(f"actor: error: {fault}; what was not delivered is sent at the next start", file=stream, flush=True)
+        return FAILED
     except KeyboardInterrupt:
         print("actor: interrupted; what was not delivered is sent at the next start", file=stream, flush=True)
         return INTERRUPTED
@@ -78,18 +85,21 @@ def run_actor(cfg: DictConfig, stream: TextIO) -> int:
 
 
 def _run(cfg: DictConfig, stream: TextIO, stop: PoliteStop) -> None:
-    spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))  # type: ignore[arg-type]
+    check_task(_plain(cfg.task), f"config/task/{cfg.task.get('name') or '<yours>'}.yaml")
+    spec = TaskSpec.from_dict(_plain(cfg.task.spec))
     with ExitStack() as resources:
         env = build_env(cfg, spec)
         resources.callback(env.close)
         renderer = getattr(env, "renderer_name", "none")
         learner = f"{cfg.ip}:{cfg.port}" if cfg.ip else "none"
         print(f"task {spec.name}, renderer {renderer}, learner {learner}", file=stream, flush=True)
+        print(describe(_plain(cfg.task.get("safety"))), file=stream, flush=True)
         estop = EmergencyStop(Path(cfg.runs_dir) / cfg.run / "estop")
         resources.enter_context(estop.installed())
         listen_for_estop(cfg, estop, stream)
         guard = build_guard(cfg, env, estop)
         resources.callback(guard.close)
+        print(describe_guard(guard, env), file=stream, flush=True)
         link = connect_learner(cfg, spec, stream, stop) if cfg.ip else standalone(cfg)
         resources.callback(link.stop)
         actor, observer = build_actor(cfg, env, link, stream, stop, guard)
@@ -111,6 +121,14 @@ def _refuse(message: str, stream: TextIO) -> int:
 def build_env(cfg: DictConfig, spec: TaskSpec) -> Environment:
     """The environment of task.env; ValueError listing each field in which it differs from task.spec."""
     env = instantiate(cfg.task.env)
+    if missing := [name for name in ("spec", "reset", "step", "close") if not hasattr(env, name)]:
+        raise ValueError(f"task.env: {cfg.task.env._target_} lacks {', '.join(missing)}; see envs/base.py")
+    try:
+        signature(env.reset).bind(0, actuator_noise=0.0)
+    except TypeError as error:
+        raise ValueError(
+            f"task.env: expected {cfg.task.env._target_}.reset(seed, *, actuator_noise=0.0): {error}"
+        ) from None
     lines = spec.differences(env.spec, "in task.spec", f"in {cfg.task.env._target_}")
     if lines:
         env.close()
@@ -140,6 +158,23 @@ def build_guard(cfg: DictConfig, env: Environment, estop: EmergencyStop) -> Robo
     watched = robot is not None if enabled == "auto" else enabled
     stop_s = watchdog.get("stop_ms", 500.0) / 1e3 if watched else None
     return RobotGuard(robot, estop, env.spec.control_hz if rate is None else rate, stop_s)
+
+
+def describe_guard(guard: RobotGuard, env: Environment) -> str:
+    """Whether a watchdog stops this robot, in one line, for the actor's start."""
+    if guard.stop_s is not None:
+        return f"watchdog: controlled stop after {guard.stop_s * 1e3:g} ms without an action"
+    return f"no watchdog: {type(env).__name__} has no hold() and stop(), or rollout.watchdog.enabled is false"
+
+
+def demo_noise(cfg: DictConfig, env: Environment) -> float:
+    """rollout.demo_noise; `auto`: 0.15 in a simulation, 0 on a robot (it has hold and stop), which is not disturbed."""
+    noise = cfg.rollout.demo_noise
+    if noise == "auto":
+        return 0.0 if isinstance(env, Stoppable) else _DEMO_NOISE
+    if isinstance(noise, bool) or not isinstance(noise, int | float) or not noise >= 0:
+        raise ValueError(f"rollout.demo_noise: expected auto or a number, 0 or more, got {noise!r}")
+    return float(noise)
 
 
 def build_broker(cfg: DictConfig, policy: BasePolicy | None) -> ActionChunkBroker | RealtimeChunkBroker | None:
@@ -172,7 +207,7 @@ def build_actor(
         env=env,
         broker=broker,
         operator=build_operator(cfg, env),
-        safety=SafetyChain(env.spec, **_plain(cfg.task.get("safety")) or {}),
+        safety=SafetyChain.of(env.spec, _plain(cfg.task.get("safety"))),
         reward=build_reward(cfg, waiting(stream, stop)),
         adder=Adder(keeper(link, observer, stop), rollout.batch_ticks),
         pace=pace,
@@ -182,7 +217,7 @@ def build_actor(
         "actor_id": cfg.unique_identifier,
         "boot_id": link.boot_id,
         "may_take_over": rollout.operator,
-        "demo_noise": rollout.demo_noise,
+        "demo_noise": demo_noise(cfg, env),
         "hold_limit_s": rollout.hold_limit_s,
     }
     runner = EpisodeRunner(body, observer, stop, **settings)
@@ -271,7 +306,7 @@ def keeper(link: LearnerLink, observer: Observer, stop: PoliteStop) -> Callable[
 def connect_learner(cfg: DictConfig, spec: TaskSpec, stream: TextIO, stop: PoliteStop) -> TrainerClient:
     """The link to the learner at ip:port, once that is there; its spool lies in the run's folder.
 
-    Raises StoppedError on a signal while waiting, WireError when the learner refuses (another task or version).
+    Raises StoppedError on a signal while waiting, WireError when the learner refuses (another run, task or version).
     """
     run_dir = Path(cfg.runs_dir) / cfg.run
     return TrainerClient(
@@ -285,6 +320,7 @@ def connect_learner(cfg: DictConfig, spec: TaskSpec, stream: TextIO, stop: Polit
         spool_bytes=cfg.rollout.spool_mb << 20,
         ledger_path=run_dir / "spool" / f"{cfg.unique_identifier}.acknowledged.jsonl" if cfg.rollout.ledger else None,
         on_wait=waiting(stream, stop),
+        run=cfg.run,
     )
 
 

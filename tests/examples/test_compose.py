@@ -1,5 +1,7 @@
 """Composition: what a mistake on the command line says, and what a right one gives."""
 
+import shutil
+
 import pytest
 import train_rlpd
 from compose import ConfigError, dotted_keys, group_options, load_config
@@ -31,12 +33,27 @@ from omegaconf import OmegaConf
         ("port=1,2", "names several values"),
         ("+policy.extra=???", "these keys need a value: policy.extra"),
         ("run=${nowhere}", "does not resolve"),
+        (
+            "+task.saftey={max_speed: {dx: 1}}",
+            "task.saftey (config/task/pick.yaml or the command line): unknown key; did",
+        ),
+        ("task.safety={max_sped: {dx: 1}}", "config/task/pick.yaml: task.safety.max_sped: unknown key; did you mean"),
+        ("task.noop_dims=[7]", "task.noop_dims: expected a list of numbers from 0 to 3"),
+        ("task.rate_hz=fast", "task.rate_hz"),
+        ("+task.spec.cameras.side=64", "config/task/pick.yaml: task spec: cameras.side: expected [height, width]"),
     ],
 )
 def test_a_mistake_is_one_clear_message(override, message):
     with pytest.raises(ConfigError) as raised:
         load_config([override])
     assert message in str(raised.value)
+    assert str(raised.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("text", ["name: mine\nspec: {a: [1\n", "a: 1: 2\n", "- a list\n"])
+def test_a_syntax_error_in_a_yaml_is_one_message_with_its_file(text, tmp_path, repo_root):
+    with pytest.raises(ConfigError, match=r"config/ does not compose: .*mine") as raised:
+        load_config(["task=mine"], own_task(repo_root, tmp_path, text))
     assert str(raised.value).count("\n") == 0
 
 
@@ -96,3 +113,46 @@ def test_dry_run_prints_the_resolved_config(capsys):
 def test_help_lists_the_groups(capsys):
     assert train_rlpd.main(["--help"]) == 0
     assert "reject_sampling_pi0" in capsys.readouterr().out
+
+
+def own_task(repo_root, tmp_path, text):
+    config_dir = shutil.copytree(repo_root / "config", tmp_path / "config")
+    (config_dir / "task" / "mine.yaml").write_text(text)
+    return config_dir
+
+
+def test_the_template_of_a_robot_composes_and_is_no_task_itself(repo_root, tmp_path):
+    assert "_template" not in group_options()["task"]
+    text = (repo_root / "config" / "task" / "_template.yaml").read_text()
+    config = load_config(["task=mine"], own_task(repo_root, tmp_path, text))
+    assert config.task.env.prompt == "put the part into the tray"
+    assert config.rollout.rate_hz is None
+    assert config.algo.rule.noop_dims == [0, 1, 2]
+    assert config.rollout.demo_noise == "auto"
+    assert list(config.task.safety.max_speed) == ["dx", "dy", "dz"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("noop_dims", None),
+        ("  max_ticks", "config/task/mine.yaml: missing key 'spec.max_ticks'"),
+        ("env", "config/task/mine.yaml: missing key 'env': the environment's class, {_target_: "),
+        ("  _target_: serl_robot_infra.envs", "config/task/mine.yaml: task.env: expected {_target_: <module>.<class>"),
+        ("spec", "config/task/mine.yaml: missing key 'spec'"),
+    ],
+)
+def test_what_a_robot_s_yaml_leaves_out_is_named_or_has_a_default(repo_root, tmp_path, line, message):
+    lines = (repo_root / "config" / "task" / "_template.yaml").read_text().splitlines()
+    start = next(i for i, text in enumerate(lines) if text.startswith(line))
+    depth = len(line) - len(line.lstrip())
+    end = start + 1
+    while len(lines[end]) - len(lines[end].lstrip()) > depth:
+        end += 1
+    config_dir = own_task(repo_root, tmp_path, "\n".join(lines[:start] + lines[end:]))
+    if message is None:
+        assert load_config(["task=mine"], config_dir).task.noop_dims is None
+        return
+    with pytest.raises(ConfigError) as raised:
+        load_config(["task=mine"], config_dir)
+    assert message in str(raised.value)

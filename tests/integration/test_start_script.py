@@ -9,6 +9,7 @@ import os
 import pty
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -45,14 +46,16 @@ COMPLETE = "import json\nrun_dir.mkdir(parents=True, exist_ok=True)\n(run_dir / 
 class Checkout:
     """A folder that start.sh could have been cloned into."""
 
-    def __init__(self, source: Path, root: Path) -> None:
-        self.root = root
+    def __init__(self, source: Path, root: Path, ports: tuple[int, int]) -> None:
+        self.root, self.ports = root, ports
         for folder in ("tools", "examples"):
             (root / folder).mkdir(parents=True)
         for path in source.glob("tools/launch*.py"):
             shutil.copy(path, root / "tools")
         shutil.copy(source / "examples" / "compose.py", root / "examples")
         shutil.copytree(source / "config", root / "config")
+        base = root / "config" / "base.yaml"  # ports that nobody else on this machine listens on
+        base.write_text(base.read_text().replace(" 5588 ", f" {ports[0]} ").replace(" 5589 ", f" {ports[1]} "))
         (root / "examples" / "train_rlpd.py").write_text(ENTRY)
         self.side("actor", FOREVER)
         self.side("learner", FOREVER)
@@ -80,8 +83,8 @@ class Checkout:
 
 
 @pytest.fixture
-def checkout(repo_root, tmp_path):
-    checkout = Checkout(repo_root, tmp_path / "clone")
+def checkout(repo_root, tmp_path, free_ports):
+    checkout = Checkout(repo_root, tmp_path / "clone", free_ports)
     yield checkout
     checkout.run("--stop")
 
@@ -173,7 +176,8 @@ def test_a_reader_that_goes_away_ends_the_run(checkout):
 
 
 def test_stop_ends_what_start_started_and_nothing_else(checkout, repo_root, tmp_path):
-    neighbour = Checkout(repo_root, tmp_path / "other")
+    other_ports = checkout.ports[::-1]
+    neighbour = Checkout(repo_root, tmp_path / "other", other_ports)
     stranger = subprocess.Popen(["sleep", "600"])
     try:
         launchers = [checkout.start("--no-tmux"), neighbour.start("--no-tmux")]
@@ -228,6 +232,17 @@ def test_a_mistake_is_said_before_anything_starts(checkout, words, message):
     code, text = checkout.run(*words)
     assert code == 2
     assert message in text
+    assert "Traceback" not in text
+    assert not (checkout.root / "actor.pid").exists()
+
+
+def test_a_port_in_use_is_said_before_the_actor_could_reach_the_learner_that_holds_it(checkout):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", checkout.ports[0]))
+        taken.listen()
+        code, text = checkout.run("--no-tmux", "run=second")
+    assert code == 2
+    assert f"port={checkout.ports[0]} on 127.0.0.1: address already in use" in text
     assert "Traceback" not in text
     assert not (checkout.root / "actor.pid").exists()
 

@@ -136,6 +136,47 @@ class LocalStill:
         self.infer = still_policy()
 
 
+noises: list[float] = []  # that the environments below were reset with
+
+
+class NoisyPick(PickEnv):
+    """The pick task as it is; notes the disturbance that it is reset with."""
+
+    def __init__(self):
+        super().__init__(image_size=32, renderer="ray")
+
+    def reset(self, seed: int, *, actuator_noise: float = 0.0):
+        noises.append(actuator_noise)
+        return super().reset(seed, actuator_noise=actuator_noise)
+
+
+class PlainPick(NoisyPick):
+    """Takes no disturbance."""
+
+    def reset(self, seed: int):
+        return super().reset(seed)
+
+
+class BrokenPick(NoisyPick):
+    """Its driver gives up."""
+
+    def __init__(self, when: str):
+        super().__init__()
+        self._when = when
+
+    def reset(self, seed: int, *, actuator_noise: float = 0.0):
+        self._look("reset")
+        return super().reset(seed, actuator_noise=actuator_noise)
+
+    def step(self, action: np.ndarray):
+        self._look("step")
+        return super().step(action)
+
+    def _look(self, at: str) -> None:
+        if at == self._when:
+            raise RuntimeError("camera front is gone")
+
+
 class RobotPick(PickEnv):
     """The pick task as a robot that moves by itself between two actions; notes what was sent to it, and when."""
 
@@ -151,6 +192,7 @@ class RobotPick(PickEnv):
 
     def reset(self, seed: int, *, actuator_noise: float = 0.0):
         self.resets.append(time.monotonic())
+        noises.append(actuator_noise)
         return super().reset(seed, actuator_noise=actuator_noise)
 
     def step(self, action: np.ndarray):

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import scripted_learner
 from scripted_learner import ScriptedLearner, actor_config, still_policy, ticket
 
 from serl_robot_infra.actor import main
@@ -56,6 +57,7 @@ def test_demo_online_and_eval_record_who_drove(spec, tmp_path):
         assert len(episode.arrays["observation.state"]) == episode.n + 1
         assert (np.diff(episode.arrays["time_ns"]) > 0).all()
     assert learner.wants == ["follow"] * 5
+    assert "no safety limits beside action_low and action_high: task.safety is not set" in out
     assert "stage-demo · success" in out
     assert "evaluation stage-eval: 0/1 = 0.00" in out
 
@@ -198,15 +200,58 @@ def test_another_task_at_the_learner_is_one_clear_message(spec, tmp_path):
     assert "prompt: stack the cubes on the actor, pick up the red cube on the learner" in stream.getvalue()
 
 
+@pytest.mark.parametrize("when", ["reset", "step"])
+def test_a_driver_that_fails_is_one_line_and_exit_1(spec, tmp_path, when):
+    with ScriptedLearner(spec, [ticket("demo", 1)]) as learner:
+        config = actor_config(learner, tmp_path)
+        config.task.env = {"_target_": "scripted_learner.BrokenPick", "when": when}
+        stream = io.StringIO()
+        assert main(config, stream) == 1
+    out = stream.getvalue()
+    assert f"actor: error: BrokenPick.{when} failed: RuntimeError: camera front is gone (" in out
+    assert "scripted_learner.py, line" in out
+    assert "Traceback" not in out
+
+
+@pytest.mark.parametrize(("robot", "noise"), [("RobotPick", 0.0), ("NoisyPick", 0.15)])
+def test_a_robot_is_not_disturbed_in_demonstrations_and_the_watchdog_is_told(spec, tmp_path, robot, noise):
+    with ScriptedLearner(spec, [ticket("demo", 1)]) as learner:
+        config = actor_config(learner, tmp_path, demo_noise="auto")
+        config.task.env = {"_target_": f"scripted_learner.{robot}"}
+        stream = io.StringIO()
+        assert main(config, stream) == 0, stream.getvalue()
+    assert scripted_learner.noises[-1] == noise
+    told = "no watchdog: NoisyPick has no hold()" if noise else "watchdog: controlled stop after 500 ms"
+    assert told in stream.getvalue()
+
+
+def test_the_learner_of_another_run_is_one_clear_message(spec, tmp_path):
+    with ScriptedLearner(spec, [ticket("demo", 1)]) as learner:
+        learner.server.run = "quickstart"
+        code, out = run(learner, tmp_path)
+        assert learner.episodes() == []
+    assert code == 2
+    assert "is of run 'quickstart', this actor of run 'test': give the actor run=quickstart, or the port=" in out
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"task.spec.max_ticks": 80}, "max_ticks: 80 in task.spec, 60 in serl_robot_infra.envs.pick.PickEnv"),
         ({"task.env.renderer": "vulkan"}, "renderer: expected one of auto, egl, osmesa, ray, got 'vulkan'"),
         ({"task.env.image_sise": 32}, "image_sise"),
+        ({"task.env": {"_target_": "scripted_learner.PlainPick"}}, "PlainPick.reset(seed, *, actuator_noise=0.0)"),
+        ({"task.env": {"_target_": "builtins.object"}}, "task.env: builtins.object lacks spec, reset, step, close"),
+        ({"rollout.demo_noise": "some"}, "rollout.demo_noise: expected auto or a number, 0 or more, got 'some'"),
         ({"rollout.mode": "evil"}, "rollout.mode: expected one of follow, demo, online, eval, got 'evil'"),
         ({"rollout.policy": "distant"}, "rollout.policy: expected remote, local, openpi or none, got 'distant'"),
         ({"rollout.execute_horizon": 0}, "execute_horizon: expected at least 1, got 0"),
+        (
+            {"task.saftey": {"max_speed": {"dx": 1.0}}},
+            "task.saftey (config/task/<yours>.yaml or the command line): unkn",
+        ),
+        ({"task.saftey": {"max_speed": {"dx": 1.0}}}, "did you mean 'safety'?"),
+        ({"task.safety": {"max_sped": {"dx": 1.0}}}, "task.safety.max_sped: unknown key; did you mean 'max_speed'?"),
         ({"task.safety": {"max_speed": {"dq": 1.0}}}, "max_speed: expected one of dx, dy, dz, grip, got 'dq'"),
     ],
 )
@@ -216,7 +261,7 @@ def test_user_mistakes_are_one_message_and_exit_2(spec, tmp_path, change, messag
     with ScriptedLearner(spec, []) as learner:
         config = actor_config(learner, tmp_path)
         for key, value in change.items():
-            OmegaConf.update(config, key, value, force_add=True)
+            OmegaConf.update(config, key, value, merge=False, force_add=True)
         stream = io.StringIO()
         assert main(config, stream) == 2
     out = stream.getvalue()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from serl_robot_infra.envs.pick import PickEnv
-from serl_robot_infra.safety import SafetyChain, UnsafeTickError
+from serl_robot_infra.safety import SafetyChain, UnsafeTickError, describe
 from serl_transport.schema import Observation
 
 SPEC = PickEnv(cameras=()).spec
@@ -116,3 +116,37 @@ def test_unknown_names_and_empty_boxes_are_refused():
         SafetyChain(SPEC, max_acceleration={"dx": 0})
     with pytest.raises(ValueError, match=r"max_speed\.dx: expected a number above 0, got -1"):
         SafetyChain(SPEC, max_speed={"dx": -1})
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"max_sped": {"dx": 1}}, "task.safety.max_sped: unknown key; did you mean 'max_speed'?"),
+        ({"max_speed": {"dx": "fast"}}, "task.safety.max_speed.dx: expected a number, got 'fast'"),
+        ({"max_speed": {"dx": True}}, "task.safety.max_speed.dx: expected a number, got True"),
+        ({"max_speed": {"dx": float("nan")}}, "task.safety.max_speed.dx: expected a number, got nan"),
+        ({"max_speed": 3}, "task.safety.max_speed: expected a mapping of names, got 3"),
+        ({"max_speed": {"dq": 1}}, "task.safety.max_speed: expected one of dx, dy, dz, grip, got 'dq'"),
+        ({"workspace": {"x": {"low": 0, "high": 1}}}, "task.safety.workspace.x: missing key 'action'"),
+        ({"workspace": {"x": [0, 1]}}, "task.safety.workspace.x: expected {low, high, action}, got [0, 1]"),
+        (
+            {"workspace": {"x": {"low": 0, "hgih": 1, "action": "dx"}}},
+            "workspace.x.hgih: unknown key; did you mean 'high'",
+        ),
+        ({"targets": {"dx": 1}}, "task.safety.targets.dx: expected a name, got 1"),
+        ([1], "task.safety: expected a mapping of names, got [1]"),
+    ],
+)
+def test_a_mistake_in_the_yaml_names_its_key(section, message):
+    with pytest.raises(ValueError) as raised:
+        SafetyChain.of(SPEC, section)
+    assert message in str(raised.value)
+
+
+def test_the_limits_are_said_in_one_line():
+    box = {"x": {"low": -0.1, "high": 0.1, "action": "dx"}}
+    assert describe({"max_speed": {"dx": 0.2}, "workspace": box, "targets": {"dy": "y"}}) == (
+        "safety limits: max_speed dx 0.2; workspace x -0.1 to 0.1 (by dx); targets dy follows y"
+    )
+    for nothing in (None, {}, {"max_speed": {}}):
+        assert "task.safety is not set" in describe(nothing)

@@ -16,12 +16,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
+from omegaconf import OmegaConf
 
 from serl_launcher.exporter.role import Exporter, ExporterOptions
 from serl_launcher.exporter.video import wants_video
 from serl_launcher.replay.entries import SpecChangedError
 from serl_launcher.replay.journal import JournalCorrupt
+from serl_launcher.run_config import read_config
 from serl_transport.specs import TaskSpec
 
 log = logging.getLogger("exporter")
@@ -52,13 +53,10 @@ def read_run(run_dir: Path) -> tuple[TaskSpec, ExporterOptions]:
     path = run_dir / "config.yaml"
     if not path.exists():
         raise ValueError(f"{path} does not exist: expected a run's folder, for example runs/quickstart")
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = read_config(path, "task.spec")
+    plain = OmegaConf.to_container(config, resolve=True)
     try:
-        spec, options = config["task"]["spec"], config.get("exporter") or {}
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{path}: missing key {error}") from None
-    try:
-        return TaskSpec.from_dict(spec), ExporterOptions(**options)
+        return TaskSpec.from_dict(plain["task"]["spec"]), ExporterOptions(**(plain.get("exporter") or {}))
     except TypeError as error:
         raise ValueError(f"{path}: exporter: {error}") from None
 

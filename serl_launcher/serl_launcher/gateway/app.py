@@ -64,6 +64,7 @@ class Gateway:
                 allow_list=settings.allow_list,
             ),
             spec=settings.spec,
+            run=settings.run,
         )
         try:
             self._compose()

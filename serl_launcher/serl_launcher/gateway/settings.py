@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from serl_launcher.gateway.schedule import Stage, read_stages
+from serl_launcher.run_config import read_config
 from serl_transport.specs import TaskSpec
 
 
@@ -35,11 +36,9 @@ class GatewaySettings:
     def load(path: Path) -> GatewaySettings:
         """Read config.yaml. ValueError and FileNotFoundError name the key or file."""
         try:
-            cfg = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+            cfg = OmegaConf.to_container(read_config(path), resolve=True)
         except (OmegaConfBaseException, OSError) as error:
             raise ValueError(f"{path}: {error}") from None
-        if not isinstance(cfg, dict):
-            raise ValueError(f"{path}: expected a mapping of keys")
         return GatewaySettings.of(cfg)  # type: ignore[arg-type]
 
     @staticmethod

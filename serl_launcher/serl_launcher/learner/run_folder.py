@@ -10,22 +10,30 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from serl_launcher import run_config
+from serl_launcher.gateway.files import read_json
 from serl_launcher.gateway.schedule import Stage, read_stages
 from serl_launcher.paths import RunPaths
+from serl_launcher.replay.journal import JournalCorrupt, JournalReader
 from serl_transport.auth import is_loopback
+from serl_transport.specs import TaskSpec
 
 MIN_FREE_MB = 500
 # A killed learner's gateway may need a moment to let go of its ports.
 PORT_PATIENCE_S = 5.0
 # What makes the recorded data and the parameters of a run usable; the rest may change from one start to the next.
-IDENTITY = ("task.name", "task.spec", "task.env", "policy")
+IDENTITY = ("task.name", "task.spec", "policy")
+NOTED = ("task.env",)  # a camera's serial number, an address, a renderer: worth a line, and the user's to judge
+# What a start leaves that never got data, made for its task and policy.
+UNUSED = ("journal", "params", "checkpoints", "dataset", "metrics", "stage_progress.json")
 
 
 class RunError(ValueError):
@@ -56,7 +64,11 @@ def prepare(cfg: DictConfig) -> RunFolder:
         stages = read_stages(OmegaConf.to_container(cfg.schedule.stages))
     except ValueError as error:
         raise RunError(str(error)) from None
-    _check_network(cfg)
+    try:
+        TaskSpec.from_dict(plain(cfg, "task.spec"))
+    except ValueError as error:
+        raise RunError(f"config/task/{cfg.task.get('name')}.yaml: {error}") from None
+    check_network(cfg)
     if cfg.checkpoint_path and not Path(cfg.checkpoint_path).exists():
         raise RunError(
             f"checkpoint_path={cfg.checkpoint_path}: no such file or folder ({Path.cwd()} is the work folder)"
@@ -97,22 +109,20 @@ def rotate(paths: RunPaths) -> Path:
 def read_config(paths: RunPaths) -> DictConfig:
     """The config of the folder's last start. RunError: it cannot be read."""
     try:
-        config = OmegaConf.load(paths.config)
-    except Exception as error:  # yaml's and omegaconf's errors share no base
-        raise RunError(f"{paths.config} cannot be read ({type(error).__name__}); take run=<new name>") from None
-    if not isinstance(config, DictConfig):
-        raise RunError(f"{paths.config} is empty or no mapping; take run=<new name>")
-    return config
+        return run_config.read_config(paths.config)
+    except (ValueError, OSError) as error:
+        raise RunError(f"{error}; take run=<new name>") from None
 
 
 def wait_for_ports(cfg: DictConfig) -> None:
-    """Both ports can be bound. RunError names the one in use, after a few seconds of patience."""
+    """Every port can be bound. RunError names the one in use, after a few seconds of patience."""
     deadline = time.monotonic() + PORT_PATIENCE_S
-    for key in ("port", "broadcast_port"):
-        while problem := _bind_problem(cfg.bind_host, cfg[key]):
+    for key in ("port", "broadcast_port", "reward.port"):
+        port = OmegaConf.select(cfg, key) or 0
+        while problem := _bind_problem(cfg.bind_host, port):
             if time.monotonic() > deadline or "in use" not in problem:
                 raise RunError(
-                    f"{key}={cfg[key]} on {cfg.bind_host}: {problem}; is another learner running? "
+                    f"{key}={port} on {cfg.bind_host}: {problem}; is another learner running? "
                     f"Stop it, or give both sides another {key}="
                 )
             time.sleep(0.2)
@@ -131,7 +141,8 @@ def _bind_problem(host: str, port: int) -> str:
     return ""
 
 
-def _check_network(cfg: DictConfig) -> None:
+def check_network(cfg: DictConfig) -> None:
+    """Ports and address make sense and are allowed. RunError tells what to change."""
     for key in ("port", "broadcast_port"):
         if not isinstance(cfg[key], int) or not 0 <= cfg[key] <= 65535:
             raise RunError(f"{key}={cfg[key]}: expected a port from 1 to 65535 (0: any free one)")
@@ -179,20 +190,67 @@ def _open_folder(paths: RunPaths) -> IO[str]:
 def _state(paths: RunPaths, cfg: DictConfig) -> str:
     if not paths.config.exists() and not paths.journal.exists():
         return "new"
-    if cfg.resume == "never":
+    used = holds_data(paths)
+    if used and cfg.resume == "never":
         raise RunError(f"{paths.root} holds a run and resume=never; choose another run=, or resume=auto to continue it")
     if paths.config.exists():
-        changed = list(differences(read_config(paths), cfg))
-        if changed:
-            rows = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, old, new in changed[:8])
-            raise RunError(f"{paths.root} holds another experiment:{rows}\nStart a new one with run=<new name>")
+        old = read_config(paths) if used else _readable(paths)
+        if changed := [*differences(old, cfg, IDENTITY)]:
+            if used:
+                raise RunError(
+                    f"{paths.root} holds another experiment:{_rows(changed)}\nStart a new one with run=<new name>, or "
+                    f"set these keys back. (A key that only an update added: write it into {paths.config}.)"
+                )
+            _put_aside(paths)
+            return "new"
+        if changed := [*differences(old, cfg, NOTED)]:
+            print(f"{paths.root} was recorded with another task.env:{_rows(changed)}", flush=True)
     return "complete" if is_complete(paths, cfg) else "resumed"
 
 
-def differences(old: DictConfig, new: DictConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Identity keys whose values differ, as (dotted key, old, new)."""
-    for key in IDENTITY:
+def _readable(paths: RunPaths) -> DictConfig:
+    """The config of a start that came to nothing; empty when that was torn."""
+    try:
+        return read_config(paths)
+    except RunError:
+        return OmegaConf.create({})
+
+
+def holds_data(paths: RunPaths) -> bool:
+    """Was anything recorded or trained here? A journal's first record is the task's spec, no data yet."""
+    if paths.summary.exists() or (read_json(paths.latest_params) or {}).get("step", 0) > 0:
+        return True
+    reader = JournalReader(paths.journal)
+    try:
+        return len(list(islice(reader.poll(), 2))) > 1
+    except JournalCorrupt:  # the gateway tells what is wrong with it
+        return True
+    finally:
+        reader.close()
+
+
+def _put_aside(paths: RunPaths) -> None:
+    """Out of the way of another task or policy. The spool and a pressed e-stop stay where an actor looks for them."""
+    found = [name for name in UNUSED if (paths.root / name).exists()]
+    if not found:
+        return
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    aside = paths.root / f"unused.{stamp}"
+    aside.mkdir(exist_ok=True)
+    for name in found:
+        (paths.root / name).rename(aside / name)
+    print(f"nothing was recorded here with the task or policy of before; what it left is in {aside}", flush=True)
+
+
+def differences(old: DictConfig, new: DictConfig, keys: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
+    """What differs under these keys, as (dotted key, old, new)."""
+    for key in keys:
         yield from _differences(key, plain(old, key), plain(new, key))
+
+
+def _rows(changed: Sequence[tuple[str, Any, Any]]) -> str:
+    rows = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, old, new in changed[:8])
+    return rows + (f"\n  and {len(changed) - 8} more" if len(changed) > 8 else "")
 
 
 def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -108,7 +108,9 @@ class ChunkView:
         seen, accepted = (self.seen, self.accepted)
         if mode == "online" and seen["online"] >= max(PATIENCE_EPISODES, min_accepted) and not accepted["online"]:
             return f"all {seen['online']} online episodes were rejected ({self._rejections()}): nothing to learn from"
-        if mode == "train" and sum(seen.values()) and not len(self):
+        if mode == "train" and not sum(seen.values()):
+            return "this run holds no episodes yet: record demonstrations first (run_learner_data_collection.sh)"
+        if mode == "train" and not len(self):
             return f"all {sum(seen.values())} episodes were rejected ({self._rejections()}): nothing to learn from"
         return None
 

@@ -11,11 +11,14 @@ from typing import Any
 
 WIDTH = 100
 BAR = 24  # cells of the progress bar
+SILENT_S = 10.0  # an actor that was not heard for so long brings no episodes
 
 
 def render_status(status: Mapping[str, Any]) -> list[str]:
     """Lines of the learner's pane; parts that are not known yet are shown as a dash or left out."""
     lines = [_stage_line(status), _learning_line(status), _episodes_line(status)]
+    if waits := waits_for(status):
+        lines.insert(1, f"  waits      {waits}")
     evaluation = _evaluation_line(status)
     if evaluation:
         lines.append(evaluation)
@@ -37,7 +40,20 @@ def render_line(status: Mapping[str, Any]) -> str:
         f"help {_percent(_get(status, 'rates', 'intervention_rate'))}",
         f"v{_get(status, 'trainer', 'version', default=-1)}",
     ]
-    return " · ".join(parts)
+    return " · ".join([*parts, *filter(None, [waits_for(status)])])
+
+
+def waits_for(status: Mapping[str, Any]) -> str | None:
+    """What only a person can bring: demonstrations for a stage that trains on them, an actor for any other."""
+    mode, counts = _get(status, "stage", "mode"), status.get("counts")
+    if status.get("done") or counts is None:
+        return None
+    if mode == "train" and not counts.get("demos") and not counts.get("online"):
+        return f"no demonstrations in run {status.get('run', '?')} yet: run_learner_data_collection.sh records them"
+    alive = any((actor.get("last_seen_s") or 0.0) < SILENT_S for actor in (status.get("actors") or {}).values())
+    if mode in ("demo", "online", "eval") and not alive:
+        return f"no actor is here for its {mode} episodes: run_actor.sh"
+    return None
 
 
 def progress_bar(done: float, goal: float, cells: int = BAR) -> str:

@@ -15,7 +15,7 @@ from replay_samples import SPEC, batches, info, wait_for
 
 from serl_launcher.gateway.internal import InternalClient, PolicyLink
 from serl_launcher.replay.acceptance import SuccessRule
-from serl_launcher.replay.episodes import EpisodeStream, journal_episodes
+from serl_launcher.replay.episodes import EpisodeStream, journal_episodes, journal_items
 from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.replay.ring import RingReader
 from serl_launcher.replay.transitions import TransitionView
@@ -25,6 +25,7 @@ from serl_transport.codec import pack, unpack
 from serl_transport.errors import BadFrame, NotReady, Refused, SchemaMismatch, UnknownKind
 from serl_transport.schema import Outcome, StepBatch
 from serl_transport.specs import TaskSpec
+from serl_transport.spool import open_spool
 
 
 def send(client: TrainerClient, parts: list[StepBatch]) -> None:
@@ -211,6 +212,23 @@ def test_another_task_is_refused_at_the_handshake(tmp_path: Path) -> None:
         other = TaskSpec.from_dict({**SPEC.to_dict(), "max_ticks": 61})
         with pytest.raises(SchemaMismatch, match="max_ticks: 61 on the actor, 60 on the learner"):
             TrainerClient("a", "127.0.0.1", gateway.server.config, spec=other, wait_for_server=False)
+
+
+def test_an_actor_of_another_run_is_refused_before_it_delivers_what_its_spool_holds(tmp_path: Path) -> None:
+    spool = open_spool(tmp_path / "spool", 1 << 20)
+    for part in batches(info("e1", boot=spool.boot_id)):
+        spool.append([b"", *pack(part.to_body())])
+    spool.close()
+    with serving(tmp_path / "first", run="quickstart") as gateway:
+        with pytest.raises(Refused, match=r"is of run 'quickstart', this actor of run 'second': .* run=quickstart, or"):
+            with connected(gateway, run="second", spool_dir=tmp_path / "spool"):
+                pass
+        with connected(gateway, run="quickstart"):
+            pass
+        assert not list(journal_items(tmp_path / "first", SPEC))
+        with connected(gateway, spool_dir=tmp_path / "spool") as client:  # one that names no run
+            assert client.flush(10)
+        assert len(list(journal_items(tmp_path / "first", SPEC))) == 2
 
 
 def test_inference_goes_to_the_policy_server_and_back(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from compose import load_config
 from omegaconf import OmegaConf
+from replay_samples import batches, entries, info, write_journal
 
 from serl_launcher.learner import run_folder
 from serl_launcher.learner.main import main
@@ -26,6 +27,13 @@ def compose(tmp_path, free_ports):
         return load_config([*words, *overrides])
 
     return build
+
+
+def record(folder, data: bool = True) -> None:
+    """A journal as the gateway begins it, and an item."""
+    items = entries(batches(info("e1"))) if data else []
+    write_journal(folder.paths.root, items)
+    folder.lock.close()
 
 
 def finish(folder) -> None:
@@ -57,15 +65,49 @@ def test_the_same_run_is_resumed_and_its_old_status_forgotten(compose):
     ],
 )
 def test_another_experiment_is_refused_with_the_differing_keys(compose, override, shown):
-    prepare(compose("run=one")).lock.close()
+    record(prepare(compose("run=one")))
     with pytest.raises(RunError, match="holds another experiment") as raised:
         prepare(compose("run=one", override))
     assert shown in str(raised.value)
     assert "run=<new name>" in str(raised.value)
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_a_start_that_recorded_nothing_does_not_bind_the_next_one(compose, started):
+    folder = prepare(compose("run=one"))
+    (folder.paths.root / "estop").touch()
+    if started:
+        folder.paths.params.mkdir()
+        folder.paths.latest_params.write_text('{"version": 1, "step": 0}')
+        record(folder, data=False)
+    folder.lock.close()
+    again = prepare(compose("run=one", "task.spec.max_ticks=50", "resume=never"))
+    assert again.state == "new"
+    assert OmegaConf.load(again.paths.config).task.spec.max_ticks == 50
+    assert not again.paths.journal.exists()
+    assert not again.paths.params.exists()
+    assert (again.paths.root / "estop").exists()
+    assert len(list(again.paths.root.glob("unused.*/journal"))) == started
+
+
+def test_an_environment_s_own_keys_may_change_and_are_told(compose, capsys):
+    record(prepare(compose("run=one")))
+    assert prepare(compose("run=one", "task.env.renderer=egl", "+task.env.serial=42")).state == "resumed"
+    said = capsys.readouterr().out
+    assert "task.env.renderer: 'ray' there, 'egl' now" in said
+    assert "task.env.serial: None there, 42 now" in said
+
+
+def test_a_bad_task_leaves_no_folder_behind(compose):
+    config = compose("run=one")
+    config.task.spec.cameras = ["front"]
+    with pytest.raises(RunError, match=r"config/task/pick.yaml: task spec: cameras: expected {name: "):
+        prepare(config)
+    assert not Path(config.runs_dir).exists()
+
+
 def test_resume_never_refuses_a_used_folder(compose):
-    prepare(compose("run=one")).lock.close()
+    record(prepare(compose("run=one")))
     with pytest.raises(RunError, match="resume=never"):
         prepare(compose("run=one", "resume=never"))
 
@@ -162,7 +204,7 @@ def test_too_little_disk_is_said_before_the_start(compose, monkeypatch):
 
 def test_a_broken_config_file_is_named(compose):
     folder = prepare(compose("run=one"))
-    folder.lock.close()
+    record(folder)
     folder.paths.config.write_text("a: [1")
     with pytest.raises(RunError, match=r"config\.yaml cannot be read"):
         prepare(compose("run=one"))

@@ -44,6 +44,14 @@ def test_when_everything_is_rejected_it_says_so_and_the_first_version_stays(tmp_
     assert (trainer.learner.step_count, version(tmp_path)) == (0, 1)
 
 
+def test_a_training_stage_without_any_episode_says_what_it_waits_for(tmp_path, ring, caplog):
+    trainer, _ = make(tmp_path, ring, mode="train", limit=3)
+    with caplog.at_level(logging.WARNING):
+        trainer.run()
+    assert caplog.text.count("holds no episodes yet: record demonstrations first (run_learner_data_collection.sh)") == 1
+    assert trainer.learner.step_count == 0
+
+
 def test_with_one_class_only_a_critic_has_nothing_to_tell_apart_and_that_is_said(tmp_path, ring, caplog):
     for k in range(3):
         put(ring, k, "online", success=False)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from serl_launcher.telemetry.dashboard import progress_bar, render_line, render_status
+from serl_launcher.telemetry.dashboard import progress_bar, render_line, render_status, waits_for
 
 STATUS = {
     "run": "quickstart",
@@ -87,3 +87,15 @@ def test_a_stage_with_two_goals_shows_the_one_that_holds_it_up():
     status = copy.deepcopy(STATUS)
     status["stage"] |= {"episodes_goal": 60, "episodes": 3}
     assert "3/60 episodes" in render_status(status)[0]
+
+
+def test_it_says_what_only_a_person_can_bring():
+    assert waits_for(STATUS) is None
+    alone = copy.deepcopy(STATUS) | {"actors": {"actor-0": {"last_seen_s": 60.0}}}
+    assert waits_for(alone) == "no actor is here for its online episodes: run_actor.sh"
+    train = alone | {"stage": STATUS["stage"] | {"name": "sft", "mode": "train"}}
+    assert waits_for(train) is None  # there are demonstrations, and no actor is needed
+    empty = train | {"counts": {"episodes": 0, "demos": 0, "online": 0}}
+    assert waits_for(empty | {"done": True}) is None
+    for text in (render_line(empty), render_status(empty)[1]):
+        assert "no demonstrations in run quickstart yet: run_learner_data_collection.sh records them" in text

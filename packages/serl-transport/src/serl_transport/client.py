@@ -61,6 +61,7 @@ class TrainerClient:
         timeout_ms: float = 5000,
         on_wait: Callable[[str], None] | None = None,
         use_line: bool = True,
+        run: str | None = None,
     ):
         """Connect, and wait until the learner accepts (`wait_for_server`), telling `on_wait` once a second.
 
@@ -68,7 +69,7 @@ class TrainerClient:
         Without `wait_for_server` it raises ServerSilent after `timeout_ms`. A refusal (another task, version,
         protocol or key) raises the typed WireError at once; ValueError names a missing key file; SpoolBusy and
         SpoolError say what is wrong with `spool_dir`. `use_line`: on the learner's own host `infer` may take a
-        shorter way than TCP (`same_host.py`).
+        shorter way than TCP (`same_host.py`). `run`: a learner of another run refuses this client; None: any will do.
         """
         if not 0 < len(name) <= 128:
             raise ValueError(f"a client's name (unique_identifier) has 1 to 128 characters, got {name!r}")
@@ -77,7 +78,7 @@ class TrainerClient:
         self._server_ip = server_ip
         self._use_line = use_line and auth.is_loopback(server_ip)
         self._server = f"{server_ip}:{config.port_number}"
-        self._spec, self._role = spec, role
+        self._spec, self._role, self._run = spec, role, run
         self._keys = None if config.keys_dir is None else ClientKeys.load(config.keys_dir, name)
         self._stores = dict(data_stores or {}) | ({name: data_store} if data_store is not None else {})
         self._sent_ids = dict.fromkeys(self._stores, -1)
@@ -276,6 +277,7 @@ class TrainerClient:
         return {
             "version": self.config.version,
             "role": self._role,
+            "run": self._run,
             "limits": asdict(self.config.limits),
             "spec": None if self._spec is None else self._spec.to_dict(),
             "backlog": self.backlog,

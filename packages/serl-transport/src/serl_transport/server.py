@@ -53,11 +53,13 @@ class TrainerServer:
         data_callback: DataCallback | None = None,
         request_callback: RequestCallback | None = None,
         spec: TaskSpec | None = None,
+        run: str | None = None,
     ):
         keys = None if config.keys_dir is None else ServerKeys.load(config.keys_dir)
         auth.check_bind(config.bind_host, config.insecure, has_keys=keys is not None)
         keep_freed_memory()
         self.spec = spec  # actors must hold an equal one; None: any
+        self.run = run  # an actor that says which run it works for must say this one; None: any
         self.params_version = 0  # newest published version, told in hello and heartbeat replies; 0: none
         self.failure: str | None = None  # why the server ended by itself
         self.loop = EventLoop()
@@ -232,6 +234,7 @@ class TrainerServer:
         if role not in ROLES:
             raise BadFrame(f"hello: role: expected actor or operator, got {role!r}")
         if role == "actor":
+            self._check_run(body.get("run"))
             self._check_spec(body.get("spec"))
         if role == "actor" and not self._sessions.enter(
             envelope.actor_id, envelope.boot_id, body.get("session"), delivers=body.get("link") == "data"
@@ -242,6 +245,14 @@ class TrainerServer:
         extra = self._on_hello(peer, body) if self._on_hello and role != RETIRED else None
         self.router.peers[peer.address] = peer
         return {"protocol": PROTOCOL, "params_version": self.params_version, **(extra or {})}
+
+    def _check_run(self, theirs: Any) -> None:
+        """Two learners on one machine: what was meant for one must not end up in the other's journal."""
+        if theirs is not None and self.run is not None and theirs != self.run:
+            raise Refused(
+                f"the learner on port {self.config.port_number} is of run {self.run!r}, this actor of run {theirs!r}: "
+                f"give the actor run={self.run}, or the port= and broadcast_port= of its own learner"
+            )
 
     def _check_limits(self, theirs: Any) -> None:
         """A peer that may send larger frames than we take would be cut off again and again without a word."""

@@ -1,0 +1,28 @@
+"""Read the resolved config.yaml of a run folder. Called by the learner, the exporter and every tool that takes a run.
+
+The file may have been edited by hand or torn by a full disk: a ValueError then says in one line what is wrong with it.
+"""
+
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+def read_config(path: Path, *needed: str) -> DictConfig:
+    """The config, with these dotted keys in it. ValueError names the file, and the line or key; OSError: unreadable."""
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(config, DictConfig) or not config:
+        raise ValueError(f"{path} cannot be read: it is empty or no mapping of keys")
+    for key in needed:
+        try:
+            value = OmegaConf.select(config, key)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{path}: {key}: {' '.join(str(error).split())}") from None
+        if value is None:
+            raise ValueError(f"{path}: {key} is missing; is it the config of a run?")
+    return config
