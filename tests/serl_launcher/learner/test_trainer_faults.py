@@ -24,6 +24,7 @@ class ScriptedGateway:
     def __init__(self, ring, stage, limit):
         self.ring, self.stage, self.limit, self.reports = ring, stage, limit, []
         self.evaluations = {}
+        self.experience = 1000  # ticks from report to report: the rate limiter lets everything pass
 
     def hello(self):
         return {}
@@ -35,7 +36,7 @@ class ScriptedGateway:
             "stage": self.stage,
             "done": over or len(self.reports) >= self.limit,
             "ring": str(self.ring.path),
-            "counts": {"transitions": 1000 * len(self.reports)},  # the rate limiter lets everything pass
+            "counts": {"transitions": 1000 * len(self.reports), "experience": self.experience * len(self.reports)},
             "eval": self.evaluations,
         }
 
@@ -100,6 +101,16 @@ def test_sac_trains_through_the_trainer_and_resumes(tmp_path, ring):
     again, _ = make(tmp_path, ring, "sac_pi0", mode="online", steps=4)
     assert again.learner.step_count == 4
     assert all(torch.equal(tensor, want[name]) for name, tensor in again.learner.tensors().items())
+
+
+def test_ticks_of_evaluations_do_not_loosen_the_limiter(tmp_path, ring):
+    for k in range(6):
+        put(ring, k, "online")
+    trainer, gateway = make(tmp_path, ring, mode="online", limit=3)
+    gateway.experience = 0
+    trainer.run()
+    assert trainer.learner.step_count == 0
+    assert gateway.reports[-1]["metrics"]["replay/accepted"] == 6  # the dashboard's figure needs no step
 
 
 def test_when_everything_is_rejected_it_says_so_and_the_first_version_stays(tmp_path, ring, caplog):
