@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
     try:
         if not (args.run / "config.yaml").exists():
             raise FileNotFoundError(f"{args.run}: expected a run folder with config.yaml and a journal")
-        relabel = json.loads(args.relabel.read_text()) if args.relabel else {}
+        relabel = read_labels(args.relabel) if args.relabel else {}
         rows = list(audit(args.run, load(args.model or args.run / "reward"), relabel, args.mode))
     except (FileNotFoundError, ValueError) as mistake:
         print(f"audit_reward: {mistake}", file=sys.stderr)
@@ -96,6 +96,21 @@ def main(argv: list[str]) -> int:
     (args.run / "reward_audit.json").write_text(json.dumps(table, indent=1))
     print(f"{args.run / 'reward_audit.json'}: every episode; correct some with --relabel")
     return 0
+
+
+def read_labels(path: Path) -> dict[str, bool]:
+    """Episode id -> a person's word. ValueError names the file and what it holds instead."""
+    expected = f'--relabel {path}: expected {{"episode id": true, "another": false}}'
+    try:
+        labels = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{expected}, got no JSON ({error})") from None
+    if not isinstance(labels, dict):
+        raise ValueError(f"{expected}, got {json.dumps(labels)[:60]}")
+    wrong = next((item for item in labels.items() if not isinstance(item[1], bool)), None)
+    if wrong:
+        raise ValueError(f"{expected}, got {json.dumps(dict([wrong]))[:60]}")
+    return labels
 
 
 def show(rows: list[Row]) -> None:

@@ -13,8 +13,10 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
 import torch
-from hydra import compose, initialize_config_dir
+from compose import load_config
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -101,8 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--flow-steps", type=int, help="default: 10, 4 for GR00T")
     args = parser.parse_intermixed_args(argv)
     try:
-        with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "config"), version_base=None):
-            cfg = compose("base", args.overrides)
+        cfg = load_config(args.overrides)
         spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
         policy, mode = meta_policy(cfg.policy, spec, instantiate(cfg.policy.size))
         if args.flow_steps is None:
