@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # The default task from the repository root: see examples/experiments/pick/run_learner.sh. Another: TASK=pick_gym_hil.
-exec bash "$(dirname "${BASH_SOURCE[0]}")/examples/experiments/${TASK:-pick}/run_learner.sh" "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/examples/experiments/chosen.sh" run_learner "$@"

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
+from compose import ConfigError, load_config, nearest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from hydra.utils import instantiate
@@ -29,7 +32,7 @@ from serl_launcher.agents.build import build_agent
 from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.modality import Modality
 from serl_launcher.learner.parameters import base_sha256, publish
-from serl_launcher.learner.sft import Chunks, Columns, spec_of, train
+from serl_launcher.learner.sft import Chunks, Columns, check_batch, spec_of, train
 from serl_launcher.policies.trains import frozen_hash, parameter_table
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
@@ -37,15 +40,37 @@ SFT = {"steps": 1000, "batch_size": 8, "lr": 5e-4, "warmup": 50, "max_samples": 
 
 
 def configured(overrides: list[str]) -> DictConfig:
-    """config/base.yaml with `algo=sft_pi0` and the user's overrides; `sft.*` are this script's own keys."""
+    """config/base.yaml with `algo=sft_pi0` and the user's overrides; `sft.*` are this script's own keys.
+
+    Raises ConfigError naming the word that is wrong.
+    """
     own = [o for o in overrides if o.lstrip("+").startswith("sft.")]
+    words = ["algo=sft_pi0", *(o for o in overrides if o not in own)]
+    load_config(words)  # says what is wrong; its result is resolved, with the default task
     with initialize_config_dir(str(CONFIG), version_base=None):
-        cfg = compose("base", ["algo=sft_pi0", *(o for o in overrides if o not in own)])
+        cfg = compose("base", words)
     OmegaConf.set_struct(cfg, False)
-    cfg.sft = OmegaConf.create(SFT)
-    OmegaConf.set_struct(cfg.sft, True)
-    cfg.sft.merge_with(OmegaConf.from_dotlist([o.lstrip("+").removeprefix("sft.") for o in own]))
+    cfg.sft = OmegaConf.create(SFT | own_keys(own))
     return cfg
+
+
+def own_keys(words: list[str]) -> dict[str, Any]:
+    """`sft.*` words as checked values by key. Raises ConfigError naming the word that is wrong."""
+    values = {}
+    for word in words:
+        key, _, text = word.lstrip("+").removeprefix("sft.").partition("=")
+        if key not in SFT:
+            raise ConfigError(f"unknown key 'sft.{key}' in {word!r}{nearest(key, list(SFT))}")
+        kind, least = (float, 0.0) if key == "lr" else (int, 0 if key == "warmup" else 1)
+        try:
+            values[key] = None if key == "max_samples" and text == "null" else kind(text)
+            good = values[key] is None or least <= values[key] < math.inf
+        except ValueError:
+            good = False
+        if not good:
+            expected = f"a {'whole ' if kind is int else ''}number, at least {least:g}"
+            raise ConfigError(f"sft.{key} in {word!r} must be {expected} (default {SFT[key]}), got {text!r}")
+    return values
 
 
 def run(dataset: Path, output: Path, cfg: DictConfig) -> None:
@@ -68,6 +93,7 @@ def run(dataset: Path, output: Path, cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.trainer.threads)
     policy = instantiate(cfg.policy, spec=spec)
     chunks = Chunks(str(dataset), spec, policy.action_horizon, columns, cfg.sft.max_samples)
+    check_batch(chunks, cfg.sft.batch_size)  # before OUTPUT exists: a corrected command must find it free
     print(f"{len(chunks)} samples of {meta.total_episodes} episodes\n{parameter_table(policy)}", flush=True)
     accelerator = Accelerator(cpu=cfg.trainer.device == "cpu")
     agent = build_agent(cfg, policy, spec).to(accelerator.device)

@@ -1,17 +1,28 @@
-"""Press or reset the e-stop of a run's actors on this host: `python tools/estop.py runs/<run> [--key | --reset]`.
+#!/usr/bin/env python3
+"""Press or reset the e-stop of a run's actors on this host: `python3 tools/estop.py runs/<run> [--key | --reset]`.
 
 The file runs/<run>/estop is the latch (serl_robot_infra.estop): every actor of the run on this host looks at it within
 each control period. With --key this terminal becomes the button: any key presses. SIGUSR1 to an actor's process, and
 rollout.estop_key at its own terminal, press it too.
+
+It must work whatever is broken: any python3 from 3.7 on, its standard library alone, no environment, no other file of
+this repository (so the few lines of serl_robot_infra.keyboard that it needs are here again).
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
 import getpass
+import os
+import select
 import sys
+import termios
 import time
+import tty
 from pathlib import Path
 
-from serl_robot_infra.keyboard import TerminalGoneError, terminal_reader
+POLL_S = 0.1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 def press(latch: Path) -> None:
     """Latch it; the first press stays."""
     if not latch.exists():
-        latch.write_text(f"{getpass.getuser()} at {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-    print(f"stopped; reset with: python tools/estop.py {latch.parent} --reset", flush=True)
+        latch.write_text(f"{_user()} at {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    print(f"stopped; reset with: python3 tools/estop.py {latch.parent} --reset", flush=True)
 
 
 def wait_for_keys(latch: Path) -> int:
@@ -47,14 +58,48 @@ def wait_for_keys(latch: Path) -> int:
     if not sys.stdin.isatty():
         print("--key needs a terminal to press keys at", file=sys.stderr)
         return 2
-    read = terminal_reader(sys.stdin.fileno())
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    tty.setcbreak(terminal)  # without waiting for return
     print(f"any key stops the robots of {latch.parent}; Ctrl-C leaves", flush=True)
+    try:
+        while key_pressed(terminal):
+            press(latch)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        with contextlib.suppress(termios.error):  # the terminal is gone: its mode needs no restoring
+            termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+    return 0
+
+
+def key_pressed(terminal: int) -> bool:
+    """Wait for a key; False: the terminal was closed."""
     while True:
+        if not _in_foreground(terminal):  # a background job that reads is stopped by the kernel
+            time.sleep(POLL_S)
+            continue
         try:
-            if read() is not None:
-                press(latch)
-        except (TerminalGoneError, KeyboardInterrupt):
-            return 0
+            ready, _, _ = select.select([terminal], [], [], POLL_S)
+            if ready:
+                return os.read(terminal, 1) != b""
+        except OSError:
+            return False
+
+
+def _in_foreground(terminal: int) -> bool:
+    """A terminal that is not our session's has no such notion."""
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return True
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return f"user {os.getuid()}"
 
 
 if __name__ == "__main__":

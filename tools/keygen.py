@@ -73,7 +73,7 @@ def advice(folder: Path, parties: list[tuple[str, str]]) -> str:
     for role, name in parties:
         use = f"unique_identifier={name} security.keys_dir=<that folder>"
         if role == "operator":
-            use = f"python tools/operate.py pause --name {name} --keys <that folder> --ip <learner>"
+            use = f".venv/bin/python tools/operate.py pause --name {name} --keys <that folder> --ip <learner>"
         lines += [f"{role} {name}: copy learner.public and {name}.secret to a folder on its machine (scp -p), then"]
         lines += [f"    {use}"]
     lines.append(f"Then delete what you copied away from {folder}, except learner.public: a secret has one home.")

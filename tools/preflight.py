@@ -13,9 +13,10 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
 import torch
-import yaml
-from hydra import compose, initialize_config_dir
+from compose import load_config
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -103,15 +104,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--flow-steps", type=int, help="default: 10, 4 for GR00T")
     args = parser.parse_intermixed_args(argv)
     try:
-        with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "config"), version_base=None):
-            cfg = compose("base", args.overrides)
+        cfg = load_config(args.overrides)
         spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
         policy, mode = meta_policy(cfg.policy, spec, instantiate(cfg.policy.size))
         if args.flow_steps is None:
             args.flow_steps = 4 if isinstance(policy, GrootFlowPolicy) else 10
         noise_samples = cfg.algo.agent.get("noise_samples", 1)
         cost = estimate(policy, spec, cfg.policy.get("precision", "float32"), args.flow_steps, noise_samples)
-    except (ValueError, OSError, HydraException, OmegaConfBaseException, yaml.YAMLError) as mistake:
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as mistake:
         print(f"preflight: {mistake}", file=sys.stderr)
         return 2
     lines, fits = report(cfg, cost, args)

@@ -5,8 +5,9 @@
     python tools/reaccept.py runs/night1 '+algo.threshold={_target_: serl_launcher.replay.threshold.QuantileThreshold,
                                           start: 0.5, window: 20}'
 
-Nothing of the run is changed: to train by the new rule start the run again with the same overrides, and its views are
-rebuilt. `--out FILE` writes the verdicts as JSON lines. Exit codes: 0 done, 2 a mistake of the user.
+Nothing of the run is changed. To train by the new rule start the learner again with the same overrides, and its views
+are rebuilt; a finished run also needs another schedule (docs/algorithms/reject_sampling.md has the commands).
+`--out FILE` writes the verdicts as JSON lines. Exit codes: 0 done, 2 a mistake of the user.
 """
 
 import argparse

@@ -51,7 +51,7 @@ def find_dataset(source: str) -> Path:
     looked = ", ".join(map(str, candidates))
     raise ValueError(
         f"no dataset at {looked}: expected a run's name or folder. A run has one after its first episode; "
-        "`python -m serl_launcher.exporter RUN_FOLDER --once` writes it from the journal"
+        "`.venv/bin/python -m serl_launcher.exporter RUN_FOLDER --once` writes it from the journal"
     )
 
 

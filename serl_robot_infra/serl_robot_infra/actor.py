@@ -146,7 +146,7 @@ def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
         rollout.flush_timeout_s         20
         rollout.spool_mb                2048
         rollout.video_every             20; 0: none
-        rollout.rerun                   false
+        rollout.rerun                   false; true needs rollout.rerun_address, host:port of a viewer
         ip                              null: no learner; evaluates a local or an openpi policy for rollout.episodes
         port, broadcast_port, unique_identifier, runs_dir, run; rollout.ledger; security.keys_dir
     """

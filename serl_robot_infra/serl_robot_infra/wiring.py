@@ -361,9 +361,10 @@ def _observers(
         folder = Path(cfg.runs_dir) / cfg.run / "videos"
         observers.append(VideoObserver(folder, cfg.rollout.video_every, env.spec.control_hz))
     if cfg.rollout.rerun:
-        from serl_robot_infra.observers.rerun_log import RerunObserver
+        from serl_robot_infra.observers.rerun_log import connected
 
-        observers.append(RerunObserver(env.spec))
+        viewer = connected(env.spec, cfg.rollout.rerun_address, observers[0].message)
+        observers += [viewer] if viewer else []
     return observers
 
 

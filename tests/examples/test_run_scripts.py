@@ -1,5 +1,6 @@
 """Each run script, run for real up to its resolved config (--dry-run): side, task, mode, schedule, user overrides."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -51,6 +52,24 @@ def test_no_script_is_left_out(repo_root):
 def test_the_scripts_at_the_root_run_the_default_task(repo_root, tmp_path, side):
     got, config = dry_run(repo_root / f"run_{side}.sh", "run=mine", folder=tmp_path)
     assert (got, config.task.name, config.run) == (side, "pick", "mine")
+
+
+@pytest.mark.parametrize("side", ["actor", "learner"])
+def test_a_task_without_scripts_is_told_which_there_are(repo_root, side):
+    script = repo_root / f"run_{side}.sh"
+    done = subprocess.run(
+        ["bash", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        env={**os.environ, "TASK": "metaworld_box_close"},
+    )
+    assert done.returncode == 2
+    assert (
+        f"run_{side}: TASK=metaworld_box_close has no scripts; expected one of: metaworld pick pick_gym_hil"
+        in done.stderr
+    )
+    assert f"bash run_{side}.sh task=<name> run=<name>" in done.stderr
 
 
 def test_a_misspelt_override_ends_the_script_with_2(repo_root):

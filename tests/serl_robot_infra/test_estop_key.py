@@ -1,9 +1,10 @@
 """The e-stop's key: a real actor process at a pseudo-terminal, and the keyboard that it shares with the rewards."""
 
 import os
+import subprocess
+import sys
 import time
 
-import estop as tool
 import pytest
 from robot_rig import PERIOD_S, RobotRig
 
@@ -83,21 +84,22 @@ def test_a_persons_judgement_and_the_estop_cannot_share_a_key(monkeypatch):
         os.close(slave)
 
 
-def test_the_tool_waits_for_a_key(tmp_path, monkeypatch, capsys):
-    pressed = iter([None, "x", TerminalGoneError()])
+def test_the_tool_waits_for_a_key_with_any_python_alone(tmp_path, repo_root):
+    master, slave = os.openpty()
+    command = [sys.executable, "-I", "-S", repo_root / "tools" / "estop.py", tmp_path, "--key"]  # no site-packages
+    with subprocess.Popen(command, stdin=slave, stdout=subprocess.PIPE, text=True, start_new_session=True) as tool:
+        assert "any key stops the robots" in tool.stdout.readline()
+        assert not (tmp_path / "estop").exists()
+        os.write(master, b"x")
+        assert "stopped; reset with: python3 tools/estop.py" in tool.stdout.readline()
+        assert " at 20" in (tmp_path / "estop").read_text()
+        os.close(slave)
+        os.close(master)  # the terminal is closed
+        assert tool.wait(10) == 0
 
-    def read():
-        key = next(pressed)
-        if isinstance(key, Exception):
-            raise key
-        return key
 
-    monkeypatch.setattr(tool, "terminal_reader", lambda file: read)
-    monkeypatch.setattr(tool.sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(tool.sys.stdin, "fileno", lambda: 0, raising=False)
-    assert tool.main([str(tmp_path), "--key"]) == 0
-    assert (tmp_path / "estop").exists()
-    assert "any key stops the robots" in capsys.readouterr().out
-    monkeypatch.setattr(tool.sys.stdin, "isatty", lambda: False, raising=False)
-    assert tool.main([str(tmp_path), "--key"]) == 2
-    assert "--key needs a terminal" in capsys.readouterr().err
+def test_the_tool_needs_a_terminal_for_its_key(tmp_path, repo_root):
+    command = [sys.executable, "-I", "-S", repo_root / "tools" / "estop.py", tmp_path, "--key"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2
+    assert "--key needs a terminal" in done.stderr

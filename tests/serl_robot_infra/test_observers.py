@@ -1,6 +1,10 @@
 """Observers: the console's lines, the videos, and that a failing observer stops nothing."""
 
+import contextlib
 import io
+import socket
+import sys
+import time
 
 import av
 import numpy as np
@@ -144,6 +148,49 @@ def test_rerun_writes_a_recording(tmp_path):
     observer.episode_ended(report(), observation())
     observer.close()
     assert path.stat().st_size > 1000
+
+
+def test_without_a_viewer_one_line_says_so_and_nothing_is_streamed(free_ports):
+    pytest.importorskip("rerun", reason="rerun-sdk is not installed")
+    from serl_robot_infra.envs.pick import PickEnv
+    from serl_robot_infra.observers.rerun_log import connected
+
+    said = []
+    assert connected(PickEnv(cameras=()).spec, f"127.0.0.1:{free_ports[0]}", said.append) is None
+    assert len(said) == 1
+    assert f"no viewer at 127.0.0.1:{free_ports[0]}" in said[0]
+    assert f"rerun --port {free_ports[0]}" in said[0]
+
+
+def test_a_viewer_that_goes_away_costs_seconds_at_the_end_not_more():
+    pytest.importorskip("rerun", reason="rerun-sdk is not installed")
+    from serl_robot_infra.envs.pick import PickEnv
+    from serl_robot_infra.observers.rerun_log import connected
+
+    with socket.create_server(("127.0.0.1", 0)) as viewer:  # listens, and never says a word
+        observer = connected(PickEnv(cameras=()).spec, f"127.0.0.1:{viewer.getsockname()[1]}", lambda text: None)
+    observer.episode_started(INFO)
+    started = time.monotonic()
+    with contextlib.suppress(RuntimeError):  # ObserverGroup reports it
+        observer.close()
+    assert time.monotonic() - started < 8
+
+
+@pytest.mark.parametrize("address", ["9876", "127.0.0.1", "127.0.0.1:x", ":9876", "host:99999"])
+def test_an_address_that_is_none_is_named(address):
+    from serl_robot_infra.observers.rerun_log import read_address
+
+    with pytest.raises(ValueError, match=r"rollout\.rerun_address=.*expected host:port"):
+        read_address(address)
+    assert read_address("[::1]:9876") == ("::1", 9876)
+
+
+def test_without_rerun_one_message_says_how_to_install_it(monkeypatch):
+    from serl_robot_infra.observers.rerun_log import connected
+
+    monkeypatch.setitem(sys.modules, "rerun", None)
+    with pytest.raises(ValueError, match=r"uv pip install rerun-sdk"):
+        connected(None, "127.0.0.1:9876", print)
 
 
 def test_wilson_interval_by_hand():

@@ -78,6 +78,17 @@ def test_mistakes_are_told_in_one_line(capsys):
     assert "costs are estimated for ['build_groot', 'build_pi0', 'build_pi05']" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [("trainer.batch_size=abc", "trainer.batch_size"), ("trainer.batchsize=8", "did you mean 'trainer.batch_size'")],
+)
+def test_a_word_that_is_wrong_is_told_as_for_a_run(capsys, word, told):
+    assert main(["policy=pi0_tiny", word]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("preflight: ")
+    assert told in said
+
+
 def test_the_released_groot_is_counted_without_memory(capsys):
     """407M vision tower, 1117M language model, 1621M action head; the language head is not held."""
     size = FullGrootSize()

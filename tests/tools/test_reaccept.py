@@ -103,6 +103,12 @@ def test_the_audit_counts_both_kinds_of_error_and_takes_a_persons_word(run, caps
     ticks = {episode.info.episode_id: episode.n for _, episode in journal_episodes(run, SPEC)}
     assert {name: row["early"] for name, row in rows.items()} == {name: n - 1 for name, n in ticks.items()}
     assert np.isfinite([row["score"] for row in rows.values()]).all()
+    for text, problem in (('["id"]', 'got ["id"]'), ("{oops", "got no JSON"), ('{"a": "yes"}', 'got {"a": "yes"}')):
+        (run / "labels.json").write_text(text)
+        assert audit_reward.main([str(run), "--relabel", str(run / "labels.json")]) == 2
+        said = capsys.readouterr().err
+        assert f"--relabel {run / 'labels.json'}: expected" in said
+        assert problem in said
     (run / "labels.json").write_text(json.dumps({"g": True}))
     assert audit_reward.main([str(run), "--relabel", str(run / "labels.json")]) == 2
     assert "does not hold: g" in capsys.readouterr().err

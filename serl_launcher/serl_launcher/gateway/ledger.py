@@ -46,7 +46,6 @@ class LedgerRow:
     whole: bool  # seen from its first tick to the task's own end (not cut, not stopped); only these count
     start_time: float  # unix s, the actor's clock
     end_time: float  # unix s, journalled by the gateway
-    accepted: bool  # success, in demo and online (an agent's own rule may be stricter)
 
     @staticmethod
     def of(closed: ClosedEpisode, episode: Episode) -> LedgerRow:
@@ -71,7 +70,6 @@ class LedgerRow:
             whole=closed.whole and outcome.truncated_by in (None, "time_limit"),
             start_time=info.start_time,
             end_time=closed.time_ns / 1e9,
-            accepted=outcome.success and info.mode != "eval",
         )
 
     def to_json(self) -> str:
@@ -87,9 +85,10 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.rows = 0
-        self.accepted = 0
+        self.successes = 0  # demonstrations and online episodes; what is imitated is the trainer's to say
         self.interventions = 0  # ticks
         self.transitions = 0  # ticks of closed episodes
+        self.experience = 0  # those of demonstrations and online episodes: evaluation is no experience
         self.per_mode = {"demo": 0, "online": 0, "eval": 0}
         self.started: dict[str, int] = {}  # stage -> rows of any kind
         self._counted: dict[Scope, int] = {}
@@ -121,9 +120,11 @@ class Ledger:
     def add(self, row: LedgerRow) -> None:
         """Count a row; `write` puts its line into the file."""
         self.rows += 1
-        self.accepted += row.accepted
         self.interventions += row.interventions
         self.transitions += row.n_ticks
+        if row.mode != "eval":
+            self.successes += row.success
+            self.experience += row.n_ticks
         self.per_mode[row.mode] += 1
         self.started[row.stage] = self.started.get(row.stage, 0) + 1
         if row.whole:
@@ -174,12 +175,13 @@ class Ledger:
         """The `counts` part of the status document."""
         return {
             "episodes": self.rows,
-            "accepted": self.accepted,
+            "successes": self.successes,
             "demos": self.per_mode["demo"],
             "online": self.per_mode["online"],
             "eval": self.per_mode["eval"],
             "interventions": self.interventions,
             "transitions": self.transitions,
+            "experience": self.experience,
         }
 
 

@@ -32,6 +32,8 @@ def main(cfg: DictConfig) -> int:
             return DONE
         if not is_loopback(cfg.bind_host) and not cfg.security.keys_dir:
             print(f"warning: insecure=true, anyone who reaches {cfg.bind_host}:{cfg.port} may send data and drive")
+        if warning := unreachable_from_elsewhere(cfg):
+            print(warning)
         print(f"{folder.state} run {folder.paths.root}, ports {cfg.port} and {cfg.broadcast_port}", flush=True)
         supervisor = Supervisor(
             folder.paths,
@@ -40,3 +42,14 @@ def main(cfg: DictConfig) -> int:
             ends=bool(folder.stages),
         )
         return supervisor.run()
+
+
+def unreachable_from_elsewhere(cfg: DictConfig) -> str | None:
+    """One line where keys or insecure=true suggest a robot on another host that could not connect; else None."""
+    if not is_loopback(cfg.bind_host) or not (cfg.security.keys_dir or cfg.insecure):
+        return None
+    named = f"security.keys_dir={cfg.security.keys_dir}" if cfg.security.keys_dir else "insecure=true"
+    return (
+        f"warning: {named} but bind_host={cfg.bind_host}: a robot on another host cannot connect; "
+        "bind_host=0.0.0.0 lets it"
+    )

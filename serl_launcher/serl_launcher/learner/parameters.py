@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from serl_launcher.policies.base import trainable
 
+AVERAGED, CHECKPOINT_TENSORS = "averaged.", "tensors.safetensors"  # as learner.checkpoint and Learner.tensors write
+
 
 @dataclass(frozen=True, slots=True)
 class Published:
@@ -95,9 +97,16 @@ def _point_at(params_dir: Path, entry: Published) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a published file."""
+    """Tensors and metadata of a published file; of a checkpoint's, what would be published of it: the average."""
     with safe_open(path, framework="pt") as f:
-        return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+        names = {name: name for name in f.keys()}  # noqa: SIM118
+        if _of_checkpoint(path):
+            names = {n.removeprefix(AVERAGED): n for n in names if n.startswith(AVERAGED)}
+        return {short: f.get_tensor(name) for short, name in names.items()}, f.metadata() or {}
+
+
+def _of_checkpoint(path: Path) -> bool:
+    return path.name == CHECKPOINT_TENSORS and (path.parent / "manifest.json").exists()
 
 
 def checked_tensors(want: dict[str, Tensor], path: Path, base: str | None = None) -> tuple[dict, dict[str, str]]:
@@ -110,7 +119,7 @@ def checked_tensors(want: dict[str, Tensor], path: Path, base: str | None = None
     problems = describe_mismatch(want, tensors)
     if problems:
         raise ValueError(f"{path.name} does not fit this policy: " + "; ".join(problems))
-    if base is not None and metadata.get("base_sha256") != base:
+    if base is not None and metadata.get("base_sha256") != base and not _of_checkpoint(path):  # which names none
         theirs = metadata.get("base_sha256", "none")
         raise ValueError(
             f"{path.name} was trained on another frozen base: expected {base[:12]}, got {theirs[:12]}; "
@@ -133,7 +142,7 @@ def load_into(policy: nn.Module, path: Path, base: str | None = None) -> dict[st
 
 
 def find_parameters(path: str | Path) -> Path:
-    """The parameters file that `checkpoint_path` means: a file, a run folder or its params/ folder.
+    """The parameters file that `checkpoint_path` means: a file, a run folder, its params/ or one of its checkpoints.
 
     Raises FileNotFoundError that says what was looked for.
     """
@@ -144,9 +153,11 @@ def find_parameters(path: str | Path) -> Path:
         latest = Published.read(folder)
         if latest is not None:
             return folder / latest.file
+    if _of_checkpoint(path / CHECKPOINT_TENSORS) and (path / CHECKPOINT_TENSORS).exists():
+        return path / CHECKPOINT_TENSORS
     raise FileNotFoundError(
-        f"checkpoint_path={path}: no parameters there; "
-        "expected a *.safetensors file, or a run folder holding params/latest.json"
+        f"checkpoint_path={path}: no parameters there; expected a *.safetensors file, a run folder holding "
+        "params/latest.json, or a checkpoint folder such as runs/<name>/checkpoints/step_000900"
     )
 
 

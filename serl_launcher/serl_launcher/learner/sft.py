@@ -160,13 +160,15 @@ def _affine(stats: dict[str, Any], parts: list[tuple[str, slice]], mode: str) ->
     return Affine(((first + second) / 2).tolist(), (width / 2).tolist())
 
 
-def batches(chunks: Chunks, batch_size: int, seed: int, workers: int = 0) -> Iterator[ChunkBatch]:
-    """Shuffled batches for ever; the last, smaller one of an epoch is dropped.
-
-    Raises ValueError when the dataset does not fill one.
-    """
+def check_batch(chunks: Chunks, batch_size: int) -> None:
+    """Raise ValueError when the dataset does not fill one batch."""
     if len(chunks) < batch_size:
         raise ValueError(f"dataset: {len(chunks)} samples do not fill a batch of {batch_size}")
+
+
+def batches(chunks: Chunks, batch_size: int, seed: int, workers: int = 0) -> Iterator[ChunkBatch]:
+    """Shuffled batches for ever; the last, smaller one of an epoch is dropped. Raises as `check_batch`."""
+    check_batch(chunks, batch_size)
     order = torch.Generator().manual_seed(seed)
     loader = DataLoader(
         chunks,

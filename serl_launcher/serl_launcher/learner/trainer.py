@@ -68,12 +68,12 @@ class Trainer:
             ema_decay=cfg.trainer.ema_decay,
             optimizers={name: instantiate(o, _partial_=True) for name, o in (cfg.algo.get("optimizers") or {}).items()},
         )
-        self.view = build_view(cfg, paths, spec, policy.action_horizon)
+        self.view, self.verdicts = build_view(cfg, paths, spec, policy.action_horizon)
         self.limiter = StepLimiter(cfg.trainer.max_steps_per_tick)
         self.policy, self.base = policy, base_sha256(policy)
         log.info("parameters of %s\n%s", cfg.policy.name, parameter_table(policy))
         self.stage_steps: dict[str, int] = {}
-        self.stage_start: dict[str, int] = {}  # transitions seen when a stage began, for the limiter
+        self.stage_start: dict[str, int] = {}  # ticks of experience when a stage began, for the limiter
         self.version = 0  # the first one published is 1
         self.publish_requests = 0  # of operators, that were obeyed
         self.ring_path: str | None = None
@@ -172,14 +172,14 @@ class Trainer:
     def _train_for_a_while(self, stage: dict[str, Any], status: dict[str, Any]) -> None:
         """Steps of one stage until it is time to talk to the gateway again (a second), or the stage is done."""
         name, goal, online = stage["name"], stage["steps_goal"], stage["mode"] == "online"
-        transitions = status["counts"]["transitions"]
-        began = self.stage_start.setdefault(name, transitions)
+        experience = status["counts"]["experience"]
+        began = self.stage_start.setdefault(name, experience)
         deadline = time.monotonic() + 1.0
         while not self._stopping and time.monotonic() < deadline and (done := self.stage_steps.get(name, 0)) < goal:
-            if online and not self.limiter.allows(done, transitions - began):
+            if online and not self.limiter.allows(done, experience - began):
                 time.sleep(0.1)
                 return
-            if not self.take_step(name, goal, online, transitions - began):
+            if not self.take_step(name, goal, online, experience - began):
                 return
 
     def take_step(self, stage: str, goal: int, online: bool, new_transitions: int) -> bool:
@@ -241,8 +241,9 @@ class Trainer:
 
     def report(self) -> dict[str, Any]:
         """Tell the gateway where the trainer is; returns the status document."""
+        metrics = self.latest | {"replay/accepted": float(self.verdicts.accepted)}
         return self.link.progress(
-            step=self.learner.step_count, stage_steps=self.stage_steps, version=self.version, metrics=self.latest
+            step=self.learner.step_count, stage_steps=self.stage_steps, version=self.version, metrics=metrics
         )
 
     def publish(self) -> None:
@@ -325,8 +326,10 @@ class Trainer:
         log.info("resumed from %s at step %d, policy version %d", folder.name, self.learner.step_count, self.version)
 
 
-def build_view(cfg: DictConfig, paths: RunPaths, spec: TaskSpec, action_horizon: int) -> ChunkView | LearningView:
-    """The acceptance view of `algo`, with transitions beside it where the algorithm learns values."""
+def build_view(
+    cfg: DictConfig, paths: RunPaths, spec: TaskSpec, action_horizon: int
+) -> tuple[ChunkView | LearningView, VerdictLedger]:
+    """The acceptance view of `algo`, with transitions beside it where the algorithm learns values, and its verdicts."""
     algo, rule = cfg.algo, instantiate(cfg.algo.rule)
     threshold = instantiate(algo.threshold) if algo.get("threshold") else None
     ledger = VerdictLedger(paths.acceptance, rule_text(rule, threshold))
@@ -340,10 +343,10 @@ def build_view(cfg: DictConfig, paths: RunPaths, spec: TaskSpec, action_horizon:
         history=ledger.returns,
     )
     if not algo.get("transitions"):
-        return imitation
+        return imitation, ledger
     settings = algo.transitions
     transitions = TransitionView(spec, cfg.rollout.execute_horizon, settings.gamma, settings.demo_share)
-    return LearningView(imitation, transitions, settings.min_online)
+    return LearningView(imitation, transitions, settings.min_online), ledger
 
 
 def main(run_dir: str) -> int:

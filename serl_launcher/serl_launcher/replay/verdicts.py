@@ -52,7 +52,14 @@ class VerdictLedger:
     def __init__(self, path: Path, rule: str) -> None:
         self._path, self._rule = path, rule
         rows = read(path)
-        self._told = {(row["ordinal"], row["accepted"], row["reason"]) for row in rows if row["rule"] == rule}
+        self._told: dict[int, set[tuple[bool, str]]] = {}  # by this rule, since another one spoke last
+        for row in rows:
+            told = self._told.setdefault(row["ordinal"], set())
+            if row["rule"] == rule:
+                told.add((row["accepted"], row["reason"]))
+            else:
+                told.clear()
+        self._newest = newest(rows)
         self._returns = {row["ordinal"]: (row["mode"], row["return"]) for row in rows}
         _drop_torn_line(path)
 
@@ -60,13 +67,19 @@ class VerdictLedger:
         """Mode and return of the episodes whose ordinals lie between these, oldest first."""
         return [self._returns[ordinal] for ordinal in range(after + 1, before) if ordinal in self._returns]
 
+    @property
+    def accepted(self) -> int:
+        """Episodes, demonstrations included, whose newest verdict is that they are imitated."""
+        return sum(self._newest.values())
+
     def note(self, verdict: Verdict) -> None:
         """One line, unless this rule said the same before."""
         self._returns[verdict.ordinal] = (verdict.mode, verdict.return_)
-        key = (verdict.ordinal, verdict.accepted, verdict.reason)
-        if key in self._told:
+        key, told = (verdict.accepted, verdict.reason), self._told.setdefault(verdict.ordinal, set())
+        if key in told:
             return
-        self._told.add(key)
+        told.add(key)
+        self._newest[verdict.ordinal] = verdict.accepted
         row = asdict(verdict)
         row["return"] = row.pop("return_")
         with self._path.open("a", encoding="utf-8") as file:
@@ -79,6 +92,11 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was torn by a kill
     return [json.loads(line) for line in lines]
+
+
+def newest(rows: list[dict[str, Any]]) -> dict[int, bool]:
+    """Ordinal -> accepted, by the last line on each episode."""
+    return {row["ordinal"]: row["accepted"] for row in rows}
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -35,7 +35,7 @@ def render_line(status: Mapping[str, Any]) -> str:
         f"{stage.get('name', 'idle')} {done}/{goal} {unit}" if goal else str(stage.get("name", "idle")),
         f"step {_get(status, 'trainer', 'step', default=0)}",
         f"loss {_number(_loss(status))}",
-        f"episodes {counts.get('accepted', 0)}/{counts.get('episodes', 0)}",
+        f"episodes {counts.get('episodes', 0)}" + _accepted(status, ", "),
         f"success {_rate(status)}",
         f"help {_percent(_get(status, 'rates', 'intervention_rate'))}",
         f"v{_get(status, 'trainer', 'version', default=-1)}",
@@ -98,7 +98,7 @@ def _learning_line(status: Mapping[str, Any]) -> str:
 def _episodes_line(status: Mapping[str, Any]) -> str:
     counts = status.get("counts") or {}
     return (
-        f"  episodes   {counts.get('accepted', 0)} accepted of {counts.get('episodes', 0)}   "
+        f"  episodes   {counts.get('episodes', 0)}{_accepted(status, '   ')}   "
         f"success {_rate(status)}   interventions {_percent(_get(status, 'rates', 'intervention_rate'))}"
     )
 
@@ -155,6 +155,12 @@ def _rate(status: Mapping[str, Any]) -> str:
     if rates.get("success_low") is not None:
         interval = f" [{rates['success_low']:.2f}, {rates['success_high']:.2f}]"
     return f"{rates['success_rate']:.2f}{interval}"
+
+
+def _accepted(status: Mapping[str, Any], separator: str) -> str:
+    """How many episodes are imitated, as the trainer says; nothing where no trainer is."""
+    n = _get(status, "trainer", "metrics", "replay/accepted")
+    return "" if n is None else f"{separator}{n:.0f} accepted"
 
 
 def _percent(value: float | None) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from serl_launcher.paths import RunPaths
+from serl_launcher.replay.verdicts import newest
+from serl_launcher.replay.verdicts import read as read_verdicts
 from serl_launcher.telemetry.metrics import read_metrics
 
 
@@ -26,7 +28,6 @@ class EpisodeRecord:
     n_ticks: int  # length
     success: bool  # with or without help
     interventions: int  # ticks the operator drove
-    accepted: bool  # entered the accepted subset
     whole: bool  # not cut: its outcome counts
     start_time: float  # unix s
     end_time: float  # unix s
@@ -64,6 +65,7 @@ class RunHistory:
     episodes: tuple[EpisodeRecord, ...]  # in journal order
     stages: tuple[StageRecord, ...]  # in the order in which they began
     metrics: tuple[Mapping[str, Any], ...]  # rows of metrics/trainer.jsonl
+    accepted: int | None = None  # episodes that are imitated, by the newest verdicts; None: no trainer has judged any
 
     @property
     def start_time(self) -> float:
@@ -91,7 +93,9 @@ def read_history(run_dir: Path) -> RunHistory:
     status = json.loads(paths.status.read_text(encoding="utf-8")) if paths.status.exists() else {}
     progress = json.loads(paths.stage_progress.read_text(encoding="utf-8")) if paths.stage_progress.exists() else {}
     stages = _stages(config, episodes, metrics, progress.get("stage_steps") or {})
-    return RunHistory(config, status, episodes, stages, metrics)
+    verdicts = newest(read_verdicts(paths.acceptance))
+    accepted = sum(verdicts.values()) if paths.acceptance.exists() else None
+    return RunHistory(config, status, episodes, stages, metrics, accepted)
 
 
 def _read_episodes(path: Path) -> list[EpisodeRecord]:

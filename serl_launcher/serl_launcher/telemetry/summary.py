@@ -49,15 +49,16 @@ def summarise(history: RunHistory) -> dict[str, Any]:
         "success_rate_before_online": start["rate"],
         "success_rate_before_online_interval": start["interval"],
         "episodes": len(history.episodes),
-        "accepted_episodes": sum(episode.accepted for episode in history.episodes),
+        "successes": sum(episode.success for episode in history.episodes if episode.mode != "eval"),
+        "accepted_episodes": history.accepted,
         "interventions": sum(episode.interventions > 0 for episode in online),
         "intervention_ticks": sum(episode.interventions for episode in online),
         "intervention_rate_first_third": _helped(online[: len(online) // 3]),
         "intervention_rate_last_third": _helped(online[len(online) - len(online) // 3 :]),
         "transitions": sum(episode.n_ticks for episode in history.episodes),
         "minutes": round((history.end_time - history.start_time) / 60, 2),
-        "policy_versions": _versions(history),
-        "steps": int(history.metrics[-1]["step"]) if history.metrics else 0,
+        "policy_versions": _newest(history, "version", "policy/version"),  # the first one published is 1
+        "steps": _newest(history, "step", "step"),
         "seed": history.config.get("seed"),
         "algo": (history.config.get("algo") or {}).get("name"),
         "policy": (history.config.get("policy") or {}).get("name"),
@@ -94,11 +95,11 @@ def _helped(episodes: Sequence[EpisodeRecord]) -> float | None:
     return round(sum(e.interventions > 0 for e in episodes) / len(episodes), 4) if episodes else None
 
 
-def _versions(history: RunHistory) -> int:
-    """Published policy versions; they count from 0."""
-    newest = (history.status.get("trainer") or {}).get("version")
-    logged = [row["policy/version"] for row in history.metrics if row.get("policy/version") is not None]
-    return int(max([newest if newest is not None else -1, *logged])) + 1
+def _newest(history: RunHistory, told: str, logged: str) -> int:
+    """The trainer's count: as the status tells it, which the log, written now and then, may lag behind."""
+    rows = (row.get(logged) for row in history.metrics)
+    figures = [(history.status.get("trainer") or {}).get(told), *rows]
+    return int(max((figure for figure in figures if figure is not None), default=0))
 
 
 def _stage_row(stage: StageRecord) -> dict[str, Any]:

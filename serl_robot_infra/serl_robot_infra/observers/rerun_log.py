@@ -1,10 +1,16 @@
-"""Streams a rollout to a rerun viewer. Optional: `rollout.rerun=true` and `pip install rerun-sdk` on the host."""
+"""Streams a rollout to a rerun viewer: `rollout.rerun=true`, made by `wiring`. Needs rerun-sdk on the actor's host."""
 
+import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from serl_robot_infra.observers.base import EpisodeReport, Observer
 from serl_transport.schema import EpisodeInfo, Observation, TimeStep
 from serl_transport.specs import TaskSpec
+
+CONNECT_S = 2.0  # a viewer is asked for once, at the start
+FLUSH_S = 2.0  # at the end; rerun itself would wait much longer for a viewer that was closed
 
 
 class RerunObserver(Observer):
@@ -12,27 +18,22 @@ class RerunObserver(Observer):
 
     Args:
         spec: names of the state and action dims.
-        path: write an .rrd file instead of connecting to a viewer on this host.
+        target: host:port of a viewer, or an .rrd file to write.
 
     Raises:
-        ValueError: rerun is not installed.
+        ValueError: rerun is not installed, or the address cannot be read.
     """
 
-    def __init__(self, spec: TaskSpec, path: Path | None = None):
-        try:
-            import rerun
-        except ImportError:
-            raise ValueError(
-                "rollout.rerun=true needs rerun: pip install rerun-sdk, or set rollout.rerun=false"
-            ) from None
-        self._rerun = rerun
+    def __init__(self, spec: TaskSpec, target: str | Path):
+        self._rerun = _rerun()
         self._spec = spec
-        self._stream = rerun.RecordingStream("flowserl")
-        if path is None:
-            self._stream.connect_grpc()
+        self._stream = self._rerun.RecordingStream("flowserl")
+        if isinstance(target, Path):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._stream.save(target)
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream.save(path)
+            host, port = read_address(target)
+            self._stream.connect_grpc(f"rerun+http://{f'[{host}]' if ':' in host else host}:{port}/proxy")
         self._tick = 0
 
     def episode_started(self, info: EpisodeInfo) -> None:
@@ -59,4 +60,42 @@ class RerunObserver(Observer):
 
     def close(self) -> None:
         """Send what is buffered."""
-        self._stream.flush()
+        self._stream.flush(timeout_sec=FLUSH_S)
+
+
+def connected(spec: TaskSpec, address: str, say: Callable[[str], None]) -> RerunObserver | None:
+    """An observer for the viewer at `address`; None, and one line, where nobody listens: the run goes on without.
+
+    Raises ValueError as RerunObserver does.
+    """
+    _rerun()
+    host, port = read_address(address)
+    try:
+        socket.create_connection((host, port), CONNECT_S).close()
+    except OSError as error:
+        say(
+            f"rollout.rerun: no viewer at {host}:{port} ({error.strerror or error}), the run goes on without; to look "
+            f"live, start `rerun --port {port}` first, or set rollout.rerun_address=<host:port> (docs/data.md)"
+        )
+        return None
+    say(f"rollout.rerun: streaming to the viewer at {host}:{port}")
+    return RerunObserver(spec, address)
+
+
+def read_address(address: str) -> tuple[str, int]:
+    """`host:port` or `[host]:port`. ValueError naming rollout.rerun_address otherwise."""
+    host, _, port = str(address).rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) <= 65535:
+        raise ValueError(f"rollout.rerun_address={address}: expected host:port, such as 127.0.0.1:9876")
+    return host.strip("[]"), int(port)
+
+
+def _rerun() -> Any:
+    try:
+        import rerun
+    except ImportError:
+        raise ValueError(
+            "rollout.rerun=true needs rerun-sdk in the actor's environment, which comes without: "
+            "VIRTUAL_ENV=.venv .venv/bin/uv pip install rerun-sdk==0.33.1, or set rollout.rerun=false"
+        ) from None
+    return rerun

@@ -67,14 +67,15 @@ def test_an_item_travels_from_the_client_to_the_ring_and_the_ledger(tmp_path: Pa
         assert client.flush(10)
         wait_for(lambda: len(ledger(tmp_path)) == 3)
         rows = ledger(tmp_path)
-        assert [(row["episode_id"], row["ordinal"], row["mode"], row["accepted"]) for row in rows] == [
+        assert [(row["episode_id"], row["ordinal"], row["mode"], row["success"]) for row in rows] == [
             ("e1", 0, "demo", True), ("e2", 1, "eval", False), ("e3", 2, "online", True),
         ]  # fmt: skip
         assert (rows[0]["n_ticks"], rows[0]["return"], rows[0]["interventions"]) == (7, 1.0, 3)
         assert (rows[1]["truncated_by"], rows[2]["policy_version_last"]) == ("time_limit", 7)
         status = client.request("status")
         assert status["counts"]["episodes"] == 3
-        assert status["counts"]["transitions"] == 19
+        assert (status["counts"]["transitions"], status["counts"]["experience"]) == (19, 12)  # evaluation is none
+        assert status["counts"]["successes"] == 2
         reader = RingReader(status["ring"])
         episodes = reader.episodes()
         assert [(row.ordinal, row.mode, row.success) for row in episodes] == [(0, "demo", True), (2, "online", True)]

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import tiny_policy
 
+from serl_launcher.learner import checkpoint
 from serl_launcher.learner.parameters import Published, base_sha256, find_parameters, load_into, publish
 from serl_launcher.policies.base import trainable
 
@@ -70,6 +71,18 @@ def test_another_frozen_base_is_refused(tmp_path):
 
 def test_weights_that_no_action_depends_on_make_no_other_base():
     assert base_sha256(tiny_policy(seed=0)) == base_sha256(tiny_policy(seed=1))
+
+
+def test_checkpoint_path_may_be_a_checkpoint_whose_average_is_taken(tmp_path):
+    trained, other = tiny_policy(seed=0), tiny_policy(seed=1)
+    averaged = trainable(trained)
+    tensors = {f"averaged.{n}": p for n, p in averaged.items()} | {f"raw.{n}": p + 1 for n, p in averaged.items()}
+    folder = checkpoint.save(tmp_path / "checkpoints", 380, tensors, {}, {}, keep=2)
+    load_into(other, find_parameters(folder), base_sha256(other))
+    assert all(torch.equal(p, averaged[n]) for n, p in trainable(other).items())
+    (folder / "manifest.json").unlink()  # was never finished
+    with pytest.raises(FileNotFoundError, match="checkpoint folder such as"):
+        find_parameters(folder)
 
 
 def test_checkpoint_path_may_be_a_file_a_params_folder_or_a_run(tmp_path):

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from replay_samples import batches, entries, info, write_journal
 
 from serl_launcher.learner import run_folder
-from serl_launcher.learner.main import main
+from serl_launcher.learner.main import main, unreachable_from_elsewhere
 from serl_launcher.learner.roles import accelerate_command, roles_for
 from serl_launcher.learner.run_folder import RunError, prepare
 
@@ -55,6 +55,15 @@ def test_the_same_run_is_resumed_and_its_old_status_forgotten(compose):
     folder.lock.close()
     assert prepare(compose("run=one", "trainer.batch_size=8")).state == "resumed"
     assert not folder.paths.status.exists()
+
+
+@pytest.mark.parametrize("protection", ["security.keys_dir=keys", "insecure=true"])
+def test_keys_or_insecure_on_loopback_are_warned_about(compose, protection):
+    warning = unreachable_from_elsewhere(compose(protection))
+    assert warning.startswith(f"warning: {protection} but bind_host=127.0.0.1")
+    assert "bind_host=0.0.0.0" in warning
+    assert unreachable_from_elsewhere(compose(protection, "bind_host=0.0.0.0")) is None
+    assert unreachable_from_elsewhere(compose()) is None
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import train_sft
 from accelerate import Accelerator
 from lerobot.datasets import LeRobotDatasetMetadata
 from sft_samples import EPISODES, TICKS, add_modality, make_dataset
@@ -122,3 +123,21 @@ def test_the_loss_falls_to_a_fifth_and_frozen_parts_stay_bit_equal(kind, folder)
     losses = [m["losses/flow"] for m in train(learner, chunks, steps, 8, 0, Schedule(steps=steps, warmup=20))]
     assert np.mean(losses[-20:]) <= 0.2 * np.mean(losses[:3]), (losses[:3], np.mean(losses[-20:]))
     assert frozen_hash(policy) == before
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("sft.stps=4", "unknown key 'sft.stps' in 'sft.stps=4'; did you mean 'steps'"),
+        ("sft.steps=abc", "sft.steps in 'sft.steps=abc' must be a whole number, at least 1 (default 1000), got 'abc'"),
+        ("sft.lr=-1", "a number, at least 0 (default 0.0005), got '-1'"),
+        ("trainer.max_grad_norm=abc", "trainer.max_grad_norm in 'trainer.max_grad_norm=abc' must be"),
+        ("sft.batch_size=1000", "60 samples do not fill a batch of 1000"),
+    ],
+)
+def test_a_word_that_is_wrong_is_one_message_and_leaves_the_output_free(folder, tmp_path, capsys, word, told):
+    assert train_sft.main([str(folder), str(tmp_path / "out"), "policy=pi0_tiny", word]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("train_sft: ")
+    assert told in said
+    assert not (tmp_path / "out").exists()

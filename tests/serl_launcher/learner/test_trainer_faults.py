@@ -34,6 +34,16 @@ def test_sac_trains_through_the_trainer_and_resumes(tmp_path, ring):
     assert all(torch.equal(tensor, want[name]) for name, tensor in again.learner.tensors().items())
 
 
+def test_ticks_of_evaluations_do_not_loosen_the_limiter(tmp_path, ring):
+    for k in range(6):
+        put(ring, k, "online")
+    trainer, gateway = make(tmp_path, ring, mode="online", limit=3)
+    gateway.experience = lambda: 0
+    trainer.run()
+    assert trainer.learner.step_count == 0
+    assert gateway.reports[-1]["metrics"]["replay/accepted"] == 6  # the dashboard's figure needs no step
+
+
 def test_when_everything_is_rejected_it_says_so_and_the_first_version_stays(tmp_path, ring, caplog):
     for k in range(6):
         put(ring, k, "online", success=False)

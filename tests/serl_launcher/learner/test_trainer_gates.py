@@ -11,8 +11,8 @@ from serl_launcher.replay.ring import RingReader
 
 
 def run(trainer, gateway, told):
-    """Answer report k with told[k] transitions, and end; returns the steps of the stage at each report."""
-    gateway.limit, gateway.transitions = len(told), lambda: told[len(gateway.reports) - 1]
+    """Answer report k with told[k] ticks of experience, and end; returns the steps of the stage at each report."""
+    gateway.limit, gateway.experience = len(told), lambda: told[len(gateway.reports) - 1]
     trainer.run()
     return [report["stage_steps"].get("s", 0) for report in gateway.reports]
 

@@ -20,8 +20,8 @@ class ScriptedGateway:
     def hello(self):
         return {}
 
-    def transitions(self):
-        """Told at the latest report; here the rate limiter lets everything pass."""
+    def experience(self):
+        """Ticks told at the latest report; here the rate limiter lets everything pass."""
         return 1000 * len(self.reports)
 
     def progress(self, **report):
@@ -31,7 +31,7 @@ class ScriptedGateway:
             "stage": self.stage,
             "done": over or len(self.reports) >= self.limit,
             "ring": str(self.ring.path),
-            "counts": {"transitions": self.transitions()},
+            "counts": {"transitions": 1000 * len(self.reports), "experience": self.experience()},
             "eval": self.evaluations,
         }
 

@@ -194,4 +194,7 @@ def test_the_ledger_keeps_each_verdict_once_over_restarts_and_a_torn_line(ring, 
     assert "min_return=0.5" in rule
     run(rule_text(SuccessRule(min_return=0.7)))  # another rule speaks for itself
     assert len(read(path)) == 6
+    run(rule)  # the first rule again: the newest line of each episode is its own
+    assert [row["rule"] for row in read(path)[6:]] == [rule] * 3
+    assert VerdictLedger(path, rule).accepted == 2
     assert all(json.loads(line) for line in path.read_text().splitlines())

@@ -37,7 +37,7 @@ class SampleRun:
                 "seed": seed, "n_ticks": 10, "return": float(success), "success": success,
                 "interventions": help_ticks, "policy_version_first": 0, "policy_version_last": 0,
                 "truncated_by": None if whole else "dead_actor", "whole": whole, "start_time": self.now,
-                "end_time": self.now + 6, "accepted": success and mode != "eval",
+                "end_time": self.now + 6,
             }
         )  # fmt: skip
         self.now += 6

@@ -11,12 +11,13 @@ STATUS = {
     "stage": {"index": 3, "name": "online", "mode": "online", "steps_goal": 2400, "episodes_goal": 0, "steps": 600,
               "episodes": 57, "min_version": None},
     "done": False,
-    "counts": {"episodes": 137, "accepted": 64, "demos": 20, "online": 57, "eval": 60, "interventions": 612,
-               "transitions": 4821},
+    "counts": {"episodes": 137, "successes": 64, "demos": 20, "online": 57, "eval": 60, "interventions": 612,
+               "transitions": 4821, "experience": 3000},
     "rates": {"transitions_per_s": 31.4, "success_rate": 0.625, "success_low": 0.4703, "success_high": 0.7578,
               "intervention_rate": 0.35},
     "eval": {"before": {"episodes": 60, "successes": 20}, "after": {"episodes": 0, "successes": 0}},
-    "trainer": {"step": 1500, "version": 14, "metrics": {"losses/flow": 0.18234, "time/step_s": 0.104}, "alive": True},
+    "trainer": {"step": 1500, "version": 14, "metrics": {"losses/flow": 0.18234, "time/step_s": 0.104,
+                "replay/accepted": 51.0}, "alive": True},
     "serving": {"version": 14, "requests": 812, "batch_mean": 1.5, "p50_ms": 41.2},
     "actors": {"actor-0": {"boot": "b", "policy_version": 13, "version_age_s": 12.3, "last_seen_s": 0.2, "backlog": 2,
                            "mode": "online"}},
@@ -29,7 +30,8 @@ def test_everything_that_the_operator_wants_to_see():
     for part in (
         "quickstart",
         "stage 4 online (online)", "600/2400 steps", "[######..................]", "step 1500", "loss 0.1823",
-        "64 accepted of 137", "success 0.62 [0.47, 0.76]", "interventions 35%", "before 0.33 [0.23, 0.46] of 60",
+        "episodes   137   51 accepted", "success 0.62 [0.47, 0.76]", "interventions 35%",
+        "before 0.33 [0.23, 0.46] of 60",
         "4821 transitions (31.4/s)", "policy v14", "serving v14 at 41 ms, batch 1.5", "dataset 130 episodes",
         "actor-0", "policy v13 (12 s old)", "backlog 2",
     ):  # fmt: skip
@@ -73,7 +75,8 @@ def test_a_silent_actor_and_one_without_policy():
 
 def test_the_one_line_form():
     assert render_line(STATUS) == (
-        "online 600/2400 steps · step 1500 · loss 0.1823 · episodes 64/137 · success 0.62 [0.47, 0.76] · help 35% · v14"
+        "online 600/2400 steps · step 1500 · loss 0.1823 · episodes 137, 51 accepted"
+        " · success 0.62 [0.47, 0.76] · help 35% · v14"
     )
 
 

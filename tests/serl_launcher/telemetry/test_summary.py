@@ -37,9 +37,9 @@ def test_the_figures(run):
     expected = {
         "success_rate": 0.75, "success_rate_from": "after", "success_rate_episodes": 4,
         "success_rate_before_online": 0.25,
-        "episodes": 22, "accepted_episodes": 11, "interventions": 4, "intervention_ticks": 20,
+        "episodes": 22, "successes": 11, "accepted_episodes": None, "interventions": 4, "intervention_ticks": 20,
         "intervention_rate_first_third": 1.0, "intervention_rate_last_third": 0.0, "transitions": 220, "steps": 340,
-        "policy_versions": 4, "seed": 7, "algo": "reject_sampling_pi0", "policy": "pi0_tiny", "task": "pick",
+        "policy_versions": 3, "seed": 7, "algo": "reject_sampling_pi0", "policy": "pi0_tiny", "task": "pick",
     }  # fmt: skip
     assert {key: summary[key] for key in expected} == expected
     # 22 episodes of 6 s and 5 + 12 logged lines of 3 s
@@ -57,9 +57,18 @@ def test_steps_of_a_stage_are_the_trainers_own_count_where_it_is_kept(run):
     assert (stages["online"], stages["demos"]) == (345, 0)
 
 
-def test_the_status_knows_of_versions_that_were_not_logged(run):
-    (run / "status.json").write_text(json.dumps({"trainer": {"version": 9}}))
-    assert write_summary(run)["policy_versions"] == 10
+def test_the_status_knows_of_versions_and_steps_that_were_not_logged(run):
+    (run / "status.json").write_text(json.dumps({"trainer": {"version": 9, "step": 347}}))
+    summary = write_summary(run)
+    assert (summary["policy_versions"], summary["steps"]) == (9, 347)
+
+
+def test_accepted_is_what_the_rule_said_last_of_each_episode(run):
+    said = [(0, True, "accepted"), (1, False, "short"), (2, True, "accepted"), (2, False, "return")]
+    rows = [{"ordinal": ordinal, "accepted": accepted, "reason": reason} for ordinal, accepted, reason in said]
+    (run / "acceptance.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = write_summary(run)
+    assert (summary["successes"], summary["accepted_episodes"]) == (11, 1)
 
 
 def test_a_repeated_evaluation_seed_and_a_cut_episode_do_not_count(tmp_path):
