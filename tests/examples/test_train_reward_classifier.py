@@ -35,7 +35,7 @@ def test_a_mistake_is_one_message(capsys, word, message):
 def test_a_run_without_a_task_is_named(tmp_path, capsys, config):
     OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
     assert train_reward_classifier.main([f"run={tmp_path}"]) == 2
-    assert f"run={tmp_path}: its config.yaml has no task.spec" in capsys.readouterr().err
+    assert f"{tmp_path / 'config.yaml'}: task.spec is missing" in capsys.readouterr().err
 
 
 def test_right_settings_are_taken():
