@@ -129,7 +129,7 @@ def read_words(path: Path) -> dict[str, bool]:
         raise ValueError(f"{expected}, got no JSON: {error}") from None
     wrong = {k: v for k, v in words.items() if type(v) is not bool} if isinstance(words, dict) else words
     if wrong or not isinstance(words, dict):
-        raise ValueError(f"{expected}, got {str(wrong)[:80]}")
+        raise ValueError(f"{expected}, got {json.dumps(wrong)[:80]}")
     return words
 
 

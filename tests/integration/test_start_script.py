@@ -316,6 +316,9 @@ def test_panes_end_with_the_learner(checkout):
     servers = sessions(checkout)
     assert len(servers) > 0
     (checkout.root / "go").touch()
+    deadline = time.monotonic() + PATIENCE_S
+    while not list(checkout.root.rglob("*.learner.exit")) and time.monotonic() < deadline:
+        time.sleep(0.02)
     # The actor here never says goodbye by itself: it is stopped when it is clear that it will not.
     os.kill(actor, signal.SIGTERM)
     assert terminal.wait() == 0

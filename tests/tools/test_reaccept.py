@@ -115,7 +115,7 @@ def test_the_audit_counts_both_kinds_of_error_and_takes_a_persons_word(run, caps
     assert json.loads((run / "relabelled.json").read_text()) == kept
     (run / "labels.json").write_text(json.dumps({"episode-1": "no"}))
     assert audit_reward.main([str(run), "--relabel", str(run / "labels.json")]) == 2
-    assert "expected {\"episode id\": true | false}, got {'episode-1': 'no'}" in capsys.readouterr().err
+    assert 'expected {"episode id": true | false}, got {"episode-1": "no"}' in capsys.readouterr().err
     assert audit_reward.main([str(run)]) == 0  # what was said before still counts
     assert "0 false positives, 0 false negatives" in capsys.readouterr().out
 

@@ -24,6 +24,7 @@ def make_agent(variant="per_step", ah=2, state_dim=1, **settings):
         policy.net[-1].weight.mul_(0.1)  # a flow that hardly moves: the noise reaches every action
     add_steering(policy, state_dim, variant)
     defaults = {"flow_steps": 2, "critics": 2, "widths": (32, 32), "warmup_steps": 50, "entropy_per_dim": -2.0}
+    defaults |= {"memory": 1024, "memory_batch": 64}
     return DSRLAgent(policy, "", feature_dim=state_dim, horizon=ah, **(defaults | settings))
 
 
