@@ -81,6 +81,7 @@ class Trainer:
         self.watch = EvaluationWatch(paths.params, evaluation_goals(cfg.schedule.stages), cfg.trainer.rollback_margin)
         self.held: str | None = None  # why no more steps are taken
         self._next_complaint = 0.0
+        self._taken_over = False  # from another algorithm
         self._stopping = False
         self.latest: dict[str, float] = {}  # metrics of the last step, for the dashboard
         self._resume()
@@ -89,8 +90,8 @@ class Trainer:
     def run(self) -> None:
         """Until the gateway says that every stage is done, or `stop`."""
         status = self.link.hello()
-        if self.version < 1:
-            self.publish()
+        if self.version < 1 or self._taken_over:
+            self.publish()  # what another algorithm published may hold parts that this one's server does not know
         stage_name = None
         while not self._stopping:
             status = self.report()
@@ -316,6 +317,7 @@ class Trainer:
             self.rng.bit_generator.state = state["rng"]
             torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
         else:
+            self._taken_over = True
             self.learner.continue_from(checkpoint.load(folder)[0])
             self.learner.step_count = state["counters"]["step"]
             log.warning(

@@ -146,6 +146,7 @@ def test_another_algorithm_goes_on_in_the_folder_from_the_policy_it_finds(tmp_pa
         assert all(torch.equal(t, theirs[name]) for name, t in getattr(second.learner, which).items())
     second.run()
     assert second.learner.step_count == 5
+    assert second.version == first.version + 2  # at once, for servers that know only this one's parts, and at the end
     again, _ = make(tmp_path, ring, "sac_pi0", mode="online", steps=2)
     want = second.learner.tensors()
     assert all(torch.equal(tensor, want[name]) for name, tensor in again.learner.tensors().items())
