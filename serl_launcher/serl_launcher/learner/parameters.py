@@ -105,6 +105,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {short: f.get_tensor(name) for short, name in names.items()}, f.metadata() or {}
 
 
+def tensor_names(path: Path) -> set[str]:
+    """Names in a published file; nothing of it is read but the header."""
+    with safe_open(path, framework="pt") as f:
+        return set(f.keys())
+
+
 def _of_checkpoint(path: Path) -> bool:
     return path.name == CHECKPOINT_TENSORS and (path.parent / "manifest.json").exists()
 

@@ -32,7 +32,14 @@ from serl_launcher.learner import checkpoint
 from serl_launcher.learner.guard import GO_BACK, HOLD, EvaluationWatch, FaultGuard, evaluation_goals
 from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.limiter import StepLimiter
-from serl_launcher.learner.parameters import Published, base_sha256, find_parameters, publish, read_tensors
+from serl_launcher.learner.parameters import (
+    Published,
+    base_sha256,
+    find_parameters,
+    publish,
+    read_tensors,
+    tensor_names,
+)
 from serl_launcher.paths import RunPaths
 from serl_launcher.policies.trains import parameter_table
 from serl_launcher.replay.learning import LearningView
@@ -81,7 +88,6 @@ class Trainer:
         self.watch = EvaluationWatch(paths.params, evaluation_goals(cfg.schedule.stages), cfg.trainer.rollback_margin)
         self.held: str | None = None  # why no more steps are taken
         self._next_complaint = 0.0
-        self._taken_over = False  # from another algorithm
         self._stopping = False
         self.latest: dict[str, float] = {}  # metrics of the last step, for the dashboard
         self._resume()
@@ -90,8 +96,8 @@ class Trainer:
     def run(self) -> None:
         """Until the gateway says that every stage is done, or `stop`."""
         status = self.link.hello()
-        if self.version < 1 or self._taken_over:
-            self.publish()  # what another algorithm published may hold parts that this one's server does not know
+        if self.version < 1 or not self._served_is_ours():
+            self.publish()
         stage_name = None
         while not self._stopping:
             status = self.report()
@@ -282,6 +288,12 @@ class Trainer:
             self.cfg.trainer.keep_checkpoints,
         )
 
+    def _served_is_ours(self) -> bool:
+        """Has the newest published version the parts that this algorithm's server expects? Another one's may not."""
+        newest = Published.read(self.paths.params)
+        path = self.paths.params / newest.file if newest else None
+        return path is not None and path.exists() and tensor_names(path) == set(self.learner.averaged)
+
     def _wrote(self, folder: Path) -> bool:
         """Is this checkpoint one of the agent that trains now?"""
         mine = type(self.learner.agent).__name__
@@ -317,7 +329,6 @@ class Trainer:
             self.rng.bit_generator.state = state["rng"]
             torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
         else:
-            self._taken_over = True
             self.learner.continue_from(checkpoint.load(folder)[0])
             self.learner.step_count = state["counters"]["step"]
             log.warning(
