@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FILES = ("tensors.safetensors", "optimizer.pt", "state.json")
+RAW, AVERAGED = "raw.", "averaged."  # what the policy's names begin with among the tensors
 
 
 def save(

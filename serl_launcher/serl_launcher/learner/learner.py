@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from serl_launcher.agents.base import Agent, ParameterGroup
+from serl_launcher.learner.checkpoint import AVERAGED, RAW
 from serl_launcher.learner.optimizers import for_device
 from serl_launcher.learner.parameters import describe_mismatch
 
@@ -131,7 +132,7 @@ class Learner:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold, under flat names: parameters, their average, targets and the like."""
-        raw = {f"raw.{name}": p.detach() for name, p in self._state.items()}
+        raw = {f"{RAW}{name}": p.detach() for name, p in self._state.items()}
         published = {id(p) for p in self._state.values()}
         further = {
             f"{group}.{name}": p.detach()
@@ -140,7 +141,7 @@ class Learner:
             if id(p) not in published
         }
         carried = {f"carried.{name}": p for name, p in self.agent.carried().items()}
-        return raw | {f"averaged.{name}": p for name, p in self.averaged.items()} | further | carried
+        return raw | {f"{AVERAGED}{name}": p for name, p in self.averaged.items()} | further | carried
 
     def optimizer_state(self) -> dict[str, Any]:
         """State of every optimizer, by group."""
@@ -172,14 +173,8 @@ class Learner:
 
         What the agent calls `fresh` may be absent and keeps its initial values.
         """
-        fresh = tuple(getattr(self.agent, "fresh", ()))
-        want = {n: p for n, p in self._state.items() if n in published or not (fresh and n.startswith(fresh))}
-        problems = describe_mismatch(want, published)
-        if problems:
-            raise ValueError("checkpoint_path does not fit this policy: " + "; ".join(problems))
-        for name, p in want.items():
-            p.copy_(published[name])
-            self.averaged[name].copy_(published[name])
+        for mine in (self._state, self.averaged):
+            self._take(mine, published, "checkpoint_path")
 
     @torch.no_grad()
     def continue_from(self, tensors: dict[str, Tensor]) -> None:
@@ -187,15 +182,18 @@ class Learner:
 
         What an algorithm adds to a policy is left out. Raises ValueError as `load_tensors` does for the rest.
         """
-        fresh = tuple(getattr(self.agent, "fresh", ()))
-        for prefix, mine in (("raw.", self._state), ("averaged.", self.averaged)):
+        for prefix, mine in ((RAW, self._state), (AVERAGED, self.averaged)):
             theirs = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            want = {n: p for n, p in mine.items() if n in theirs or not (fresh and n.startswith(fresh))}
-            problems = describe_mismatch(want, {n: t for n, t in theirs.items() if n in mine})
-            if problems:
-                raise ValueError("checkpoint does not fit this policy: " + "; ".join(problems))
-            for name, p in want.items():
-                p.copy_(theirs[name])
+            self._take(mine, {n: t for n, t in theirs.items() if n in mine}, "checkpoint")
+
+    def _take(self, mine: dict[str, Tensor], theirs: dict[str, Tensor], what: str) -> None:
+        """Copy all of theirs; only what the agent calls `fresh` may be missing there. ValueError names `what`."""
+        fresh = tuple(getattr(self.agent, "fresh", ()))
+        want = {n: p for n, p in mine.items() if n in theirs or not (fresh and n.startswith(fresh))}
+        if problems := describe_mismatch(want, theirs):
+            raise ValueError(f"{what} does not fit this policy: " + "; ".join(problems))
+        for name, p in want.items():
+            p.copy_(theirs[name])
 
     def counters(self) -> dict[str, int]:
         return {"step": self.step_count, "average_age": self._average_age}

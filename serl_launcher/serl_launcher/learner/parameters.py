@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from serl_launcher.learner.checkpoint import AVERAGED, FILES
 from serl_launcher.policies.base import trainable
 
-AVERAGED, CHECKPOINT_TENSORS = "averaged.", "tensors.safetensors"  # as learner.checkpoint and Learner.tensors write
+CHECKPOINT_TENSORS = FILES[0]
 
 
 @dataclass(frozen=True, slots=True)

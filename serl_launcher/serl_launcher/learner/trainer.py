@@ -137,7 +137,8 @@ class Trainer:
         fall = self.watch.look(status.get("eval") or {})
         if fall is None:
             return
-        self.learner.start_from(read_tensors(fall.parameters)[0])
+        best = read_tensors(fall.parameters)[0]  # perhaps of another algorithm, with parts that this one does not know
+        self.learner.start_from({name: tensor for name, tensor in best.items() if name in self.learner.averaged})
         self.publish()
         self.save()  # or the next start would go on from the policy that fell
         self.watch.settle(fall.stage)

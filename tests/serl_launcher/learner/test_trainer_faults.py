@@ -145,6 +145,19 @@ def test_a_published_version_with_parts_of_another_algorithm_is_replaced_before_
     assert not [name for name in names if name.startswith("steering.")]
 
 
+def test_a_fall_after_a_change_of_algorithm_brings_the_other_ones_policy_back(tmp_path, ring):
+    put(ring, 0, "demo")
+    first, _ = make(tmp_path, ring, "dsrl_pi0", steps=2)
+    first.run()
+    first._roll_back_after_a_fall({"eval": {"a": {"episodes": 10, "successes": 9}}})
+    second, _ = make(tmp_path, ring, steps=2)
+    for tensor in second.learner.averaged.values():
+        tensor.add_(1.0)
+    second._roll_back_after_a_fall({"eval": {"b": {"episodes": 10, "successes": 1}}})
+    best = first.learner.averaged
+    assert all(torch.equal(tensor, best[name]) for name, tensor in second.learner.averaged.items())
+
+
 def test_another_algorithm_goes_on_in_the_folder_from_the_policy_it_finds(tmp_path, ring, caplog):
     for k in range(3):
         put(ring, 2 * k, "demo")
