@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [[ " $* " == *" --stop "* && ! -x .venv/bin/python ]]; then echo "nothing to stop: start.sh runs nothing here"; exit 0; fi
 bash tools/bootstrap.sh learner
-exec .venv/bin/python tools/launch.py "$@"
+exec .venv/bin/python -m flowserl_cli.start "$@"

@@ -8,5 +8,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 bash tools/bootstrap.sh learner
 # Threads under contention are slower than one thread; nothing in the suite needs the hub or a display.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=agg WANDB_MODE=offline PYTHONUNBUFFERED=1
-exec .venv/bin/python -m pytest --cov=openpi_client --cov=serl_transport --cov=serl_robot_infra --cov=serl_launcher \
+exec .venv/bin/python -m pytest --cov=flowserl_cli --cov=serl_config --cov=openpi_client --cov=serl_transport --cov=serl_robot_infra --cov=serl_launcher \
   --cov-report=term:skip-covered "$@"

@@ -64,8 +64,9 @@ def words_of(variant: str, task: str, policy: str, seed: int, extra: Sequence[st
 
 def one(variant: str, task: str, policy: str, seed: int, extra: Sequence[str]) -> None:
     """Run it here; rows go to stdout as they come."""
-    from compose import load_config
     from lockstep import budget_of, run
+
+    from flowserl_cli.compose import load_config
 
     budget, words = budget_of(words_of(variant, task, policy, seed, extra))
     head = {"algo": variant, "policy": policy, "task": task, "seed": seed, "words": list(extra)}

@@ -23,12 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from openpi_client.action_chunk_broker import ActionChunkBroker
 from serl_launcher.learner.trainer import Trainer
-from serl_launcher.paths import RunPaths
 from serl_launcher.replay.assembler import Assembler
 from serl_launcher.replay.entries import DataEntry
 from serl_launcher.replay.ring import RingReader, RingWriter
 from serl_launcher.rewards.server import RewardServer
 from serl_launcher.rewards.server import build as build_reward_server
+from serl_launcher.run.paths import RunPaths
 from serl_launcher.serving.local import LocalPolicy
 from serl_robot_infra.adder import Adder
 from serl_robot_infra.episode import Body, EpisodeRunner
@@ -41,10 +41,10 @@ from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.rewards.environment import EnvironmentReward
 from serl_robot_infra.safety import SafetyChain
 from serl_robot_infra.wiring import build_env, build_guard, build_operator, build_reward, demo_noise
-from serl_transport.codec import pack
-from serl_transport.errors import CannotListen
-from serl_transport.schema import StepBatch
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.errors import CannotListen
+from serl_transport.contract.schema import StepBatch
+from serl_transport.contract.specs import TaskSpec
+from serl_transport.wire.codec import pack
 
 FIRST_EVAL_SEED, FIRST_CURVE_SEED = 1_000_000, 2_000_000
 

@@ -21,14 +21,14 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
-from compose import load_config  # noqa: E402
 from lockstep import FIRST_EVAL_SEED, Lockstep, budget_of  # noqa: E402
 
+from flowserl_cli.compose import load_config  # noqa: E402
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, sample  # noqa: E402
 from serl_robot_infra.envs.base import ScriptedEnvironment  # noqa: E402
 from serl_robot_infra.evaluation import wilson  # noqa: E402
 from serl_robot_infra.wiring import build_env  # noqa: E402
-from serl_transport.schema import Observation  # noqa: E402
+from serl_transport.contract.schema import Observation  # noqa: E402
 
 Choice = Callable[[Observation, np.ndarray], np.ndarray]
 """Observation and the expert's action -> the chunk float32[ah, ad] to execute."""

@@ -15,13 +15,13 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from compose import CONFIG_DIR, ConfigError, nearest, type_mismatch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from serl_launcher.run_config import read_config
-from serl_transport.specs import TaskSpec
+from flowserl_cli.compose import CONFIG_DIR, ConfigError, nearest, type_mismatch
+from serl_launcher.run.config import read_config
+from serl_transport.contract.specs import TaskSpec
 
 
 def main(argv: Sequence[str]) -> int:

@@ -16,8 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing of a default run comes from the hub; HF_HUB_OFFLINE=0 lets a policy of yours fetch its weights.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from compose import ConfigError, group_options, load_config
 from omegaconf import DictConfig, OmegaConf
+
+from flowserl_cli.compose import ConfigError, group_options, load_config
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,7 +56,7 @@ def _run_actor(config: DictConfig) -> int:
 
 
 def _run_learner(config: DictConfig) -> int:
-    from serl_launcher.learner.main import main as learner_main
+    from serl_launcher.supervisor.main import main as learner_main
 
     return learner_main(config)
 

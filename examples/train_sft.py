@@ -21,19 +21,19 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from compose import ConfigError, load_config, nearest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flowserl_cli.compose import ConfigError, load_config, nearest
 from serl_launcher.agents.build import build_agent
 from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.modality import Modality
-from serl_launcher.learner.parameters import base_sha256, publish
 from serl_launcher.learner.sft import Chunks, Columns, check_batch, spec_of, train
 from serl_launcher.policies.trains import frozen_hash, parameter_table
+from serl_launcher.run.parameters import base_sha256, publish
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
 SFT = {"steps": 1000, "batch_size": 8, "lr": 5e-4, "warmup": 50, "max_samples": None, "log_period": 10}

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 PACKAGES = {
+    "flowserl_cli": "packages/flowserl-cli/src/flowserl_cli",
+    "serl_config": "packages/serl-config/src/serl_config",
     "serl_transport": "packages/serl-transport/src/serl_transport",
     "openpi_client": "packages/openpi-client/src/openpi_client",
     "serl_robot_infra": "serl_robot_infra/serl_robot_infra",
@@ -18,13 +20,15 @@ PACKAGES = {
 }
 # package -> our other packages that it may import
 ALLOWED = {
+    "flowserl_cli": {"serl_config", "serl_robot_infra", "serl_launcher"},
+    "serl_config": set(),
     "serl_transport": set(),
     "openpi_client": {"serl_transport"},
-    "serl_robot_infra": {"serl_transport", "openpi_client"},
-    "serl_launcher": {"serl_transport", "openpi_client"},
+    "serl_robot_infra": {"serl_config", "serl_transport", "openpi_client"},
+    "serl_launcher": {"serl_config", "serl_transport", "openpi_client"},
 }
 HEAVY = {"torch", "torchvision", "lerobot", "transformers", "accelerate", "safetensors"}
-TORCH_FREE = ("serl_transport", "openpi_client", "serl_robot_infra")
+TORCH_FREE = ("serl_config", "serl_transport", "openpi_client", "serl_robot_infra")
 # Inside the launcher, lower layers do not know the upper ones. (telemetry and paths belong to all.)
 UPPER = {
     "replay": {"policies", "critics", "agents", "learner", "serving", "gateway", "exporter"},
@@ -34,7 +38,7 @@ UPPER = {
     "gateway": {"policies", "critics", "agents", "serving", "exporter"},
 }
 # The processes of the GPU box that must start fast and must not hold torch.
-TORCH_FREE_MODULES = ("serl_launcher.gateway.__main__", "serl_launcher.learner.main", "serl_launcher.exporter.role")
+TORCH_FREE_MODULES = ("serl_launcher.gateway.__main__", "serl_launcher.supervisor.main", "serl_launcher.exporter.role")
 
 
 def imports(source: str, package: str) -> Iterator[tuple[str, bool]]:
@@ -92,17 +96,17 @@ def test_imports_go_one_way(repo_root, package):
 
 def test_every_package_has_modules(repo_root):
     # A moved folder would make the walk above pass on nothing.
-    assert all(len(list(modules(repo_root, package))) > 3 for package in PACKAGES)
+    assert all(len(list(modules(repo_root, package))) > 1 for package in PACKAGES)
 
 
 @pytest.mark.parametrize(
     ("package", "module", "source"),
     [
         ("serl_robot_infra", "serl_robot_infra.actor", "from serl_launcher.replay import ring"),
-        ("serl_robot_infra", "serl_robot_infra.actor", "def f():\n    import serl_launcher.paths"),
-        ("serl_launcher", "serl_launcher.paths", "import serl_robot_infra"),
-        ("serl_transport", "serl_transport.codec", "from openpi_client import base_policy"),
-        ("serl_transport", "serl_transport.codec", "import torch"),
+        ("serl_robot_infra", "serl_robot_infra.actor", "def f():\n    import serl_launcher.run.paths"),
+        ("serl_launcher", "serl_launcher.run.paths", "import serl_robot_infra"),
+        ("serl_transport", "serl_transport.wire.codec", "from openpi_client import base_policy"),
+        ("serl_transport", "serl_transport.wire.codec", "import torch"),
         ("serl_robot_infra", "serl_robot_infra.envs.pick", "try:\n    import torch\nexcept ImportError:\n    pass"),
         ("serl_launcher", "serl_launcher.replay.views", "from serl_launcher.learner.trainer import Trainer"),
         ("serl_launcher", "serl_launcher.agents.sac", "from ..gateway import schedule"),
@@ -118,7 +122,7 @@ def test_the_walk_finds_a_breach(package, module, source):
         ("serl_robot_infra", "serl_robot_infra.wiring", "def local():\n    import torch"),
         ("serl_robot_infra", "serl_robot_infra.actor", "from openpi_client.base_policy import BasePolicy"),
         ("serl_launcher", "serl_launcher.learner.trainer", "import torch\nfrom serl_launcher.replay import ring"),
-        ("serl_transport", "serl_transport.codec", "if TYPE_CHECKING:\n    import torch"),
+        ("serl_transport", "serl_transport.wire.codec", "if TYPE_CHECKING:\n    import torch"),
     ],
 )
 def test_the_walk_lets_the_allowed_pass(package, module, source):

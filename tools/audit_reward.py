@@ -27,9 +27,9 @@ from serl_launcher.replay.episodes import journal_episodes
 from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.rewards.judging import balanced_accuracy, confusion, episode_score, stages_reached, verdict_at
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, load
-from serl_launcher.run_config import read_config
-from serl_transport.schema import Episode
-from serl_transport.specs import TaskSpec
+from serl_launcher.run.config import read_config
+from serl_transport.contract.schema import Episode
+from serl_transport.contract.specs import TaskSpec
 
 
 @dataclass(frozen=True, slots=True)

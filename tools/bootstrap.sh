@@ -10,7 +10,7 @@ kind=${1:-learner}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 uv_version=0.13.8
-members=(packages/serl-transport packages/openpi-client serl_robot_infra)
+members=(packages/serl-config packages/serl-transport packages/openpi-client serl_robot_infra packages/flowserl-cli)
 
 say() { printf '[bootstrap] %s\n' "$*" >&2; }
 die() { printf 'bootstrap: %s\n' "$*" >&2; exit 2; }

@@ -26,12 +26,12 @@ import pyarrow.parquet as pq
 from serl_launcher.exporter.__main__ import read_run
 from serl_launcher.exporter.columns import episode_columns
 from serl_launcher.exporter.features import image_keys
-from serl_launcher.paths import RunPaths
 from serl_launcher.replay.assembler import Assembler
 from serl_launcher.replay.entries import DataEntry, SpecChangedError, decode_entry
 from serl_launcher.replay.journal import JournalCorrupt, JournalReader
-from serl_transport.schema import Episode
-from serl_transport.specs import TaskSpec
+from serl_launcher.run.paths import RunPaths
+from serl_transport.contract.schema import Episode
+from serl_transport.contract.specs import TaskSpec
 
 SHOWN = 10  # problems of one kind that are printed
 

@@ -13,12 +13,12 @@ import pkgutil
 import sys
 
 OURS = {
-    "actor": ("openpi_client", "serl_transport", "serl_robot_infra"),
-    "learner": ("openpi_client", "serl_transport", "serl_robot_infra", "serl_launcher"),
+    "actor": ("serl_config", "openpi_client", "serl_transport", "serl_robot_infra"),
+    "learner": ("flowserl_cli", "serl_config", "openpi_client", "serl_transport", "serl_robot_infra", "serl_launcher"),
 }
 # What our modules import inside functions, where it is needed.
 LATER = {
-    "actor": ("mujoco", "av"),
+    "actor": ("serl_config", "mujoco", "av"),
     "learner": (
         "accelerate.commands.launch",
         "gym_hil.envs",

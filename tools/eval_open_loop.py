@@ -25,8 +25,6 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from serl_launcher.learner.parameters import find_parameters
-from serl_launcher.paths import RunPaths
 from serl_launcher.policies.open_loop import (
     METHODS,
     OpenLoop,
@@ -35,7 +33,9 @@ from serl_launcher.policies.open_loop import (
     hold_still,
     run_episode,
 )
-from serl_launcher.run_config import read_config
+from serl_launcher.run.config import read_config
+from serl_launcher.run.parameters import find_parameters
+from serl_launcher.run.paths import RunPaths
 from serl_launcher.serving.engine import PolicyEngine, Query
 
 COLOURS = {"policy": "tab:blue", "hold_still": "tab:gray", "repeat_last": "tab:orange"}

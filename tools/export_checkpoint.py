@@ -17,13 +17,13 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.agents.build import build_policy
-from serl_launcher.learner.parameters import base_sha256, find_parameters, load_into
-from serl_launcher.paths import RunPaths
-from serl_launcher.policies.groot import GrootFlowPolicy
-from serl_launcher.policies.groot_checkpoint import save_groot
+from serl_launcher.policies.groot.build import GrootFlowPolicy
+from serl_launcher.policies.groot.checkpoint import save_groot
 from serl_launcher.policies.saving import save_policy
-from serl_launcher.run_config import read_config
-from serl_transport.specs import TaskSpec
+from serl_launcher.run.config import read_config
+from serl_launcher.run.parameters import base_sha256, find_parameters, load_into
+from serl_launcher.run.paths import RunPaths
+from serl_transport.contract.specs import TaskSpec
 
 
 def export(run: Path, folder: Path, version: str | None = None) -> Path:

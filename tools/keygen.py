@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from serl_transport.keys import LEARNER, KeyPair, read_secret, write_pair
+from serl_transport.security.keys import LEARNER, KeyPair, read_secret, write_pair
 
 HEADER = "# role name public-key; actor: push, infer, ask; operator: also pause, resume, publish, stop\n"
 

@@ -4,15 +4,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 uv=.venv/bin/uv
-members=(openpi-client serl-transport serl-robot-infra serl-launcher flowserl)
+members=(flowserl-cli serl-config openpi-client serl-transport serl-robot-infra serl-launcher flowserl)
 skip=(); for m in "${members[@]}"; do skip+=(--no-emit-package "$m"); done
 compile() { # compile OUT SOURCE...
   local out=$1; shift
   "$uv" pip compile -q --generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
     --universal --python-version 3.12 "${skip[@]}" --group pyproject.toml:dev -o "$out" "$@"
 }
-compile requirements/learner.txt --all-extras serl_launcher/pyproject.toml serl_robot_infra/pyproject.toml packages/openpi-client/pyproject.toml packages/serl-transport/pyproject.toml
-compile requirements/actor.txt --extra sim serl_robot_infra/pyproject.toml packages/openpi-client/pyproject.toml packages/serl-transport/pyproject.toml -c requirements/learner.txt
+compile requirements/learner.txt --all-extras serl_launcher/pyproject.toml serl_robot_infra/pyproject.toml packages/serl-config/pyproject.toml packages/openpi-client/pyproject.toml packages/serl-transport/pyproject.toml
+compile requirements/actor.txt --extra sim serl_robot_infra/pyproject.toml packages/flowserl-cli/pyproject.toml packages/openpi-client/pyproject.toml packages/serl-transport/pyproject.toml packages/serl-config/pyproject.toml -c requirements/learner.txt
 if grep -nE 'https?://|file://|--(extra-)?index-url|--find-links' requirements/*.txt; then
   echo "lock.sh: the lines above record an address; remove their cause" >&2; exit 1
 fi

@@ -13,7 +13,7 @@ import json
 import sys
 
 from serl_transport import TrainerClient, TrainerConfig
-from serl_transport.errors import WireError
+from serl_transport.contract.errors import WireError
 
 REQUESTS = ("pause", "resume", "publish", "stop", "status")
 

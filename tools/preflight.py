@@ -16,20 +16,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import torch
-from compose import load_config
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flowserl_cli.compose import load_config
 from serl_launcher.learner.data_check import findings
 from serl_launcher.learner.modality import Modality
 from serl_launcher.learner.sft import Columns
-from serl_launcher.policies.build import meta_policy
 from serl_launcher.policies.estimate import Estimate, estimate
-from serl_launcher.policies.groot_head import GrootFlowPolicy
+from serl_launcher.policies.groot.head import GrootFlowPolicy
+from serl_launcher.policies.pi0.build import meta_policy
 from serl_launcher.policies.trains import parameter_table
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 PEAKS = {"H200": 800, "H100": 800, "A100": 280, "L40S": 330, "4090": 150, "3090": 65}  # dense bf16, reached, TFLOP/s
 UTILISATION, USABLE = 0.45, 0.92  # of the peak; of the memory (fragmentation, CUDA's own)

@@ -26,12 +26,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from serl_config.mistakes import mistake_message
 from serl_launcher.replay.episodes import journal_episodes
 from serl_launcher.replay.rulebook import RuleBook
 from serl_launcher.replay.verdicts import Verdict, rule_text
-from serl_launcher.run_config import read_config
-from serl_transport.mistakes import said
-from serl_transport.specs import TaskSpec
+from serl_launcher.run.config import read_config
+from serl_transport.contract.specs import TaskSpec
 
 KEYS = re.compile(r"algo\.(rule|threshold)(\..+)?")
 
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
         other = OmegaConf.merge(cfg, *map(read, args.overrides))
         before, after = judge(args.run, cfg), judge(args.run, other)
     except (FileNotFoundError, ValueError, HydraException, OmegaConfBaseException) as error:
-        print(f"reaccept: {said(error)}", file=sys.stderr)
+        print(f"reaccept: {mistake_message(error)}", file=sys.stderr)
         return 2
     print("\n".join(changes(before, after)) or "  no verdict changes")
     for name, verdicts in (("this run's rule", before), (rule_text(instantiate(other.algo.rule)), after)):

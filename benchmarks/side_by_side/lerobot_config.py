@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lerobot_env import ENV_ID, GRIPPER_PENALTY
 
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 BATCH = {"state": 256, "images": 64}

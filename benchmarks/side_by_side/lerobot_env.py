@@ -16,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 from side_task import Robot, Settings, seed_of
 
-from serl_transport.schema import Observation
+from serl_transport.contract.schema import Observation
 
 ENV_ID = "PandaPickCubeScripted-v0"
 GRIPPER_PENALTY = -0.02

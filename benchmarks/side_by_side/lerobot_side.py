@@ -25,7 +25,7 @@ import psutil
 from lerobot_env import ActionUnits, to_gym
 from side_task import FIRST_SEED, Robot, Settings, evaluate, rate
 
-from serl_transport.schema import Observation
+from serl_transport.contract.schema import Observation
 
 HERE = Path(__file__).resolve().parent
 LONGEST_PAUSE_S = 900.0  # without a new snapshot

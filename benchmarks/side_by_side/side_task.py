@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from compose import load_config
 from lockstep import FIRST_CURVE_SEED, FIRST_EVAL_SEED
 from omegaconf import DictConfig, OmegaConf
 
+from flowserl_cli.compose import load_config
 from serl_robot_infra.envs.base import Environment
 from serl_robot_infra.evaluation import wilson
 from serl_robot_infra.interventions.base import Intervention
 from serl_robot_infra.wiring import build_env, build_operator, demo_noise
-from serl_transport.schema import Observation
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.schema import Observation
+from serl_transport.contract.specs import TaskSpec
 
 TASKS = {"state": "pick_gym_hil_state", "images": "pick_gym_hil"}
 FIRST_SEED = {"curve": FIRST_CURVE_SEED, "before": FIRST_EVAL_SEED, "after": FIRST_EVAL_SEED}

@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
-from serl_launcher.policies.build import build_flow_policy
-from serl_launcher.policies.full_size import FullSize
-from serl_launcher.policies.groot import build_groot
-from serl_launcher.policies.groot_full import FullGrootSize
-from serl_launcher.policies.groot_tiny import TinyGrootSize
-from serl_launcher.policies.pi0 import PI0FlowPolicy
+from serl_launcher.policies.groot.build import build_groot
+from serl_launcher.policies.groot.full_size import FullGrootSize
+from serl_launcher.policies.groot.tiny import TinyGrootSize
+from serl_launcher.policies.pi0.build import build_flow_policy
+from serl_launcher.policies.pi0.full_size import FullSize
+from serl_launcher.policies.pi0.policy import PI0FlowPolicy
 from serl_launcher.policies.precision import hold
 from serl_launcher.serving.graphs import GraphRunner
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 # DESIGN, section 6: (goal, first step) in ms on an H100.
 GOALS = {

@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rows import alternate
 
-from serl_transport import TrainerClient, TrainerConfig, codec
-from serl_transport.envelope import Envelope
-from serl_transport.specs import TaskSpec
+from serl_transport import TrainerClient, TrainerConfig
+from serl_transport.contract.specs import TaskSpec
+from serl_transport.wire import codec
+from serl_transport.wire.envelope import Envelope
 
 NEAR_IP, FAR_IP = "10.199.78.1", "10.199.78.2"
 LINK = ["rate", "1gbit", "burst", "128kb", "latency", "50ms"]  # of tc's token bucket, in both directions

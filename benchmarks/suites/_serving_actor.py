@@ -15,8 +15,8 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from serl_transport import TrainerClient, TrainerConfig
-from serl_transport.errors import WireError
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.errors import WireError
+from serl_transport.contract.specs import TaskSpec
 
 
 def ask_until(client: TrainerClient, body: dict, begin: float, end: float) -> dict:

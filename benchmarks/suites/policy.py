@@ -18,10 +18,10 @@ from suites._policy_table import full_models, guarded, middle_models, seconds, t
 from torch import Tensor, nn
 
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample
-from serl_launcher.policies.build import build_flow_policy
-from serl_launcher.policies.full_size import FullSize
-from serl_launcher.policies.pi0 import PI0FlowPolicy
-from serl_launcher.policies.pi0_tiny import TinySize
+from serl_launcher.policies.pi0.build import build_flow_policy
+from serl_launcher.policies.pi0.full_size import FullSize
+from serl_launcher.policies.pi0.policy import PI0FlowPolicy
+from serl_launcher.policies.pi0.tiny import TinySize
 
 
 def rows(quick: bool) -> Iterator[Row]:

@@ -134,7 +134,7 @@ class Lab:
     """A run folder with a published policy, its gateway, its policy server and eight actors."""
 
     def __init__(self, run_dir: Path, **serving: Any) -> None:
-        from compose import load_config
+        from flowserl_cli.compose import load_config
 
         with socket.socket() as first, socket.socket() as second:
             for free in (first, second):
@@ -151,9 +151,9 @@ class Lab:
 
     def _policy(self) -> tuple[dict, str]:
         from serl_launcher.agents.build import build_policy
-        from serl_launcher.learner.parameters import base_sha256
         from serl_launcher.policies.base import trainable
-        from serl_transport.specs import TaskSpec
+        from serl_launcher.run.parameters import base_sha256
+        from serl_transport.contract.specs import TaskSpec
 
         spec = TaskSpec.from_dict(OmegaConf.to_container(self.config.task.spec, resolve=True))
         policy = build_policy(self.config, spec)
@@ -161,7 +161,7 @@ class Lab:
 
     def publish(self) -> None:
         """The next version, as the trainer does it."""
-        from serl_launcher.learner.parameters import publish
+        from serl_launcher.run.parameters import publish
 
         self.version += 1
         publish(

@@ -26,12 +26,13 @@ from floors import Peer, fdatasync_rate, tcp_rate, tcp_sink, zmq_rate, zmq_sink
 from rows import Row, alternate
 from suites._round_trip import NEAR_IP, measure, measure_in, namespace
 
-from serl_launcher.gateway.internal import PolicyLink
-from serl_transport import TrainerClient, TrainerConfig, TrainerServer, codec
-from serl_transport.envelope import Envelope
-from serl_transport.outbox import WINDOW_BYTES, WINDOW_ITEMS
-from serl_transport.schema import EpisodeInfo, Outcome, StepBatch
-from serl_transport.specs import TaskSpec
+from serl_launcher.run.internal import PolicyLink
+from serl_transport import TrainerClient, TrainerConfig, TrainerServer
+from serl_transport.contract.schema import EpisodeInfo, Outcome, StepBatch
+from serl_transport.contract.specs import TaskSpec
+from serl_transport.delivery.outbox import WINDOW_BYTES, WINDOW_ITEMS
+from serl_transport.wire import codec
+from serl_transport.wire.envelope import Envelope
 
 MAX_TICKS = 100
 CAMERAS = ("front", "side", "wrist")

@@ -20,7 +20,7 @@ from serl_robot_infra.evaluation import EvaluationSummary
 from serl_robot_infra.link import LearnerLink, Run, Stop, Ticket, Wait, parse_ticket
 from serl_robot_infra.observers.base import Observer
 from serl_robot_infra.pacing import PoliteStop
-from serl_transport.errors import Internal, NotReady, ServerSilent, StorageFull
+from serl_transport.contract.errors import Internal, NotReady, ServerSilent, StorageFull
 
 _RETRY_S = 1.0
 _LATCHED_S = 0.1

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from serl_transport.schema import EpisodeInfo, Observation, Outcome, StepBatch, TimeStep
+from serl_transport.contract.schema import EpisodeInfo, Observation, Outcome, StepBatch, TimeStep
 
 
 class Adder:

@@ -27,8 +27,8 @@ from serl_robot_infra.pacing import Pace, PoliteStop
 from serl_robot_infra.policy_client import infer_body
 from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.safety import SafetyChain, UnsafeTickError
-from serl_transport.errors import DeadlineMissed, Internal, NotReady, ServerSilent
-from serl_transport.schema import EpisodeInfo, Observation, Outcome, TimeStep
+from serl_transport.contract.errors import DeadlineMissed, Internal, NotReady, ServerSilent
+from serl_transport.contract.schema import EpisodeInfo, Observation, Outcome, TimeStep
 
 _RETRY_S = 0.2
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from serl_transport.errors import BadFrame
-from serl_transport.schema import MODES
+from serl_transport.contract.errors import BadFrame
+from serl_transport.contract.schema import MODES
 
 
 class LearnerLink(Protocol):
-    """One connection to a learner. Calls raise `serl_transport.errors.WireError`; `ServerSilent` when no reply came."""
+    """One connection to a learner. Calls raise a `WireError`; `ServerSilent` when no reply came."""
 
     boot_id: str
     """This process's boot, as recorded in its episodes."""

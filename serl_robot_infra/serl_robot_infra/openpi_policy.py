@@ -25,8 +25,8 @@ from openpi_client.websocket_client_policy import (
     PolicyServerError,
     WebsocketClientPolicy,
 )
-from serl_transport.errors import Internal, NotReady, WireError
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.errors import Internal, NotReady, WireError
+from serl_transport.contract.specs import TaskSpec
 
 NO_VERSION = -1
 _KEY = "rollout.openpi"

@@ -12,7 +12,7 @@ import numpy as np
 
 from openpi_client.base_policy import BasePolicy
 from serl_robot_infra.link import LearnerLink
-from serl_transport.schema import Observation
+from serl_transport.contract.schema import Observation
 
 
 def infer_body(

@@ -5,8 +5,8 @@ Called by `wiring`; answers `link.LearnerLink`. Nothing is recorded but videos a
 
 from typing import Any
 
-from serl_transport.errors import UnknownKind
-from serl_transport.spool import new_boot_id
+from serl_transport.contract.errors import UnknownKind
+from serl_transport.delivery.spool import new_boot_id
 
 FIRST_EVAL_SEED = 1_000_000
 

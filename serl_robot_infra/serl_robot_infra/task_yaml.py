@@ -1,4 +1,4 @@
-"""What config/task/<name>.yaml may say. Called by the actor and by examples/compose.py before anything is opened.
+"""What config/task/<name>.yaml may say. Called by the actor and by flowserl_cli/compose.py before anything is opened.
 
 Plain containers of the `task` section flow in; a ValueError names the key, what was expected and what came. An unknown
 key is refused: a misspelt `safety` would otherwise switch the limits off.
@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from serl_robot_infra.safety import SafetyChain
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 KEYS = ("name", "spec", "env", "operator", "reward", "safety", "rate_hz", "noop_dims")
 NEEDED = {

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.base_policy import BasePolicy
 from openpi_client.realtime_chunk_broker import RealtimeChunkBroker
+from serl_config.mistakes import mistake_message
 from serl_robot_infra.actor import Actor
 from serl_robot_infra.adder import Adder
 from serl_robot_infra.envs.base import Environment
@@ -44,9 +45,8 @@ from serl_robot_infra.standalone import StandaloneLink
 from serl_robot_infra.task_yaml import check_task
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
-from serl_transport.errors import Refused, SpoolError, SpoolFull, WireError
-from serl_transport.mistakes import said
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.errors import Refused, SpoolError, SpoolFull, WireError
+from serl_transport.contract.specs import TaskSpec
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def run_actor(cfg: DictConfig, stream: TextIO) -> int:
         return _refuse(str(mistake), stream)
     except InstantiationException as mistake:
         log.debug("where it came from", exc_info=True)
-        return _refuse(said(mistake), stream)
+        return _refuse(mistake_message(mistake), stream)
     except EnvironmentFailedError as fault:
         log.debug("where it came from", exc_info=True)
         print(f"actor: error: {fault}; what was not delivered is sent at the next start", file=stream, flush=True)

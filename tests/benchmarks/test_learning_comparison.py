@@ -40,9 +40,9 @@ def test_a_tiny_run_trains_at_the_asked_ratio(variant, tmp_path, capsys):
 
 def test_a_classifier_gives_the_rewards_and_the_environment_has_the_last_word(tmp_path, capsys):
     import learning
-    from compose import load_config
     from omegaconf import OmegaConf
 
+    from flowserl_cli.compose import load_config
     from serl_launcher.rewards.model import RewardCard, RewardClassifier, save
 
     spec = OmegaConf.to_container(load_config(["task=pick"]).task.spec, resolve=True)

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from rows import Row
 from suites._policy_table import Cost, Peaks, flops_of, guarded, middle_models, served_bytes, timed
 
-from serl_launcher.policies.pi0_tiny import TinySize
+from serl_launcher.policies.pi0.tiny import TinySize
 
 CPU = torch.device("cpu")
 

@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 import train_rlpd
-from compose import ConfigError, dotted_keys, group_options, load_config
 from omegaconf import OmegaConf
+
+from flowserl_cli.compose import ConfigError, dotted_keys, group_options, load_config
 
 
 @pytest.mark.parametrize(

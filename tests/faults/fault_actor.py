@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from serl_transport import TrainerClient, TrainerConfig
-from serl_transport.errors import Refused, SpoolFull, WireError
-from serl_transport.schema import EpisodeInfo, Observation, Outcome, StepBatch, TimeStep
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.errors import Refused, SpoolFull, WireError
+from serl_transport.contract.schema import EpisodeInfo, Observation, Outcome, StepBatch, TimeStep
+from serl_transport.contract.specs import TaskSpec
 
 
 def make_spec(pixels: int = 24, hz: float = 20.0) -> TaskSpec:

@@ -15,9 +15,9 @@ import numpy as np
 from fault_actor import make_spec
 
 from serl_transport import bundle
-from serl_transport.codec import pack
-from serl_transport.envelope import PROTOCOL, Envelope
-from serl_transport.schema import EpisodeInfo, Observation, StepBatch, TimeStep
+from serl_transport.contract.schema import EpisodeInfo, Observation, StepBatch, TimeStep
+from serl_transport.wire.codec import pack
+from serl_transport.wire.envelope import PROTOCOL, Envelope
 
 Frames = list[bytes]
 NAMES = (

@@ -7,8 +7,8 @@ import random
 import msgpack
 import numpy as np
 
-from serl_transport.codec import pack
 from serl_transport.same_host import SLOTS
+from serl_transport.wire.codec import pack
 
 SIZE = 224 * 224 * 3  # bytes of the image that they claim to have put into their slot
 

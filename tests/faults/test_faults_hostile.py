@@ -21,12 +21,13 @@ from hostile import Hostile, tcp_garbage
 from hostile_lines import datagram
 from rig import Windows
 
-from serl_transport import TrainerConfig, auth
-from serl_transport.codec import DEFAULT_LIMITS, pack, unpack
-from serl_transport.envelope import Envelope
-from serl_transport.keys import ClientKeys
+from serl_transport import TrainerConfig
+from serl_transport.contract.specs import TaskSpec
 from serl_transport.same_host import AskLine, machine_id
-from serl_transport.specs import TaskSpec
+from serl_transport.security import auth
+from serl_transport.security.keys import ClientKeys
+from serl_transport.wire.codec import DEFAULT_LIMITS, pack, unpack
+from serl_transport.wire.envelope import Envelope
 
 MESSAGES = int(os.environ.get("FAULTS_HOSTILE", "10000"))
 HALF_OPEN = 900

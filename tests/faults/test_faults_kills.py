@@ -11,7 +11,7 @@ import pytest
 from rig import cpu_s, is_listening, until
 
 from serl_transport import TrainerClient, TrainerConfig
-from serl_transport.errors import SchemaMismatch
+from serl_transport.contract.errors import SchemaMismatch
 
 LEARNER_KILLS = int(os.environ.get("FAULTS_LEARNER_KILLS", "20"))
 ACTOR_KILLS = int(os.environ.get("FAULTS_ACTOR_KILLS", "10"))

@@ -7,18 +7,18 @@ import threading
 import time
 
 import pytest
-from compose import load_config
 from omegaconf import OmegaConf
 
+from flowserl_cli.compose import load_config
 from serl_launcher.agents.build import build_policy
 from serl_launcher.gateway.app import Gateway
 from serl_launcher.gateway.settings import GatewaySettings
-from serl_launcher.learner.parameters import base_sha256, publish
-from serl_launcher.paths import RunPaths
 from serl_launcher.policies.base import trainable
+from serl_launcher.run.parameters import base_sha256, publish
+from serl_launcher.run.paths import RunPaths
 from serl_launcher.serving.server import PolicyServer
 from serl_robot_infra.actor import main
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 
 def free_port():

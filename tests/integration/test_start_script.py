@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from serl_launcher.learner.children import process_stat
+from serl_launcher.supervisor.children import process_stat
 
 PATIENCE_S = 60.0
 ENTRY = """
@@ -46,30 +46,27 @@ COMPLETE = "import json\nrun_dir.mkdir(parents=True, exist_ok=True)\n(run_dir / 
 class Checkout:
     """A folder that start.sh could have been cloned into."""
 
-    def __init__(self, source: Path, root: Path, ports: tuple[int, int]) -> None:
+    def __init__(self, root: Path, ports: tuple[int, int]) -> None:
         self.root, self.ports = root, ports
-        for folder in ("tools", "examples"):
-            (root / folder).mkdir(parents=True)
-        for path in source.glob("tools/launch*.py"):
-            shutil.copy(path, root / "tools")
-        shutil.copy(source / "examples" / "compose.py", root / "examples")
-        shutil.copytree(source / "config", root / "config")
-        base = root / "config" / "base.yaml"  # ports that nobody else on this machine listens on
-        base.write_text(base.read_text().replace(" 5588 ", f" {ports[0]} ").replace(" 5589 ", f" {ports[1]} "))
+        (root / "examples").mkdir(parents=True)
         (root / "examples" / "train_rlpd.py").write_text(ENTRY)
         self.side("actor", FOREVER)
         self.side("learner", FOREVER)
-        self.command = [sys.executable, str(root / "tools" / "launch.py")]
 
     def side(self, name: str, code: str) -> None:
         (self.root / f"{name}.py").write_text(f"NAME = {name!r}\n{code}")
 
+    def command(self, *words: str) -> list[str]:
+        """What start.sh execs, on ports that nobody else on this machine listens on."""
+        ports = [] if "--stop" in words else [f"port={self.ports[0]}", f"broadcast_port={self.ports[1]}"]
+        return [sys.executable, "-m", "flowserl_cli.start", *words, *ports]
+
     def start(self, *words: str, **options) -> subprocess.Popen:
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
-        return subprocess.Popen([*self.command, *words], stdin=subprocess.DEVNULL, **options)
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": self.root} | options
+        return subprocess.Popen(self.command(*words), stdin=subprocess.DEVNULL, **options)
 
     def run(self, *words: str) -> tuple[int, str]:
-        done = subprocess.run([*self.command, *words], capture_output=True, text=True, timeout=PATIENCE_S)
+        done = subprocess.run(self.command(*words), capture_output=True, text=True, timeout=PATIENCE_S, cwd=self.root)
         return done.returncode, done.stdout + done.stderr
 
     def pid(self, name: str) -> int:
@@ -84,7 +81,7 @@ class Checkout:
 
 @pytest.fixture
 def checkout(repo_root, tmp_path, free_ports):
-    checkout = Checkout(repo_root, tmp_path / "clone", free_ports)
+    checkout = Checkout(tmp_path / "clone", free_ports)
     yield checkout
     checkout.run("--stop")
 
@@ -177,7 +174,7 @@ def test_a_reader_that_goes_away_ends_the_run(checkout):
 
 def test_stop_ends_what_start_started_and_nothing_else(checkout, repo_root, tmp_path):
     other_ports = checkout.ports[::-1]
-    neighbour = Checkout(repo_root, tmp_path / "other", other_ports)
+    neighbour = Checkout(tmp_path / "other", other_ports)
     stranger = subprocess.Popen(["sleep", "600"])
     try:
         launchers = [checkout.start("--no-tmux"), neighbour.start("--no-tmux")]
@@ -250,8 +247,9 @@ def test_a_port_in_use_is_said_before_the_actor_could_reach_the_learner_that_hol
 def test_a_finished_run_of_the_same_name_is_moved_aside(checkout):
     checkout.side("actor", "pass")
     checkout.side("learner", COMPLETE + "import shutil\nshutil.copy(root / 'config.yaml', run_dir)")
-    from compose import load_config
     from omegaconf import OmegaConf
+
+    from flowserl_cli.compose import load_config
 
     (checkout.root / "config.yaml").write_text(OmegaConf.to_yaml(load_config([]), resolve=True))
     assert checkout.run("--no-tmux")[0] == 0
@@ -264,12 +262,18 @@ def test_a_finished_run_of_the_same_name_is_moved_aside(checkout):
 class Terminal:
     """A process on a pseudo terminal whose output is kept."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, checkout: Checkout) -> None:
         self.text = ""
         master, slave = pty.openpty()
         env = {**os.environ, "TERM": "xterm"}
         self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True
+            checkout.command(),
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=env,
+            cwd=checkout.root,
+            start_new_session=True,
         )
         os.close(slave)
         self._master = master
@@ -311,7 +315,7 @@ def test_panes_end_with_the_learner(checkout):
         "learner",
         "print('learned something')\nimport time\nwhile not (root / 'go').exists(): time.sleep(0.02)\n" + COMPLETE,
     )
-    terminal = Terminal(checkout.command)
+    terminal = Terminal(checkout)
     actor = checkout.pid("actor")
     servers = sessions(checkout)
     assert len(servers) > 0
@@ -330,7 +334,7 @@ def test_panes_end_with_the_learner(checkout):
 @needs_tmux
 @pytest.mark.parametrize("how", ["ctrl-c", "stop"])
 def test_panes_are_ended_by_the_user(checkout, how):
-    terminal = Terminal(checkout.command)
+    terminal = Terminal(checkout)
     pids = [checkout.pid(name) for name in ("actor", "learner")]
     servers = sessions(checkout)
     if how == "stop":
@@ -345,7 +349,7 @@ def test_panes_are_ended_by_the_user(checkout, how):
 
 @needs_tmux
 def test_the_run_outlives_a_closed_terminal_and_can_be_stopped(checkout):
-    terminal = Terminal(checkout.command)
+    terminal = Terminal(checkout)
     pids = [checkout.pid(name) for name in ("actor", "learner")]
     terminal.process.send_signal(signal.SIGHUP)
     terminal.wait()

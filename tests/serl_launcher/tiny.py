@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from serl_launcher.policies.pi0 import PI0FlowPolicy, build_pi0
-from serl_launcher.policies.pi0_tiny import TinySize
+from serl_launcher.policies.pi0.policy import PI0FlowPolicy, build_pi0
+from serl_launcher.policies.pi0.tiny import TinySize
 from serl_launcher.replay.transitions import TransitionBatch
 from serl_launcher.replay.views import ChunkBatch
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 ROOT = Path(__file__).parents[2]
 HORIZON = 4

@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from serl_robot_infra.envs.pick import PickEnv
 from serl_transport.config import TrainerConfig
-from serl_transport.schema import Episode, StepBatch
+from serl_transport.contract.schema import Episode, StepBatch
+from serl_transport.contract.specs import TaskSpec
 from serl_transport.server import TrainerServer
-from serl_transport.specs import TaskSpec
 
 Infer = Callable[[dict[str, Any]], dict[str, Any]]
 

@@ -14,7 +14,7 @@ from scripted_learner import ScriptedLearner, actor_config, still_policy, ticket
 
 from serl_robot_infra.actor import main
 from serl_robot_infra.envs.pick import PickEnv
-from serl_transport.errors import NotReady
+from serl_transport.contract.errors import NotReady
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from serl_robot_infra.adder import Adder
-from serl_transport import blob, codec
-from serl_transport.schema import Episode, EpisodeInfo, Observation, Outcome, StepBatch, TimeStep
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.schema import Episode, EpisodeInfo, Observation, Outcome, StepBatch, TimeStep
+from serl_transport.contract.specs import TaskSpec
+from serl_transport.wire import blob, codec
 
 SPEC = TaskSpec.from_dict(
     {

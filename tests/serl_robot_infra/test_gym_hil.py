@@ -8,7 +8,7 @@ pytest.importorskip("gym_hil", reason="the hil extra (gym-hil) is not installed"
 
 from serl_robot_infra.envs.base import ScriptedEnvironment
 from serl_robot_infra.envs.gym_hil import GymHilPickEnv
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 
 @pytest.fixture(scope="module")

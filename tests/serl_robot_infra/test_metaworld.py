@@ -9,13 +9,13 @@ from hydra.utils import instantiate
 
 pytest.importorskip("metaworld", reason="the metaworld extra is not installed")
 
-from compose import load_config
 from omegaconf import OmegaConf
 
+from flowserl_cli.compose import load_config
 from serl_robot_infra.envs.base import ScriptedEnvironment
 from serl_robot_infra.envs.metaworld import MetaWorldEnv
 from serl_robot_infra.wiring import build_env, build_operator
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 
 @pytest.fixture(scope="module", params=["metaworld", "metaworld_box_close", "metaworld_pick_place"])

@@ -14,7 +14,7 @@ from serl_robot_infra.evaluation import EvaluationSummary, wilson
 from serl_robot_infra.observers.base import EpisodeReport, Observer, ObserverGroup
 from serl_robot_infra.observers.console import ConsoleObserver, Vitals
 from serl_robot_infra.observers.video import VideoObserver
-from serl_transport.schema import EpisodeInfo, Observation, Outcome, TimeStep
+from serl_transport.contract.schema import EpisodeInfo, Observation, Outcome, TimeStep
 
 INFO = EpisodeInfo("e1", "actor-0", "boot", "pick", "do it", "online", "online", 7, 1.5)
 

@@ -16,8 +16,8 @@ from scripted_learner import RobotPick, ScriptedLearner, actor_config, ticket
 from serl_robot_infra.actor import main
 from serl_robot_infra.openpi_policy import NO_VERSION, OpenpiPolicy, OpenpiSettings
 from serl_robot_infra.policy_client import infer_body
-from serl_transport.errors import Internal, NotReady
-from serl_transport.schema import Observation
+from serl_transport.contract.errors import Internal, NotReady
+from serl_transport.contract.schema import Observation
 
 STOCK = Path(__file__).parents[1] / "openpi_client" / "stock_openpi.py"
 ACTION = [0.0, 0.0, 0.0, -1.0]

@@ -6,7 +6,7 @@ import pytest
 from serl_robot_infra.envs.base import Environment, ScriptedEnvironment
 from serl_robot_infra.envs.pick import PickEnv
 from serl_robot_infra.envs.pick.env import STEP_LIMIT
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from serl_robot_infra.rewards.classifier import ClassifierReward
 from serl_robot_infra.rewards.goal_pose import GoalPoseReward
 from serl_robot_infra.rewards.human_key import HumanKeyReward
 from serl_robot_infra.wiring import build_reward, evaluation_reward
-from serl_transport.errors import ServerSilent
-from serl_transport.schema import Observation
+from serl_transport.contract.errors import ServerSilent
+from serl_transport.contract.schema import Observation
 
 STEP = StepResult(
     Observation(images={"front": np.zeros((2, 2, 3), np.uint8)}, state=np.zeros(1, np.float32)),

@@ -7,7 +7,7 @@ import pytest
 
 from serl_robot_infra.envs.pick import PickEnv
 from serl_robot_infra.safety import SafetyChain, UnsafeTickError, describe
-from serl_transport.schema import Observation
+from serl_transport.contract.schema import Observation
 
 SPEC = PickEnv(cameras=()).spec
 STATE = np.float32([0, 0, 0.1, 1, -1])

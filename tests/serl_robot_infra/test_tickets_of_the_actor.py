@@ -4,7 +4,7 @@ import pytest
 from scripted_learner import ticket
 
 from serl_robot_infra.link import Run, Stop, Wait, parse_ticket
-from serl_transport.errors import BadFrame
+from serl_transport.contract.errors import BadFrame
 
 
 def test_the_three_kinds():

@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-from serl_transport.mistakes import of_the_user, said
+from serl_config.mistakes import is_config_mistake, mistake_message
 
 
 def chained(*links):
@@ -14,16 +14,16 @@ def chained(*links):
 
 def test_careful_words_are_kept_whole_and_not_replaced_by_what_caused_them():
     wrapped = chained(Exception("Error in call to target"), ValueError("a: expected 1\n  got 2"), RuntimeError("deep"))
-    assert said(wrapped) == "a: expected 1\n  got 2"
-    assert of_the_user(wrapped)
-    assert said(chained(ValueError("plain"), RuntimeError("deep"))) == "plain"
+    assert mistake_message(wrapped) == "a: expected 1\n  got 2"
+    assert is_config_mistake(wrapped)
+    assert mistake_message(chained(ValueError("plain"), RuntimeError("deep"))) == "plain"
 
 
 def test_what_the_interpreter_says_gets_its_key_and_one_line():
     wrapped = chained(Exception("Error in call to target 'f'\nfull_key: algo.rule"), TypeError("no argument x\nmore"))
-    assert said(wrapped) == "algo.rule: no argument x"
-    assert of_the_user(wrapped)
+    assert mistake_message(wrapped) == "algo.rule: no argument x"
+    assert is_config_mistake(wrapped)
 
 
 def test_a_failing_machine_is_no_mistake_of_the_user():
-    assert not of_the_user(chained(Exception("Error in call to target"), RuntimeError("out of memory")))
+    assert not is_config_mistake(chained(Exception("Error in call to target"), RuntimeError("out of memory")))

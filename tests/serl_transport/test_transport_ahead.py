@@ -9,7 +9,7 @@ import pytest
 
 from serl_transport import TrainerConfig
 from serl_transport.ahead import MOST_KEPT, Standing
-from serl_transport.errors import NotReady, Refused
+from serl_transport.contract.errors import NotReady, Refused
 
 WAIT = 20.0
 
@@ -109,8 +109,8 @@ def test_a_callback_that_fails_gets_the_next_version_all_the_same(serve, connect
 
 
 def test_questions_the_server_lost_do_not_keep_a_client_from_its_parameters(serve, connect, monkeypatch):
-    monkeypatch.setattr("serl_transport.listener.REPLY_S", 1.0)
-    monkeypatch.setattr("serl_transport.params.REPLY_S", 0.5)
+    monkeypatch.setattr("serl_transport.parameters.listener.REPLY_S", 1.0)
+    monkeypatch.setattr("serl_transport.parameters.params.REPLY_S", 0.5)
     server = serve()
     receiver = Receiver(connect(server))
     server.publish_network(params(1))

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from serl_transport import TrainerConfig
-from serl_transport.errors import NotReady, ServerSilent, UnknownKind
+from serl_transport.contract.errors import NotReady, ServerSilent, UnknownKind
 
 WAIT = 20.0
 

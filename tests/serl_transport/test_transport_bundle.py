@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import zmq
 
-from serl_transport import bundle, codec
-from serl_transport.blob import join, split
-from serl_transport.codec import DEFAULT_LIMITS, Limits, pack, unpack
-from serl_transport.envelope import Envelope
-from serl_transport.errors import BadFrame, Refused, StorageFull, TooLarge, WireError
-from serl_transport.spool import DiskSpool
+from serl_transport import bundle
+from serl_transport.contract.errors import BadFrame, Refused, StorageFull, TooLarge, WireError
+from serl_transport.delivery.spool import DiskSpool
+from serl_transport.wire import codec
+from serl_transport.wire.blob import join, split
+from serl_transport.wire.codec import DEFAULT_LIMITS, Limits, pack, unpack
+from serl_transport.wire.envelope import Envelope
 
 WAIT = 30.0
 HEAD, ITEM = struct.Struct("<4sI"), struct.Struct("<QQ")
@@ -169,7 +170,7 @@ def test_large_items_travel_alone(serve, connect, tmp_path):
 
 
 def test_one_refused_item_goes_aside_and_a_full_disks_one_comes_again(serve, connect, tmp_path, monkeypatch):
-    monkeypatch.setattr("serl_transport.outbox.RETRY_S", 0.05)
+    monkeypatch.setattr("serl_transport.delivery.outbox.RETRY_S", 0.05)
     left_over(tmp_path, [{"value": i} for i in range(10)])
     got, full = [], []
 
@@ -233,7 +234,7 @@ def test_a_message_that_is_refused_as_a_whole_comes_again_one_by_one(serve, conn
 
 
 def test_a_flipped_byte_sends_all_items_again(serve, connect, tmp_path, monkeypatch):
-    monkeypatch.setattr("serl_transport.outbox.RETRY_S", 0.05)
+    monkeypatch.setattr("serl_transport.delivery.outbox.RETRY_S", 0.05)
     left_over(tmp_path, [{"value": i} for i in range(5)])
     real, flips = Envelope.check, []
 
@@ -333,7 +334,7 @@ def test_an_operators_connection_sends_no_items(serve, connect):
 
 
 def test_tokens_of_others_are_refused():
-    from serl_transport.router import _read_token
+    from serl_transport.connection.router import _read_token
 
     for token in (b"", b"\x01", codec.msgpack.packb([b"a", 1, 2]), codec.msgpack.packb([b"a", 1, 2, "3"])):
         with pytest.raises(BadFrame, match="not one of ours"):

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serl_transport import codec
-from serl_transport.blob import blob_crc32, join, split
-from serl_transport.codec import DTYPES, INLINE_BYTES, Limits, buffer_of, pack, unpack
-from serl_transport.errors import BadFrame, TooLarge, WireError
-from serl_transport.files import write_buffers
+from serl_transport.contract.errors import BadFrame, TooLarge, WireError
+from serl_transport.delivery.files import write_buffers
+from serl_transport.wire import codec
+from serl_transport.wire.blob import blob_crc32, join, split
+from serl_transport.wire.codec import DTYPES, INLINE_BYTES, Limits, buffer_of, pack, unpack
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(allow_nan=False), st.text(), st.binary()
@@ -246,7 +246,7 @@ def test_layouts_that_were_seen_are_checked_as_strictly_as_new_ones():
 
 
 def test_many_layouts_do_not_fill_the_memory(monkeypatch):
-    monkeypatch.setattr("serl_transport.codec._LAYOUTS_KEPT", 10)
+    monkeypatch.setattr("serl_transport.wire.codec._LAYOUTS_KEPT", 10)
     for n in range(2000):
         assert unpack(pack({"x": np.zeros(n, np.uint8)}))["x"].shape == (n,)
     assert max(map(len, (codec._DESCRIPTORS, codec._LAYOUTS, codec._INLINE_SEEN))) <= 10

@@ -13,15 +13,15 @@ import pytest
 from transport_samples import batch, spec
 
 from serl_transport import TrainerConfig
-from serl_transport.blob import join
-from serl_transport.codec import Limits, pack, unpack
-from serl_transport.dedup import SeenItems
-from serl_transport.errors import BadFrame, Refused, StorageFull, TooLarge
-from serl_transport.outbox import Ledger
-from serl_transport.params import WINDOW, Offer, Published, SpareMemory, pull, pull_pieces, read_chunk
+from serl_transport.contract.errors import BadFrame, Refused, StorageFull, TooLarge
+from serl_transport.contract.schema import StepBatch
+from serl_transport.delivery.dedup import SeenItems
+from serl_transport.delivery.outbox import Ledger
+from serl_transport.delivery.spool import DiskSpool
+from serl_transport.parameters.params import WINDOW, Offer, Published, SpareMemory, pull, pull_pieces, read_chunk
 from serl_transport.pieces import split_pieces
-from serl_transport.schema import StepBatch
-from serl_transport.spool import DiskSpool
+from serl_transport.wire.blob import join
+from serl_transport.wire.codec import Limits, pack, unpack
 
 WAIT = 30.0
 
@@ -29,8 +29,8 @@ WAIT = 30.0
 LEARNER = """
 import os, sys
 from serl_transport import TrainerConfig, TrainerServer
-from serl_transport.codec import unpack
-from serl_transport.dedup import SeenItems
+from serl_transport.wire.codec import unpack
+from serl_transport.delivery.dedup import SeenItems
 
 port, path = int(sys.argv[1]), sys.argv[2]
 journal = open(path, "a+b")
@@ -180,7 +180,7 @@ def test_the_acknowledgement_waits_for_the_learners_word(serve, connect, tmp_pat
 
 
 def test_a_full_learner_gets_the_item_later_in_order(serve, connect, monkeypatch):
-    monkeypatch.setattr("serl_transport.outbox.RETRY_S", 0.05)
+    monkeypatch.setattr("serl_transport.delivery.outbox.RETRY_S", 0.05)
     got, refusals = [], []
 
     def data(peer, envelope, body):
@@ -281,7 +281,7 @@ def test_items_are_packed_when_sent_not_later(serve, connect):
 
 
 def test_a_ledger_that_cannot_be_written_delays_the_forgetting(serve, connect, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("serl_transport.outbox.RETRY_S", 0.05)
+    monkeypatch.setattr("serl_transport.delivery.outbox.RETRY_S", 0.05)
     failures = iter([OSError(28, "No space left on device")] * 2)
     real = Ledger.write
 
@@ -312,7 +312,7 @@ class Ready:
 
 
 def test_many_chunks_and_odd_sizes_arrive_whole(monkeypatch):
-    monkeypatch.setattr("serl_transport.params.CHUNK_BYTES", 64)
+    monkeypatch.setattr("serl_transport.parameters.params.CHUNK_BYTES", 64)
     rng = np.random.default_rng(0)
     frames = pack({f"t{i}": rng.integers(0, 256, n, np.uint8) for i, n in enumerate((0, 1, 7, 64, 65, 500, 3))})
     offer = Offer.of_frames(1, frames)
@@ -325,7 +325,7 @@ def test_many_chunks_and_odd_sizes_arrive_whole(monkeypatch):
 
 
 def test_a_version_that_is_replaced_while_it_is_pulled_is_pulled_anew(monkeypatch):
-    monkeypatch.setattr("serl_transport.params.CHUNK_BYTES", 64)
+    monkeypatch.setattr("serl_transport.parameters.params.CHUNK_BYTES", 64)
     offers = [Offer.of(Published.of(version, bytes([version]) * 2000)) for version in (1, 2, 3)]
     asked = []
 
@@ -452,12 +452,12 @@ def test_pieces_hold_the_frames_that_a_whole_blob_holds(monkeypatch):
     rng = np.random.default_rng(0)
     frames = pack({f"t{i}": rng.integers(0, 256, n, np.uint8) for i, n in enumerate((2000, 0, 7, 5000, 65, 1100, 3))})
     for chunk_bytes in (64, 1000, 4096, 1 << 20):
-        monkeypatch.setattr("serl_transport.params.CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("serl_transport.parameters.params.CHUNK_BYTES", chunk_bytes)
         offer = Offer.of_frames(3, frames)
         pieces = pull_pieces(lambda payload, held=offer: Ready(read_chunk(held, payload)))
         assert [bytes(frame) for frame in pieces.frames] == [bytes(frame) for frame in frames]
         assert (pieces.version, pieces.chunks) == (3, len(offer.chunks))
-    monkeypatch.setattr("serl_transport.params.SCATTERED_BYTES", 100)  # now it is a large one
+    monkeypatch.setattr("serl_transport.parameters.params.SCATTERED_BYTES", 100)  # now it is a large one
     pieces = pull_pieces(lambda payload: Ready(read_chunk(offer, payload)))
     assert [bytes(frame) for frame in pieces.frames] == [bytes(frame) for frame in frames]
 

@@ -16,14 +16,14 @@ from transport_samples import batch, spec
 
 from openpi_client import msgpack_numpy
 from serl_transport import bundle
-from serl_transport.allow_list import read_allow_list
-from serl_transport.blob import join, split
-from serl_transport.codec import DEFAULT_LIMITS, pack, unpack
-from serl_transport.envelope import Envelope
-from serl_transport.errors import SpoolError, WireError
-from serl_transport.keys import KeyPair
-from serl_transport.schema import StepBatch
-from serl_transport.segment import Segment
+from serl_transport.contract.errors import SpoolError, WireError
+from serl_transport.contract.schema import StepBatch
+from serl_transport.delivery.segment import Segment
+from serl_transport.security.allow_list import read_allow_list
+from serl_transport.security.keys import KeyPair
+from serl_transport.wire.blob import join, split
+from serl_transport.wire.codec import DEFAULT_LIMITS, pack, unpack
+from serl_transport.wire.envelope import Envelope
 
 ROUNDS = 3000
 BYTES = st.binary(max_size=8)

@@ -5,7 +5,7 @@ import threading
 import msgpack
 import pytest
 
-from serl_transport.packer import packb
+from serl_transport.wire.packer import packb
 
 VALUE = {"k": [1, -2.5, None, True, b"x" * 300, "é"], "nested": {"a": (1, 2)}}
 

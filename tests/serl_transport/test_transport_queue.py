@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import zmq
 
-from serl_transport import auth
+from serl_transport.security import auth
 
 WAIT = 60.0
 

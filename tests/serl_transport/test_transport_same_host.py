@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from serl_transport import same_host
-from serl_transport.codec import pack, unpack
-from serl_transport.errors import BadFrame, NotReady
+from serl_transport.contract.errors import BadFrame, NotReady
 from serl_transport.same_host import SLOTS, TOKEN_BYTES, AskLine, LineReply, answer_message, check_note, machine_id
+from serl_transport.wire.codec import pack, unpack
 
 SLOT = 1 << 16
 BODY = {"image": np.arange(30_000, dtype=np.uint8).reshape(100, 300), "state": np.zeros(3)}

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from transport_samples import SPEC_DICT, batch, info, observation, spec, step
 
-from serl_transport.codec import pack, unpack
-from serl_transport.errors import BadFrame, SchemaMismatch
-from serl_transport.schema import Episode, Observation, Outcome, StepBatch
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.errors import BadFrame, SchemaMismatch
+from serl_transport.contract.schema import Episode, Observation, Outcome, StepBatch
+from serl_transport.contract.specs import TaskSpec
+from serl_transport.wire.codec import pack, unpack
 
 
 def test_spec_survives_its_dict_and_the_wire():

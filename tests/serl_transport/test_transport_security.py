@@ -8,12 +8,12 @@ import pytest
 import zmq
 
 from serl_transport import TrainerClient, TrainerConfig, TrainerServer
-from serl_transport.allow_list import AllowList, read_allow_list
-from serl_transport.codec import pack
-from serl_transport.envelope import Envelope
-from serl_transport.errors import ServerSilent, Unauthorized
-from serl_transport.keys import ClientKeys, KeyPair, ServerKeys, write_pair
-from serl_transport.replay_guard import WINDOW, Boots, ReplayWindow
+from serl_transport.connection.replay_guard import WINDOW, Boots, ReplayWindow
+from serl_transport.contract.errors import ServerSilent, Unauthorized
+from serl_transport.security.allow_list import AllowList, read_allow_list
+from serl_transport.security.keys import ClientKeys, KeyPair, ServerKeys, write_pair
+from serl_transport.wire.codec import pack
+from serl_transport.wire.envelope import Envelope
 
 
 @pytest.fixture
@@ -146,8 +146,8 @@ def test_a_dead_authenticator_closes_the_sockets(locked, connect):
 
 def test_without_a_handler_nobody_gets_in(keys):
     """The guarded socket itself fails closed, whatever becomes of the handler."""
-    from serl_transport import auth
-    from serl_transport.codec import DEFAULT_LIMITS
+    from serl_transport.security import auth
+    from serl_transport.wire.codec import DEFAULT_LIMITS
 
     context = zmq.Context()
     server, client = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)

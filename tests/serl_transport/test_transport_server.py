@@ -15,9 +15,7 @@ import zmq
 from transport_samples import spec
 
 from serl_transport import QueuedDataStore, TrainerClient, TrainerConfig, TrainerServer
-from serl_transport.codec import Limits, pack, unpack
-from serl_transport.envelope import PROTOCOL, Envelope
-from serl_transport.errors import (
+from serl_transport.contract.errors import (
     CannotListen,
     Internal,
     NotReady,
@@ -28,6 +26,8 @@ from serl_transport.errors import (
     UnknownKind,
     WireError,
 )
+from serl_transport.wire.codec import Limits, pack, unpack
+from serl_transport.wire.envelope import PROTOCOL, Envelope
 
 WAIT = 20.0
 
@@ -127,7 +127,7 @@ def test_an_overflowing_store_is_reported(serve, connect, caplog):
 
 
 def test_a_data_callback_that_fails_once_loses_and_doubles_nothing(serve, connect, monkeypatch):
-    monkeypatch.setattr("serl_transport.outbox.RETRY_S", 0.05)
+    monkeypatch.setattr("serl_transport.delivery.outbox.RETRY_S", 0.05)
     failures = iter([RuntimeError("first call")])
 
     def fail_once(name, payload):
@@ -361,7 +361,7 @@ def test_another_protocol_version_is_refused_naming_both(serve, started, monkeyp
 
 def test_a_client_of_another_protocol_says_so(serve, connect, monkeypatch):
     server = serve()
-    monkeypatch.setattr("serl_transport.link.PROTOCOL", PROTOCOL + 1)
+    monkeypatch.setattr("serl_transport.connection.link.PROTOCOL", PROTOCOL + 1)
     with pytest.raises(ProtocolMismatch, match=f"the learner speaks protocol {PROTOCOL}, this client {PROTOCOL + 1}"):
         connect(server)
 
@@ -506,7 +506,7 @@ def test_a_connection_forgotten_by_the_server_says_hello_again_by_itself(serve, 
 
 @pytest.mark.parametrize("place", ["seq", "array"])
 def test_a_message_changed_on_its_way_is_refused_and_sent_again(serve, connect, monkeypatch, place):
-    monkeypatch.setattr("serl_transport.outbox.RETRY_S", 0.05)
+    monkeypatch.setattr("serl_transport.delivery.outbox.RETRY_S", 0.05)
     taken = []
     server = serve(data_callback=lambda name, payload: taken.append(payload))
     client = connect(server)

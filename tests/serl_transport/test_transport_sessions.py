@@ -9,14 +9,14 @@ import time
 
 import pytest
 
-from serl_transport.errors import NotReady, Refused
-from serl_transport.router import Peer
-from serl_transport.sessions import GONE_S, Sessions
+from serl_transport.connection.router import Peer
+from serl_transport.connection.sessions import GONE_S, Sessions
+from serl_transport.contract.errors import NotReady, Refused
 
 ACTOR = """
     import json, sys, time
     from serl_transport import TrainerClient, TrainerConfig
-    from serl_transport.errors import WireError
+    from serl_transport.contract.errors import WireError
     port, spool, tag = int(sys.argv[1]), sys.argv[2] or None, sys.argv[3]
     try:
         client = TrainerClient("robot-1", "127.0.0.1", TrainerConfig(port_number=port), spool_dir=spool)
@@ -133,7 +133,7 @@ class Rival:
 
 def test_what_decides(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("serl_transport.sessions.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("serl_transport.connection.sessions.time.monotonic", lambda: now[0])
     there, dead, forgotten = [], set(), []
     sessions = Sessions(
         lambda name, boot: [r for r in there if r.boot_id != boot], lambda a: a not in dead, forgotten.append
@@ -167,7 +167,7 @@ def test_what_decides(monkeypatch):
 def test_one_links_refusal_does_not_make_the_other_wait_anew(monkeypatch):
     """Both links of a newcomer say hello every second; the rival is heard between, never between the two."""
     now = 100.0
-    monkeypatch.setattr("serl_transport.sessions.time.monotonic", lambda: now)
+    monkeypatch.setattr("serl_transport.connection.sessions.time.monotonic", lambda: now)
     rival = Peer(b"r", "robot", "older", last_seen=99.0, hello={})
     sessions = Sessions(lambda name, boot: [rival], lambda address: True, lambda address: None)
     for delivers in (True, False):

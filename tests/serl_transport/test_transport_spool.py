@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from serl_transport.blob import join, split
-from serl_transport.errors import SpoolBusy, SpoolError, SpoolFull
-from serl_transport.segment import HEAD_BYTES
-from serl_transport.spool import DiskSpool, ItemKey, MemorySpool, Spool, open_spool
+from serl_transport.contract.errors import SpoolBusy, SpoolError, SpoolFull
+from serl_transport.delivery.segment import HEAD_BYTES
+from serl_transport.delivery.spool import DiskSpool, ItemKey, MemorySpool, Spool, open_spool
+from serl_transport.wire.blob import join, split
 
 
 def items(spool: Spool) -> list[bytes]:
@@ -186,7 +186,7 @@ def test_memory_spool_drops_what_the_learner_refuses():
 
 APPENDER = """
 import sys
-from serl_transport.spool import DiskSpool, ItemKey
+from serl_transport.delivery.spool import DiskSpool, ItemKey
 spool = DiskSpool(sys.argv[1], 2_000_000)
 while True:
     seq = spool.append([b"%d " % (spool._last_seq + 1) * 400])

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from serl_transport import TrainerConfig, watch
+from serl_transport import TrainerConfig
+from serl_transport.connection import watch
 
 WAIT = 30.0
 
@@ -124,7 +125,7 @@ def test_an_ordinary_cut_is_libzmqs_business_and_quick(relayed):
 
 
 def test_the_askers_own_connection_comes_back_too(serve, connect, started, monkeypatch):
-    monkeypatch.setattr("serl_transport.link.REOPEN_S", 1.0)
+    monkeypatch.setattr("serl_transport.connection.link.REOPEN_S", 1.0)
     server = serve(handlers={"infer": lambda peer, envelope, body: {"echo": body["n"]}})
     relay = started(Relay(server.config.port_number))
     client = connect(TrainerConfig(relay.port, server.config.broadcast_port))

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from serl_transport.schema import EpisodeInfo, Observation, Outcome, StepBatch, TimeStep
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.schema import EpisodeInfo, Observation, Outcome, StepBatch, TimeStep
+from serl_transport.contract.specs import TaskSpec
 
 SPEC_DICT = {
     "name": "pick",

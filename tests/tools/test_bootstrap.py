@@ -31,7 +31,13 @@ class Clone:
 
     def __init__(self, source: Path, root: Path) -> None:
         self.root, self.venv = root, root / ".venv"
-        for name in ("packages/serl-transport", "packages/openpi-client", "serl_robot_infra", "serl_launcher"):
+        packages = (
+            "packages/flowserl-cli",
+            "packages/serl-config",
+            "packages/serl-transport",
+            "packages/openpi-client",
+        )
+        for name in (*packages, "serl_robot_infra", "serl_launcher"):
             (root / name).mkdir(parents=True)
             shutil.copy(source / name / "pyproject.toml", root / name)
         (root / "tools").mkdir()
@@ -71,7 +77,7 @@ def test_an_install_is_stamped_and_the_next_call_does_nothing(clone):
     assert first.returncode == 0, first.stderr
     calls = clone.calls()
     assert f"uv pip install --require-hashes -r {clone.root}/requirements/learner.txt" in calls
-    assert calls.count(" -e ") == 4
+    assert calls.count(" -e ") == 6
     assert f"python {clone.root}/tools/compile_imports.py learner" in calls
     began = time.monotonic()
     second = clone.bootstrap()

@@ -16,8 +16,8 @@ from run_samples import SPEC, entries, episode, ledger_line, write_config, write
 from serl_launcher.exporter.role import Exporter, ExporterOptions
 from serl_launcher.exporter.writer import DatasetWriter
 from serl_launcher.replay.entries import CloseEntry, DataEntry
-from serl_transport.outbox import Ledger
-from serl_transport.spool import ItemKey
+from serl_transport.delivery.outbox import Ledger
+from serl_transport.delivery.spool import ItemKey
 
 
 def export(run_dir: Path) -> None:

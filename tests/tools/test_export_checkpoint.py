@@ -10,9 +10,9 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from serl_launcher.learner.parameters import base_sha256, publish
 from serl_launcher.policies.base import sample, trainable
 from serl_launcher.policies.saving import save_policy
+from serl_launcher.run.parameters import base_sha256, publish
 from serl_launcher.serving.engine import PolicyEngine, Query
 
 ROOT = Path(__file__).parents[2]
@@ -30,10 +30,10 @@ def started_from(tmp_path_factory):
 
 def write_config(folder, checkpoint, **policy):
     """config.yaml of a run that began at `checkpoint`."""
-    size = {"_target_": "serl_launcher.policies.pi0_tiny.TinySize"} | {
+    size = {"_target_": "serl_launcher.policies.pi0.tiny.TinySize"} | {
         name: getattr(SIZE["pi0"], name) for name in SIZE["pi0"].__slots__
     }
-    named = {"_target_": "serl_launcher.policies.pi0.build_pi0", "name": "pi0", "init": "checkpoint", "seed": 0}
+    named = {"_target_": "serl_launcher.policies.pi0.policy.build_pi0", "name": "pi0", "init": "checkpoint", "seed": 0}
     named |= {"action_horizon": AH, "checkpoint": str(checkpoint), "size": size, **policy}
     cfg = {"seed": 0, "task": {"spec": SPEC.to_dict()}, "policy": named}
     OmegaConf.save(OmegaConf.create(cfg), folder / "config.yaml")
@@ -72,8 +72,8 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, capsys):
 
 def test_groot_goes_out_in_nvidias_layout_with_its_sidecars(tmp_path):
     pytest.importorskip("diffusers", reason="GR00T's action head needs lerobot[groot]")
-    from serl_launcher.policies.groot import build_groot
-    from serl_launcher.policies.groot_tiny import TinyGrootSize
+    from serl_launcher.policies.groot.build import build_groot
+    from serl_launcher.policies.groot.tiny import TinyGrootSize
 
     size, run = {"image_size": 32}, tmp_path / "run"
     policy = build_groot("g", SPEC, "random", 0, AH, TinyGrootSize(**size), embodiment=1)
@@ -81,8 +81,8 @@ def test_groot_goes_out_in_nvidias_layout_with_its_sidecars(tmp_path):
         policy.core.action_head.vlln.weight.fill_(3)
     published = {"version": 1, "step": 9, "base": base_sha256(policy), "policy": "g", "now": time.time(), "keep": 1}
     publish(run / "params", trainable(policy), **published)
-    named = {"_target_": "serl_launcher.policies.groot.build_groot", "name": "g", "init": "random", "seed": 0}
-    size["_target_"] = "serl_launcher.policies.groot_tiny.TinyGrootSize"
+    named = {"_target_": "serl_launcher.policies.groot.build.build_groot", "name": "g", "init": "random", "seed": 0}
+    size["_target_"] = "serl_launcher.policies.groot.tiny.TinyGrootSize"
     cfg = {"seed": 0, "task": {"spec": SPEC.to_dict()}, "policy": named | {"action_horizon": AH, "embodiment": 1}}
     cfg["policy"]["size"] = size
     OmegaConf.save(OmegaConf.create(cfg), run / "config.yaml")

@@ -9,15 +9,15 @@ import torch
 
 from serl_launcher.learner.data_check import findings
 from serl_launcher.learner.sft import Columns
-from serl_launcher.policies import build
 from serl_launcher.policies.base import trainable
 from serl_launcher.policies.estimate import estimate
-from serl_launcher.policies.groot import build_groot
-from serl_launcher.policies.groot_full import FullGrootSize
-from serl_launcher.policies.groot_tiny import TinyGrootSize
-from serl_launcher.policies.pi0 import build_pi0
-from serl_launcher.policies.pi0_tiny import TinySize
-from serl_transport.specs import TaskSpec
+from serl_launcher.policies.groot.build import build_groot
+from serl_launcher.policies.groot.full_size import FullGrootSize
+from serl_launcher.policies.groot.tiny import TinyGrootSize
+from serl_launcher.policies.pi0 import build
+from serl_launcher.policies.pi0.policy import build_pi0
+from serl_launcher.policies.pi0.tiny import TinySize
+from serl_transport.contract.specs import TaskSpec
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "serl_launcher" / "learner")]

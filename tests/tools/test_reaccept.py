@@ -15,7 +15,7 @@ from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, save
 from serl_robot_infra.envs.base import StepResult
 from serl_robot_infra.rewards.classifier import ClassifierReward
-from serl_transport.schema import Observation
+from serl_transport.contract.schema import Observation
 
 
 @pytest.fixture

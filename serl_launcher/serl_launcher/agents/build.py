@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from serl_launcher.agents.base import Agent
 from serl_launcher.policies.base import FlowPolicy, PolicyInput
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 
 def build_policy(cfg: DictConfig, spec: TaskSpec) -> FlowPolicy:

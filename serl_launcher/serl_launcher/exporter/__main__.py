@@ -22,8 +22,8 @@ from serl_launcher.exporter.role import Exporter, ExporterOptions
 from serl_launcher.exporter.video import wants_video
 from serl_launcher.replay.entries import SpecChangedError
 from serl_launcher.replay.journal import JournalCorrupt
-from serl_launcher.run_config import read_config
-from serl_transport.specs import TaskSpec
+from serl_launcher.run.config import read_config
+from serl_transport.contract.specs import TaskSpec
 
 log = logging.getLogger("exporter")
 RETRY_S = 10.0

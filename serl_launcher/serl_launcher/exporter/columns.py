@@ -22,8 +22,8 @@ from serl_launcher.exporter.features import (
     image_keys,
 )
 from serl_launcher.exporter.statistics import Stats, image_stats, vector_stats
-from serl_transport.schema import ACTION, PER_TICK, STATE, Episode
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.schema import ACTION, PER_TICK, STATE, Episode
+from serl_transport.contract.specs import TaskSpec
 
 _RENAMED = {"policy_version": POLICY_VERSION, "time_ns": TIME_NS}
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from serl_transport.schema import ACTION, IMAGE_PREFIX, MODES, STATE
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.schema import ACTION, IMAGE_PREFIX, MODES, STATE
+from serl_transport.contract.specs import TaskSpec
 
 CODEBASE_VERSION = "v3.0"
 POLICY_VERSION = "complementary_info.policy_version"

@@ -32,7 +32,7 @@ from serl_launcher.exporter.layout import (
     write_whole,
 )
 from serl_launcher.exporter.statistics import Stats, merge
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 _log = logging.getLogger(__name__)
 _PANDAS_COLUMNS = (("task_index", "int64", "int64"), ("task", "unicode", "object"))

@@ -19,7 +19,7 @@ from serl_launcher.exporter.layout import INFO_PATH, write_json
 from serl_launcher.exporter.recovery import UnusableDataset
 from serl_launcher.exporter.writer import DatasetWriter
 from serl_launcher.replay.episodes import EpisodeStream
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 _log = logging.getLogger(__name__)
 MAX_PENDING_BYTES = 256 << 20  # a batch is committed early when its compressed rows hold this much memory

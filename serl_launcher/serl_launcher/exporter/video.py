@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 LOSSLESS_PIXELS = 128 * 128  # `video: auto` keeps images up to this size as PNG
 ENCODER = {"preset": "veryfast", "crf": "18", "g": "2", "threads": "1"}

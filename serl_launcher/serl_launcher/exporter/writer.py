@@ -21,8 +21,8 @@ from serl_launcher.exporter.layout import DATA_PATH, EPISODES_PATH, TEMPORARY, V
 from serl_launcher.exporter.recovery import DatasetState, recover, write_derived, write_tasks
 from serl_launcher.exporter.statistics import Stats, merge
 from serl_launcher.exporter.video import CameraVideo
-from serl_transport.schema import Episode
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.schema import Episode
+from serl_transport.contract.specs import TaskSpec
 
 
 class DatasetWriter:

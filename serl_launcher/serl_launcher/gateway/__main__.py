@@ -13,12 +13,12 @@ from pathlib import Path
 
 from serl_launcher.gateway.app import Gateway
 from serl_launcher.gateway.settings import GatewaySettings
-from serl_launcher.paths import RunPaths
 from serl_launcher.replay.entries import SpecChangedError
 from serl_launcher.replay.journal import JournalCorrupt
 from serl_launcher.replay.journal_writer import RunFolderBusyError
 from serl_launcher.replay.ring import RingError
-from serl_transport.errors import CannotListen, StorageFull
+from serl_launcher.run.paths import RunPaths
+from serl_transport.contract.errors import CannotListen, StorageFull
 
 MISTAKES = (
     ValueError,

@@ -26,12 +26,9 @@ from typing import Any
 
 import msgpack
 
-from serl_transport.codec import Frames, buffer_of, nbytes
-from serl_transport.envelope import Envelope
-from serl_transport.errors import BadFrame, Internal, TooLarge, WireError
-from serl_transport.loop import EventLoop
-from serl_transport.packer import packb
-from serl_transport.router import Peer, Reply, Router
+from serl_transport.connection.router import Peer, Reply, Router
+from serl_transport.contract.errors import BadFrame, Internal, TooLarge, WireError
+from serl_transport.contract.specs import TaskSpec
 from serl_transport.same_host import (
     LABEL_BYTES,
     MOST_BYTES,
@@ -42,7 +39,10 @@ from serl_transport.same_host import (
     machine_id,
     peer_of,
 )
-from serl_transport.specs import TaskSpec
+from serl_transport.wire.codec import Frames, buffer_of, nbytes
+from serl_transport.wire.envelope import Envelope
+from serl_transport.wire.loop import EventLoop
+from serl_transport.wire.packer import packb
 
 log = logging.getLogger("gateway")
 TOKEN_S = 30.0

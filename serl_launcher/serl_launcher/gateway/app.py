@@ -16,26 +16,26 @@ from typing import Any
 
 from serl_launcher.gateway.actor_lines import ActorLines
 from serl_launcher.gateway.actors import Actors
-from serl_launcher.gateway.files import read_json, write_json
 from serl_launcher.gateway.forward import InferForwarder
 from serl_launcher.gateway.ingest import Ingest
-from serl_launcher.gateway.internal import INFER, INFER_REPLY
 from serl_launcher.gateway.ledger import ADHOC, LedgerRow, scope_of
 from serl_launcher.gateway.operator_state import OperatorState
 from serl_launcher.gateway.progress import TrainerProgress
 from serl_launcher.gateway.published import PublishedParams
-from serl_launcher.gateway.schedule import Stage, StageState, current_stage
 from serl_launcher.gateway.settings import GatewaySettings
 from serl_launcher.gateway.tickets import Ticket, TicketOffice, stop, wait
-from serl_launcher.paths import RunPaths, internal_endpoint
 from serl_launcher.replay.journal_writer import JournalLock
-from serl_transport.allow_list import OPERATOR_REQUESTS
-from serl_transport.codec import Frames, pack
+from serl_launcher.run.files import read_json, write_json
+from serl_launcher.run.internal import INFER, INFER_REPLY
+from serl_launcher.run.paths import RunPaths, internal_endpoint
+from serl_launcher.run.schedule import Stage, StageState, current_stage
 from serl_transport.config import TrainerConfig
-from serl_transport.envelope import Envelope
-from serl_transport.errors import BadFrame, UnknownKind
-from serl_transport.router import Peer
+from serl_transport.connection.router import Peer
+from serl_transport.contract.errors import BadFrame, UnknownKind
+from serl_transport.security.allow_list import OPERATOR_REQUESTS
 from serl_transport.server import TrainerServer
+from serl_transport.wire.codec import Frames, pack
+from serl_transport.wire.envelope import Envelope
 
 log = logging.getLogger("gateway")
 WANTS = ("follow", "demo", "online", "eval")

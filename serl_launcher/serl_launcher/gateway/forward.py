@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.gateway.internal import FORGET, INFER, INFER_REPLY
 from serl_launcher.gateway.line import LineDesk
 from serl_launcher.gateway.shelf import Shelf
-from serl_transport.codec import Frames
-from serl_transport.envelope import Envelope
-from serl_transport.errors import NotReady, WireError
-from serl_transport.loop import EventLoop
-from serl_transport.router import Peer, Reply, Router
+from serl_launcher.run.internal import FORGET, INFER, INFER_REPLY
+from serl_transport.connection.router import Peer, Reply, Router
+from serl_transport.contract.errors import NotReady, WireError
+from serl_transport.wire.codec import Frames
+from serl_transport.wire.envelope import Envelope
+from serl_transport.wire.loop import EventLoop
 
 log = logging.getLogger("gateway")
 Answer = Callable[[bytes, Reply], None]

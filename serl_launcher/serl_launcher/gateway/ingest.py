@@ -16,17 +16,17 @@ from collections.abc import Callable
 from serl_launcher.gateway.actors import Actors
 from serl_launcher.gateway.ledger import Ledger, LedgerRow
 from serl_launcher.gateway.settings import GatewaySettings
-from serl_launcher.paths import RunPaths
 from serl_launcher.replay.assembler import Assembler, ClosedEpisode
 from serl_launcher.replay.entries import CloseEntry, DataEntry, Entry, SpecEntry
 from serl_launcher.replay.episodes import EpisodeStream
 from serl_launcher.replay.journal_writer import JournalWriter
 from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.replay.ring import RingError, RingWriter
-from serl_transport.codec import Frames
-from serl_transport.envelope import Envelope
-from serl_transport.errors import BadFrame, StorageFull, WireError
-from serl_transport.router import Peer, Reply
+from serl_launcher.run.paths import RunPaths
+from serl_transport.connection.router import Peer, Reply
+from serl_transport.contract.errors import BadFrame, StorageFull, WireError
+from serl_transport.wire.codec import Frames
+from serl_transport.wire.envelope import Envelope
 
 log = logging.getLogger("gateway")
 RATE_WINDOW_S = 10.0

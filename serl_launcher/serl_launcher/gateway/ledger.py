@@ -19,7 +19,7 @@ import numpy as np
 from serl_launcher.gateway.tickets import Scope, ScopeCounts
 from serl_launcher.replay.assembler import ClosedEpisode
 from serl_launcher.telemetry.statistics import wilson
-from serl_transport.schema import Episode
+from serl_transport.contract.schema import Episode
 
 WINDOW = 40  # online episodes that the rates look back on
 ADHOC = "adhoc_"

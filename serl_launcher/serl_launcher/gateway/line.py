@@ -20,13 +20,13 @@ from pathlib import Path
 
 import msgpack
 
-from serl_launcher.paths import internal_endpoint
-from serl_transport import codec
-from serl_transport.envelope import Envelope
-from serl_transport.errors import BadFrame, WireError
-from serl_transport.loop import EventLoop
-from serl_transport.packer import packb
+from serl_launcher.run.paths import internal_endpoint
+from serl_transport.contract.errors import BadFrame, WireError
 from serl_transport.same_host import LABEL_BYTES, MOST_BYTES, peer_of, receive_datagram
+from serl_transport.wire import codec
+from serl_transport.wire.envelope import Envelope
+from serl_transport.wire.loop import EventLoop
+from serl_transport.wire.packer import packb
 
 log = logging.getLogger("gateway")
 OnMessage = Callable[[Envelope, codec.Frames], None]

@@ -9,8 +9,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.gateway.files import read_json, write_json
-from serl_transport.errors import StorageFull
+from serl_launcher.run.files import read_json, write_json
+from serl_transport.contract.errors import StorageFull
 
 log = logging.getLogger("gateway")
 

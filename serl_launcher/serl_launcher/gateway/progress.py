@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.gateway.files import read_json, write_json
-from serl_launcher.gateway.schedule import Stage
-from serl_transport.errors import BadFrame
+from serl_launcher.run.files import read_json, write_json
+from serl_launcher.run.schedule import Stage
+from serl_transport.contract.errors import BadFrame
 
 log = logging.getLogger("gateway")
 ALIVE_S = 5.0  # a trainer reports once a second

@@ -1,6 +1,6 @@
 """Published parameters as the gateway sees them: which version is newest, and its bytes in chunks for who pulls.
 
-The trainer writes params/ (serl_launcher.learner.parameters); the gateway only reads. A file that is being pulled is
+The trainer writes params/ (serl_launcher.run.parameters); the gateway only reads. A file that is being pulled is
 kept mapped, so that the trainer may prune it meanwhile, and sent straight from the page cache.
 """
 
@@ -12,10 +12,10 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.gateway.files import read_json
-from serl_transport.errors import NotReady, Refused, WireError
-from serl_transport.params import Offer, read_chunk
-from serl_transport.params import Published as TransportPublished
+from serl_launcher.run.files import read_json
+from serl_transport.contract.errors import NotReady, Refused, WireError
+from serl_transport.parameters.params import Offer, read_chunk
+from serl_transport.parameters.params import Published as TransportPublished
 
 KEEP_OPEN = 3
 

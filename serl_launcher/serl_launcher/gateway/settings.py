@@ -9,9 +9,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from serl_launcher.gateway.schedule import Stage, read_stages
-from serl_launcher.run_config import read_config
-from serl_transport.specs import TaskSpec
+from serl_launcher.run.config import read_config
+from serl_launcher.run.schedule import Stage, read_stages
+from serl_transport.contract.specs import TaskSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from serl_transport.codec import Frames, buffer_of, nbytes
-from serl_transport.errors import BadFrame, Internal
+from serl_transport.contract.errors import BadFrame, Internal
+from serl_transport.wire.codec import Frames, buffer_of, nbytes
 
 log = logging.getLogger("gateway")
 SLOTS = 16

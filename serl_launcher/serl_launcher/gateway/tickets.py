@@ -14,7 +14,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
-from serl_launcher.gateway.schedule import FIRST_EVAL_SEED, Stage
+from serl_launcher.run.schedule import FIRST_EVAL_SEED, Stage
 
 WAIT_S = 0.2
 Scope = tuple[str, ...]  # (stage name,) or, for what an actor asked for itself, (stage name, actor, boot)

@@ -1,1 +1,1 @@
-"""The GPU box's entry: supervisor, trainer, parameters and checkpoints."""
+"""The trainer role: the train loop and its collaborators (checkpoints, resuming, faults, limits)."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from serl_launcher.learner.sft import Columns
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 NEEDED = {"MEAN_STD": ("mean", "std"), "QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max")}
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.learner.parameters import Published
+from serl_launcher.run.parameters import Published
 
 SKIP, GO_BACK, HOLD = "skip", "go back", "hold"
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.policies.normalise import Affine, Units
 from serl_launcher.replay.views import ChunkBatch
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 QUANTILES = (0.01, 0.99)
 

@@ -26,13 +26,20 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from serl_config.mistakes import is_config_mistake, mistake_message
 from serl_launcher.agents.build import build_agent, build_policy
-from serl_launcher.gateway.internal import InternalClient
 from serl_launcher.learner import checkpoint
 from serl_launcher.learner.guard import GO_BACK, HOLD, EvaluationWatch, FaultGuard, evaluation_goals
 from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.limiter import StepLimiter
-from serl_launcher.learner.parameters import (
+from serl_launcher.policies.trains import parameter_table
+from serl_launcher.replay.learning import LearningView
+from serl_launcher.replay.ring import RingError, RingReader
+from serl_launcher.replay.transitions import TransitionView
+from serl_launcher.replay.verdicts import VerdictLedger, rule_text
+from serl_launcher.replay.views import ChunkView
+from serl_launcher.run.internal import InternalClient
+from serl_launcher.run.parameters import (
     Published,
     base_sha256,
     find_parameters,
@@ -40,16 +47,9 @@ from serl_launcher.learner.parameters import (
     read_tensors,
     tensor_names,
 )
-from serl_launcher.paths import RunPaths
-from serl_launcher.policies.trains import parameter_table
-from serl_launcher.replay.learning import LearningView
-from serl_launcher.replay.ring import RingError, RingReader
-from serl_launcher.replay.transitions import TransitionView
-from serl_launcher.replay.verdicts import VerdictLedger, rule_text
-from serl_launcher.replay.views import ChunkView
+from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.metrics import MetricsWriter
-from serl_transport.mistakes import of_the_user, said
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 log = logging.getLogger("trainer")
 COMPLAINT_S = 30.0
@@ -372,10 +372,10 @@ def main(run_dir: str) -> int:
         try:
             trainer = Trainer(cfg, paths, link)
         except (ValueError, FileNotFoundError, InstantiationException) as mistake:
-            if not of_the_user(mistake):
+            if not is_config_mistake(mistake):
                 raise
             log.debug("where it came from", exc_info=True)
-            print(f"trainer: {said(mistake)}", file=sys.stderr)
+            print(f"trainer: {mistake_message(mistake)}", file=sys.stderr)
             return 2
         signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
         trainer.run()

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from serl_launcher.policies.base import PolicyInput, flow_loss, ready, sample, trainable
 from serl_launcher.policies.precision import stays_float32
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 MASTER, GRADIENT, ADAM, AVERAGE = 4, 4, 8, 4  # bytes a trained parameter
 

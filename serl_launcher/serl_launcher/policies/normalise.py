@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 
 class Affine(nn.Module):

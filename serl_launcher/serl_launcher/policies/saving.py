@@ -15,9 +15,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from serl_launcher.policies.build import ALIASES, EMBEDDING
 from serl_launcher.policies.checkpoint import POSTPROCESSOR, PREPROCESSOR, SINGLE, Checkpoint
 from serl_launcher.policies.normalise import Affine
+from serl_launcher.policies.pi0.build import ALIASES, EMBEDDING
 from serl_launcher.policies.trains import merged_state
 
 PALIGEMMA_TOKENIZER = "google/paligemma-3b-pt-224"

@@ -18,7 +18,7 @@ from serl_launcher.policies.checkpoint import (
     read_statistics,
 )
 from serl_launcher.policies.normalise import Affine, Units
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 EPSILON = 1e-8  # as LeRobot's normaliser
 BOUNDS = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}

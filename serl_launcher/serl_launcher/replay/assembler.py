@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from serl_launcher.replay.entries import CloseEntry, DataEntry, Entry
-from serl_transport.dedup import SeenItems
-from serl_transport.errors import Refused
-from serl_transport.schema import Episode, EpisodeInfo, StepBatch
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.errors import Refused
+from serl_transport.contract.schema import Episode, EpisodeInfo, StepBatch
+from serl_transport.contract.specs import TaskSpec
+from serl_transport.delivery.dedup import SeenItems
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from typing import Any
 import msgpack
 
 from serl_launcher.replay.journal import JournalCorrupt
-from serl_transport import blob, codec
-from serl_transport.errors import BadFrame, WireError
-from serl_transport.schema import StepBatch
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.errors import BadFrame, WireError
+from serl_transport.contract.schema import StepBatch
+from serl_transport.contract.specs import TaskSpec
+from serl_transport.wire import blob, codec
 
 
 class SpecChangedError(ValueError):

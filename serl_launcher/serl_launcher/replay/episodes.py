@@ -9,8 +9,8 @@ from serl_launcher.replay.assembler import Assembler, ClosedEpisode
 from serl_launcher.replay.entries import DataEntry, decode_entry
 from serl_launcher.replay.journal import JournalReader
 from serl_launcher.replay.relabelled import Relabelled
-from serl_transport.schema import Episode
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.schema import Episode
+from serl_transport.contract.specs import TaskSpec
 
 
 class EpisodeStream:

@@ -31,8 +31,8 @@ from serl_launcher.replay.journal import (
     record_header,
     segment_path,
 )
-from serl_transport.errors import StorageFull
-from serl_transport.files import write_buffers
+from serl_transport.contract.errors import StorageFull
+from serl_transport.delivery.files import write_buffers
 
 log = logging.getLogger("gateway")
 GROUP_BYTES = 64 << 20

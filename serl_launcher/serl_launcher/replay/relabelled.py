@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from serl_launcher.paths import RunPaths
-from serl_transport.schema import Episode, Outcome
+from serl_launcher.run.paths import RunPaths
+from serl_transport.contract.schema import Episode, Outcome
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import numpy as np
 from serl_launcher.replay.acceptance import EpisodeColumns, Selection
 from serl_launcher.replay.threshold import Threshold
 from serl_launcher.replay.verdicts import Verdict
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 COLUMNS = ("action", "next.reward", "intervention", "policy_version")
 

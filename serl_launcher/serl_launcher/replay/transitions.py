@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from serl_launcher.replay.ring import EpisodeRow, Evicted, RingReader
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 COLUMNS = ("next.reward", "next.done", "intervention")
 

@@ -16,7 +16,7 @@ from serl_launcher.replay.ring import EpisodeRow, Evicted, RingReader
 from serl_launcher.replay.rulebook import COLUMNS, RuleBook
 from serl_launcher.replay.threshold import Threshold
 from serl_launcher.replay.verdicts import Verdict
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 PATIENCE_EPISODES = 5  # rejected in a row before anybody is told
 SOURCES = ("demo", "autonomous", "operator")

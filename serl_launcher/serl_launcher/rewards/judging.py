@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from serl_transport.stages import stage_after
+from serl_config.reward_stages import stage_after
 
 
 def episode_score(success_probability: np.ndarray, patience: int) -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from serl_transport.schema import Episode
+from serl_transport.contract.schema import Episode
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from serl_launcher.policies.normalise import Affine
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 KINDS = ("outcome", "process")
 MODEL, CARD = "reward.safetensors", "reward.json"

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from serl_launcher.paths import RunPaths
 from serl_launcher.rewards.model import RewardClassifier, load
+from serl_launcher.run.paths import RunPaths
 from serl_transport.config import TrainerConfig
-from serl_transport.errors import CannotListen, SchemaMismatch
-from serl_transport.schema import Observation
+from serl_transport.contract.errors import CannotListen, SchemaMismatch
+from serl_transport.contract.schema import Observation
+from serl_transport.contract.specs import TaskSpec
 from serl_transport.server import TrainerServer
-from serl_transport.specs import TaskSpec
 
 log = logging.getLogger("reward")
 

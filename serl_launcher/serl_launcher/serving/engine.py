@@ -24,15 +24,15 @@ from torch import Tensor
 
 from serl_launcher.agents.build import build_policy
 from serl_launcher.agents.steering import steer
-from serl_launcher.learner.parameters import Published, base_sha256, checked_tensors
 from serl_launcher.policies.base import PolicyInput, Prefix, sample, trainable
 from serl_launcher.policies.compiling import check_switch
 from serl_launcher.policies.precision import hold
 from serl_launcher.policies.realtime import sample_realtime, soft_mask
 from serl_launcher.policies.rows import take
+from serl_launcher.run.parameters import Published, base_sha256, checked_tensors
 from serl_launcher.serving.graphs import GraphRunner, bucket_of, bucket_sizes
 from serl_launcher.serving.query import Query, query_from_body
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 __all__ = ["PolicyEngine", "Query", "query_from_body"]
 log = logging.getLogger("policy")

@@ -16,11 +16,11 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from serl_launcher.gateway.internal import INFER
-from serl_launcher.paths import internal_endpoint
-from serl_transport import codec
-from serl_transport.envelope import REPLY, Envelope
-from serl_transport.errors import ServerSilent, WireError
+from serl_launcher.run.internal import INFER
+from serl_launcher.run.paths import internal_endpoint
+from serl_transport.contract.errors import ServerSilent, WireError
+from serl_transport.wire import codec
+from serl_transport.wire.envelope import REPLY, Envelope
 
 log = logging.getLogger("openpi")
 

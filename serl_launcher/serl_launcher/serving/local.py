@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 from omegaconf import DictConfig
 
-from serl_launcher.learner.parameters import Published, find_parameters, store
+from serl_launcher.run.parameters import Published, find_parameters, store
 from serl_launcher.serving.engine import PolicyEngine, query_from_body
-from serl_transport.errors import NotReady
-from serl_transport.params import Published as Blob
+from serl_transport.contract.errors import NotReady
+from serl_transport.parameters.params import Published as Blob
 
 
 class ParameterSource(Protocol):

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from openpi_client.image_tools import resize_with_pad
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 PASSED_ON = ("seed", "samples", "min_version", "deadline_ms", "prefix_actions", "inference_delay", "mode")
 

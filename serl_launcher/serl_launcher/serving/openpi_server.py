@@ -31,13 +31,13 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 
 from openpi_client import msgpack_numpy
-from serl_launcher.gateway.files import read_json
-from serl_launcher.paths import RunPaths
+from serl_launcher.run.files import read_json
+from serl_launcher.run.paths import RunPaths
 from serl_launcher.serving.gateway_client import GatewayClient
 from serl_launcher.serving.openpi_keys import infer_body
-from serl_transport.auth import is_loopback
-from serl_transport.errors import WireError
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.errors import WireError
+from serl_transport.contract.specs import TaskSpec
+from serl_transport.security.auth import is_loopback
 
 log = logging.getLogger("openpi")
 HANDSHAKE_S, CLOSE_S, IDLE_PING_S = 10.0, 2.0, 20.0

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from serl_transport.schema import MODES, Observation
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.schema import MODES, Observation
+from serl_transport.contract.specs import TaskSpec
 
 MAX_SAMPLES = 64
 

@@ -19,14 +19,14 @@ from pathlib import Path
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
-from serl_launcher.gateway.internal import InferRequest, PolicyLink
-from serl_launcher.paths import RunPaths
+from serl_config.mistakes import is_config_mistake, mistake_message
+from serl_launcher.run.internal import InferRequest, PolicyLink
+from serl_launcher.run.paths import RunPaths
 from serl_launcher.serving.batching import BatchQueue, Waiting
 from serl_launcher.serving.engine import PolicyEngine, query_from_body
 from serl_launcher.serving.figures import ServingFigures
 from serl_launcher.serving.loader import ParameterLoader
-from serl_transport.errors import DeadlineMissed, Internal, NotReady, SchemaMismatch, WireError
-from serl_transport.mistakes import of_the_user, said
+from serl_transport.contract.errors import DeadlineMissed, Internal, NotReady, SchemaMismatch, WireError
 
 log = logging.getLogger("policy")
 
@@ -183,10 +183,10 @@ def main(run_dir: str) -> int:
     try:
         server = PolicyServer(OmegaConf.load(paths.config), paths)
     except (ValueError, FileNotFoundError, InstantiationException) as mistake:
-        if not of_the_user(mistake):
+        if not is_config_mistake(mistake):
             raise
         log.debug("where it came from", exc_info=True)
-        log.error("%s", said(mistake))
+        log.error("%s", mistake_message(mistake))
         return 2
     server.run()
     return 0

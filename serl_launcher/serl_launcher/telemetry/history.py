@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from serl_launcher.paths import RunPaths
 from serl_launcher.replay.verdicts import newest
 from serl_launcher.replay.verdicts import read as read_verdicts
+from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.metrics import read_metrics
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.paths import RunPaths
+from serl_launcher.run.paths import RunPaths
 
 _log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.paths import RunPaths
+from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.history import EpisodeRecord, RunHistory, StageRecord, read_history
 from serl_launcher.telemetry.statistics import wilson
 

@@ -9,8 +9,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from serl_transport.schema import Observation
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.schema import Observation
+from serl_transport.contract.specs import TaskSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ import numpy as np
 
 from serl_robot_infra.envs.base import StepResult
 from serl_robot_infra.envs.rendering import make_renderer
-from serl_transport.schema import Observation
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.schema import Observation
+from serl_transport.contract.specs import TaskSpec
 
 STEP_LIMIT = 0.025
 """Largest commanded translation of one tick, metres per axis."""

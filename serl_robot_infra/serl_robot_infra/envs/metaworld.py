@@ -17,8 +17,8 @@ from serl_robot_infra.envs.base import StepResult
 from serl_robot_infra.envs.metaworld_carry import TASKS as CARRIED
 from serl_robot_infra.envs.metaworld_carry import CarryScript
 from serl_robot_infra.envs.rendering import make_renderer
-from serl_transport.schema import Observation
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.schema import Observation
+from serl_transport.contract.specs import TaskSpec
 
 if TYPE_CHECKING:
     from metaworld.sawyer_xyz_env import SawyerXYZEnv

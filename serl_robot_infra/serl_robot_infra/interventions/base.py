@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from serl_transport.schema import Observation
+from serl_transport.contract.schema import Observation
 
 
 class Intervention(Protocol):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from serl_transport.schema import Observation
+from serl_transport.contract.schema import Observation
 
 
 class NoIntervention:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from serl_robot_infra.envs.base import Environment, ScriptedEnvironment
-from serl_transport.schema import Observation
+from serl_transport.contract.schema import Observation
 
 
 class ScriptedOperator:

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serl_transport.schema import EpisodeInfo, Observation, Outcome, TimeStep
+from serl_transport.contract.schema import EpisodeInfo, Observation, Outcome, TimeStep
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from serl_robot_infra.observers.base import EpisodeReport, Observer
-from serl_transport.schema import EpisodeInfo, Observation, TimeStep
+from serl_transport.contract.schema import EpisodeInfo, Observation, TimeStep
 
 _LIVE_PERIOD_S = 1.0
 _REPEAT_PERIOD_S = 15.0

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from serl_robot_infra.observers.base import EpisodeReport, Observer
-from serl_transport.schema import EpisodeInfo, Observation, TimeStep
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.schema import EpisodeInfo, Observation, TimeStep
+from serl_transport.contract.specs import TaskSpec
 
 CONNECT_S = 2.0  # a viewer is asked for once, at the start
 FLUSH_S = 2.0  # at the end; rerun itself would wait much longer for a viewer that was closed

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from serl_robot_infra.observers.base import Observer
-from serl_transport.schema import EpisodeInfo, TimeStep
+from serl_transport.contract.schema import EpisodeInfo, TimeStep
 
 
 class StatusObserver(Observer):

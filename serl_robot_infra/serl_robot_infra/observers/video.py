@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from serl_robot_infra.observers.base import EpisodeReport, Observer
-from serl_transport.schema import EpisodeInfo, Observation, TimeStep
+from serl_transport.contract.schema import EpisodeInfo, Observation, TimeStep
 
 _BORDER = 6
 _CAPTION = 22

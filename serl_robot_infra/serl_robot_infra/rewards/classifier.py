@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from serl_config.reward_stages import stage_after
 from serl_robot_infra.envs.base import StepResult
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
-from serl_transport.errors import Internal, NotReady, ServerSilent
-from serl_transport.specs import TaskSpec
-from serl_transport.stages import stage_after
+from serl_transport.contract.errors import Internal, NotReady, ServerSilent
+from serl_transport.contract.specs import TaskSpec
 
 log = logging.getLogger(__name__)
 RETRY_S = 0.2

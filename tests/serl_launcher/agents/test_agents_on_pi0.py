@@ -9,9 +9,9 @@ from tiny import ROOT, SPEC, random_batch, random_transitions, tiny_config, tiny
 
 from serl_launcher.agents.build import build_agent, build_policy
 from serl_launcher.learner.learner import Learner
-from serl_launcher.learner.parameters import base_sha256, publish
 from serl_launcher.policies.base import trainable
 from serl_launcher.replay.learning import LearningBatch
+from serl_launcher.run.parameters import base_sha256, publish
 from serl_launcher.serving.engine import PolicyEngine
 
 

@@ -10,9 +10,9 @@ import yaml
 from serl_launcher.replay.entries import DataEntry, Entry, SpecEntry
 from serl_launcher.replay.journal import JournalReader
 from serl_launcher.replay.journal_writer import JournalWriter
-from serl_transport import codec
-from serl_transport.schema import Episode, EpisodeInfo, Outcome, StepBatch
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.schema import Episode, EpisodeInfo, Outcome, StepBatch
+from serl_transport.contract.specs import TaskSpec
+from serl_transport.wire import codec
 
 SPEC = TaskSpec.from_dict(
     {

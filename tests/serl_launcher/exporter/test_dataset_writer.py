@@ -15,7 +15,7 @@ from serl_launcher.exporter import layout
 from serl_launcher.exporter.recovery import UnusableDataset
 from serl_launcher.exporter.video import wants_video
 from serl_launcher.exporter.writer import DatasetWriter
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 
 def read_as_lerobot(root: Path) -> dict[str, np.ndarray | list]:

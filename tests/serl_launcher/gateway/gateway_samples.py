@@ -12,7 +12,7 @@ from replay_samples import SPEC
 
 from serl_launcher.gateway.app import Gateway
 from serl_launcher.gateway.settings import GatewaySettings
-from serl_launcher.paths import RunPaths
+from serl_launcher.run.paths import RunPaths
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from replay_samples import wait_for
 
-from serl_launcher.gateway.internal import PolicyLink
+from serl_launcher.run.internal import PolicyLink
 from serl_transport.client import TrainerClient
-from serl_transport.errors import NotReady
+from serl_transport.contract.errors import NotReady
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
 Answer = Callable[[dict[str, Any]], Any]

@@ -13,19 +13,19 @@ import pytest
 from gateway_samples import connected, serving
 from replay_samples import SPEC, batches, info, wait_for
 
-from serl_launcher.gateway.internal import InternalClient, PolicyLink
 from serl_launcher.replay.acceptance import SuccessRule
 from serl_launcher.replay.episodes import EpisodeStream, journal_episodes, journal_items
 from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.replay.ring import RingReader
 from serl_launcher.replay.transitions import TransitionView
 from serl_launcher.replay.views import ChunkView
+from serl_launcher.run.internal import InternalClient, PolicyLink
 from serl_transport.client import TrainerClient
-from serl_transport.codec import pack, unpack
-from serl_transport.errors import BadFrame, NotReady, Refused, SchemaMismatch, UnknownKind
-from serl_transport.schema import Outcome, StepBatch
-from serl_transport.specs import TaskSpec
-from serl_transport.spool import open_spool
+from serl_transport.contract.errors import BadFrame, NotReady, Refused, SchemaMismatch, UnknownKind
+from serl_transport.contract.schema import Outcome, StepBatch
+from serl_transport.contract.specs import TaskSpec
+from serl_transport.delivery.spool import open_spool
+from serl_transport.wire.codec import pack, unpack
 
 
 def send(client: TrainerClient, parts: list[StepBatch]) -> None:

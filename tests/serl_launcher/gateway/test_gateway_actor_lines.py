@@ -23,7 +23,7 @@ from serl_launcher.gateway.app import Gateway
 from serl_launcher.gateway.shelf import settle
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
-from serl_transport.errors import DeadlineMissed, NotReady, Refused, ServerSilent, Unauthorized
+from serl_transport.contract.errors import DeadlineMissed, NotReady, Refused, ServerSilent, Unauthorized
 from serl_transport.same_host import SLOTS
 
 

@@ -10,8 +10,8 @@ from replay_samples import SPEC, batches, info, wait_for
 
 from serl_launcher.replay.episodes import journal_episodes, journal_items
 from serl_transport import bundle
-from serl_transport.codec import pack, unpack
-from serl_transport.spool import DiskSpool
+from serl_transport.delivery.spool import DiskSpool
+from serl_transport.wire.codec import pack, unpack
 
 
 def test_what_an_earlier_process_left_is_delivered_in_one_message(tmp_path: Path) -> None:

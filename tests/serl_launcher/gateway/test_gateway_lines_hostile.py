@@ -22,8 +22,8 @@ from replay_samples import wait_for
 
 from serl_launcher.gateway.app import Gateway
 from serl_transport.client import TrainerClient
-from serl_transport.codec import pack
 from serl_transport.same_host import AskLine, machine_id
+from serl_transport.wire.codec import pack
 
 
 @pytest.fixture

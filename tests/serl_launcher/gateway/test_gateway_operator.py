@@ -11,7 +11,7 @@ from replay_samples import SPEC
 
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
-from serl_transport.errors import Unauthorized, WireError
+from serl_transport.contract.errors import Unauthorized, WireError
 
 
 def operator(gateway, name: str = "alice", **config) -> TrainerClient:

@@ -120,7 +120,7 @@ def test_a_second_gateway_of_the_same_run_is_refused(tmp_path: Path) -> None:
 def test_the_gateway_imports_without_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "import serl_launcher.gateway.__main__, serl_launcher.gateway.internal, serl_launcher.replay.ring\n"
+        "import serl_launcher.gateway.__main__, serl_launcher.run.internal, serl_launcher.replay.ring\n"
         "assert not [m for m in sys.modules if m.split('.')[0] in ('lerobot', 'transformers', 'jax')]\n"
     )
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serl_launcher.gateway.schedule import Stage, current_stage, read_stages
+from serl_launcher.run.schedule import Stage, current_stage, read_stages
 
 ROWS = [
     {"name": "demos", "mode": "demo", "episodes": 20},

@@ -12,12 +12,12 @@ import pytest
 from gateway_samples import connected, serving
 from replay_samples import wait_for
 
-from serl_launcher.gateway.internal import PolicyLink
 from serl_launcher.gateway.line import MOST_BYTES, Line, LineDesk
 from serl_launcher.gateway.shelf import SLOT_BYTES, SLOTS, Shelf, ShelfReader
-from serl_transport.envelope import Envelope
-from serl_transport.errors import BadFrame, Internal
-from serl_transport.loop import EventLoop
+from serl_launcher.run.internal import PolicyLink
+from serl_transport.contract.errors import BadFrame, Internal
+from serl_transport.wire.envelope import Envelope
+from serl_transport.wire.loop import EventLoop
 
 
 def frames(seed: int, *sizes: int) -> list[bytes]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from serl_launcher.gateway.schedule import Stage
 from serl_launcher.gateway.tickets import ScopeCounts, Ticket, TicketOffice, training_seed
+from serl_launcher.run.schedule import Stage
 
 EVAL = Stage("before", "eval", episodes=3, takeover=False)
 DEMO = Stage("demos", "demo", episodes=2)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from serl_launcher.learner.children import Child, ChildSpec, RestartBudget, group_members, process_stat
-from serl_launcher.learner.lifeline import EXIT_FILE
+from serl_launcher.supervisor.children import Child, ChildSpec, RestartBudget, group_members, process_stat
+from serl_launcher.supervisor.lifeline import EXIT_FILE
 
 PATIENCE_S = 30.0
 
@@ -83,7 +83,7 @@ def test_a_child_dies_with_its_parent(tmp_path):
     parent_code = f"""
 import sys, time
 from pathlib import Path
-from serl_launcher.learner.children import Child, ChildSpec
+from serl_launcher.supervisor.children import Child, ChildSpec
 child = Child(ChildSpec("role", ("sleep", "600")))
 child.start()
 Path({str(tmp_path / "pid")!r}).write_text(str(child.pid))
@@ -106,7 +106,7 @@ def write_module(folder: Path, text: str) -> dict[str, str]:
 def test_lifeline_passes_the_exit_code_on(tmp_path, end, code):
     env = write_module(tmp_path, f"import sys\nassert sys.argv[1:] == ['a']\nif __name__ == '__main__': {end}")
     env[EXIT_FILE] = str(tmp_path / "exit")
-    done = subprocess.run([sys.executable, "-m", "serl_launcher.learner.lifeline", "small_role", "a"], env=env)
+    done = subprocess.run([sys.executable, "-m", "serl_launcher.supervisor.lifeline", "small_role", "a"], env=env)
     assert (done.returncode, (tmp_path / "exit").read_text()) == (code, str(code))
 
 
@@ -117,7 +117,7 @@ def test_the_trainer_goes_when_its_launcher_is_killed(tmp_path):
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher = subprocess.Popen([*command, "-m", "serl_launcher.learner.lifeline", "small_role"], env=env)
+    launcher = subprocess.Popen([*command, "-m", "serl_launcher.supervisor.lifeline", "small_role"], env=env)
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "pid").exists() and time.monotonic() < deadline:

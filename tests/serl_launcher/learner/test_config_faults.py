@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 from tiny import ROOT, tiny_config
 
 from serl_launcher.learner import trainer
-from serl_launcher.paths import RunPaths
+from serl_launcher.run.paths import RunPaths
 from serl_launcher.serving import server
 
 QUANTILE = "{_target_: serl_launcher.replay.threshold.QuantileThreshold, start: 0.5, ceiling: 0.1}"

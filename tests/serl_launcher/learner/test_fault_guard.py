@@ -3,7 +3,7 @@
 import torch
 
 from serl_launcher.learner.guard import GO_BACK, HOLD, SKIP, EvaluationWatch, FaultGuard, evaluation_goals
-from serl_launcher.learner.parameters import publish, read_tensors
+from serl_launcher.run.parameters import publish, read_tensors
 
 
 def put(folder, version, value):

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from tiny import tiny_policy
 
 from serl_launcher.learner import checkpoint
-from serl_launcher.learner.parameters import Published, base_sha256, find_parameters, load_into, publish
 from serl_launcher.policies.base import trainable
+from serl_launcher.run.parameters import Published, base_sha256, find_parameters, load_into, publish
 
 
 def publish_policy(folder, policy, version, keep=3):

@@ -7,14 +7,14 @@ import socket
 from pathlib import Path
 
 import pytest
-from compose import load_config
 from omegaconf import OmegaConf
 from replay_samples import batches, entries, info, write_journal
 
-from serl_launcher.learner import run_folder
-from serl_launcher.learner.main import main, unreachable_from_elsewhere
-from serl_launcher.learner.roles import accelerate_command, roles_for
-from serl_launcher.learner.run_folder import RunError, prepare
+from flowserl_cli.compose import load_config
+from serl_launcher.supervisor import run_folder
+from serl_launcher.supervisor.main import main, unreachable_from_elsewhere
+from serl_launcher.supervisor.roles import accelerate_command, roles_for
+from serl_launcher.supervisor.run_folder import RunError, prepare
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from serl_launcher.learner.children import ChildSpec, process_stat
-from serl_launcher.learner.supervisor import Supervisor
-from serl_launcher.paths import RunPaths
+from serl_launcher.run.paths import RunPaths
+from serl_launcher.supervisor.children import ChildSpec, process_stat
+from serl_launcher.supervisor.supervisor import Supervisor
 
 PATIENCE_S = 30.0
 
@@ -59,7 +59,7 @@ def test_exit_2_stops_everything(paths):
 
 
 def test_a_role_that_keeps_dying_is_given_up_with_its_last_lines(paths, monkeypatch):
-    monkeypatch.setattr("serl_launcher.learner.supervisor.RestartBudget", QuickBudget)
+    monkeypatch.setattr("serl_launcher.supervisor.supervisor.RestartBudget", QuickBudget)
     code, text = run(paths, role(paths, "policy", "print('no such model'); raise SystemExit(1)"))
     assert code == 3
     assert text.count("policy started again") == 4
@@ -71,7 +71,7 @@ class QuickBudget:
     """The real budget's verdicts without its waits."""
 
     def __init__(self):
-        from serl_launcher.learner.children import RestartBudget
+        from serl_launcher.supervisor.children import RestartBudget
 
         self._budget = RestartBudget(first_wait_s=0.01)
 
@@ -82,9 +82,9 @@ class QuickBudget:
 DRIVER = """
 import sys
 from pathlib import Path
-from serl_launcher.learner.children import ChildSpec
-from serl_launcher.learner.supervisor import Supervisor
-from serl_launcher.paths import RunPaths
+from serl_launcher.supervisor.children import ChildSpec
+from serl_launcher.supervisor.supervisor import Supervisor
+from serl_launcher.run.paths import RunPaths
 paths = RunPaths(Path(sys.argv[1]))
 code = '''
 import os, signal, sys, time
@@ -155,8 +155,9 @@ def _alive(pid: int) -> bool:
 
 
 def test_done_ends_the_run_with_a_summary(paths, free_ports):
-    from compose import load_config
     from omegaconf import OmegaConf
+
+    from flowserl_cli.compose import load_config
 
     paths.config.write_text(OmegaConf.to_yaml(load_config([]), resolve=True))
     status = {"run": "demo", "done": True, "stage": {"index": 0, "name": "demos", "mode": "demo"}, "counts": {}}

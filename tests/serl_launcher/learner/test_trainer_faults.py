@@ -9,8 +9,8 @@ import pytest
 import torch
 from trainer_rig import make, put
 
-from serl_launcher.learner.parameters import Published, read_tensors
 from serl_launcher.replay.verdicts import read
+from serl_launcher.run.parameters import Published, read_tensors
 
 
 def version(tmp_path):

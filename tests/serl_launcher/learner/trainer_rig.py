@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from tiny import ROOT, SPEC, tiny_config
 
 from serl_launcher.learner.trainer import Trainer
-from serl_launcher.paths import RunPaths
+from serl_launcher.run.paths import RunPaths
 
 
 class ScriptedGateway:

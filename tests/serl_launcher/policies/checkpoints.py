@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from serl_launcher.policies.base import PolicyInput
-from serl_launcher.policies.pi0 import build_pi0
-from serl_launcher.policies.pi0_tiny import TinySize
-from serl_launcher.policies.pi05 import build_pi05
-from serl_launcher.policies.pi05_tiny import TinyPI05Size
-from serl_transport.specs import TaskSpec
+from serl_launcher.policies.pi0.pi05 import build_pi05
+from serl_launcher.policies.pi0.pi05_tiny import TinyPI05Size
+from serl_launcher.policies.pi0.policy import build_pi0
+from serl_launcher.policies.pi0.tiny import TinySize
+from serl_transport.contract.specs import TaskSpec
 
 B, AH = 2, 4
 BUILD = {"pi0": build_pi0, "pi05": build_pi05}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from serl_launcher.policies.base import sample, trainable
 from serl_launcher.policies.checkpoint import CheckpointError
-from serl_launcher.policies.pi0_tiny import shrunk
+from serl_launcher.policies.pi0.tiny import shrunk
 from serl_launcher.policies.saving import save_policy
 from serl_launcher.policies.trains import frozen_hash, parameter_table
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
-from serl_launcher.policies.groot import TUNE, build_groot, tune_flags
-from serl_launcher.policies.groot_inputs import patches
-from serl_launcher.policies.groot_tiny import TinyGrootSize
-from serl_transport.specs import TaskSpec
+from serl_launcher.policies.groot.build import TUNE, build_groot, tune_flags
+from serl_launcher.policies.groot.inputs import patches
+from serl_launcher.policies.groot.tiny import TinyGrootSize
+from serl_transport.contract.specs import TaskSpec
 
 SPEC = TaskSpec.from_dict(
     {

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from serl_launcher.policies.base import sample, trainable
 from serl_launcher.policies.checkpoint import CheckpointError
-from serl_launcher.policies.groot import build_groot
-from serl_launcher.policies.groot_checkpoint import save_groot
-from serl_launcher.policies.groot_tiny import TinyGrootSize
+from serl_launcher.policies.groot.build import build_groot
+from serl_launcher.policies.groot.checkpoint import save_groot
+from serl_launcher.policies.groot.tiny import TinyGrootSize
 
 SIZE = TinyGrootSize(image_size=32, max_state_dim=5, max_action_dim=4)
 AH = 4

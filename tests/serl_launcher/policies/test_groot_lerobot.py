@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from serl_launcher.policies.base import PolicyInput, sample, trainable
 from serl_launcher.policies.checkpoint import CheckpointError
-from serl_launcher.policies.groot import build_groot
-from serl_launcher.policies.groot_checkpoint import save_groot
-from serl_launcher.policies.groot_inputs import Geometry
-from serl_launcher.policies.groot_tiny import TinyGrootSize
+from serl_launcher.policies.groot.build import build_groot
+from serl_launcher.policies.groot.checkpoint import save_groot
+from serl_launcher.policies.groot.inputs import Geometry
+from serl_launcher.policies.groot.tiny import TinyGrootSize
 
 ROOT = Path(__file__).parents[3]
 AH, VALID = 4, 3
@@ -239,9 +239,9 @@ def test_a_fresh_process_saves_the_same_bytes(kind, theirs, base, size, tmp_path
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
         "from checkpoints import SPEC\n"
-        "from serl_launcher.policies.groot import build_groot\n"
-        "from serl_launcher.policies.groot_checkpoint import save_groot\n"
-        "from serl_launcher.policies.groot_tiny import TinyGrootSize\n"
+        "from serl_launcher.policies.groot.build import build_groot\n"
+        "from serl_launcher.policies.groot.checkpoint import save_groot\n"
+        "from serl_launcher.policies.groot.tiny import TinyGrootSize\n"
         "p = build_groot('t', SPEC, 'checkpoint', 0, None, TinyGrootSize(), checkpoint=sys.argv[2])\n"
         "save_groot(p, Path(sys.argv[3]), 'new_embodiment', shard='300KB')\n"
     )
@@ -351,7 +351,7 @@ def test_a_users_fine_tune_from_data_to_an_export(base, processor, size, tmp_pat
         f"policy.checkpoint={base}",
         f"policy.processor={processor}",
         "+policy.cameras.ego=front",
-        "policy.size._target_=serl_launcher.policies.groot_tiny.TinyGrootSize",
+        "policy.size._target_=serl_launcher.policies.groot.tiny.TinyGrootSize",
         "trainer.device=cpu",
         "sft.steps=2",
         "sft.batch_size=3",

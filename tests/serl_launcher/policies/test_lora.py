@@ -4,8 +4,8 @@ import torch
 from tiny import HORIZON, SIZE, SPEC, random_batch
 
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
-from serl_launcher.policies.build import build_flow_policy
-from serl_launcher.policies.pi0 import PI0FlowPolicy
+from serl_launcher.policies.pi0.build import build_flow_policy
+from serl_launcher.policies.pi0.policy import PI0FlowPolicy
 from serl_launcher.policies.trains import frozen_hash, merged_state, parameter_table
 
 

@@ -14,8 +14,8 @@ from serl_launcher.replay.assembler import Assembler, ClosedEpisode
 from serl_launcher.replay.entries import CloseEntry, DataEntry, Entry, SpecChangedError
 from serl_launcher.replay.episodes import EpisodeStream, journal_episodes, journal_items
 from serl_launcher.replay.journal import JournalCorrupt
-from serl_transport.errors import Refused
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.errors import Refused
+from serl_transport.contract.specs import TaskSpec
 
 
 def feed(assembler: Assembler, items: list[Entry]) -> list[ClosedEpisode]:

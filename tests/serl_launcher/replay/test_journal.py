@@ -25,7 +25,7 @@ from serl_launcher.replay.journal import (
     segment_path,
 )
 from serl_launcher.replay.journal_writer import JournalLock, RunFolderBusyError
-from serl_transport.errors import StorageFull
+from serl_transport.contract.errors import StorageFull
 
 
 def write(folder: Path, payloads: list[bytes], segment_bytes: int = 1 << 20, one_by_one: bool = True) -> list:

@@ -5,7 +5,7 @@ import pytest
 from replay_samples import batches, info
 
 from serl_launcher.replay.relabelled import Relabelled
-from serl_transport.schema import Episode
+from serl_transport.contract.schema import Episode
 
 
 def episode(success, rewards=None):

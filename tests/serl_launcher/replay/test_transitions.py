@@ -5,7 +5,7 @@ import pytest
 
 from serl_launcher.replay.ring import RingReader, RingWriter
 from serl_launcher.replay.transitions import TransitionView, index_episode
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 SPEC = TaskSpec.from_dict(
     {

@@ -7,7 +7,7 @@ from serl_launcher.replay.acceptance import SuccessRule
 from serl_launcher.replay.ring import RingReader, RingWriter
 from serl_launcher.replay.transitions import TransitionView
 from serl_launcher.replay.views import ChunkView
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec
 
 SPEC = TaskSpec.from_dict(
     {

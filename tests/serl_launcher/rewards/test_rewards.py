@@ -26,9 +26,9 @@ from serl_launcher.rewards.server import RewardServer
 from serl_launcher.rewards.training import Fit, Labelled, plot, train
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
-from serl_transport.errors import SchemaMismatch
-from serl_transport.schema import Episode, EpisodeInfo, Outcome
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.errors import SchemaMismatch
+from serl_transport.contract.schema import Episode, EpisodeInfo, Outcome
+from serl_transport.contract.specs import TaskSpec
 
 SPEC = TaskSpec.from_dict(
     {

@@ -15,9 +15,9 @@ from tiny import SPEC, tiny_config, tiny_policy
 
 from serl_launcher.gateway.app import Gateway
 from serl_launcher.gateway.settings import GatewaySettings
-from serl_launcher.learner.parameters import base_sha256, publish
-from serl_launcher.paths import RunPaths
 from serl_launcher.policies.base import trainable
+from serl_launcher.run.parameters import base_sha256, publish
+from serl_launcher.run.paths import RunPaths
 from serl_launcher.serving.server import PolicyServer
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig

@@ -8,8 +8,8 @@ from tiny import HORIZON, SPEC, tiny_config
 
 from serl_launcher.serving.engine import PolicyEngine, Query, query_from_body
 from serl_launcher.serving.local import LocalPolicy, build
-from serl_transport.errors import NotReady
-from serl_transport.params import Published as Blob
+from serl_transport.contract.errors import NotReady
+from serl_transport.parameters.params import Published as Blob
 
 
 @pytest.fixture

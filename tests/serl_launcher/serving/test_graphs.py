@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from serving_samples import body, put
 from tiny import HORIZON, ROOT, SPEC, tiny_config
 
-from serl_launcher.learner.parameters import base_sha256, publish
 from serl_launcher.policies.base import trainable
+from serl_launcher.run.parameters import base_sha256, publish
 from serl_launcher.serving.engine import PolicyEngine, query_from_body
 from serl_launcher.serving.graphs import MAX_BUCKETS, GraphRunner, bucket_of, bucket_sizes
 

@@ -18,11 +18,11 @@ from tiny import HORIZON, SPEC, tiny_config
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from openpi_client.websocket_client_policy import PolicyServerError, WebsocketClientPolicy
-from serl_launcher.learner.roles import roles_for
-from serl_launcher.paths import RunPaths
+from serl_launcher.run.paths import RunPaths
 from serl_launcher.serving.openpi_server import OpenpiServer, OpenpiSettings, decode
+from serl_launcher.supervisor.roles import roles_for
 from serl_robot_infra import openpi_policy
-from serl_transport.errors import NotReady
+from serl_transport.contract.errors import NotReady
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "openpi_client"))
 from stock_openpi import StockClient, pack

@@ -8,7 +8,7 @@ import pytest
 from serving_samples import body, connected, put, running, wait_for
 from tiny import HORIZON
 
-from serl_transport.errors import DeadlineMissed, Internal, NotReady, SchemaMismatch
+from serl_transport.contract.errors import DeadlineMissed, Internal, NotReady, SchemaMismatch
 
 
 class Gate:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from serl_launcher.paths import RunPaths
+from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.metrics import MetricsWriter, read_metrics
 
 TENSORBOARD = {"telemetry": {"tensorboard": True, "wandb": False}}
@@ -50,7 +50,7 @@ def test_a_resume_replaces_the_steps_it_does_again(tmp_path):
 
 def test_a_kill_keeps_what_was_written(tmp_path):
     code = (
-        "import os, signal, sys; from pathlib import Path; from serl_launcher.paths import RunPaths;"
+        "import os, signal, sys; from pathlib import Path; from serl_launcher.run.paths import RunPaths;"
         "from serl_launcher.telemetry.metrics import MetricsWriter;"
         "w = MetricsWriter(RunPaths(Path(sys.argv[1])), {'telemetry': {'tensorboard': False}});"
         "[w.write(s, {'losses/flow': 1.0}) for s in range(5)]; os.kill(os.getpid(), signal.SIGKILL)"

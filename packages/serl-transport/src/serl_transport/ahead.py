@@ -10,10 +10,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
-from serl_transport.answer import Answer
-from serl_transport.errors import NotReady, WireError
-from serl_transport.link import Link
-from serl_transport.params import WINDOW
+from serl_transport.connection.answer import Answer
+from serl_transport.connection.link import Link
+from serl_transport.contract.errors import NotReady, WireError
+from serl_transport.parameters.params import WINDOW
 
 MOST_KEPT = 4096  # questions that a server keeps, of all clients together
 

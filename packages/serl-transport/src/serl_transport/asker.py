@@ -18,15 +18,15 @@ from typing import Any
 
 import zmq
 
-from serl_transport import auth
-from serl_transport.codec import Frames, pack, unpack
-from serl_transport.envelope import PROTOCOL, REPLY, Envelope
-from serl_transport.errors import Corrupt, HelloRequired, ServerSilent, WireError
-from serl_transport.keys import ClientKeys
-from serl_transport.link import Link
-from serl_transport.multipart import receive_parts, send_parts
+from serl_transport.connection.link import Link
+from serl_transport.connection.watch import Watch
+from serl_transport.contract.errors import Corrupt, HelloRequired, ServerSilent, WireError
 from serl_transport.same_host import AskLine, machine_id
-from serl_transport.watch import Watch
+from serl_transport.security import auth
+from serl_transport.security.keys import ClientKeys
+from serl_transport.wire.codec import Frames, pack, unpack
+from serl_transport.wire.envelope import PROTOCOL, REPLY, Envelope
+from serl_transport.wire.multipart import receive_parts, send_parts
 
 log = logging.getLogger(__name__)
 

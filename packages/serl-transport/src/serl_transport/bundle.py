@@ -14,9 +14,9 @@ from typing import Any
 
 import msgpack
 
-from serl_transport.blob import join_parts
-from serl_transport.codec import Frames, Limits, buffer_of, check_sizes, nbytes
-from serl_transport.errors import BadFrame, TooLarge, WireError
+from serl_transport.contract.errors import BadFrame, TooLarge, WireError
+from serl_transport.wire.blob import join_parts
+from serl_transport.wire.codec import Frames, Limits, buffer_of, check_sizes, nbytes
 
 ITEMS = "items"  # the envelope's kind
 MAX_ITEMS = 16

@@ -19,22 +19,22 @@ from pathlib import Path
 from socket import gethostname
 from typing import Any
 
-from serl_transport import auth
-from serl_transport.answer import Answer
 from serl_transport.asker import Asker
-from serl_transport.codec import pack
 from serl_transport.config import TrainerConfig
+from serl_transport.connection.answer import Answer
+from serl_transport.connection.link import Link
+from serl_transport.connection.subscriber import Subscriber
+from serl_transport.contract.errors import ServerSilent
+from serl_transport.contract.specs import TaskSpec
 from serl_transport.data_store import DataStoreBase
-from serl_transport.errors import ServerSilent
-from serl_transport.keys import ClientKeys
-from serl_transport.link import Link
-from serl_transport.listener import Listener
-from serl_transport.memory import keep_freed_memory
-from serl_transport.outbox import Ledger, Outbox
-from serl_transport.params import Pieces, Published, Reply, SpareMemory, pull, pull_pieces
-from serl_transport.specs import TaskSpec
-from serl_transport.spool import DEFAULT_BYTES, ItemKey, open_spool
-from serl_transport.subscriber import Subscriber
+from serl_transport.delivery.outbox import Ledger, Outbox
+from serl_transport.delivery.spool import DEFAULT_BYTES, ItemKey, open_spool
+from serl_transport.parameters.listener import Listener
+from serl_transport.parameters.params import Pieces, Published, Reply, SpareMemory, pull, pull_pieces
+from serl_transport.security import auth
+from serl_transport.security.keys import ClientKeys
+from serl_transport.wire.codec import pack
+from serl_transport.wire.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 

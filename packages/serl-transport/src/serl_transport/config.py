@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from serl_transport.codec import Limits
+from serl_transport.wire.codec import Limits
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from serl_transport.blob import BLOB, split
-from serl_transport.codec import Frames
+from serl_transport.wire.blob import BLOB, split
+from serl_transport.wire.codec import Frames
 
 
 def split_pieces(parts: Sequence[np.ndarray]) -> Frames:

@@ -23,9 +23,9 @@ from typing import Any
 
 import msgpack
 
-from serl_transport.codec import Frames, buffer_of, nbytes
-from serl_transport.errors import BadFrame
-from serl_transport.packer import packb
+from serl_transport.contract.errors import BadFrame
+from serl_transport.wire.codec import Frames, buffer_of, nbytes
+from serl_transport.wire.packer import packb
 
 log = logging.getLogger(__name__)
 

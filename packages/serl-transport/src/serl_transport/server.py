@@ -16,24 +16,24 @@ from typing import Any
 
 import zmq
 
-from serl_transport import auth
 from serl_transport.ahead import Standing
-from serl_transport.allow_list import ROLES, AllowList
-from serl_transport.codec import buffer_of, pack
 from serl_transport.config import TrainerConfig
+from serl_transport.connection.router import Handler, Peer, Reply, Router
+from serl_transport.connection.sessions import RETIRED, Sessions
+from serl_transport.connection.subscriber import NOTIFY_TOPIC
+from serl_transport.contract.errors import BadFrame, CannotListen, Refused, SchemaMismatch, UnknownKind
+from serl_transport.contract.specs import TaskSpec
 from serl_transport.data_store import DataStoreBase
-from serl_transport.dedup import SeenItems
-from serl_transport.envelope import PROTOCOL, Envelope
-from serl_transport.errors import BadFrame, CannotListen, Refused, SchemaMismatch, UnknownKind
-from serl_transport.keys import ServerKeys
-from serl_transport.loop import EventLoop
-from serl_transport.memory import keep_freed_memory
-from serl_transport.params import Offer, read_chunk
-from serl_transport.router import Handler, Peer, Reply, Router
-from serl_transport.sessions import RETIRED, Sessions
-from serl_transport.specs import TaskSpec
-from serl_transport.subscriber import NOTIFY_TOPIC
-from serl_transport.zap import Authenticator
+from serl_transport.delivery.dedup import SeenItems
+from serl_transport.parameters.params import Offer, read_chunk
+from serl_transport.security import auth
+from serl_transport.security.allow_list import ROLES, AllowList
+from serl_transport.security.keys import ServerKeys
+from serl_transport.security.zap import Authenticator
+from serl_transport.wire.codec import buffer_of, pack
+from serl_transport.wire.envelope import PROTOCOL, Envelope
+from serl_transport.wire.loop import EventLoop
+from serl_transport.wire.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from serl_robot_infra.envs.base import StepResult
 from serl_robot_infra.envs.pick.expert import PickExpert
 from serl_robot_infra.envs.pick.scene import CUBE_HALF, FINGER_TRAVEL, SCENE
 from serl_robot_infra.envs.rendering import make_renderer
-from serl_transport.schema import Observation
-from serl_transport.specs import TaskSpec
+from serl_transport.contract.schema import Observation
+from serl_transport.contract.specs import TaskSpec
 
 STEP_LIMIT = 0.025
 """Largest commanded translation of one tick, metres per axis."""

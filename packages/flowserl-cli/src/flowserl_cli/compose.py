@@ -1,0 +1,203 @@
+"""Compose config/ and the command line's overrides into one resolved config, torch-free.
+
+Called by train_rlpd.py, start.py and tests; yaml and `key=value` words flow in, a resolved OmegaConf config
+flows out. A mistake raises ConfigError with one message that names the offending word and, for a misspelling, what is
+nearest.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from serl_robot_infra.task_yaml import check_keys, check_task
+
+CONFIG_DIR = Path(__file__).resolve().parents[4] / "config"
+
+# Keys that take one word of a few. Group choices are the files of the group's folder and need no entry here.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "rollout.mode": ("follow", "demo", "online", "eval"),
+    "rollout.policy": ("remote", "local", "openpi", "none"),
+    "rollout.realtime": ("off", "async", "rtc"),
+    "resume": ("auto", "never"),
+    "on_complete": ("keep", "rotate"),
+}
+
+
+class ConfigError(ValueError):
+    """The command line or a yaml file is wrong; the message is complete and meant for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """One override of the command line."""
+
+    text: str  # as typed
+    key: str  # dotted, without + or ~
+    value: Any  # parsed by Hydra's grammar
+    kind: str  # "set", "add" (+), "force" (++)
+
+
+def load_config(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> DictConfig:
+    """Compose base.yaml with `overrides`; every interpolation is resolved and no key is missing.
+
+    Raises:
+        ConfigError: unknown key or group option, wrong type, missing value, unreadable override.
+    """
+    options = group_options(config_dir)
+    words = [_parse(text) for text in overrides]
+    selections = [w for w in words if w.key in options]
+    for word in selections:
+        _check_option(word, options)
+    # Additions come first: a later word may set a key that an earlier one added.
+    base = _compose(config_dir, [w.text for w in words if w in selections or w.kind != "set"])
+    for word in words:
+        if word not in selections and word.kind == "set":
+            _check_key(word, base, options)
+            _check_value(word, OmegaConf.select(base, word.key))
+    config = _compose(config_dir, [w.text for w in words])
+    for word in words:  # run=7 and run=1e3 are names, not numbers
+        if word.kind == "set" and _is_plain_text(base, word) and not isinstance(word.value, str | None):
+            OmegaConf.update(config, word.key, word.text.partition("=")[2])
+    name = next((word.value for word in reversed(selections) if word.key == "task"), "pick")
+    return _check_task(config, f"config/task/{name}.yaml")
+
+
+def group_options(config_dir: Path = CONFIG_DIR) -> dict[str, list[str]]:
+    """The groups (folders of config/) and the names one may select in each."""
+    folders = sorted(p for p in config_dir.iterdir() if p.is_dir())
+    names = {f.name: sorted(p.stem for p in f.glob("*.yaml") if not p.stem.startswith("_")) for f in folders}
+    return {group: found for group, found in names.items() if found}
+
+
+def dotted_keys(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of a config in the form the command line takes: `a`, `a.b`, `a.list.0.c`."""
+    keys = range(len(node)) if isinstance(node, ListConfig) else node.keys()
+    for key in keys:
+        name = f"{prefix}{key}"
+        yield name
+        child = node._get_node(key)
+        if isinstance(child, DictConfig | ListConfig) and not (child._is_none() or child._is_interpolation()):
+            yield from dotted_keys(child, f"{name}.")
+
+
+def _parse(text: str) -> Word:
+    try:
+        override: Override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"cannot read {text!r}: expected key=value, such as seed=3 ({reason})") from None
+    if override.is_delete():
+        raise ConfigError(f"{text!r} removes a key; set it to another value instead")
+    if override.is_sweep_override():
+        raise ConfigError(f"{text!r} names several values; expected one (quote a text with commas)")
+    kind = "force" if override.is_force_add() else "add" if override.is_add() else "set"
+    return Word(text, override.key_or_group, override.value(), kind)
+
+
+def _check_option(word: Word, options: dict[str, list[str]]) -> None:
+    known = options[word.key]
+    if str(word.value) not in known:
+        raise ConfigError(f"no {word.key} is called {str(word.value)!r}{nearest(str(word.value), known)}")
+
+
+def _check_key(word: Word, base: DictConfig, options: dict[str, list[str]]) -> None:
+    keys = list(dotted_keys(base))
+    if word.key not in keys:
+        raise ConfigError(
+            f"unknown key {word.key!r} in {word.text!r}{nearest(word.key, sorted({*keys, *options}))} "
+            f"(a new key of your own: +{word.text})"
+        )
+
+
+def _check_value(word: Word, default: Any) -> None:
+    choices = CHOICES.get(word.key)
+    if choices and word.value not in choices:
+        raise ConfigError(f"{word.key} is {word.value!r}; expected one of {', '.join(choices)}")
+    expected = type_mismatch(word.value, default)
+    if expected:
+        shown = "a section" if isinstance(default, DictConfig) else repr(default)
+        raise ConfigError(f"{word.key} in {word.text!r} must be {expected} (default {shown}), got {word.value!r}")
+
+
+def type_mismatch(value: Any, default: Any) -> str:
+    """What was expected, in words, or an empty string when `value` may replace `default`."""
+    if default is None or default == "auto":
+        return ""
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "true or false"
+    if isinstance(default, DictConfig):
+        return "" if isinstance(value, dict) else "a section of keys; set one of its keys"
+    if isinstance(default, ListConfig):
+        return "" if isinstance(value, list) else "a list, such as [a,b]"
+    if value is None:  # yaml's "not set"; a role that needs the key says so
+        return ""
+    if isinstance(default, int | float):
+        # A default of 0 says nothing about fractions (rates, limits that are off).
+        whole = isinstance(default, int) and default != 0
+        allowed = int if whole else (int, float)
+        good = isinstance(value, allowed) and not isinstance(value, bool)
+        return "" if good else ("a whole number" if whole else "a number")
+    return "" if isinstance(value, str | int | float) and not isinstance(value, bool) else "a text"
+
+
+def _is_plain_text(base: DictConfig, word: Word) -> bool:
+    default = OmegaConf.select(base, word.key)
+    return isinstance(default, str) and default != "auto"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The tail of a message: the closest of `known`, by the whole name or by its last part; all of them when few."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    leaf = name.rpartition(".")[2]
+    leaves: dict[str, list[str]] = {}
+    for key in known:
+        leaves.setdefault(key.rpartition(".")[2], []).append(key)
+    for match in difflib.get_close_matches(leaf, list(leaves), n=2, cutoff=0.75):
+        close += [key for key in leaves[match] if key not in close]
+    if close:
+        return f"; did you mean {' or '.join(repr(c) for c in close[:3])}?"
+    return f"; there are {', '.join(known)}" if len(known) <= 12 else ""
+
+
+def _compose(config_dir: Path, overrides: Sequence[str]) -> DictConfig:
+    try:
+        with initialize_config_dir(config_dir=str(config_dir), version_base="1.3"):
+            return hydra_compose("base", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"config/ does not compose: {' '.join(str(error).split())}") from None
+
+
+def _check_task(config: DictConfig, file: str) -> DictConfig:
+    """Resolved; the keys first, since a missing one would be an interpolation that is not found."""
+    try:
+        check_keys(config.task, file)
+        config = _resolve(config)
+        check_task(OmegaConf.to_container(config.task), file)
+    except ConfigError:
+        raise
+    except ValueError as mistake:
+        raise ConfigError(str(mistake)) from None
+    return config
+
+
+def _resolve(config: DictConfig) -> DictConfig:
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if not missing:
+            OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"config/ does not resolve: {' '.join(str(error).split())}") from None
+    if missing:
+        raise ConfigError(f"these keys need a value: {', '.join(missing)}; add {missing[0]}=<value>")
+    return config

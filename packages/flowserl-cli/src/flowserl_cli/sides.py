@@ -1,0 +1,111 @@
+"""A side (the actor or the learner) as a child that is kept alive, and its output as prefixed lines.
+
+Used by start.py: both sides in one process (foreground), or one side in each tmux pane.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from serl_launcher.supervisor.children import Child, ChildSpec, RestartBudget
+
+USER_MISTAKE, GAVE_UP = 2, 3
+COLOURS = {"actor": "\x1b[36m", "learner": "\x1b[33m"}
+# 0 finished, 2 the user must change something, 3 the supervisor gave up, 128 + n somebody stopped it in an orderly way.
+FINAL_CODES = (0, USER_MISTAKE, GAVE_UP, 128 + signal.SIGHUP, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+class Side:
+    """One side's process: started, watched, started again when it crashes.
+
+    Args:
+        name: actor or learner.
+        overrides: the user's.
+        root: the checkout.
+        prefixed: lines of its output get `[name]` in front; otherwise it writes to our terminal itself.
+    """
+
+    def __init__(self, name: str, overrides: Sequence[str], root: Path, prefixed: bool) -> None:
+        argv = (sys.executable, str(root / "examples" / "train_rlpd.py"), f"{name}=true", *overrides)
+        # It gets SIGTERM when we die, however we die, and then ends in an orderly way by itself.
+        spec = ChildSpec(name, argv, env={"PYTHONUNBUFFERED": "1"}, grace_s=GRACE_S[name], orphan_signal=signal.SIGTERM)
+        self.name = name
+        self.final: int | None = None  # its exit code once it is over for good
+        self._child = Child(spec)
+        self._budget = RestartBudget()
+        self._prefixed = prefixed
+        self._pump: threading.Thread | None = None
+        self._restart_at: float | None = None
+
+    def start(self) -> None:
+        """Spawn the process."""
+        process = self._child.start(subprocess.PIPE if self._prefixed else None)
+        if self._prefixed:
+            self._pump = threading.Thread(target=pump, args=(process.stdout, self.name), daemon=True)
+            self._pump.start()
+
+    def tick(self) -> int | None:
+        """Look after it; its final exit code once it is over."""
+        if self.final is not None:
+            return self.final
+        if self._restart_at is not None:
+            if time.monotonic() >= self._restart_at:
+                self._restart_at = None
+                self.start()
+        elif death := self._child.poll():
+            self._drain()
+            if death.code in FINAL_CODES:
+                self.final = death.code
+            elif (wait_s := self._budget.died(death.lived_s)) is None:
+                say(self.name, f"the {self.name} keeps dying ({death.cause}); giving up")
+                self.final = GAVE_UP
+            else:
+                say(self.name, f"the {self.name} ended ({death.cause}); starting it again in {wait_s:g} s")
+                self._restart_at = time.monotonic() + wait_s
+        return self.final
+
+    def stop(self) -> None:
+        """End it in an orderly way; `final` is set when it was still running."""
+        self._child.stop()
+        self._drain()
+        if self.final is None:
+            self.final = 128 + signal.SIGTERM
+
+    def _drain(self) -> None:
+        if self._pump:
+            self._pump.join(timeout=2.0)
+
+
+# The learner's roles write out what they hold; see the supervisor.
+GRACE_S = {"actor": 40.0, "learner": 170.0}
+_print_lock = threading.Lock()
+
+
+def say(name: str, text: str) -> None:
+    """One prefixed line."""
+    prefix = f"[{name}]"
+    if sys.stdout.isatty():
+        prefix = f"{COLOURS.get(name, '')}{prefix}\x1b[0m"
+    with _print_lock:
+        print(f"{prefix} {text}", flush=True)
+
+
+def pump(pipe: IO[bytes], name: str) -> None:
+    """Prefix every line of `pipe` until it closes; a progress bar's carriage returns end lines as well."""
+    lost = False
+    for raw in pipe:
+        if lost:
+            continue
+        try:
+            for line in raw.decode(errors="replace").rstrip("\n").split("\r"):
+                if line:
+                    say(name, line)
+        except BrokenPipeError:  # nobody reads us any more (start.sh | head): end the run, keep draining until it has
+            lost = True
+            os.kill(os.getpid(), signal.SIGTERM)

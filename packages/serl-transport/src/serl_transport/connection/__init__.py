@@ -1,0 +1,1 @@
+"""One connection: the client's link and subscriber, the server's router and its sessions."""

@@ -1,0 +1,203 @@
+"""What a task's observations and actions look like: the contract that actor and learner must share.
+
+Both sides compose a `TaskSpec` from the task yaml; the handshake compares them with `differences`. Environments and
+policies check single observations and actions with it, the gateway checks whole step batches (`schema.py`).
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from serl_transport.contract.schema import Observation
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """One task's interface. Build it with `from_dict`, which validates; sizes: s state dims, ad action dims."""
+
+    name: str  # the task's name, as in config/task/<name>.yaml
+    prompt: str  # what the policy is told to do
+    cameras: Mapping[str, tuple[int, int]]  # camera name -> (height, width) of its uint8[h, w, 3] images
+    state_names: tuple[str, ...]  # s names of the state's dims
+    state_low: tuple[float, ...]  # s lowest values, physical units; may be -inf
+    state_high: tuple[float, ...]  # s highest values, physical units; may be +inf
+    action_names: tuple[str, ...]  # ad names of the action's dims
+    action_low: tuple[float, ...]  # ad lowest values, physical units, finite
+    action_high: tuple[float, ...]  # ad highest values, physical units, finite
+    control_hz: float  # ticks per second of the control loop
+    max_ticks: int  # time limit of an episode
+
+    @property
+    def state_dim(self) -> int:
+        """s"""
+        return len(self.state_names)
+
+    @property
+    def action_dim(self) -> int:
+        """ad"""
+        return len(self.action_names)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "TaskSpec":
+        """Build and validate a spec from yaml or from the wire; ValueError names the offending key."""
+        _check_keys(data, [field.name for field in fields(cls)])
+        spec = cls(
+            name=_text("name", data["name"]),
+            prompt=_text("prompt", data["prompt"]),
+            cameras=_cameras(data["cameras"]),
+            state_names=_names("state_names", data["state_names"]),
+            state_low=_numbers("state_low", data["state_low"]),
+            state_high=_numbers("state_high", data["state_high"]),
+            action_names=_names("action_names", data["action_names"]),
+            action_low=_numbers("action_low", data["action_low"]),
+            action_high=_numbers("action_high", data["action_high"]),
+            control_hz=_positive("control_hz", data["control_hz"]),
+            max_ticks=int(_positive("max_ticks", data["max_ticks"])),
+        )
+        _check_range("state", spec.state_names, spec.state_low, spec.state_high)
+        _check_range("action", spec.action_names, spec.action_low, spec.action_high)
+        if not np.isfinite(spec.action_low + spec.action_high).all():
+            raise ValueError("task spec: action_low and action_high must be finite, they scale the policy's output")
+        return spec
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain dicts, lists and scalars; `from_dict` reads it back to an equal spec."""
+        plain: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            plain[field.name] = list(value) if isinstance(value, tuple) else value
+        plain["cameras"] = {name: list(size) for name, size in self.cameras.items()}
+        return plain
+
+    def differences(self, other: "TaskSpec", mine: str = "here", theirs: str = "there") -> list[str]:
+        """One line per field that differs, with both values: `max_ticks: 60 <mine>, 80 <theirs>`. Empty when equal."""
+        lines = []
+        for field in fields(self):
+            left, right = getattr(self, field.name), getattr(other, field.name)
+            if field.name == "cameras":
+                for camera in sorted(set(left) | set(right)):
+                    if left.get(camera) != right.get(camera):
+                        lines.append(
+                            f"cameras.{camera}: {left.get(camera, 'absent')} {mine}, "
+                            f"{right.get(camera, 'absent')} {theirs}"
+                        )
+            elif left != right:
+                lines.append(f"{field.name}: {_plain(left)} {mine}, {_plain(right)} {theirs}")
+        return lines
+
+    def check_observation(self, observation: "Observation") -> None:
+        """Raise ValueError unless every camera's image is uint8[h, w, 3] and the state is finite float32[s]."""
+        for camera, (height, width) in self.cameras.items():
+            image = observation.images.get(camera)
+            if image is None:
+                raise ValueError(f"camera {camera!r}: no image; got cameras {sorted(observation.images)}")
+            check_array(f"camera {camera!r}", image, np.uint8, (height, width, 3))
+        extra = sorted(set(observation.images) - set(self.cameras))
+        if extra:
+            raise ValueError(f"camera {extra[0]!r} is not in task {self.name!r}, which has {sorted(self.cameras)}")
+        check_array("state", observation.state, np.float32, (self.state_dim,))
+        check_finite("state", observation.state, self.state_names)
+
+    def check_action(self, action: np.ndarray) -> None:
+        """Raise ValueError unless the action is finite float32[ad]; limits are the safety layer's business."""
+        check_array("action", action, np.float32, (self.action_dim,))
+        check_finite("action", action, self.action_names)
+
+
+def check_array(label: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> None:
+    """Raise ValueError with expected and got unless `array` is an ndarray of exactly this dtype and shape."""
+    wanted = f"{np.dtype(dtype).name}{list(shape)}"
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{label}: expected {wanted}, got {type(array).__name__}")
+    if array.dtype != np.dtype(dtype) or array.shape != shape:
+        raise ValueError(f"{label}: expected {wanted}, got {array.dtype.name}{list(array.shape)}")
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; of a few values it is cheaper than `isfinite(array).all()`."""
+    return b"\0" not in np.isfinite(array).tobytes()
+
+
+def check_finite(label: str, array: np.ndarray, names: Sequence[str]) -> None:
+    """Raise ValueError naming the first dim (last axis) of `array` that is NaN or infinite."""
+    if not all_finite(array):
+        bad = np.argwhere(~np.isfinite(array))
+        *tick, dim = (int(i) for i in bad[0])
+        where = f" at tick {tick[0]}" if tick else ""
+        raise ValueError(f"{label} dim {names[dim]!r}{where}: expected a finite number, got {array[tuple(bad[0])]}")
+
+
+def _check_keys(data: Mapping[str, Any], wanted: list[str]) -> None:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"task spec: expected a mapping, got {type(data).__name__}")
+    for key in data:
+        if key not in wanted:
+            close = difflib.get_close_matches(str(key), wanted, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; the keys are {wanted}"
+            raise ValueError(f"task spec: unknown key {key!r}{hint}")
+    missing = [key for key in wanted if key not in data]
+    if missing:
+        raise ValueError(f"task spec: missing key {missing[0]!r}")
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"task spec: {key}: expected a non-empty text, got {value!r}")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _positive(key: str, value: Any) -> float:
+    if not _is_number(value) or not np.isfinite(value) or value <= 0:
+        raise ValueError(f"task spec: {key}: expected a number above 0, got {value!r}")
+    return float(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
+
+
+def _cameras(value: Any) -> Mapping[str, tuple[int, int]]:
+    if not isinstance(value, Mapping):  # none: a task of states alone
+        raise ValueError(f"task spec: cameras: expected {{name: [height, width]}}, got {value!r}")
+    for camera, size in value.items():
+        if not isinstance(camera, str) or not camera or "." in camera:
+            raise ValueError(f"task spec: cameras: a camera's name is a text without dots, got {camera!r}")
+        if not _is_list(size) or len(size) != 2 or not all(isinstance(n, int) and 0 < n <= 8192 for n in size):
+            raise ValueError(f"task spec: cameras.{camera}: expected [height, width] in pixels, got {size!r}")
+    return MappingProxyType({camera: (int(size[0]), int(size[1])) for camera, size in value.items()})
+
+
+def _names(key: str, value: Any) -> tuple[str, ...]:
+    if not _is_list(value) or not len(value) or not all(isinstance(name, str) and name for name in value):
+        raise ValueError(f"task spec: {key}: expected a list of names, got {value!r}")
+    if len(set(value)) != len(value):
+        raise ValueError(f"task spec: {key}: names must differ, got {list(value)}")
+    return tuple(value)
+
+
+def _numbers(key: str, value: Any) -> tuple[float, ...]:
+    if not _is_list(value) or not all(_is_number(number) and not np.isnan(number) for number in value):
+        raise ValueError(f"task spec: {key}: expected a list of numbers, got {value!r}")
+    return tuple(float(number) for number in value)
+
+
+def _check_range(what: str, names: tuple[str, ...], low: tuple[float, ...], high: tuple[float, ...]) -> None:
+    for key, bound in ((f"{what}_low", low), (f"{what}_high", high)):
+        if len(bound) != len(names):
+            raise ValueError(f"task spec: {key}: expected {len(names)} numbers ({what}_names), got {len(bound)}")
+    for name, lowest, highest in zip(names, low, high, strict=True):
+        if not lowest < highest:
+            raise ValueError(f"task spec: {what} dim {name!r}: low {lowest} must be below high {highest}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,1 @@
+"""Acknowledged delivery: the actor's spool and outbox, the learner's deduplication."""

@@ -1,0 +1,113 @@
+"""Who may do what: public keys and their roles, from a file that is read again whenever it changes.
+
+    # role    name     public key
+    actor     robot-1  E]y)JJ(IZ*...
+    operator  alice    Yne@$w-vo<...
+
+An actor may push, infer and ask; an operator may also pause, resume, publish and stop. A name binds the key to one
+`unique_identifier`; `*` leaves it open. The authenticator asks `lookup` per connection, the router `permit` per
+message, so that a line taken out of the file ends a running connection's rights within a second. A file that cannot
+be read admits nobody.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from serl_transport.contract.errors import Unauthorized
+from serl_transport.security.keys import check_key
+from serl_transport.wire.envelope import Envelope
+
+log = logging.getLogger(__name__)
+
+ROLES = ("actor", "operator")
+ACTOR_KINDS = frozenset({"hello", "heartbeat", "data", "items", "infer", "request"})
+OPERATOR_REQUESTS = frozenset({"pause", "resume", "publish", "stop"})
+CHECK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line."""
+
+    role: str  # actor | operator
+    name: str  # the unique_identifier it may use; *: any
+    key: bytes  # public, 40 characters of Z85
+
+
+class AllowList:
+    """Owns the file's newest content. One thread."""
+
+    def __init__(self, path: str | Path):
+        """Read it; ValueError names the line that is wrong."""
+        self.path = Path(path)
+        self._stamp = self._look()
+        self._entries = read_allow_list(self.path)
+        self._next_look = time.monotonic() + CHECK_S
+
+    def lookup(self, key: bytes) -> Entry | None:
+        """The line of a public key, None for a stranger."""
+        self._refresh()
+        return self._entries.get(key)
+
+    def permit(self, key: bytes, envelope: Envelope) -> None:
+        """Raise Unauthorized unless this key's role allows this message."""
+        entry = self.lookup(key)
+        if entry is None:
+            raise Unauthorized("this key is not in the learner's allow-list (any more)")
+        if entry.name not in ("*", envelope.actor_id):
+            raise Unauthorized(f"this key belongs to {entry.name!r}, not to {envelope.actor_id!r}")
+        if envelope.kind not in ACTOR_KINDS:
+            raise Unauthorized(f"role {entry.role} may not send {envelope.kind!r}")
+        if envelope.kind == "request" and envelope.target in OPERATOR_REQUESTS and entry.role != "operator":
+            raise Unauthorized(f"{envelope.target}: expected an operator's key, {entry.name!r} has role {entry.role}")
+
+    def _refresh(self) -> None:
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + CHECK_S
+        stamp = self._look()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._entries = read_allow_list(self.path)
+            log.info("allow-list %s: %d keys", self.path, len(self._entries))
+        except ValueError as error:
+            self._entries = {}
+            log.error("nobody is admitted until this is mended: %s", error)
+
+    def _look(self) -> tuple[int, int, int] | None:
+        try:
+            stat = self.path.stat()
+        except OSError:
+            return None
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def read_allow_list(path: Path) -> dict[bytes, Entry]:
+    """Key -> entry. ValueError names file, line, what was expected and what came."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the allow-list {path}: {error}; tools/keygen.py writes one") from None
+    entries: dict[bytes, Entry] = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not line.startswith("#"):
+            entry = _read_line(line, f"{path} line {number}")
+            if entry.key in entries:
+                raise ValueError(f"{path} line {number}: this key is listed already, as {entries[entry.key].name!r}")
+            entries[entry.key] = entry
+    return entries
+
+
+def _read_line(line: str, where: str) -> Entry:
+    parts = line.split()
+    if len(parts) != 3:
+        raise ValueError(f"{where}: expected 'role name public-key', got {len(parts)} words")
+    role, name, key = parts
+    if role not in ROLES:
+        raise ValueError(f"{where}: expected role actor or operator, got {role!r}")
+    return Entry(role, name, check_key(key, where))

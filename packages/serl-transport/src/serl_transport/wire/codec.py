@@ -1,0 +1,356 @@
+"""Bodies to frames and back: msgpack for structure, raw bytes for arrays, nothing that can execute.
+
+Client, server, spool and journal call this. A body is a nested dict of str keys with None, bool, int, float, str,
+bytes, lists, dicts and numpy arrays. `pack` gives frame 0, a msgpack header in which every array is a descriptor
+(dtype name, shape, frame index), and one frame of little-endian bytes per array; arrays up to 1 KiB lie in the header
+itself. `blob.py` turns the frames into one blob and back, for files.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+import zmq
+
+from serl_transport.contract.errors import BadFrame, TooLarge
+from serl_transport.wire.packer import packb
+
+Buffer = bytes | bytearray | memoryview
+Frames = list[Any]  # buffers: bytes, memoryview or zmq.Frame
+
+DTYPES = {
+    name: np.dtype(name).newbyteorder("<")
+    for name in (
+        *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+        *("float16", "float32", "float64"),
+    )
+}
+_BOOL = DTYPES["bool"]
+_NATIVE = frozenset(dtype for dtype in DTYPES.values() if dtype.isnative)
+_ARRAY = 1  # msgpack extension type of an array's descriptor: [dtype, shape, frame index]
+_INLINE = 2  # of a small array: [dtype, shape, bytes]
+SHARED_BYTES = 512 << 10  # up to this a frame is copied to be sent: pyzmq's hand-over of memory would cost more
+INLINE_BYTES = 1024  # up to this an array travels in the header: a frame of its own would cost more than a copy
+_SCALARS = (bool, int, float, str, bytes)
+_PLAIN = frozenset((*_SCALARS, type(None)))
+_LEAVES = _PLAIN | {np.ndarray}
+_INT = {int}
+_MOST_DIMS = 32  # of numpy
+# What a robot sends has the same few layouts over and over: each is described, and checked, once.
+_LAYOUTS_KEPT = 4096
+# sender: dtype, shape -> packed descriptor, whether the array has the wire's byte order, whether it is small
+_DESCRIPTORS: dict[tuple[np.dtype, tuple[int, ...]], tuple[bytes, bool, bool]] = {}
+_LAYOUTS: dict[tuple[str, tuple[int, ...]], "_Layout"] = {}  # receiver: dtype's name, shape -> checked
+# receiver, small arrays: size of their extension -> (descriptor before the bytes, which names that very size; its
+# length; dtype; shape)
+_INLINE_SEEN: dict[int, tuple[tuple[bytes, int, np.dtype, tuple[int, ...]], ...]] = {}
+_SEEN_PER_SIZE = 8
+_ARRAYS_SEEN: dict[bytes, tuple["_Layout", int]] = {}  # receiver, other arrays: descriptor -> (layout, frame index)
+_NUMBERS = [msgpack.packb(number) for number in range(128)]  # of frames, as a descriptor ends with them
+_extension = partial(tuple.__new__, msgpack.ExtType)  # without ExtType's checks of what is known here
+_Path = Any  # "body", or (path of the container, key or index)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds that both directions check; the same numbers on both sides."""
+
+    header_bytes: int = 1 << 20  # frame 0
+    frame_bytes: int = 256 << 20  # any other frame; also the socket's MAXMSGSIZE
+    total_bytes: int = 512 << 20  # all frames together
+    frames: int = 1024  # number of frames
+    depth: int = 16  # nesting of dicts and lists
+    rank: int = 8  # dims of an array
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def pack(body: dict[str, Any], limits: Limits = DEFAULT_LIMITS) -> Frames:
+    """Frames of `body`: `[header, array bytes, ...]`; array frames are views of the given arrays, not copies.
+
+    Numpy scalars become Python scalars, tuples lists, and arrays of other libraries numpy arrays. Raises TypeError for
+    a value that has no form on the wire (naming its path) and TooLarge above the limits.
+    """
+    if not isinstance(body, dict):
+        raise TypeError(f"a body is a dict, got {type(body).__name__}")
+    arrays: Frames = []
+    header = packb(_encode_map(body, "body", 0, arrays, limits))
+    frames = [header, *arrays]
+    check_sizes(frames, limits)
+    return frames
+
+
+def unpack(frames: Sequence[Any], limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
+    """The body of `frames`; arrays are read-only views of the frames. BadFrame or TooLarge for anything but a body."""
+    check_sizes(frames, limits)
+    body = _unpack_header(buffer_of(frames[0]), _Arrays(frames, limits))
+    if not isinstance(body, dict):
+        raise BadFrame(f"a body is a dict, got {type(body).__name__}")
+    _check_tree(body, limits.depth)
+    return body
+
+
+def check_sizes(frames: Sequence[Any], limits: Limits = DEFAULT_LIMITS) -> None:
+    """Raise BadFrame without frames, TooLarge when a count or size is above `limits`."""
+    if not frames:
+        raise BadFrame("a body has at least a header frame, got none")
+    if len(frames) > limits.frames:
+        raise TooLarge(f"{len(frames)} frames, the limit is {limits.frames}")
+    sizes = list(map(nbytes, frames))
+    if sizes[0] > limits.header_bytes:
+        raise TooLarge(f"a header of {sizes[0]} bytes, the limit is {limits.header_bytes}")
+    if max(sizes) > limits.frame_bytes:
+        raise TooLarge(f"a frame of {max(sizes)} bytes, the limit is {limits.frame_bytes}")
+    if sum(sizes) > limits.total_bytes:
+        raise TooLarge(f"a message of {sum(sizes)} bytes, the limit is {limits.total_bytes}")
+
+
+def copied(frame: Any) -> Any:
+    """A copy of `frame` that can be sent any number of times without another one.
+
+    ZeroMQ's own memory for a small frame: it is freed without a word to Python. A large one is copied by numpy, which
+    lets other threads run meanwhile.
+    """
+    view = buffer_of(frame)
+    return zmq.Frame(view, copy=True) if view.nbytes <= SHARED_BYTES else np.array(view).data
+
+
+def buffer_of(frame: Any) -> memoryview:
+    """The frame's bytes as a flat view, whether it is bytes, a memoryview or a zmq.Frame."""
+    view = memoryview(getattr(frame, "buffer", frame))
+    return view if view.ndim == 1 and view.format == "B" else view.cast("B")
+
+
+def nbytes(frame: Any) -> int:
+    """Size of a frame in bytes."""
+    return frame.nbytes if type(frame) is memoryview else len(frame)
+
+
+def _encode(value: Any, path: _Path, depth: int, arrays: Frames, limits: Limits) -> Any:
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, np.ndarray):
+        return _encode_array(value, path, arrays, limits)
+    if isinstance(value, np.generic):
+        return _encode(value.item(), path, depth, arrays, limits)
+    if depth >= limits.depth:
+        raise TooLarge(f"{_where(path)}: nested deeper than {limits.depth}")
+    if isinstance(value, Mapping):
+        return _encode_map(value, path, depth, arrays, limits)
+    if isinstance(value, list | tuple):
+        return [_encode(item, (path, i), depth + 1, arrays, limits) for i, item in enumerate(value)]
+    if isinstance(value, _SCALARS):
+        return value
+    if hasattr(type(value), "__array__"):  # arrays of other libraries
+        return _encode_array(np.asarray(value), path, arrays, limits)
+    raise TypeError(f"{_where(path)}: {type(value).__name__} has no form on the wire")
+
+
+def _encode_map(value: Mapping[str, Any], path: _Path, depth: int, arrays: Frames, limits: Limits) -> dict[str, Any]:
+    result = {}
+    for key, item in value.items():
+        if type(key) is not str and not isinstance(key, str):
+            raise TypeError(f"{_where(path)}: keys are texts, got {key!r}")
+        kind = type(item)
+        if kind in _PLAIN:
+            result[key] = item
+        elif kind is np.ndarray:
+            result[key] = _encode_array(item, (path, key), arrays, limits)
+        else:
+            result[key] = _encode(item, (path, key), depth + 1, arrays, limits)
+    return result
+
+
+def _encode_array(array: np.ndarray, path: _Path, arrays: Frames, limits: Limits) -> msgpack.ExtType:
+    dtype, shape = array.dtype, array.shape
+    if len(shape) > limits.rank:
+        raise TooLarge(f"{_where(path)}: {len(shape)} dims, the limit is {limits.rank}")
+    descriptor, native, small = _DESCRIPTORS.get((dtype, shape)) or _describe(array, path)
+    if not native:
+        array = _wire(array)
+    if small:
+        return _extension((_INLINE, descriptor + array.tobytes()))
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    arrays.append(array.reshape(-1).view(np.uint8).data)
+    count = len(arrays)
+    return _extension((_ARRAY, descriptor + (_NUMBERS[count] if count < len(_NUMBERS) else msgpack.packb(count))))
+
+
+def _wire(array: np.ndarray) -> np.ndarray:
+    """The same values in little-endian order."""
+    return array if array.dtype in _NATIVE else array.astype(DTYPES[array.dtype.name])
+
+
+def _describe(array: np.ndarray, path: _Path) -> tuple[bytes, bool, bool]:
+    """What `_DESCRIPTORS` keeps: `[dtype, shape, rest]` without the rest, a small array's bytes or a frame's number."""
+    name = array.dtype.name
+    if name not in DTYPES:
+        raise TypeError(f"{_where(path)}: dtype {array.dtype} is not allowed on the wire, use one of {list(DTYPES)}")
+    small = array.nbytes <= INLINE_BYTES
+    rest = array.nbytes if small else 1
+    whole = msgpack.packb([name, list(array.shape), bytes(rest) if small else 0])
+    found = (whole[: len(whole) - rest], array.dtype in _NATIVE, small)
+    return _keep(_DESCRIPTORS, (array.dtype, array.shape), found)
+
+
+def _keep(cache: dict[Any, Any], key: Any, value: Any) -> Any:
+    if len(cache) >= _LAYOUTS_KEPT:  # a peer that names ever new shapes must not fill the memory
+        cache.clear()
+    cache[key] = value
+    return value
+
+
+def _where(path: _Path) -> str:
+    """body.a[0].b"""
+    if isinstance(path, str):
+        return path
+    container, step = path
+    return _where(container) + (f"[{step}]" if isinstance(step, int) else f".{step}")
+
+
+def _unpack_header(header: memoryview, arrays: "_Arrays") -> Any:
+    try:
+        tree = msgpack.unpackb(
+            header, raw=False, strict_map_key=True, ext_hook=arrays.resolve, object_pairs_hook=_strict_map
+        )
+    except BadFrame:
+        raise
+    except (
+        Exception
+    ) as error:  # msgpack raises a zoo: ValueError, ExtraData, FormatError, StackError, UnicodeDecodeError
+        raise BadFrame(f"the header is not msgpack: {type(error).__name__}: {error}") from None
+    arrays.check_all_used()
+    return tree
+
+
+def _strict_map(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise BadFrame("a map names a key twice")
+    try:
+        "".join(result)
+    except TypeError:
+        raise BadFrame("a map's keys are texts") from None
+    return result
+
+
+def _check_tree(value: dict | list, depth: int) -> None:
+    if depth <= 0:
+        raise BadFrame("nested too deep")
+    for item in value.values() if type(value) is dict else value:
+        kind = type(item)
+        if kind in _LEAVES:
+            continue
+        if kind is not dict and kind is not list:
+            raise BadFrame(f"a {kind.__name__} is not allowed in a body")
+        _check_tree(item, depth - 1)
+
+
+class _Layout(NamedTuple):
+    """dtype and shape of an array, as a descriptor names them, once they are checked."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class _Arrays:
+    """Turns descriptors into views of the frames; every frame must be named exactly once."""
+
+    def __init__(self, frames: Sequence[Any], limits: Limits):
+        self._frames = frames
+        self._rank = limits.rank
+        self._unused = set(range(1, len(frames)))
+
+    def resolve(self, code: int, data: bytes) -> np.ndarray:
+        """msgpack's ext_hook: the array that a descriptor names, or that lies in the header itself."""
+        if code == _INLINE:
+            for descriptor, start, dtype, shape in _INLINE_SEEN.get(len(data), ()):
+                if data.startswith(descriptor) and len(shape) <= self._rank:
+                    if dtype is _BOOL and data[start:].translate(None, b"\0\1"):
+                        raise BadFrame("the header: a bool is 0 or 1")
+                    return np.ndarray(shape, dtype, data, start)
+            return self._inline(data)
+        if code != _ARRAY:
+            raise BadFrame(f"unknown extension type {code}")
+        seen = _ARRAYS_SEEN.get(data)
+        if seen is not None and seen[1] in self._unused:
+            (dtype, shape, size), number = seen
+            view = buffer_of(self._frames[number])
+            if len(view) == size and dtype is not _BOOL and len(shape) <= self._rank:
+                self._unused.discard(number)
+                return np.ndarray(shape, dtype, view.toreadonly())
+        layout, rest = seen or self._descriptor(data)
+        if len(layout.shape) > self._rank:
+            raise BadFrame(f"a shape is a list of at most {self._rank} sizes")
+        if type(rest) is not int or rest not in self._unused:
+            raise BadFrame(f"an array names frame {rest!r}, which does not exist or is taken")
+        self._unused.discard(rest)
+        if seen is None and layout.nbytes and layout.dtype in _NATIVE:
+            _keep(_ARRAYS_SEEN, data, (layout, rest))
+        return _view(layout, buffer_of(self._frames[rest]).toreadonly(), f"frame {rest}")
+
+    def _inline(self, data: bytes) -> np.ndarray:
+        layout, rest = self._descriptor(data)
+        if len(layout.shape) > self._rank:
+            raise BadFrame(f"a shape is a list of at most {self._rank} sizes")
+        if type(rest) is not bytes:
+            raise BadFrame("an array in the header is [dtype, shape, bytes]")
+        array = _view(layout, rest, "the header")
+        if 0 < layout.nbytes <= INLINE_BYTES and layout.dtype in _NATIVE:
+            start = len(data) - layout.nbytes
+            seen = ((data[:start], start, layout.dtype, layout.shape), *_INLINE_SEEN.get(len(data), ()))
+            _keep(_INLINE_SEEN, len(data), seen[:_SEEN_PER_SIZE])
+        return array
+
+    def _descriptor(self, data: bytes) -> tuple[_Layout, Any]:
+        try:
+            fields = msgpack.unpackb(data, use_list=False)
+        except Exception as error:  # the same zoo as above
+            raise BadFrame(f"an array's descriptor is not msgpack: {type(error).__name__}") from None
+        if type(fields) is not tuple or len(fields) != 3:
+            raise BadFrame("an array's descriptor is [dtype, shape, frame]")
+        name, shape, rest = fields
+        if type(name) is not str or type(shape) is not tuple or set(map(type, shape)) - _INT:
+            raise BadFrame(f"a descriptor names a dtype and a list of sizes, got {fields[:2]!r:.200}")
+        return _LAYOUTS.get((name, shape)) or _read_layout(name, shape), rest
+
+    def check_all_used(self) -> None:
+        """Raise BadFrame when a frame belongs to no array."""
+        if self._unused:
+            raise BadFrame(f"frame {min(self._unused)} belongs to no array")
+
+
+def _read_layout(name: str, shape: tuple[int, ...]) -> _Layout:
+    dtype = DTYPES.get(name)
+    if dtype is None:
+        raise BadFrame(f"dtype {name!r} is not allowed")
+    if len(shape) > _MOST_DIMS:
+        raise BadFrame(f"a shape is a list of at most {_MOST_DIMS} sizes")
+    if not all(0 <= size < 1 << 40 for size in shape):
+        raise BadFrame(f"a shape's sizes are whole numbers, got {shape}")
+    return _keep(_LAYOUTS, (name, shape), _Layout(dtype, shape, math.prod(shape) * dtype.itemsize))
+
+
+def _view(layout: _Layout, frame: bytes | memoryview, where: str) -> np.ndarray:
+    """The frame as a read-only array. BadFrame unless it has exactly the layout's bytes."""
+    dtype, shape, expected = layout
+    if len(frame) != expected:
+        raise BadFrame(f"{dtype.name}{list(shape)} is {expected} bytes, {where} has {len(frame)}")
+    array = np.ndarray(shape, dtype, frame if expected else bytes(1))
+    if dtype is _BOOL and expected and _has_more_than_bits(frame):
+        raise BadFrame(f"{where}: a bool is 0 or 1")
+    return array if dtype in _NATIVE else array.astype(dtype.newbyteorder("="))
+
+
+def _has_more_than_bits(frame: bytes | memoryview) -> bool:
+    """Whether a byte is neither 0 nor 1: a bool array made of such would make numpy misbehave."""
+    if type(frame) is bytes:
+        return bool(frame.translate(None, b"\0\1"))
+    return int(np.frombuffer(frame, np.uint8).max()) > 1

@@ -1,0 +1,163 @@
+"""Build a GR00T N1.7: at random where that is asked for by name, else from a checkpoint, strictly.
+
+`build_groot` is named by `_target_` in config/policy/groot_*.yaml.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from serl_launcher.policies.checkpoint import Checkpoint, CheckpointError
+from serl_launcher.policies.groot.assets import GrootAssets, read_assets
+from serl_launcher.policies.groot.checkpoint import ALIASES, build_core, prefix_of
+from serl_launcher.policies.groot.head import GrootFlowPolicy, Inputs
+from serl_launcher.policies.groot.inputs import QwenInputs, has_processor
+from serl_launcher.policies.pi0.build import load_core
+from serl_launcher.policies.precision import hold
+from serl_transport.contract.specs import TaskSpec
+
+log = logging.getLogger("policy")
+TAG = "new_embodiment"
+TUNE = ("llm", "visual", "projector", "diffusion_model", "vlln")
+
+
+def build_groot(
+    name: str,
+    spec: TaskSpec,
+    init: str,
+    seed: int,
+    action_horizon: int | None,
+    size: Callable,
+    embodiment: int = 0,
+    dropout: bool = False,
+    tune: dict[str, bool] | None = None,
+    checkpoint: str | None = None,
+    embodiment_tag: str = TAG,
+    processor: str | None = None,
+    cameras: Mapping[str, str] | None = None,
+    statistics: str | None = None,
+    precision: str = "float32",
+    **options: Any,
+) -> GrootFlowPolicy:
+    """A GR00T policy for one task; arguments as `build_pi0`. tune: GR00T's flags without `tune_`, default all True.
+
+    init `checkpoint`: weights, units and the slot of `embodiment_tag` from NVIDIA's layout or LeRobot's `groot` type;
+    processor: folder or hub name of the backbone's tokenizer and image processor, the checkpoint's own when None;
+    statistics: a LeRobot dataset whose statistics a new embodiment starts with, where the checkpoint has none of it;
+    options: attention, checkpointing, mask_padding, compile of the head. Raises ValueError in the user's words.
+    """
+    require_diffusers()
+    flags, options = tune_flags(tune), {**options, "precision": precision}
+    if init == "checkpoint":
+        if not checkpoint:
+            raise ValueError("policy.checkpoint: expected a GR00T N1.7 folder or a hub name (or policy.init=random)")
+        found = Checkpoint.find(checkpoint)
+        assets = read_assets(found, embodiment_tag, spec, dict(cameras or {}), statistics)
+        policy = _from_checkpoint(found, spec, assets, action_horizon, size, dropout, flags, processor, options)
+        policy.embodiment_tag = embodiment_tag
+        return policy
+    if init != "random":
+        raise ValueError(f"policy.init: expected 'checkpoint' or 'random', got {init!r}")
+    if checkpoint:
+        raise ValueError(f"policy.init=random and policy.checkpoint={checkpoint}: which one? set init=checkpoint")
+    if action_horizon is None:
+        raise ValueError("policy.action_horizon: expected a number of ticks with policy.init=random")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        core, inputs = size(spec, action_horizon)
+    if processor:
+        inputs = QwenInputs(processor, tuple(spec.cameras), size.geometry())
+    policy = GrootFlowPolicy(core, spec, inputs, embodiment=embodiment, dropout=dropout, **options)
+    policy.tune(**flags)
+    hold(policy, precision, masters=True)
+    return policy
+
+
+def _from_checkpoint(
+    found: Checkpoint,
+    spec: TaskSpec,
+    assets: GrootAssets,
+    horizon: int | None,
+    size: Any,
+    dropout: bool,
+    flags: dict[str, bool],
+    processor: str | None,
+    options: dict[str, Any],
+) -> GrootFlowPolicy:
+    core = build_core(found)
+    if horizon not in (None, core.config.action_horizon):
+        have = core.config.action_horizon
+        raise CheckpointError(f"policy.action_horizon={horizon}: the checkpoint's chunk is {have}")
+    policy = GrootFlowPolicy(
+        core,
+        spec,
+        _inputs(found, assets, core, size, processor),
+        assets.units,
+        assets.slot,
+        dropout,
+        clip=assets.clip,
+        valid_horizon=min(assets.horizon or core.config.action_horizon, core.config.action_horizon),
+        **options,
+    )
+    policy.tune(**flags)
+    policy.load_report = load_core(policy, found, prefix_of(found), ALIASES, options["precision"])
+    policy.checkpoint, policy.described = found, assets.described
+    policy.train(policy.training)
+    log.info("%s", policy.load_report)
+    return policy
+
+
+def _inputs(found: Checkpoint, assets: GrootAssets, core: Any, size: Any, processor: str | None) -> Inputs:
+    """The checkpoint's processor: the one that is named, in or beside the folder, of the backbone; at the tiny size
+    hashed words where no file is at hand."""
+    places = [found.folder / "processor", found.folder, Path(assets.processor or "processor")]
+    source = processor or next((str(folder) for folder in places if has_processor(folder)), None)
+    if source is None and size.hashed:
+        return size.inputs(assets.cameras)
+    source = source or assets.processor or core.config.model_name
+    return QwenInputs(source, assets.cameras, assets.geometry, assets.formalize, assets.frames)
+
+
+def meta_groot(cfg: Any, spec: TaskSpec, size: Any) -> tuple[GrootFlowPolicy, str]:
+    """The policy of a config on the meta device (shapes without numbers), and the statistics that data must have.
+
+    Of a checkpoint only its configuration and statistics are read. Raises ValueError in the user's words.
+    """
+    require_diffusers()
+    flags, mode, cameras, valid = tune_flags(cfg.get("tune")), "MIN_MAX", tuple(spec.cameras), None
+    if cfg.get("checkpoint"):
+        found = Checkpoint.find(cfg["checkpoint"])
+        core = build_core(found)
+        assets = read_assets(
+            found, cfg.get("embodiment_tag") or TAG, spec, dict(cfg.get("cameras") or {}), cfg.get("statistics")
+        )
+        mode, cameras, valid = assets.mode, assets.cameras, assets.horizon
+    else:
+        with torch.device("meta"):
+            core = size.build(size.config_fields(spec, cfg.get("action_horizon") or 40))
+    with torch.device("meta"):
+        policy = GrootFlowPolicy(core, spec, size.inputs(cameras), valid_horizon=valid)
+    policy.checkpointing = bool(cfg.get("checkpointing"))
+    policy.tune(**flags)
+    return policy, mode
+
+
+def require_diffusers() -> None:
+    """Raise ValueError that names the command when the package behind GR00T's action head is missing."""
+    if importlib.util.find_spec("diffusers") is None or importlib.util.find_spec("tree") is None:
+        raise ValueError("policy: GR00T needs the packages diffusers and dm-tree: pip install 'lerobot[groot]==0.6.1'")
+
+
+def tune_flags(tune: dict[str, bool] | None) -> dict[str, bool]:
+    """All flags, those not given True. Raises ValueError naming an unknown one."""
+    given = dict(tune or {})
+    unknown = [key for key in given if key not in TUNE]
+    if unknown:
+        raise ValueError(f"policy.tune: unknown flag {unknown[0]!r}; the flags are {list(TUNE)}")
+    return {key: bool(given.get(key, True)) for key in TUNE}

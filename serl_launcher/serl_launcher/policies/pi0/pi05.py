@@ -1,0 +1,50 @@
+"""PI0.5 behind the flow-policy interface, over lerobot's own modules with our own forward path.
+
+Against PI0: the state goes into the prompt as text ("State: 127 30 …", 256 bins over the normalised range), and the
+flow time conditions every layer of the action expert (adaRMS). Built from yaml by `build_pi05`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+from torch.nn import functional as F
+
+from serl_launcher.policies.base import Prefix
+from serl_launcher.policies.pi0.build import build_flow_policy
+from serl_launcher.policies.pi0.policy import PI0FlowPolicy
+from serl_transport.contract.specs import TaskSpec
+
+BIN_EDGES = np.linspace(-1, 1, 256 + 1)[:-1]  # as openpi and lerobot bin a state; below −1 is bin −1
+
+
+class PI05FlowPolicy(PI0FlowPolicy):
+    """lerobot's `PI05Pytorch` as a flow policy."""
+
+    def _prompts(self, prompts: list[str], state: Tensor) -> list[str]:
+        shapes_only = state.is_meta  # policies.estimate counts costs without numbers
+        return state_prompts(prompts, np.zeros(state.shape) if shapes_only else state.detach().cpu().numpy())
+
+    def _library_step(self, prefix: Prefix, cache, x_tau: Tensor, tau: Tensor) -> Tensor:
+        return self.core.denoise_step(prefix.pad_mask, cache, x_tau, tau)
+
+    def _embed_suffix(self, prefix: Prefix, x_tau: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+        core = self.core
+        time = core.time_mlp_out(F.silu(core.time_mlp_in(self._time(tau))))
+        return core.action_in_proj(x_tau), F.silu(time)
+
+
+def state_prompts(prompts: list[str], state: np.ndarray) -> list[str]:
+    """The text that PI0.5 was trained on: the task, then the state's bins. state: float32[b, s], normalised."""
+    bins = np.digitize(state, BIN_EDGES) - 1
+    words = [prompt.strip().replace("_", " ").replace("\n", " ") for prompt in prompts]
+    return [f"Task: {text}, State: {' '.join(map(str, row))};\nAction: " for text, row in zip(words, bins, strict=True)]
+
+
+def build_pi05(
+    name: str, spec: TaskSpec, init: str, seed: int, action_horizon: int | None, size: Callable, **options
+) -> PI05FlowPolicy:
+    """A PI0.5 policy for one task; arguments as `build_pi0`."""
+    return build_flow_policy(PI05FlowPolicy, "pi05", spec, init, seed, action_horizon, size, **options)

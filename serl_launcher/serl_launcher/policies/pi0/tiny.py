@@ -1,0 +1,149 @@
+"""The real PI0 classes at a size that learns on one CPU core (0.25M parameters), built offline in a second.
+
+`policy=pi0_tiny` names `TinySize` as the size of `build_pi0`. lerobot's configuration admits only Gemma 300M and 2B, so
+the module's `get_gemma_config` and the two model classes are replaced for the length of the construction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from serl_launcher.policies.tokens import WordHashTokenizer
+from serl_transport.contract.specs import TaskSpec
+
+
+@dataclass(frozen=True, slots=True)
+class TinySize:
+    """Widths and depths of a tiny PI0; calling it builds the core."""
+
+    width: int = 64  # of the language model and of the action expert
+    depth: int = 2  # layers of each
+    head_dim: int = 8  # 8 heads, one key-value head (fixed by lerobot)
+    vision_width: int = 64
+    vision_layers: int = 2
+    vision_heads: int = 4
+    image_size: int = 64  # pixels, square
+    patch_size: int = 16
+    prompt_tokens: int = 4
+    conv_stem: bool = True  # strided convolutions in place of the linear patch embedding: learns from fewer images
+    expert_width: int | None = None  # None: as the language model
+    vocabulary: int = 32  # token ids; the last one is PaliGemma's image token
+
+    def __call__(self, spec: TaskSpec, action_horizon: int) -> tuple[nn.Module, WordHashTokenizer]:
+        """The core (`PI0Pytorch`) for a task's cameras, state and action dimensions, and its tokenizer."""
+        core = self.build(self.config(spec, action_horizon))
+        return core, WordHashTokenizer(self.vocabulary, self.prompt_tokens)
+
+    def build(self, config) -> nn.Module:
+        """`PI0Pytorch` at this size for a lerobot config, randomly initialised."""
+        import lerobot.policies.pi0.modeling_pi0 as pi0
+
+        with shrunk(pi0, self):
+            core = pi0.PI0Pytorch(config)
+        spread(core)
+        self.replace_stem(core)
+        return core
+
+    def replace_stem(self, core: nn.Module) -> None:
+        """Put the convolutional stem in place of the patch embedding, if it is wanted."""
+        if self.conv_stem:
+            embeddings = core.paligemma_with_expert.paligemma.model.vision_tower.vision_model.embeddings
+            embeddings.patch_embedding = ConvStem(self.patch_size, self.vision_width)
+
+    def config(self, spec: TaskSpec, action_horizon: int):
+        """lerobot's `PI0Config` for a task."""
+        from lerobot.policies.pi0.configuration_pi0 import PI0Config
+
+        return PI0Config(**self.config_fields(spec, action_horizon))
+
+    def config_fields(self, spec: TaskSpec, action_horizon: int) -> dict[str, Any]:
+        """What PI0's and PI0.5's configurations share."""
+        from lerobot.configs import FeatureType, PolicyFeature
+
+        s, ad, side = len(spec.state_names), len(spec.action_names), self.image_size
+        images = {f"observation.images.{c}": PolicyFeature(FeatureType.VISUAL, (3, side, side)) for c in spec.cameras}
+        return dict(
+            chunk_size=action_horizon,
+            n_action_steps=action_horizon,
+            max_action_dim=ad,
+            max_state_dim=s,
+            image_resolution=(side, side),
+            tokenizer_max_length=self.prompt_tokens,
+            device="cpu",
+            dtype="float32",
+            input_features={**images, "observation.state": PolicyFeature(FeatureType.STATE, (s,))},
+            output_features={"action": PolicyFeature(FeatureType.ACTION, (ad,))},
+        )
+
+
+class ConvStem(nn.Sequential):
+    """log2(patch) strided 3 × 3 convolutions: the same token grid as a patch embedding (Xiao et al., 2106.14881)."""
+
+    def __init__(self, patch_size: int, width: int, hidden: int = 24) -> None:
+        n = int(math.log2(patch_size))
+        if 2**n != patch_size:
+            raise ValueError(f"policy.size.patch_size: a convolutional stem needs a power of two, got {patch_size}")
+        channels = [3] + [hidden] * (n - 1) + [width]
+        layers: list[nn.Module] = []
+        for k in range(n):
+            layers += [nn.Conv2d(channels[k], channels[k + 1], 3, stride=2, padding=1), nn.SiLU()]
+        super().__init__(*layers[:-1])
+
+    @property
+    def weight(self):
+        """SigLIP reads the dtype of its patch embedding's weight."""
+        return self[0].weight
+
+
+@contextmanager
+def shrunk(pi0, size: TinySize) -> Iterator[None]:
+    """lerobot's PI0 or PI0.5 module with tiny Gemma configurations and a tiny SigLIP, restored on leaving."""
+    names = ("get_gemma_config", "PaliGemmaForConditionalGenerationWithPiGemma", "PiGemmaForCausalLM")
+    saved = {name: getattr(pi0, name) for name in names}
+
+    def gemma(variant: str):
+        width = size.width if variant == "gemma_2b" else size.expert_width or size.width
+        return pi0.GemmaConfig(width, size.depth, 2 * width, 8, 1, size.head_dim)
+
+    def vlm(config):
+        config._vocab_size, config.image_token_index = size.vocabulary, size.vocabulary - 1
+        config.projection_dim = size.width
+        text, vision = config.text_config, config.vision_config
+        text.vocab_size, text.pad_token_id = size.vocabulary, 0
+        vision.hidden_size, vision.intermediate_size = size.vision_width, 2 * size.vision_width
+        vision.num_hidden_layers, vision.num_attention_heads = size.vision_layers, size.vision_heads
+        vision.patch_size, vision.projection_dim = size.patch_size, size.width
+        return saved[names[1]](config=config)
+
+    def expert(config):
+        config.vocab_size, config.pad_token_id = 1, 0
+        return saved[names[2]](config=config)
+
+    for name, replacement in zip(names, (gemma, vlm, expert), strict=True):
+        setattr(pi0, name, replacement)
+    try:
+        yield
+    finally:
+        for name, original in saved.items():
+            setattr(pi0, name, original)
+
+
+def spread(core: nn.Module) -> None:
+    """Fan-in initialisation. The library's std of 0.02 suits width 2048; at width 64 signals would vanish."""
+    backbone = core.paligemma_with_expert
+    for root in (backbone.paligemma.model.language_model, backbone.gemma_expert.model):
+        for name, module in root.named_modules():
+            if isinstance(module, nn.Linear):
+                residual = 0.5 if name.endswith(("o_proj", "down_proj")) else 1.0
+                nn.init.normal_(module.weight, std=residual * module.in_features**-0.5)
+        if getattr(root, "embed_tokens", None) is not None:
+            nn.init.normal_(root.embed_tokens.weight, std=0.5)
+    for module in backbone.paligemma.model.multi_modal_projector.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)

@@ -1,0 +1,219 @@
+"""How the other roles talk to the gateway: request and reply over its ipc socket, and the policy server's work queue.
+
+    trainer, exporter, supervisor ── InternalClient.progress() … ─▶ gateway ─▶ status document
+    policy server ── PolicyLink.serving() ─▶ gateway        gateway ── infer ─▶ receive() … reply() ─▶ gateway ─▶ actor
+
+A role outlives the gateway: calls are retried on a fresh socket until the patience is over, and the policy server is
+registered again by its next `serving`. Torch-free, like everything here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from serl_launcher.gateway.line import Line
+from serl_launcher.gateway.shelf import ShelfReader, settle
+from serl_launcher.run.paths import internal_endpoint
+from serl_transport.contract.errors import ServerSilent, WireError
+from serl_transport.wire import codec
+from serl_transport.wire.envelope import REPLY, Envelope
+from serl_transport.wire.memory import keep_freed_memory
+
+ATTEMPT_S = 2.0
+INFER, INFER_REPLY = "infer", "infer_reply"
+FORGET = "forget"  # gateway to policy server: the memory that `t` names holds no questions any more
+
+
+class _Link:
+    """One DEALER to the gateway."""
+
+    def __init__(self, run_dir: str | Path, role: str) -> None:
+        self.role = role
+        self._endpoint = internal_endpoint(run_dir)
+        self._context = zmq.Context()
+        # A context that is collected with an open socket would wait for it for ever.
+        self._finish = weakref.finalize(self, self._context.destroy, linger=0)
+        self._ids = itertools.count(1)
+        self._socket = self._connect()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._finish()
+
+    def _connect(self) -> zmq.Socket:
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        socket.connect(self._endpoint)
+        return socket
+
+    def _send(self, envelope: Envelope, frames: codec.Frames) -> None:
+        # A full queue means a gateway that has been away for long: what it missed is asked again or out of date.
+        with contextlib.suppress(zmq.Again):
+            self._socket.send_multipart([envelope.to_frame(), *frames], zmq.NOBLOCK)
+
+    def _receive(self, timeout_s: float) -> tuple[Envelope, codec.Frames] | None:
+        if not self._socket.poll(max(0, int(timeout_s * 1e3))):
+            return None
+        parts = self._socket.recv_multipart(copy=False)
+        return Envelope.from_frame(parts[0]), parts[1:]
+
+
+class InternalClient(_Link):
+    """Blocking calls of one role. Each returns the gateway's answer or raises the WireError it sent.
+
+    role: trainer, exporter, supervisor, … ; patience_s: how long a call goes on trying while the gateway is away
+    before it raises ServerSilent.
+    """
+
+    def __init__(self, run_dir: str | Path, role: str, patience_s: float = 60.0) -> None:
+        super().__init__(run_dir, role)
+        self._patience_s = patience_s
+
+    def hello(self) -> dict[str, Any]:
+        """Announce the role. A trainer's next progress may then go back: it has resumed from a checkpoint."""
+        return self.call("role_hello", {"role": self.role, "pid": os.getpid()})
+
+    def status(self) -> dict[str, Any]:
+        """The status document."""
+        return self.call("status", {})
+
+    def progress(
+        self, *, step: int, stage_steps: Mapping[str, int], version: int, metrics: Mapping[str, float] | None = None
+    ) -> dict[str, Any]:
+        """The trainer's report, at least once a second; the status document."""
+        body = {"step": step, "stage_steps": dict(stage_steps), "version": version, "metrics": dict(metrics or {})}
+        return self.call("progress", body)
+
+    def call(self, kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """One request, repeated until answered (every kind may be repeated without harm)."""
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            request_id = next(self._ids)
+            self._send(Envelope(kind, self.role, request_id=request_id), codec.pack(dict(body)))
+            reply = self._wait_for(request_id, min(ATTEMPT_S, deadline - time.monotonic()))
+            if reply is not None:
+                return reply
+            if time.monotonic() >= deadline:
+                raise ServerSilent(
+                    f"the gateway did not answer {kind} for {self._patience_s:.0f} s at {self._endpoint}: "
+                    "is it running?"
+                )
+            self._socket.close()
+            self._socket = self._connect()
+
+    def _wait_for(self, request_id: int, timeout_s: float) -> dict[str, Any] | None:
+        deadline = time.monotonic() + timeout_s
+        while (message := self._receive(deadline - time.monotonic())) is not None:
+            envelope, frames = message
+            if envelope.kind == REPLY and envelope.request_id == request_id:
+                envelope.raise_error()
+                return codec.unpack(frames) if frames else {}
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class InferRequest:
+    """An actor's question, forwarded by the gateway."""
+
+    token: bytes  # return address for `reply`
+    body: dict[str, Any]  # the actor's `infer` body, arrays as read-only views that hold until it is answered
+    actor: str = ""  # who asks
+    arrived: float = 0.0  # monotonic seconds of this host, when the gateway got it
+
+
+class PolicyLink(_Link):
+    """The policy server's end: take forwarded questions, answer them in any order. One thread."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        keep_freed_memory()
+        super().__init__(run_dir, "policy")
+        self._shelf = ShelfReader()
+        self._run_dir = run_dir
+        self._line: Line | None = None  # to the gateway; made by `serving`, gone with the gateway
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+
+    def close(self) -> None:
+        """Close both sockets."""
+        self._hang_up()
+        super().close()
+
+    def _receive(self, timeout_s: float) -> tuple[Envelope, codec.Frames] | None:
+        message = self._from_line()
+        if message is None and self._poller.poll(max(0, int(timeout_s * 1e3))):
+            message = self._from_line() or super()._receive(0)
+        return message
+
+    def _from_line(self) -> tuple[Envelope, codec.Frames] | None:
+        try:
+            return self._line and self._line.receive()
+        except EOFError:
+            self._hang_up()
+            return None
+
+    def _hang_up(self) -> None:
+        if self._line is not None:
+            self._poller.unregister(self._line.fileno)
+            self._line.close()
+            self._line = None
+            self._shelf.clear()
+
+    def _answer(self, envelope: Envelope, frames: codec.Frames) -> None:
+        if self._line is None or not self._line.send(envelope, frames):
+            self._send(envelope, frames)
+
+    @property
+    def socket(self) -> zmq.Socket:
+        """To poll beside other sockets."""
+        return self._socket
+
+    def receive(self, timeout_s: float) -> InferRequest | None:
+        """The next question, or None after `timeout_s` (0: only what is there). Malformed ones are answered here."""
+        deadline = time.monotonic() + timeout_s
+        while (message := self._receive(deadline - time.monotonic())) is not None:
+            envelope, frames = message
+            if envelope.kind == FORGET:
+                self._shelf.forget(envelope.target)
+            if envelope.kind != INFER or not isinstance(envelope.request_id, bytes):
+                continue  # the gateway's answer to `serving`
+            try:
+                if envelope.target:
+                    frames = self._shelf.frames(envelope.target, frames)
+                body = codec.unpack(frames)
+                if envelope.target:
+                    settle(body)
+                return InferRequest(envelope.request_id, body, envelope.actor_id, envelope.seq / 1e9)
+            except WireError as error:
+                self.reply(envelope.request_id, error)
+        return None
+
+    def reply(self, token: bytes, result: Mapping[str, Any] | WireError) -> None:
+        """Answer one question: `{actions, policy_version, server_ms}` or a typed error (NotReady, BadFrame, …)."""
+        if isinstance(result, WireError):
+            envelope = Envelope(INFER_REPLY, self.role, request_id=token, error=(result.code, result.message))
+            self._answer(envelope, [])
+        else:
+            self._answer(Envelope(INFER_REPLY, self.role, request_id=token), codec.pack(dict(result)))
+
+    def serving(self, *, version: int, **figures: float | None) -> None:
+        """Register with the gateway and report, once a second; version −1: nothing to serve yet. Does not wait.
+
+        figures: shown in the status document's `serving`.
+        """
+        if self._line is None and (line := Line.connect(self._run_dir)) is not None:
+            self._line = line
+            self._poller.register(line.fileno, zmq.POLLIN)
+        body = {"pid": os.getpid(), "version": version, **figures}
+        self._send(Envelope("serving", self.role, request_id=next(self._ids)), codec.pack(body))

@@ -1,0 +1,55 @@
+"""The learner: prepare the run folder, start the roles, watch over them. Called by examples/train_rlpd.py learner=true.
+
+One process per role (gateway, policy server, exporter, trainer), one supervisor; this process stays free of torch.
+"""
+
+import sys
+
+from omegaconf import DictConfig
+
+from serl_launcher.supervisor.roles import roles_for
+from serl_launcher.supervisor.run_folder import RunError, prepare
+from serl_launcher.supervisor.supervisor import DONE, USER_MISTAKE, Supervisor
+from serl_transport.security.auth import is_loopback
+
+
+def main(cfg: DictConfig) -> int:
+    """Run a learner from a resolved config.
+
+    Returns the process's exit code: 0 done, 2 a mistake of the user (told on stderr), 3 gave up, 128 + signal.
+    """
+    try:
+        folder = prepare(cfg)
+    except RunError as error:
+        print(f"learner: {error}", file=sys.stderr)
+        return USER_MISTAKE
+    with folder.lock:
+        if folder.state == "complete":
+            print(
+                f"run {cfg.run} is complete: {folder.paths.summary}\n"
+                "Start a new one with run=<new name>, or on_complete=rotate to move this one aside."
+            )
+            return DONE
+        if not is_loopback(cfg.bind_host) and not cfg.security.keys_dir:
+            print(f"warning: insecure=true, anyone who reaches {cfg.bind_host}:{cfg.port} may send data and drive")
+        if warning := unreachable_from_elsewhere(cfg):
+            print(warning)
+        print(f"{folder.state} run {folder.paths.root}, ports {cfg.port} and {cfg.broadcast_port}", flush=True)
+        supervisor = Supervisor(
+            folder.paths,
+            roles_for(cfg, folder.paths, folder.stages),
+            dashboard_period_s=cfg.telemetry.dashboard_period_s,
+            ends=bool(folder.stages),
+        )
+        return supervisor.run()
+
+
+def unreachable_from_elsewhere(cfg: DictConfig) -> str | None:
+    """One line where keys or insecure=true suggest a robot on another host that could not connect; else None."""
+    if not is_loopback(cfg.bind_host) or not (cfg.security.keys_dir or cfg.insecure):
+        return None
+    named = f"security.keys_dir={cfg.security.keys_dir}" if cfg.security.keys_dir else "insecure=true"
+    return (
+        f"warning: {named} but bind_host={cfg.bind_host}: a robot on another host cannot connect; "
+        "bind_host=0.0.0.0 lets it"
+    )

@@ -1,0 +1,292 @@
+"""Make runs/<name>/ ready for a learner, or say in one message why it cannot be. Called by the learner's main.
+
+Decides whether the folder is new, resumed, finished or another experiment's; takes its lock; writes config.yaml. What
+the roles would trip over later (ports, disk, a missing checkpoint) is found here, before anything is started.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from serl_launcher.replay.journal import JournalCorrupt, JournalReader
+from serl_launcher.run import config as run_config
+from serl_launcher.run.files import read_json
+from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.schedule import Stage, read_stages
+from serl_transport.contract.specs import TaskSpec
+from serl_transport.security.auth import is_loopback
+
+MIN_FREE_MB = 500
+# A killed learner's gateway may need a moment to let go of its ports.
+PORT_PATIENCE_S = 5.0
+# What makes the recorded data and the parameters of a run usable; the rest may change from one start to the next.
+IDENTITY = ("task.name", "task.spec", "policy")
+NOTED = ("task.env",)  # a camera's serial number, an address, a renderer: worth a line, and the user's to judge
+# What a start leaves that never got data, made for its task and policy.
+UNUSED = ("journal", "params", "checkpoints", "dataset", "metrics", "stage_progress.json")
+
+
+class RunError(ValueError):
+    """The run cannot start; the message is complete and meant for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """A run folder that is ours."""
+
+    paths: RunPaths  # absolute
+    stages: tuple[Stage, ...]
+    state: str  # "new", "resumed" or "complete"
+    lock: IO[str]  # held until closed or until this process is gone
+
+
+def run_paths(cfg: DictConfig) -> RunPaths:
+    """Paths of the run that `cfg` names, absolute. RunError: the name is no folder name."""
+    if not cfg.run or cfg.run.startswith(".") or "/" in cfg.run:
+        raise RunError(f"run={cfg.run!r} names a folder in {cfg.runs_dir}/; use letters, digits, - and _")
+    return RunPaths(Path(cfg.runs_dir).resolve() / cfg.run)
+
+
+def prepare(cfg: DictConfig) -> RunFolder:
+    """Check everything, take the lock and write config.yaml. RunError tells the user what to change."""
+    paths = run_paths(cfg)
+    try:
+        stages = read_stages(OmegaConf.to_container(cfg.schedule.stages))
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    try:
+        TaskSpec.from_dict(plain(cfg, "task.spec"))
+    except ValueError as error:
+        raise RunError(f"config/task/{cfg.task.get('name')}.yaml: {error}") from None
+    check_network(cfg)
+    if cfg.checkpoint_path and not Path(cfg.checkpoint_path).exists():
+        raise RunError(
+            f"checkpoint_path={cfg.checkpoint_path}: no such file or folder ({Path.cwd()} is the work folder)"
+        )
+    _check_reward(cfg)
+    lock = _open_folder(paths)
+    if is_complete(paths, cfg) and cfg.on_complete == "rotate":
+        print(f"the finished run {paths.root.name} was moved to {rotate(paths)}", flush=True)
+        lock.close()
+        lock = _open_folder(paths)
+    state = _state(paths, cfg)
+    if state != "complete":
+        wait_for_ports(cfg)
+        _archive_summary(paths)
+        paths.status.unlink(missing_ok=True)  # the last start's "done" is not ours
+        _write_config(paths, cfg)
+    return RunFolder(paths, stages, state, lock)
+
+
+def is_complete(paths: RunPaths, cfg: DictConfig) -> bool:
+    """Did a run with this very schedule finish here?"""
+    if not paths.summary.exists() or not paths.config.exists():
+        return False
+    return plain(read_config(paths), "schedule") == plain(cfg, "schedule")
+
+
+def rotate(paths: RunPaths) -> Path:
+    """Move a finished run's folder aside; returns its new place."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(paths.summary.stat().st_mtime))
+    target = paths.root.with_name(f"{paths.root.name}.{stamp}")
+    for k in range(2, 100):
+        if not target.exists():
+            break
+        target = paths.root.with_name(f"{paths.root.name}.{stamp}-{k}")
+    return paths.root.rename(target)
+
+
+def read_config(paths: RunPaths) -> DictConfig:
+    """The config of the folder's last start. RunError: it cannot be read."""
+    try:
+        return run_config.read_config(paths.config)
+    except (ValueError, OSError) as error:
+        raise RunError(f"{error}; take run=<new name>") from None
+
+
+def wait_for_ports(cfg: DictConfig) -> None:
+    """Every port can be bound. RunError names the one in use, after a few seconds of patience."""
+    deadline = time.monotonic() + PORT_PATIENCE_S
+    for key in ("port", "broadcast_port", "reward.port"):
+        port = OmegaConf.select(cfg, key) or 0
+        while problem := _bind_problem(cfg.bind_host, port):
+            if time.monotonic() > deadline or "in use" not in problem:
+                raise RunError(
+                    f"{key}={port} on {cfg.bind_host}: {problem}; is another learner running? "
+                    f"Stop it, or give both sides another {key}="
+                )
+            time.sleep(0.2)
+
+
+def _bind_problem(host: str, port: int) -> str:
+    if port == 0:
+        return ""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    return ""
+
+
+def check_network(cfg: DictConfig) -> None:
+    """Ports and address make sense and are allowed. RunError tells what to change."""
+    for key in ("port", "broadcast_port"):
+        if not isinstance(cfg[key], int) or not 0 <= cfg[key] <= 65535:
+            raise RunError(f"{key}={cfg[key]}: expected a port from 1 to 65535 (0: any free one)")
+    if cfg.port == cfg.broadcast_port != 0:
+        raise RunError(f"port and broadcast_port are both {cfg.port}; they must differ")
+    if is_loopback(cfg.bind_host) or OmegaConf.select(cfg, "security.keys_dir"):
+        return
+    if not cfg.insecure:
+        raise RunError(
+            f"bind_host={cfg.bind_host} lets anyone on that network drive the policy and send data; make keys "
+            "(tools/keygen.py) and give security.keys_dir, or add insecure=true if that network is yours alone, "
+            "or keep 127.0.0.1 and use an ssh tunnel"
+        )
+
+
+def _check_reward(cfg: DictConfig) -> None:
+    """A learned reward has a model to serve: without one every actor would wait for its server for ever."""
+    reward = None if OmegaConf.select(cfg, "task.reward") else cfg.get("reward")
+    if reward and "model" in reward and not reward.model:
+        raise RunError(
+            "reward=classifier: expected reward.model=<folder that train_reward.sh wrote>, got none; "
+            "name it, or take another reward="
+        )
+
+
+def _open_folder(paths: RunPaths) -> IO[str]:
+    """Create the folder, check that it takes data and lock it."""
+    try:
+        paths.logs.mkdir(parents=True, exist_ok=True)
+        lock = (paths.root / ".lock").open("a")
+    except OSError as error:
+        raise RunError(f"cannot write into {paths.root}: {error.strerror}; choose another runs_dir=") from None
+    free_mb = shutil.disk_usage(paths.root).free >> 20
+    if free_mb < MIN_FREE_MB:
+        raise RunError(
+            f"only {free_mb} MB are free for {paths.root}, a run needs {MIN_FREE_MB}; choose another runs_dir="
+        )
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"another learner works in {paths.root}; stop it or choose another run=") from None
+    return lock
+
+
+def _state(paths: RunPaths, cfg: DictConfig) -> str:
+    if not paths.config.exists() and not paths.journal.exists():
+        return "new"
+    used = holds_data(paths)
+    if used and cfg.resume == "never":
+        raise RunError(f"{paths.root} holds a run and resume=never; choose another run=, or resume=auto to continue it")
+    if paths.config.exists():
+        old = read_config(paths) if used else _readable(paths)
+        if changed := [*differences(old, cfg, IDENTITY)]:
+            if used:
+                raise RunError(
+                    f"{paths.root} holds another experiment:{_rows(changed)}\nStart a new one with run=<new name>, or "
+                    f"set these keys back. (A key that only an update added: write it into {paths.config}.)"
+                )
+            _put_aside(paths)
+            return "new"
+        if changed := [*differences(old, cfg, NOTED)]:
+            print(f"{paths.root} was recorded with another task.env:{_rows(changed)}", flush=True)
+    return "complete" if is_complete(paths, cfg) else "resumed"
+
+
+def _readable(paths: RunPaths) -> DictConfig:
+    """The config of a start that came to nothing; empty when that was torn."""
+    try:
+        return read_config(paths)
+    except RunError:
+        return OmegaConf.create({})
+
+
+def holds_data(paths: RunPaths) -> bool:
+    """Was anything recorded or trained here? A journal's first record is the task's spec, no data yet."""
+    if paths.summary.exists() or (read_json(paths.latest_params) or {}).get("step", 0) > 0:
+        return True
+    reader = JournalReader(paths.journal)
+    try:
+        return len(list(islice(reader.poll(), 2))) > 1
+    except JournalCorrupt:  # the gateway tells what is wrong with it
+        return True
+    finally:
+        reader.close()
+
+
+def _put_aside(paths: RunPaths) -> None:
+    """Out of the way of another task or policy. The spool and a pressed e-stop stay where an actor looks for them."""
+    found = [name for name in UNUSED if (paths.root / name).exists()]
+    if not found:
+        return
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    aside = paths.root / f"unused.{stamp}"
+    aside.mkdir(exist_ok=True)
+    for name in found:
+        (paths.root / name).rename(aside / name)
+    print(f"nothing was recorded here with the task or policy of before; what it left is in {aside}", flush=True)
+
+
+def differences(old: DictConfig, new: DictConfig, keys: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
+    """What differs under these keys, as (dotted key, old, new)."""
+    for key in keys:
+        yield from _differences(key, plain(old, key), plain(new, key))
+
+
+def _rows(changed: Sequence[tuple[str, Any, Any]]) -> str:
+    rows = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, old, new in changed[:8])
+    return rows + (f"\n  and {len(changed) - 8} more" if len(changed) > 8 else "")
+
+
+def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys([*old, *new]):
+            yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
+    elif old != new:
+        yield key, old, new
+
+
+def plain(cfg: DictConfig, key: str) -> Any:
+    """One section as plain containers; None when absent."""
+    value = OmegaConf.select(cfg, key)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _archive_summary(paths: RunPaths) -> None:
+    """A summary of an earlier schedule (data collection before training) keeps its figures under its own time."""
+    if paths.summary.exists():
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(paths.summary.stat().st_mtime))
+        kept = paths.summary.rename(paths.root / f"summary.{stamp}.json")
+        print(f"another schedule finished here before; its figures are kept in {kept}", flush=True)
+
+
+def _write_config(paths: RunPaths, cfg: DictConfig) -> None:
+    temporary = paths.root / "config.yaml.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(OmegaConf.to_yaml(cfg, resolve=True))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(paths.config)
+
+
+def read_status(paths: RunPaths) -> dict[str, Any] | None:
+    """The gateway's last status document; None before the first one."""
+    try:
+        return json.loads(paths.status.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):  # a torn file is as good as none: the next one is a second away
+        return None
