@@ -32,7 +32,8 @@ from serl_launcher.agents.build import build_agent
 from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.modality import Modality
 from serl_launcher.learner.sft import Chunks, Columns, check_batch, spec_of, train
-from serl_launcher.policies.trains import frozen_hash, parameter_table
+from serl_launcher.policies.base import frozen_hash
+from serl_launcher.policies.parameter_table import parameter_table
 from serl_launcher.run.parameters import base_sha256, publish
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"

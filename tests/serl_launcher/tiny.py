@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from serl_launcher.policies.pi0.policy import PI0FlowPolicy, build_pi0
+from serl_launcher.policies.pi0.build import build_pi0
+from serl_launcher.policies.pi0.head import PI0FlowPolicy
 from serl_launcher.policies.pi0.tiny import TinySize
 from serl_launcher.replay.transitions import TransitionBatch
 from serl_launcher.replay.views import ChunkBatch

@@ -32,7 +32,7 @@ from serl_launcher.learner import checkpoint
 from serl_launcher.learner.guard import GO_BACK, HOLD, EvaluationWatch, FaultGuard, evaluation_goals
 from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.limiter import StepLimiter
-from serl_launcher.policies.trains import parameter_table
+from serl_launcher.policies.parameter_table import parameter_table
 from serl_launcher.replay.learning import LearningView
 from serl_launcher.replay.ring import RingError, RingReader
 from serl_launcher.replay.transitions import TransitionView

@@ -15,13 +15,11 @@ from serl_launcher.agents.flow_matching import FlowMatchingAgent
 from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.modality import Modality
 from serl_launcher.learner.sft import Chunks, Columns, batches, dataset_units, spec_of, train
+from serl_launcher.policies.base import frozen_hash
 from serl_launcher.policies.groot.build import build_groot
 from serl_launcher.policies.groot.tiny import TinyGrootSize
-from serl_launcher.policies.pi0.pi05 import build_pi05
-from serl_launcher.policies.pi0.pi05_tiny import TinyPI05Size
-from serl_launcher.policies.pi0.policy import build_pi0
-from serl_launcher.policies.pi0.tiny import TinySize
-from serl_launcher.policies.trains import frozen_hash
+from serl_launcher.policies.pi0.build import build_pi0, build_pi05
+from serl_launcher.policies.pi0.tiny import TinyPI05Size, TinySize
 
 AH = 4
 
