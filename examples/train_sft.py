@@ -93,7 +93,7 @@ def run(dataset: Path, output: Path, cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.trainer.threads)
     policy = instantiate(cfg.policy, spec=spec)
-    chunks = Chunks(str(dataset), spec, policy.action_horizon, columns, cfg.sft.max_samples)
+    chunks = Chunks(dataset, spec, policy.action_horizon, columns, cfg.sft.max_samples)
     check_batch(chunks, cfg.sft.batch_size)  # before OUTPUT exists: a corrected command must find it free
     print(f"{len(chunks)} samples of {meta.total_episodes} episodes\n{parameter_table(policy)}", flush=True)
     accelerator = Accelerator(cpu=cfg.trainer.device == "cpu")
