@@ -14,7 +14,6 @@ import logging
 import time
 from typing import Any
 
-from serl_launcher.gateway.actor_lines import ActorLines
 from serl_launcher.gateway.actors import Actors
 from serl_launcher.gateway.forward import InferForwarder
 from serl_launcher.gateway.ingest import Ingest
@@ -82,9 +81,7 @@ class Gateway:
         self.ingest = Ingest(settings, paths, self.actors, server.reply, server.call_soon, self._episode_closed)
         self._restore_tickets()
         self._roles = server.add_router(internal_endpoint(paths.root))
-        self.forwarder = forwarder = InferForwarder(self._roles, server.reply, server.loop, paths.root)
-        forget, loop = forwarder.forget_memory, server.loop
-        self.lines = ActorLines(server.router, forwarder.infer_placed, forget, settings.spec, loop)
+        self.forwarder = InferForwarder(self._roles, server.reply)
         self._stage = self._current_stage()
         self.operator = OperatorState(paths.root / "operator.json")
         self._exported: dict[str, Any] = {}
@@ -128,8 +125,6 @@ class Gateway:
             self.server.start()
         finally:
             self.ingest.close()
-            self.lines.close()
-            self.forwarder.close()
             self._write_status()
             self._lock.release()
 
@@ -161,10 +156,7 @@ class Gateway:
     def _hello(self, peer: Peer, body: dict[str, Any]) -> dict[str, Any]:
         if peer.role == "actor":
             self.actors.joined(peer.actor_id, peer.boot_id)
-        reply = {"run": self.settings.run, "stage": self._stage.to_status(), "done": self.done}
-        if peer.role == "actor" and body.get("link") == "infer":
-            reply["line"] = self.lines.offer(peer, body.get("machine"))
-        return reply
+        return {"run": self.settings.run, "stage": self._stage.to_status(), "done": self.done}
 
     def _heartbeat(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
         if peer.role == "actor":
@@ -179,8 +171,7 @@ class Gateway:
             return self.status()
         if envelope.target == "params":
             self._announce_params()
-            waits = self.server.standing.keep(envelope.token, body, self.params.version)
-            return None if waits else pack(self.params.chunk(body))
+            return pack(self.params.chunk(body))
         if envelope.target in OPERATOR_REQUESTS:
             return self._operate(peer.actor_id, envelope.target)
         known = ["next_episode", "status", "params", *sorted(OPERATOR_REQUESTS)]
@@ -283,8 +274,7 @@ class Gateway:
     def _announce_params(self) -> None:
         if self.params.refresh():
             log.info("policy version %s is published", self.params.version)
-            self.server.standing.answer(lambda payload: pack(self.params.chunk(payload)))
-            self.server.announce_params(self.params.version or 0, self.params.where())
+            self.server.announce_params(self.params.version or 0)
 
     def _every_second(self) -> None:
         self.actors.report_silence()

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from serl_launcher.run.parameters import Published, find_parameters, store
 from serl_launcher.serving.engine import PolicyEngine, query_from_body
 from serl_transport.contract.errors import NotReady
-from serl_transport.parameters.params import Published as Blob
+from serl_transport.parameters.params import ParametersBlob
 
 
 class ParameterSource(Protocol):
@@ -40,7 +40,7 @@ def build(cfg: DictConfig, link: ParameterSource) -> LocalPolicy:
     folder = tempfile.TemporaryDirectory(prefix="flowserl-params-")
     policy = LocalPolicy(cfg, Path(folder.name), owned=folder)
 
-    def keep(blob: Blob) -> None:
+    def keep(blob: ParametersBlob) -> None:
         store(Path(folder.name), blob.version, blob.blob, time.time())
         policy.stage()
 

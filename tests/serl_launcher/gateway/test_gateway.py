@@ -289,9 +289,6 @@ def test_parameters_are_announced_and_pulled(tmp_path: Path) -> None:
         published = client.fetch_params()
         assert (published.version, published.blob) == (2, blob)
         assert wait_for(lambda: [body for body in heard if body["topic"] == "params"])[0]["version"] == 2
-        mine, asked = np.zeros(len(blob), np.uint8), gateway.server.router.counters["request"]
-        assert client.fetch_params(into=mine).blob == mine.tobytes() == blob
-        assert gateway.server.router.counters["request"] == asked  # the announcement said where the file is
         with pytest.raises(Refused, match="newest is 2"):
             client.fetch_params(1)
 
