@@ -17,6 +17,7 @@ from typing import Any
 from serl_launcher.gateway.actors import Actors
 from serl_launcher.gateway.forward import InferForwarder
 from serl_launcher.gateway.ingest import Ingest
+from serl_launcher.gateway.journalled import Journalled
 from serl_launcher.gateway.ledger import ADHOC, LedgerRow, scope_of
 from serl_launcher.gateway.operator_state import OperatorState
 from serl_launcher.gateway.progress import TrainerProgress
@@ -78,7 +79,9 @@ class Gateway:
         self.progress = TrainerProgress(paths.stage_progress, settings.stages)
         self.params = PublishedParams(paths.params)
         self.tickets = TicketOffice(settings.seed, min(TICKET_GRACE_S, settings.dead_actor_s), self.actors.alive)
-        self.ingest = Ingest(settings, paths, self.actors, server.reply, server.call_soon, self._episode_closed)
+        self.journalled = Journalled(settings, paths, self.actors, server.reply, self._episode_closed)
+        reader = self.journalled.recover()
+        self.ingest = Ingest(settings, paths, self.actors, self.journalled, reader, server.call_soon)
         self._restore_tickets()
         self._roles = server.add_router(internal_endpoint(paths.root))
         self.forwarder = InferForwarder(self._roles, server.reply)
@@ -125,6 +128,7 @@ class Gateway:
             self.server.start()
         finally:
             self.ingest.close()
+            self.journalled.close()
             self._write_status()
             self._lock.release()
 
@@ -134,16 +138,16 @@ class Gateway:
 
     def status(self) -> dict[str, Any]:
         """The status document of docs/architecture.md."""
-        ledger = self.ingest.ledger
+        ledger = self.journalled.ledger
         return {
             "run": self.settings.run,
             "time": time.time(),
             "stage": self._stage.to_status(),
             "done": self.done,
             "operator": self.operator.to_status(),
-            "ring": str(self.ingest.ring.path),
+            "ring": str(self.journalled.ring.path),
             "counts": ledger.counts(),
-            "rates": {"transitions_per_s": self.ingest.transitions_per_s(), **ledger.rates()},
+            "rates": {"transitions_per_s": self.journalled.transitions_per_s(), **ledger.rates()},
             "eval": ledger.evaluations(),
             "trainer": self.progress.to_status(),
             "serving": self.forwarder.to_status(),
@@ -217,7 +221,7 @@ class Gateway:
             state = self._stage
             return wait(TRAIN_WAIT_S, f"stage {stage.name}: the learner trains, step {state.steps} of {stage.steps}")
         scope = scope_of(stage.name, actor, boot)
-        counts = self.ingest.ledger.scope(scope)
+        counts = self.journalled.ledger.scope(scope)
         if stage.name.startswith(ADHOC) and stage.episodes and counts.counted >= stage.episodes:
             return stop(f"{stage.episodes} episodes are done")
         return self.tickets.issue(stage, scope, counts, actor, boot, min_version, time.monotonic())
@@ -247,7 +251,7 @@ class Gateway:
         self._update_stage()
 
     def _current_stage(self) -> StageState:
-        counted = self.ingest.ledger.stage_episodes()
+        counted = self.journalled.ledger.stage_episodes()
         return current_stage(self.settings.stages, counted, self.progress.stage_steps, self.progress.end_versions)
 
     def _update_stage(self) -> None:
@@ -262,8 +266,8 @@ class Gateway:
 
     def _restore_tickets(self) -> None:
         """Episodes that were open when the last gateway ended are still being made by their actors."""
-        started = dict(self.ingest.ledger.started)
-        for episode_id, opened in self.ingest.assembler.open.items():
+        started = dict(self.journalled.ledger.started)
+        for episode_id, opened in self.journalled.assembler.open.items():
             info = opened.info
             scope = scope_of(info.stage, opened.actor, opened.boot)
             self.tickets.restore(Ticket(episode_id, scope, info.seed, opened.actor, opened.boot))
@@ -279,7 +283,7 @@ class Gateway:
     def _every_second(self) -> None:
         self.actors.report_silence()
         self.ingest.close_abandoned()
-        self.ingest.write_ledger()
+        self.journalled.write_ledger()
         self.forwarder.check()
         self._exported = read_json(self.paths.root / "dataset_status.json") or {"episodes": 0}
         self._write_status()
