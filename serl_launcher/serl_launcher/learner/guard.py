@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.run.parameters import Published
+from serl_launcher.run.parameters import PublishedVersion
 
 SKIP, GO_BACK, HOLD = "skip", "go back", "hold"
 
@@ -86,7 +86,7 @@ class EvaluationWatch:
         return None
 
     def _judge(self, stage: str, rate: float) -> Fall | None:
-        best, newest = self._best, Published.read(self._dir)
+        best, newest = self._best, PublishedVersion.read(self._dir)
         fall = None
         if rate < best.rate - self._margin and self._kept.exists():
             fall = Fall(stage, rate, best.stage, best.rate, best.version, self._kept)

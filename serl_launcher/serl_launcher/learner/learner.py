@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from serl_launcher.agents.base import Agent, ParameterGroup
-from serl_launcher.learner.checkpoint import AVERAGED, RAW
+from serl_launcher.learner.checkpoint import RAW
 from serl_launcher.learner.optimizers import for_device
-from serl_launcher.run.parameters import describe_mismatch
+from serl_launcher.run.parameters import AVERAGED, describe_mismatch
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 

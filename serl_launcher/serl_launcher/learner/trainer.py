@@ -40,7 +40,7 @@ from serl_launcher.replay.verdicts import VerdictLedger, rule_text
 from serl_launcher.replay.views import ChunkView
 from serl_launcher.run.internal import InternalClient
 from serl_launcher.run.parameters import (
-    Published,
+    PublishedVersion,
     base_sha256,
     find_parameters,
     publish,
@@ -291,7 +291,7 @@ class Trainer:
 
     def _served_is_ours(self) -> bool:
         """Has the newest published version the parts that this algorithm's server expects? Another one's may not."""
-        newest = Published.read(self.paths.params)
+        newest = PublishedVersion.read(self.paths.params)
         path = self.paths.params / newest.file if newest else None
         return path is not None and path.exists() and tensor_names(path) == set(self.learner.averaged)
 
@@ -310,7 +310,7 @@ class Trainer:
     def _resume(self) -> None:
         """From the newest whole checkpoint of this run; else from checkpoint_path; else from scratch."""
         folders = checkpoint.complete(self.paths.checkpoints)
-        newest = Published.read(self.paths.params)
+        newest = PublishedVersion.read(self.paths.params)
         if folders:
             self._continue_from(folders[-1])
             if self.cfg.checkpoint_path:

@@ -10,11 +10,11 @@ import torch
 from trainer_rig import make, put
 
 from serl_launcher.replay.verdicts import read
-from serl_launcher.run.parameters import Published, read_tensors
+from serl_launcher.run.parameters import PublishedVersion, read_tensors
 
 
 def version(tmp_path):
-    return Published.read(tmp_path / "params").version
+    return PublishedVersion.read(tmp_path / "params").version
 
 
 def test_sac_trains_through_the_trainer_and_resumes(tmp_path, ring):
@@ -87,7 +87,7 @@ def test_a_diverging_critic_goes_back_then_holds_and_nothing_of_it_is_published(
     assert trainer.held.startswith("training holds")
     assert gateway.reports[-1]["metrics"]["trainer/held"] == 1.0
     assert version(tmp_path) == published
-    served = read_tensors(tmp_path / "params" / Published.read(tmp_path / "params").file)[0]
+    served = read_tensors(tmp_path / "params" / PublishedVersion.read(tmp_path / "params").file)[0]
     assert all(torch.equal(served[name], tensor) for name, tensor in good.items())
 
 
@@ -106,7 +106,7 @@ def test_a_fallen_evaluation_brings_the_best_version_back(tmp_path, ring, caplog
         trainer._roll_back_after_a_fall({"eval": gateway.evaluations})
     assert "evaluation b fell to 0.20" in caplog.text
     assert "version 2 is rolled back to version 1, published again as version 3" in caplog.text
-    served = read_tensors(tmp_path / "params" / Published.read(tmp_path / "params").file)[0]
+    served = read_tensors(tmp_path / "params" / PublishedVersion.read(tmp_path / "params").file)[0]
     assert all(torch.equal(served[name], tensor) for name, tensor in best.items())
 
 
@@ -141,7 +141,7 @@ def test_a_published_version_with_parts_of_another_algorithm_is_replaced_before_
         gateway.limit = 1
         second.run()
         assert version(tmp_path) == first.version + 1
-    names = read_tensors(tmp_path / "params" / Published.read(tmp_path / "params").file)[0].keys()
+    names = read_tensors(tmp_path / "params" / PublishedVersion.read(tmp_path / "params").file)[0].keys()
     assert not [name for name in names if name.startswith("steering.")]
 
 
