@@ -17,14 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from serl_launcher.learner.checkpoint import AVERAGED, FILES
 from serl_launcher.policies.base import trainable
 
-CHECKPOINT_TENSORS = FILES[0]
+CHECKPOINT_TENSORS = "tensors.safetensors"  # of the trainer's checkpoints (learner.checkpoint)
+AVERAGED = "averaged."  # what the names of the served tensors begin with there
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class PublishedVersion:
     """What `latest.json` says of a version."""
 
     version: int
@@ -35,7 +35,7 @@ class Published:
     time: float  # unix seconds of publishing
 
     @classmethod
-    def read(cls, params_dir: Path) -> Published | None:
+    def read(cls, params_dir: Path) -> PublishedVersion | None:
         """The newest version, or None before the first."""
         try:
             return cls(**json.loads((params_dir / "latest.json").read_text()))
@@ -64,7 +64,7 @@ def publish(
     policy: str,
     now: float,
     keep: int,
-) -> Published:
+) -> PublishedVersion:
     """Write version `version` whole or not at all, then point at it; files older than the newest `keep` go."""
     params_dir.mkdir(parents=True, exist_ok=True)
     name = f"v{version:06d}.safetensors"
@@ -73,25 +73,25 @@ def publish(
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=metadata)
     data = part.read_bytes()
     os.replace(part, params_dir / name)
-    entry = Published(version, step, name, len(data), hashlib.sha256(data).hexdigest(), now)
+    entry = PublishedVersion(version, step, name, len(data), hashlib.sha256(data).hexdigest(), now)
     _point_at(params_dir, entry)
     for old in sorted(params_dir.glob("v*.safetensors"))[:-keep]:
         old.unlink()
     return entry
 
 
-def store(params_dir: Path, version: int, blob: bytes, now: float) -> Published:
+def store(params_dir: Path, version: int, blob: bytes, now: float) -> PublishedVersion:
     """Keep a published file that came over the wire (its hash was checked there), and point at it."""
     name = f"v{version:06d}.safetensors"
     part = params_dir / f"{name}.part"
     part.write_bytes(blob)
     os.replace(part, params_dir / name)
-    entry = Published(version, -1, name, len(blob), hashlib.sha256(blob).hexdigest(), now)
+    entry = PublishedVersion(version, -1, name, len(blob), hashlib.sha256(blob).hexdigest(), now)
     _point_at(params_dir, entry)
     return entry
 
 
-def _point_at(params_dir: Path, entry: Published) -> None:
+def _point_at(params_dir: Path, entry: PublishedVersion) -> None:
     pointer = params_dir / "latest.json.part"
     pointer.write_text(json.dumps(asdict(entry)))
     os.replace(pointer, params_dir / "latest.json")
@@ -157,7 +157,7 @@ def find_parameters(path: str | Path) -> Path:
     if path.is_file():
         return path
     for folder in (path / "params", path):
-        latest = Published.read(folder)
+        latest = PublishedVersion.read(folder)
         if latest is not None:
             return folder / latest.file
     if _of_checkpoint(path / CHECKPOINT_TENSORS) and (path / CHECKPOINT_TENSORS).exists():
