@@ -32,6 +32,7 @@ from serl_launcher.agents.build import build_agent
 from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.modality import Modality
 from serl_launcher.learner.sft import Chunks, Columns, check_batch, spec_of, train
+from serl_launcher.learner.step_log import numbers
 from serl_launcher.policies.base import frozen_hash
 from serl_launcher.policies.parameter_table import parameter_table
 from serl_launcher.run.parameters import base_sha256, publish
@@ -111,6 +112,7 @@ def run(dataset: Path, output: Path, cfg: DictConfig) -> None:
         for step, metrics in enumerate(
             train(learner, chunks, cfg.sft.steps, cfg.sft.batch_size, cfg.seed, schedule), 1
         ):
+            metrics = numbers(metrics)  # every step is logged here
             log.write(json.dumps({"step": step, **metrics}) + "\n")
             if step % cfg.sft.log_period == 0:
                 print(f"step {step}/{cfg.sft.steps}  loss {metrics['losses/flow']:.4f}", flush=True)

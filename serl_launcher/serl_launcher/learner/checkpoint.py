@@ -19,7 +19,7 @@ from torch import Tensor
 from serl_launcher.run.parameters import CHECKPOINT_TENSORS
 
 FILES = (CHECKPOINT_TENSORS, "optimizer.pt", "state.json")
-RAW = "raw."  # what the policy's names begin with among the tensors, beside AVERAGED
+RAW = "raw."  # what the policy's names begin with among the tensors; of their average it is AVERAGED
 
 
 def save(

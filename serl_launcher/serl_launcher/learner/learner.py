@@ -82,10 +82,12 @@ class Learner:
         self._average_age = min(self._average_age, 50)
         self.agent.begin_stage(mode)
 
-    def step(self, batch: Any, lr_scale: float) -> dict[str, float]:
-        """One optimizer step; returns its metrics. Raises FloatingPointError when loss or gradient is not finite.
+    def step(self, batch: Any, lr_scale: float) -> dict[str, Tensor | float]:
+        """One optimizer step; returns its metrics, which stay on the device (learner.step_log reads them when due).
 
-        Nothing has changed then: neither parameters nor optimizers nor targets.
+        Raises FloatingPointError when loss or gradient is not finite. Nothing has changed then: neither parameters nor
+        optimizers nor targets. One bool a step is read back for that: the optimizers' kernels change weights in place,
+        so whether they may be started must be known on the host.
         """
         losses, metrics = self._prepared(batch, self.step_count)
         for optimizer in self._optimizers.values():
@@ -103,15 +105,9 @@ class Learner:
         self.step_count += 1
         self._average()
         first = next(iter(self._groups))
-        shown = (
-            {f"optim/grad_norm_{name}": float(norm) for name, norm in norms.items()} if len(self._groups) > 1 else {}
-        )
-        return {
-            **{k: float(v) for k, v in metrics.items()},
-            **shown,
-            "optim/grad_norm": max(map(float, norms.values())),
-            "optim/lr": self._base_lr[first][0] * lr_scale,
-        }
+        by_group = {f"optim/grad_norm_{name}": norm for name, norm in norms.items()} if len(self._groups) > 1 else {}
+        largest = self._gathered(norms.values()).max()
+        return {**metrics, **by_group, "optim/grad_norm": largest, "optim/lr": self._base_lr[first][0] * lr_scale}
 
     def _set_rate(self, name: str, group: ParameterGroup, lr_scale: float) -> None:
         scale = lr_scale if group.scheduled else 1.0
@@ -119,10 +115,16 @@ class Learner:
             param_group["lr"] = base * scale
 
     def _check_finite(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
+        if torch.isfinite(self._gathered([*losses.values(), *norms.values()])).all():
+            return
         for name, loss in losses.items():
             if not (torch.isfinite(loss) and torch.isfinite(norms[name])):
                 figures = f"{name} loss {loss.item():.3g}, gradient norm {norms[name].item():.3g}"
                 raise FloatingPointError(f"step {self.step_count}: {figures}; the step was not taken")
+
+    def _gathered(self, scalars: Iterable[Tensor]) -> Tensor:
+        """Scalars in one tensor on the device; the norm of a group without gradients is on the host."""
+        return torch.stack([x.detach().float().to(self._accelerator.device) for x in scalars])
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -206,7 +206,7 @@ def batches(chunks: Chunks, batch_size: int, seed: int, workers: int = 0) -> Ite
 def train(
     learner: Learner, chunks: Chunks, steps: int, batch_size: int, seed: int, schedule: Schedule
 ) -> Iterator[dict]:
-    """`steps` optimizer steps; yields each one's metrics."""
+    """`steps` optimizer steps; yields each one's metrics as `Learner.step` returns them."""
     source = batches(chunks, batch_size, seed)
     for step in range(steps):
         yield learner.step(next(source), schedule.scale(step))

@@ -17,13 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-# Of a trainer's checkpoint (learner.checkpoint), which `checkpoint_path` may name as well.
-CHECKPOINT_TENSORS = "tensors.safetensors"
-AVERAGED = "averaged."  # what the names of the averaged parameters begin with in it
+CHECKPOINT_TENSORS = "tensors.safetensors"  # of the trainer's checkpoints (learner.checkpoint)
+AVERAGED = "averaged."  # what the names of the served tensors begin with there
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class PublishedVersion:
     """What `latest.json` says of a version."""
 
     version: int
@@ -34,7 +33,7 @@ class Published:
     time: float  # unix seconds of publishing
 
     @classmethod
-    def read(cls, params_dir: Path) -> Published | None:
+    def read(cls, params_dir: Path) -> PublishedVersion | None:
         """The newest version, or None before the first."""
         try:
             return cls(**json.loads((params_dir / "latest.json").read_text()))
@@ -69,7 +68,7 @@ def publish(
     policy: str,
     now: float,
     keep: int,
-) -> Published:
+) -> PublishedVersion:
     """Write version `version` whole or not at all, then point at it; files older than the newest `keep` go."""
     params_dir.mkdir(parents=True, exist_ok=True)
     name = f"v{version:06d}.safetensors"
@@ -78,25 +77,25 @@ def publish(
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=metadata)
     data = part.read_bytes()
     os.replace(part, params_dir / name)
-    entry = Published(version, step, name, len(data), hashlib.sha256(data).hexdigest(), now)
+    entry = PublishedVersion(version, step, name, len(data), hashlib.sha256(data).hexdigest(), now)
     _point_at(params_dir, entry)
     for old in sorted(params_dir.glob("v*.safetensors"))[:-keep]:
         old.unlink()
     return entry
 
 
-def store(params_dir: Path, version: int, blob: bytes, now: float) -> Published:
+def store(params_dir: Path, version: int, blob: bytes, now: float) -> PublishedVersion:
     """Keep a published file that came over the wire (its hash was checked there), and point at it."""
     name = f"v{version:06d}.safetensors"
     part = params_dir / f"{name}.part"
     part.write_bytes(blob)
     os.replace(part, params_dir / name)
-    entry = Published(version, -1, name, len(blob), hashlib.sha256(blob).hexdigest(), now)
+    entry = PublishedVersion(version, -1, name, len(blob), hashlib.sha256(blob).hexdigest(), now)
     _point_at(params_dir, entry)
     return entry
 
 
-def _point_at(params_dir: Path, entry: Published) -> None:
+def _point_at(params_dir: Path, entry: PublishedVersion) -> None:
     pointer = params_dir / "latest.json.part"
     pointer.write_text(json.dumps(asdict(entry)))
     os.replace(pointer, params_dir / "latest.json")
@@ -162,7 +161,7 @@ def find_parameters(path: str | Path) -> Path:
     if path.is_file():
         return path
     for folder in (path / "params", path):
-        latest = Published.read(folder)
+        latest = PublishedVersion.read(folder)
         if latest is not None:
             return folder / latest.file
     if _of_checkpoint(path / CHECKPOINT_TENSORS) and (path / CHECKPOINT_TENSORS).exists():

@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 from tiny import ROOT, tiny_config
 
-from serl_launcher.learner import trainer
+from serl_launcher.learner.__main__ import main as trainer_main
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.serving import server
 
@@ -41,7 +41,7 @@ def write(root, algo, word):
 
 @pytest.mark.parametrize(("algo", "word", "message"), MISTAKES)
 def test_the_trainer_says_a_mistake_in_one_line_and_ends_with_2(tmp_path, capsys, algo, word, message):
-    assert trainer.main(write(tmp_path, algo, word)) == 2
+    assert trainer_main(write(tmp_path, algo, word)) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -67,4 +67,4 @@ def test_what_is_no_mistake_of_the_user_stays_a_crash(tmp_path, monkeypatch):
 
     monkeypatch.setattr("serl_launcher.agents.flow_matching.FlowMatchingAgent.__init__", out_of_memory)
     with pytest.raises(Exception, match="out of memory"):
-        trainer.main(write(tmp_path, "reject_sampling_pi0", "seed=1"))
+        trainer_main(write(tmp_path, "reject_sampling_pi0", "seed=1"))

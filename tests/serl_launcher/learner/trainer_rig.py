@@ -6,7 +6,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from tiny import ROOT, SPEC, tiny_config
 
-from serl_launcher.learner.trainer import Trainer
+from serl_launcher.learner.wiring import build_trainer
 from serl_launcher.run.paths import RunPaths
 
 
@@ -71,4 +71,4 @@ def make(tmp_path, ring, algo="reject_sampling_pi0", mode="train", steps=4, limi
     for key, value in changes.items():
         OmegaConf.update(cfg, key.replace("__", "."), value)
     gateway = ScriptedGateway(ring, {"name": "s", "mode": mode, "steps_goal": steps}, limit)
-    return Trainer(cfg, RunPaths(tmp_path), gateway), gateway
+    return build_trainer(cfg, RunPaths(tmp_path), gateway), gateway
