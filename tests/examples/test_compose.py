@@ -157,3 +157,57 @@ def test_what_a_robot_s_yaml_leaves_out_is_named_or_has_a_default(repo_root, tmp
     with pytest.raises(ConfigError) as raised:
         load_config(["task=mine"], config_dir)
     assert message in str(raised.value)
+
+
+@pytest.fixture
+def finished_run(tmp_path):
+    """A run that trained the expert of a PI0.5 with DSRL."""
+    words = ["learner=true", "policy=pi05", "policy.checkpoint=/data/pi05", "policy.train=expert", "seed=3"]
+    config = load_config(words)
+    config.algo = load_config(["algo=dsrl_pi05"]).algo
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "v000001.safetensors").touch()
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    return tmp_path
+
+
+@pytest.mark.parametrize("side", [["learner=true", "schedule=eval"], ["actor=true", "rollout.policy=local", "ip=null"]])
+@pytest.mark.parametrize("inside", ["", "params/v000001.safetensors"])
+def test_an_evaluation_takes_policy_and_algorithm_from_its_run(finished_run, side, inside):
+    config = load_config([*side, f"checkpoint_path={finished_run / inside}"])
+    theirs = OmegaConf.load(finished_run / "config.yaml")
+    assert (config.policy, config.algo) == (theirs.policy, theirs.algo)
+    assert config.policy.seed == 3
+    assert config.seed == 0
+
+
+def test_what_the_user_types_of_a_policy_stands(finished_run):
+    words = ["learner=true", "schedule=eval", f"checkpoint_path={finished_run}"]
+    moved = ["policy=pi05", "policy.checkpoint=/elsewhere", "policy.train=expert"]
+    config = load_config([*words, *moved])
+    assert config.policy.checkpoint == "/elsewhere"
+    assert "served" in config.algo
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["policy=pi05", "schedule=eval"], "policy.train is full, but the run of checkpoint_path="),
+        (["policy=pi05"], "had expert: its parameters fit only that; set policy.train=expert"),
+        (["policy=pi0_tiny"], "policy.train is full, but the run of checkpoint_path="),
+    ],
+)
+def test_parameters_of_a_run_that_trained_something_else_are_refused(finished_run, words, message):
+    with pytest.raises(ConfigError) as raised:
+        load_config(["learner=true", f"checkpoint_path={finished_run}", *words])
+    assert message in str(raised.value)
+    assert str(raised.value).count("\n") == 0
+
+
+def test_flags_of_groot_are_compared_and_shown_as_they_are_typed(tmp_path):
+    config = load_config(["policy=groot_n1_7", "policy.tune.llm=true"])
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match=r"set policy\.tune=\{llm:true,visual:false,") as raised:
+        load_config(["learner=true", "policy=groot_n1_7", f"checkpoint_path={tmp_path}"])
+    again = str(raised.value).rpartition("set ")[2]
+    assert load_config(["learner=true", "policy=groot_n1_7", f"checkpoint_path={tmp_path}", again]).policy.tune.llm

@@ -5,12 +5,18 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from serving_samples import body, put
 from tiny import HORIZON, SPEC, tiny_config
 
+from flowserl_cli.compose import ConfigError, load_config
+from serl_launcher.agents.build import build_policy
+from serl_launcher.policies.base import trainable
+from serl_launcher.run.parameters import base_sha256, publish
 from serl_launcher.serving.engine import PolicyEngine, Query, query_from_body
 from serl_launcher.serving.local import LocalPolicy, build
 from serl_transport.contract.errors import NotReady
+from serl_transport.contract.specs import TaskSpec
 from serl_transport.parameters.params import ParametersBlob
 
 
@@ -84,6 +90,23 @@ def test_the_local_policy_answers_and_waits_for_the_version_that_is_asked_for(tm
     assert answer["actions"].shape == (HORIZON, 2)
     with pytest.raises(NotReady, match="version 4"):
         policy.infer(body(min_version=4))
+
+
+def test_a_run_that_trained_the_expert_alone_is_evaluated_as_it_was(tmp_path):
+    """From the words of a training to those of an evaluation that name nothing but the run."""
+    trained = load_config(["learner=true", "+policy.train=expert", "seed=4"])
+    spec = TaskSpec.from_dict(OmegaConf.to_container(trained.task.spec))
+    policy = build_policy(trained, spec)
+    published = {"version": 9, "step": 90, "base": base_sha256(policy), "policy": "t", "now": 0.0, "keep": 1}
+    publish(tmp_path / "params", trainable(policy), **published)
+    OmegaConf.save(trained, tmp_path / "config.yaml")
+    words = ["actor=true", "rollout.policy=local", "ip=null", f"checkpoint_path={tmp_path}"]
+    images = {camera: np.zeros((h, w, 3), np.uint8) for camera, (h, w) in spec.cameras.items()}
+    question = {"observation": {"images": images, "state": np.zeros(len(spec.state_names), np.float32)}}
+    answer = LocalPolicy.from_checkpoint(load_config(words)).infer(question)
+    assert answer["policy_version"] == 9
+    with pytest.raises(ConfigError, match=r"policy\.train is full, .* set policy\.train=expert"):
+        load_config([*words, "policy=pi0_tiny"])
 
 
 def test_the_same_seed_gives_the_same_chunk_whatever_was_asked_before(engine):

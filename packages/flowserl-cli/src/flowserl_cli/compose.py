@@ -70,7 +70,20 @@ def load_config(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> Dict
         if word.kind == "set" and _is_plain_text(base, word) and not isinstance(word.value, str | None):
             OmegaConf.update(config, word.key, word.text.partition("=")[2])
     name = next((word.value for word in reversed(selections) if word.key == "task"), "pick")
-    return _check_task(config, f"config/task/{name}.yaml")
+    config = _check_task(config, f"config/task/{name}.yaml")
+    if config.checkpoint_path and (config.learner or config.rollout.policy == "local"):
+        _settle_policy(config, [word.key for word in words])
+    return config
+
+
+def _settle_policy(config: DictConfig, chosen: Sequence[str]) -> None:
+    """What `checkpoint_path` says of the policy. Only who holds a policy has the launcher installed."""
+    from serl_launcher.run.origin import settle_policy
+
+    try:
+        settle_policy(config, chosen)
+    except (ValueError, OSError) as mistake:
+        raise ConfigError(str(mistake)) from None
 
 
 def group_options(config_dir: Path = CONFIG_DIR) -> dict[str, list[str]]:
