@@ -22,14 +22,42 @@ def tokenizer(tmp_path_factory):
     return make_tokenizer(tmp_path_factory.mktemp("tok") / "tokenizer")
 
 
-@pytest.fixture(scope="module", params=["pi0", "pi05"])
+KINDS = ["pi0", "pi05"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def kind(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def saved(kind, tokenizer, tmp_path_factory):
-    return random_policy(kind, tokenizer).save(tmp_path_factory.mktemp("saved") / kind)
+def folders(tokenizer, tmp_path_factory):
+    """Random weights of each kind, saved."""
+    parent = tmp_path_factory.mktemp("saved")
+    return {kind: random_policy(kind, tokenizer).save(parent / kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def saved(kind, folders):
+    return folders[kind]
+
+
+@pytest.fixture(scope="module")
+def saved_again(folders, tmp_path_factory):
+    """What a fresh process makes of them: loaded and saved."""
+    parent = tmp_path_factory.mktemp("again")
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from checkpoints import loaded_policy\n"
+        "for kind, source, target in zip(*[iter(sys.argv[2:])] * 3):\n"
+        "    loaded_policy(kind, Path(source)).save(Path(target))\n"
+    )
+    arguments = [str(part) for kind in KINDS for part in (kind, folders[kind], parent / kind)]
+    command = [sys.executable, "-c", program, str(Path(__file__).parent), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return parent
 
 
 @pytest.fixture
@@ -64,17 +92,8 @@ def test_lerobots_own_loader_gives_the_same_actions(kind, saved):
     assert (got - low).abs().max() > 1e-3
 
 
-def test_a_fresh_process_saves_the_same_bytes(kind, saved, tmp_path):
-    again = tmp_path / "again"
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path\n"
-        "from checkpoints import loaded_policy\n"
-        "loaded_policy(sys.argv[2], Path(sys.argv[3])).save(Path(sys.argv[4]))\n"
-    )
-    arguments = [sys.executable, "-c", program, str(Path(__file__).parent), kind, str(saved), str(again)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_a_fresh_process_saves_the_same_bytes(kind, saved, saved_again):
+    again = saved_again / kind
     assert sorted(p.name for p in again.iterdir()) == sorted(p.name for p in saved.iterdir())
     for path in saved.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name

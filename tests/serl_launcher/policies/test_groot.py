@@ -241,6 +241,10 @@ def test_every_tune_flag_decides_alone_what_gets_a_gradient(flag, observation):
     assert not [n for n in got for other in others if other in n and other not in part and part not in n]
 
 
+def test_the_language_head_is_not_held(policy):
+    assert not [name for name in policy.state_dict() if "lm_head" in name]
+
+
 def test_unknown_flags_and_slots_are_refused():
     with pytest.raises(ValueError, match="unknown flag 'vision'"):
         tune_flags({"vision": True})

@@ -231,10 +231,11 @@ def test_lerobot_loads_what_we_write_in_nvidias_layout_in_shards(base, size, tmp
         assert torch.equal(held[name], tensor), name
 
 
-@pytest.mark.parametrize("kind", ["lerobot", "nvidia"])
-def test_a_fresh_process_saves_the_same_bytes(kind, theirs, base, size, tmp_path):
-    source = theirs[3] if kind == "lerobot" else base
-    first = save_groot(load(source, size), tmp_path / "first", shard="300KB")
+@pytest.fixture(scope="module")
+def round_trips(theirs, base, size, tmp_path_factory):
+    """layout -> (source, saved by this process, that loaded and saved by a fresh one)."""
+    parent, sources = tmp_path_factory.mktemp("trips"), {"lerobot": theirs[3], "nvidia": base}
+    trips = {kind: (source, parent / f"{kind}_first", parent / f"{kind}_again") for kind, source in sources.items()}
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
@@ -242,13 +243,22 @@ def test_a_fresh_process_saves_the_same_bytes(kind, theirs, base, size, tmp_path
         "from serl_launcher.policies.groot.build import build_groot\n"
         "from serl_launcher.policies.groot.saving import save_groot\n"
         "from serl_launcher.policies.groot.tiny import TinyGrootSize\n"
-        "p = build_groot('t', SPEC, 'checkpoint', 0, None, TinyGrootSize(), checkpoint=sys.argv[2])\n"
-        "save_groot(p, Path(sys.argv[3]), shard='300KB')\n"
+        "for source, target in zip(*[iter(sys.argv[2:])] * 2):\n"
+        "    p = build_groot('t', SPEC, 'checkpoint', 0, None, TinyGrootSize(), checkpoint=source)\n"
+        "    save_groot(p, Path(target), shard='300KB')\n"
     )
-    again = tmp_path / "again"
-    arguments = [sys.executable, "-c", program, str(Path(__file__).parent), str(first), str(again)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    for source, first, _ in trips.values():
+        save_groot(load(source, size), first, shard="300KB")
+    arguments = [str(path) for _, first, again in trips.values() for path in (first, again)]
+    command = [sys.executable, "-c", program, str(Path(__file__).parent), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    return trips
+
+
+@pytest.mark.parametrize("kind", ["lerobot", "nvidia"])
+def test_a_fresh_process_saves_the_same_bytes(kind, round_trips):
+    source, first, again = round_trips[kind]
     files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
     for path in files:

@@ -6,6 +6,7 @@ import torch
 from tiny import SIZE, SPEC
 
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample, sample_times, trainable
+from serl_launcher.policies.groot.build import build_groot
 from serl_launcher.policies.pi0.build import build_pi0
 from serl_transport.contract.specs import TaskSpec
 
@@ -149,15 +150,23 @@ def test_the_same_seed_builds_the_same_weights_and_leaves_the_global_generator_a
     assert any(not torch.equal(p, q) for p, q in zip(first.parameters(), other.parameters(), strict=True))
 
 
-def test_weights_that_are_never_read_are_neither_trained_nor_published(policy):
-    names = trainable(policy)
-    assert not [name for name in names if "lm_head" in name]
-    assert any("vision_tower" in name for name in names)
+def test_language_heads_are_not_held(policy):
+    assert not [name for name in policy.state_dict() if "lm_head" in name]
+    assert any("vision_tower" in name for name in trainable(policy))
 
 
-def test_random_weights_must_be_asked_for():
-    with pytest.raises(ValueError, match=r"policy\.init"):
-        build_pi0("t", SPEC, "pretrained", 0, AH, SIZE)
+@pytest.mark.parametrize("build", [build_pi0, build_groot])
+@pytest.mark.parametrize(
+    ("init", "horizon", "message"),
+    [
+        ("pretrained", AH, r"policy\.init: expected 'checkpoint' or 'random', got 'pretrained'"),
+        ("random", None, r"policy\.action_horizon: expected a number of ticks with policy\.init=random, got None"),
+        ("checkpoint", None, r"policy\.checkpoint: expected a folder or a hub name"),
+    ],
+)
+def test_a_beginning_that_is_not_said_names_its_key(build, init, horizon, message):
+    with pytest.raises(ValueError, match=message):
+        build("t", SPEC, init, 0, horizon, SIZE)
 
 
 def test_actions_map_to_physical_units_within_the_limits(policy):
