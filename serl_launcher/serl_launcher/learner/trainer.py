@@ -33,11 +33,8 @@ from serl_launcher.learner.guard import GO_BACK, HOLD, EvaluationWatch, FaultGua
 from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.limiter import StepLimiter
 from serl_launcher.policies.trains import parameter_table
-from serl_launcher.replay.learning import LearningView
+from serl_launcher.replay.build import build_view
 from serl_launcher.replay.ring import RingError, RingReader
-from serl_launcher.replay.transitions import TransitionView
-from serl_launcher.replay.verdicts import VerdictLedger, rule_text
-from serl_launcher.replay.views import ChunkView
 from serl_launcher.run.internal import InternalClient
 from serl_launcher.run.parameters import (
     Published,
@@ -338,29 +335,6 @@ class Trainer:
             )  # fmt: skip
         self.stage_steps, self.stage_start, self.version = state["stage_steps"], state["stage_start"], state["version"]
         log.info("resumed from %s at step %d, policy version %d", folder.name, self.learner.step_count, self.version)
-
-
-def build_view(
-    cfg: DictConfig, paths: RunPaths, spec: TaskSpec, action_horizon: int
-) -> tuple[ChunkView | LearningView, VerdictLedger]:
-    """The acceptance view of `algo`, with transitions beside it where the algorithm learns values, and its verdicts."""
-    algo, rule = cfg.algo, instantiate(cfg.algo.rule)
-    threshold = instantiate(algo.threshold) if algo.get("threshold") else None
-    ledger = VerdictLedger(paths.acceptance, rule_text(rule, threshold))
-    imitation = ChunkView(
-        rule,
-        spec,
-        action_horizon,
-        threshold=threshold,
-        weights=algo.get("source_weights"),
-        on_verdict=ledger.note,
-        history=ledger.returns,
-    )
-    if not algo.get("transitions"):
-        return imitation, ledger
-    settings = algo.transitions
-    transitions = TransitionView(spec, cfg.rollout.execute_horizon, settings.gamma, settings.demo_share)
-    return LearningView(imitation, transitions, settings.min_online), ledger
 
 
 def main(run_dir: str) -> int:
