@@ -6,7 +6,8 @@ import numpy as np
 from configured import composed
 from omegaconf import DictConfig, OmegaConf
 
-from serl_launcher.policies.pi0.policy import PI0FlowPolicy, build_pi0
+from serl_launcher.policies.pi0.build import build_pi0
+from serl_launcher.policies.pi0.head import PI0FlowPolicy
 from serl_launcher.policies.pi0.tiny import TinySize
 from serl_launcher.replay.transitions import TransitionBatch
 from serl_launcher.replay.views import ChunkBatch

@@ -17,10 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from serl_launcher.policies.base import trainable
-
-CHECKPOINT_TENSORS = "tensors.safetensors"  # of the trainer's checkpoints (learner.checkpoint)
-AVERAGED = "averaged."  # what the names of the served tensors begin with there
+# Of a trainer's checkpoint (learner.checkpoint), which `checkpoint_path` may name as well.
+CHECKPOINT_TENSORS = "tensors.safetensors"
+AVERAGED = "averaged."  # what the names of the averaged parameters begin with in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +42,15 @@ class PublishedVersion:
             return None
 
 
+def published_tensors(policy: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a policy that are published: those that receive gradients."""
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
 def base_sha256(policy: nn.Module) -> str:
     """Hash over names, shapes and values of what an action depends on and is not published: frozen weights, buffers."""
-    left_out = trainable(policy).keys() | (policy.dead_parameters() if hasattr(policy, "dead_parameters") else set())
+    dead = policy.dead_parameters() if hasattr(policy, "dead_parameters") else set()
+    left_out = published_tensors(policy).keys() | dead
     digest = hashlib.sha256()
     for name, tensor in sorted(policy.state_dict().items()):
         if name not in left_out:
@@ -141,7 +146,7 @@ def load_into(policy: nn.Module, path: Path, base: str | None = None) -> dict[st
 
     Raises ValueError as `checked_tensors` does.
     """
-    want = trainable(policy)
+    want = published_tensors(policy)
     tensors, metadata = checked_tensors(want, path, base)
     for name, p in want.items():
         p.copy_(tensors[name])

@@ -45,9 +45,7 @@ class FullGrootSize:
         """`GR00TN17` of the released configuration, changed by `fields`."""
         from lerobot.policies.groot.groot_n1_7 import GR00TN17, GR00TN17Config
 
-        core = GR00TN17(GR00TN17Config(**fields), load_backbone_weights=False).float()
-        core.backbone.model.lm_head = nn.Identity()  # tied to the embedding, and never read
-        return core
+        return GR00TN17(GR00TN17Config(**fields), load_backbone_weights=False).float()
 
     def config_fields(self, spec: TaskSpec, action_horizon: int) -> dict[str, Any]:
         """What differs from the release: nothing but the chunk."""

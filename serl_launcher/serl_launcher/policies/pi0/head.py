@@ -1,13 +1,15 @@
 """PI0 behind the flow-policy interface, over lerobot's own modules with our own forward path.
 
-Built from yaml by the trainer, the policy server and a local policy (`build_pi0`). Why not lerobot's `forward`: it
+pi0.build makes it for the trainer, the policy server and a local policy. Why not lerobot's `forward`: it
 ignores the pad mask, runs the backbone again for every noise sample, and `from_pretrained` keeps random weights where
 a tensor is missing. Time runs backwards there (τ = 1 is noise, velocity = noise − action); converted here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,8 +19,8 @@ from torch.nn import functional as F
 from serl_launcher.policies.base import PolicyInput, Prefix
 from serl_launcher.policies.compiling import CompiledLayer, check_switch
 from serl_launcher.policies.normalise import Units, pad_last
-from serl_launcher.policies.pi0.build import build_flow_policy
 from serl_launcher.policies.pi0.gemma import gemma_layer, run_layers
+from serl_launcher.policies.pi0.saving import save_pi0
 from serl_launcher.policies.precision import check_precision, compute, full
 from serl_launcher.policies.transfer import to_device
 from serl_transport.contract.specs import TaskSpec
@@ -29,8 +31,13 @@ Tokenizer = Callable[[list[str]], tuple[Tensor, Tensor]]
 class PI0FlowPolicy(nn.Module):
     """lerobot's `PI0Pytorch` as a flow policy: encode once, then velocity as often as wanted.
 
-    attention: `eager` calls the library's layers, `sdpa` runs them through policies.gemma (fused attention).
+    core: built by a size (pi0.tiny, pi0.full), on the meta device where a checkpoint or nothing fills it; attention:
+    `eager` calls the library's layers, `sdpa` runs them through pi0.gemma (fused attention).
     """
+
+    kind: ClassVar[str] = "pi0"  # `type` in a checkpoint's config.json
+    statistics_mode: ClassVar[str] = "MEAN_STD"  # that LeRobot normalises with where no checkpoint says so
+    released_flow_steps: ClassVar[int] = 10
 
     def __init__(
         self,
@@ -45,6 +52,7 @@ class PI0FlowPolicy(nn.Module):
         compile: str = "off",
     ) -> None:
         super().__init__()
+        drop_language_heads(core)
         if attention not in ("eager", "sdpa"):
             raise ValueError(f"policy.attention: expected eager or sdpa, got {attention!r}")
         if precision != "float32" and attention != "sdpa":
@@ -66,27 +74,15 @@ class PI0FlowPolicy(nn.Module):
         self.precision = check_precision(precision)
         if precision == "bfloat16":
             _keep_float32(core.paligemma_with_expert.paligemma.model.vision_tower.vision_model.embeddings)
-        self._freeze_dead_weights()
         self.compile_layers(compile)
 
     def compile_layers(self, mode: str, backend: str = "inductor") -> None:
         """Use torch.compile for the layers of language model and expert: auto, on or off (policies.compiling)."""
         self._layer = CompiledLayer(gemma_layer, check_switch("policy.compile", mode), backend)
 
-    def _freeze_dead_weights(self) -> None:
-        """The language heads are never read by a flow policy: no gradient, no optimizer state, not published."""
-        for head in (
-            self.core.paligemma_with_expert.paligemma.lm_head,
-            self.core.paligemma_with_expert.gemma_expert.lm_head,
-        ):
-            tied = {id(p) for p in self.core.paligemma_with_expert.paligemma.model.parameters()}
-            for parameter in head.parameters():
-                if id(parameter) not in tied:
-                    parameter.requires_grad_(False)
-
     def dead_parameters(self) -> set[str]:
-        """Names of parameters that no flow output depends on: nothing reads the prefix's hidden states after the last
-        layer's keys and values, and nothing reads the language heads."""
+        """Names of parameters that no action depends on: the prefix's hidden states behind the last layer's keys and
+        values are read by `features` alone."""
         layers = self.core.paligemma_with_expert.paligemma.model.language_model.layers
         last = f"language_model.layers.{len(layers) - 1}."
         unread = ("self_attn.q_proj", "self_attn.o_proj", "mlp.", "post_attention_layernorm")
@@ -94,10 +90,13 @@ class PI0FlowPolicy(nn.Module):
         return {
             name
             for name, _ in self.named_parameters()
-            if "lm_head" in name
-            or name.startswith(prefix + "language_model.norm.")
+            if name.startswith(prefix + "language_model.norm.")
             or any(name.startswith(prefix + last + part) for part in unread)
         }
+
+    def save(self, folder: Path, extras: Mapping[str, Any] | None = None) -> Path:
+        """Write it as LeRobot's `pi0` or `pi05`, whose folders have no place for `extras`."""
+        return save_pi0(self, folder)
 
     @property
     def device(self) -> torch.device:
@@ -250,6 +249,12 @@ class PI0FlowPolicy(nn.Module):
         return self.action_units.to_physical(chunk[..., : self.robot_dim]).clamp(self._low, self._high)
 
 
+def drop_language_heads(core: nn.Module) -> None:
+    """Let go of what no flow policy reads: 790M parameters at full size. pi0.saving writes them from the source."""
+    core.paligemma_with_expert.paligemma.lm_head = nn.Identity()
+    core.paligemma_with_expert.gemma_expert.lm_head = nn.Identity()
+
+
 def _keep_float32(module: nn.Module) -> None:
     """Run a module outside autocast."""
     inner = module.forward
@@ -259,14 +264,3 @@ def _keep_float32(module: nn.Module) -> None:
             return inner(*args, **kwargs)
 
     module.forward = forward
-
-
-def build_pi0(
-    name: str, spec: TaskSpec, init: str, seed: int, action_horizon: int | None, size: Callable, **options
-) -> PI0FlowPolicy:
-    """A PI0 policy for one task; `options` are those of `policies.build.build_flow_policy`.
-
-    size: `size(spec, action_horizon) -> (core, tokenizer)`, `size.config(...)`, `size.build(config)`.
-    Raises ValueError in the user's words.
-    """
-    return build_flow_policy(PI0FlowPolicy, "pi0", spec, init, seed, action_horizon, size, **options)

@@ -1,6 +1,6 @@
 """What a checkpoint's numbers mean: its processors' statistics as affine maps, checked against the task.
 
-policies.pi0 and policies.pi05 call `units_of`. The statistics are the checkpoint's own, never the dataset's or the
+pi0.build calls `units_of`. The statistics are the checkpoint's own, never the dataset's or the
 task's: weights and units belong together.
 """
 

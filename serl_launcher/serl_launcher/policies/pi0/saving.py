@@ -1,7 +1,7 @@
 """A policy as a folder that LeRobot itself loads: config.json, model.safetensors, processors with their statistics.
 
-`tools/export_checkpoint.py` calls `save_policy` with a run's published parameters. What was not trained is copied from
-the checkpoint that the policy came from, byte for byte, and so are config and processors.
+tools/export_checkpoint.py calls the head's `save` with a run's published parameters. What was not trained is copied
+from the checkpoint that the policy came from, byte for byte, and so are config and processors.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from serl_launcher.policies.checkpoint import POSTPROCESSOR, PREPROCESSOR, SINGLE, Checkpoint
 from serl_launcher.policies.normalise import Affine
-from serl_launcher.policies.pi0.build import ALIASES, EMBEDDING
-from serl_launcher.policies.trains import merged_state
+from serl_launcher.policies.pi0.checkpoint import ALIASES, EMBEDDING, EXPERT_HEAD
+from serl_launcher.policies.pi0.trainable import merged_state
 
 PALIGEMMA_TOKENIZER = "google/paligemma-3b-pt-224"
 
 
-def save_policy(policy: nn.Module, folder: Path) -> Path:
+def save_pi0(policy: nn.Module, folder: Path) -> Path:
     """Write a PI0 or PI0.5 policy; the folder must not exist or be empty. Raises ValueError otherwise."""
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -47,7 +48,8 @@ def tensors_to_save(policy: nn.Module, source: Checkpoint | None) -> dict[str, T
     """Every tensor under its name in the file: trained ones as they are, the others as the source holds them."""
     mine = {f"model.{name}": tensor for name, tensor in merged_state(policy.core).items()}
     if source is None:
-        return _untied(mine)
+        mine |= {f"model.{name}": tensor for name, tensor in _language_heads(policy.core).items()}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in mine.items()}
     trained = {f"model.{name.removeprefix('core.')}" for name in trained_names(policy)}
     out: dict[str, Tensor] = {}
     for stored in source.files:
@@ -72,15 +74,11 @@ def _alias(name: str, source: Checkpoint) -> str:
     return name
 
 
-def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the second name of a tied tensor, as safetensors wants it."""
-    seen: dict[int, str] = {}
-    out: dict[str, Tensor] = {}
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[0] != f"model.{EMBEDDING}"):
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            seen[tensor.data_ptr()] = name
-            out[name] = tensor.detach().cpu().contiguous()
-    return out
+def _language_heads(core: nn.Module) -> dict[str, Tensor]:
+    """What LeRobot's loader wants and no flow policy reads: PaliGemma's is tied to its embedding, the expert's zero."""
+    embedding = dict(core.named_parameters())[EMBEDDING]
+    config = core.paligemma_with_expert.gemma_expert.config
+    return {ALIASES[EMBEDDING]: embedding.clone(), EXPERT_HEAD: torch.zeros(config.vocab_size, config.hidden_size)}
 
 
 def _copy_config(source: Path, folder: Path) -> None:
