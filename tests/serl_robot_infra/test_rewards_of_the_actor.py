@@ -12,9 +12,9 @@ import pytest
 from omegaconf import OmegaConf
 from scripted_learner import ScriptedLearner, actor_config, ticket
 
-from serl_robot_infra.actor import main
 from serl_robot_infra.envs.base import StepResult
 from serl_robot_infra.envs.pick import PickEnv
+from serl_robot_infra.main import main
 from serl_robot_infra.rewards.classifier import ClassifierReward
 from serl_robot_infra.rewards.goal_pose import GoalPoseReward
 from serl_robot_infra.rewards.human_key import HumanKeyReward
