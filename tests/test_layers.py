@@ -1,4 +1,4 @@
-"""Who may import whom: pyproject's contracts ([tool.importlinter]), run on the checkout and on a copy that breaks them."""
+"""Who may import whom: pyproject.toml's contracts ([tool.importlinter]), run on the checkout and on a broken copy."""
 
 import graphlib
 import os

@@ -131,7 +131,6 @@ def test_a_goal_that_the_task_has_not_got_is_named():
 
 TERMINAL = """
 import sys, time
-sys.path[:0] = {paths!r}
 from serl_robot_infra.rewards.human_key import HumanKeyReward
 from test_rewards_of_the_actor import at
 source = HumanKeyReward()
@@ -145,10 +144,10 @@ for expected in (True, False):
 
 def test_keys_of_a_terminal_end_an_episode():
     master, slave = os.openpty()
-    paths = [os.path.dirname(__file__)]
     process = subprocess.Popen(
-        [sys.executable, "-c", TERMINAL.format(paths=paths)], stdin=slave, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", TERMINAL], stdin=slave, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )  # fmt: skip
     try:
         assert process.stdout.readline() == "ready\n"
         for key, line in ((b"xs", "ended True 1.0\n"), (b"f", "ended False 0.0\n")):
