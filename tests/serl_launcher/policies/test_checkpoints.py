@@ -1,6 +1,7 @@
 """PI0 and PI0.5 out to LeRobot's format and back: LeRobot loads it, the numbers agree, mistakes are named."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -67,13 +68,14 @@ def test_lerobots_own_loader_gives_the_same_actions(kind, saved):
 def test_a_fresh_process_saves_the_same_bytes(kind, saved, tmp_path):
     again = tmp_path / "again"
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import sys\n"
         "from pathlib import Path\n"
         "from checkpoints import loaded_policy\n"
-        "loaded_policy(sys.argv[2], Path(sys.argv[3])).save(Path(sys.argv[4]))\n"
+        "loaded_policy(sys.argv[1], Path(sys.argv[2])).save(Path(sys.argv[3]))\n"
     )
-    arguments = [sys.executable, "-c", program, str(Path(__file__).parent), kind, str(saved), str(again)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    arguments = [sys.executable, "-c", program, kind, str(saved), str(again)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in again.iterdir()) == sorted(p.name for p in saved.iterdir())
     for path in saved.iterdir():

@@ -2,6 +2,7 @@
 write LeRobot loads, and both act alike. Nothing is downloaded: tokenizer and image processor are made here."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -236,18 +237,19 @@ def test_a_fresh_process_saves_the_same_bytes(kind, theirs, base, size, tmp_path
     source = theirs[3] if kind == "lerobot" else base
     first = save_groot(load(source, size), tmp_path / "first", shard="300KB")
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import sys\n"
         "from pathlib import Path\n"
         "from checkpoints import SPEC\n"
         "from serl_launcher.policies.groot.build import build_groot\n"
         "from serl_launcher.policies.groot.saving import save_groot\n"
         "from serl_launcher.policies.groot.tiny import TinyGrootSize\n"
-        "p = build_groot('t', SPEC, 'checkpoint', 0, None, TinyGrootSize(), checkpoint=sys.argv[2])\n"
-        "save_groot(p, Path(sys.argv[3]), shard='300KB')\n"
+        "p = build_groot('t', SPEC, 'checkpoint', 0, None, TinyGrootSize(), checkpoint=sys.argv[1])\n"
+        "save_groot(p, Path(sys.argv[2]), shard='300KB')\n"
     )
     again = tmp_path / "again"
-    arguments = [sys.executable, "-c", program, str(Path(__file__).parent), str(first), str(again)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    arguments = [sys.executable, "-c", program, str(first), str(again)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
@@ -334,8 +336,6 @@ def test_an_absent_processor_names_its_key(base, size, tmp_path):
 
 def test_a_users_fine_tune_from_data_to_an_export(base, processor, size, tmp_path, capsys):
     """train_sft with the yaml of the released model on a dataset with modality.json, at tiny size in bf16; then out."""
-    sys.path[:0] = [str(ROOT / name) for name in ("examples", "tools")]
-    sys.path.insert(0, str(ROOT / "tests" / "serl_launcher" / "learner"))
     import export_checkpoint
     import train_sft
     from sft_samples import add_modality, make_dataset
