@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# The default task from the repository root: see examples/experiments/pick/run_learner.sh. Another: TASK=pick_gym_hil.
-exec bash "$(dirname "${BASH_SOURCE[0]}")/examples/experiments/chosen.sh" run_learner "$@"
+# examples/experiments/pick/run_learner.sh; of another task: TASK=pick_gym_hil bash run_learner.sh
+source "$(dirname "$0")/examples/experiments/stage.sh"

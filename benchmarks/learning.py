@@ -26,7 +26,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 # In three of ten episodes the success key is pressed by mistake in the first 10 ticks; the quickest success takes 15.
 MISTAKEN = [

@@ -32,7 +32,7 @@ from serl_launcher.rewards.server import build as build_reward_server
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.serving.local import LocalPolicy
 from serl_robot_infra.adder import Adder
-from serl_robot_infra.episode import Body, EpisodeRunner
+from serl_robot_infra.episode import ControlStack, EpisodeRunner
 from serl_robot_infra.estop import EmergencyStop
 from serl_robot_infra.evaluation import wilson
 from serl_robot_infra.link import Run
@@ -156,7 +156,7 @@ class Lockstep:
 
     def _build_runner(self, reward: RewardSource) -> EpisodeRunner:
         rollout = self.cfg.rollout
-        body = Body(
+        stack = ControlStack(
             env=self._env,
             broker=ActionChunkBroker(self._policy, rollout.execute_horizon),
             operator=build_operator(self.cfg, self._env),
@@ -167,7 +167,7 @@ class Lockstep:
             guard=build_guard(self.cfg, self._env, EmergencyStop(self.paths.root / "estop")),
         )
         return EpisodeRunner(
-            body,
+            stack,
             Observer(),
             PoliteStop(),
             actor_id="lockstep",

@@ -8,15 +8,15 @@ do the same, measured in the same run), ratio, goal, holds. Quote figures from a
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import os
 import sys
 from pathlib import Path
 
+from serl_config.nearest import nearest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
 
 
 def suite_names() -> list[str]:
@@ -33,9 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for name in args.suites:
         if name not in suite_names():
-            close = difflib.get_close_matches(name, suite_names(), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(suite_names())}"
-            print(f"run.py: no suite {name!r}; {hint}", file=sys.stderr)
+            print(f"run.py: no suite {name!r}{nearest(name, suite_names())}", file=sys.stderr)
             return 2
     lines = []
     for name in args.suites:

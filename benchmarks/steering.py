@@ -9,26 +9,20 @@ n and for each way to draw a noise: for every tick of the chunk (`per_step`), or
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
+from lockstep import FIRST_EVAL_SEED, Lockstep, budget_of
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
-from lockstep import FIRST_EVAL_SEED, Lockstep, budget_of  # noqa: E402
-
-from flowserl_cli.compose import load_config  # noqa: E402
-from serl_launcher.policies.base import FlowPolicy, PolicyInput, sample  # noqa: E402
-from serl_robot_infra.envs.base import ScriptedEnvironment  # noqa: E402
-from serl_robot_infra.evaluation import wilson  # noqa: E402
-from serl_robot_infra.wiring import build_env  # noqa: E402
-from serl_transport.contract.schema import Observation  # noqa: E402
+from flowserl_cli.compose import load_config
+from serl_launcher.policies.base import FlowPolicy, PolicyInput, sample
+from serl_robot_infra.envs.base import ScriptedEnvironment
+from serl_robot_infra.evaluation import wilson
+from serl_robot_infra.wiring import build_env
+from serl_transport.contract.schema import Observation
 
 Choice = Callable[[Observation, np.ndarray], np.ndarray]
 """Observation and the expert's action -> the chunk float32[ah, ad] to execute."""

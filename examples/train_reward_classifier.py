@@ -19,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from flowserl_cli.compose import CONFIG_DIR, ConfigError, nearest, type_mismatch
+from flowserl_cli.compose import CONFIG_DIR, ConfigError, type_mismatch
+from serl_config.nearest import nearest
 from serl_launcher.run.config import read_config
 from serl_transport.contract.specs import TaskSpec
 

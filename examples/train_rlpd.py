@@ -50,7 +50,7 @@ def chosen_side(config: DictConfig) -> str:
 
 
 def _run_actor(config: DictConfig) -> int:
-    from serl_robot_infra.actor import main as actor_main
+    from serl_robot_infra.main import main as actor_main
 
     return actor_main(config) or 0
 

@@ -27,7 +27,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flowserl_cli.compose import ConfigError, load_config, nearest
+from flowserl_cli.compose import ConfigError, load_config
+from serl_config.nearest import nearest
 from serl_launcher.agents.build import build_agent
 from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.modality import Modality

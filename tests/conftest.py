@@ -1,14 +1,12 @@
-"""Shared by every test: the repository's root, its script folders on the path, free ports."""
+"""Shared by every test: the repository's root, free ports."""
 
 import os
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tools")]
 # As the entry points set it: several processes share the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -22,8 +22,6 @@ import av
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent))
 from visualize_dataset import episodes, find_dataset
 
 Frames = Iterator[np.ndarray]  # uint8[h, w, 3]

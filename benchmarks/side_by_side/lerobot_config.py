@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lerobot_env import ENV_ID, GRIPPER_PENALTY
+from side_by_side.lerobot_env import ENV_ID, GRIPPER_PENALTY
 
 from serl_transport.contract.specs import TaskSpec
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-from side_task import Robot, Settings, seed_of
+from side_by_side.side_task import Robot, Settings, seed_of
 
 from serl_transport.contract.schema import Observation
 

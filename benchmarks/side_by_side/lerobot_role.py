@@ -1,4 +1,4 @@
-"""LeRobot's actor or learner, unmodified, in its own process: `lerobot_role.py actor|learner run.json config.json`.
+"""LeRobot's actor or learner, unmodified: `python -m side_by_side.lerobot_role actor|learner run.json config.json`.
 
 lerobot_side.py starts both. The actor's process registers the environment that its configuration names, and keeps hold
 of the policy that LeRobot makes, so that its parameters can be saved between two episodes and evaluated afterwards.
@@ -9,9 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
 
 def main(role: str, run: str, config: str) -> None:
@@ -27,8 +24,8 @@ def main(role: str, run: str, config: str) -> None:
         return
     import gymnasium as gym
     import lerobot.rl.actor as lerobot_actor
-    from lerobot_env import ENV_ID, ScriptedPickCube
-    from side_task import Settings
+    from side_by_side.lerobot_env import ENV_ID, ScriptedPickCube
+    from side_by_side.side_task import Settings
 
     made = []
     make_policy = lerobot_actor.make_policy

@@ -1,6 +1,6 @@
 """One run of LeRobot's actor and learner: two processes over gRPC on loopback, then the evaluation of the snapshots.
 
-Called by run.py. CPU time is that of both processes; time stands still while the policies are evaluated, which is
+Called by command.py. CPU time is that of both processes; time stands still while the policies are evaluated, which is
 after training, so that it costs neither side anything.
 """
 
@@ -18,16 +18,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import lerobot_config
-import lerobot_demos
 import numpy as np
 import psutil
-from lerobot_env import ActionUnits, to_gym
-from side_task import FIRST_SEED, Robot, Settings, evaluate, rate
+from side_by_side import lerobot_config, lerobot_demos
+from side_by_side.lerobot_env import ActionUnits, to_gym
+from side_by_side.side_task import FIRST_SEED, Robot, Settings, evaluate, rate
 
 from serl_transport.contract.schema import Observation
 
-HERE = Path(__file__).resolve().parent
 LONGEST_PAUSE_S = 900.0  # without a new snapshot
 
 
@@ -100,7 +98,9 @@ def _start(role: str, folder: Path) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [
         sys.executable,
-        str(HERE / "lerobot_role.py"),
+        "-P",
+        "-m",
+        "side_by_side.lerobot_role",
         role,
         str(folder / "run.json"),
         str(folder / f"{role}.json"),

@@ -1,4 +1,4 @@
-"""One run of ours, in lock step (benchmarks/lockstep.py). Called by run.py; rows come as each evaluation is done."""
+"""One run of ours, in lock step (benchmarks/lockstep.py). Called by command.py; a row comes with each evaluation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from lockstep import Budget, Lockstep, Point
-from side_task import Settings, load_config
+from side_by_side.side_task import Settings, load_config
 
 
 class Clocked(Lockstep):

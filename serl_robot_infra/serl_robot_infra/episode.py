@@ -57,13 +57,11 @@ class _Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Body:
-    """What an episode is run with: the robot and all that stands between it and whoever drives."""
+class ControlStack:
+    """What an action passes through in one tick, from whoever drives to the robot, and what its result goes to."""
 
     env: Environment
-    broker: (
-        ActionChunkBroker | RealtimeChunkBroker | None
-    )  # the policy, one action at a time; None: demonstrations only
+    broker: ActionChunkBroker | RealtimeChunkBroker | None  # the policy, an action at a time; None: demonstrations only
     operator: Intervention
     safety: SafetyChain
     reward: RewardSource
@@ -73,10 +71,10 @@ class Body:
 
 
 class EpisodeRunner:
-    """Runs tickets on one body.
+    """Runs tickets on one control stack.
 
     Args:
-        body: robot, policy, operator and the rest.
+        stack: robot, policy, operator and the rest.
         observer: told of everything.
         stop: cuts the running episode when set.
         actor_id: `unique_identifier`.
@@ -88,7 +86,7 @@ class EpisodeRunner:
 
     def __init__(
         self,
-        body: Body,
+        stack: ControlStack,
         observer: Observer,
         stop: PoliteStop,
         actor_id: str,
@@ -97,7 +95,7 @@ class EpisodeRunner:
         demo_noise: float = 0.15,
         hold_limit_s: float = 10.0,
     ):
-        self._body = body
+        self._stack = stack
         self._observer = observer
         self._stop = stop
         self._actor_id = actor_id
@@ -109,14 +107,14 @@ class EpisodeRunner:
     def run(self, ticket: Run, index: int) -> EpisodeReport:
         """Run the ticket's episode; `index` counts the episodes of this process."""
         now = _Progress(ticket, index, time.monotonic(), time.monotonic_ns())
-        outcome = Outcome(False, self._body.reward.success_source, "stop")
+        outcome = Outcome(False, self._stack.reward.success_source, "stop")
         reason = None
         operator = self._begin(now)
         try:
             self._reset(now)
             ended = None
             while ended is None:
-                self._body.pace.wait()
+                self._stack.pace.wait()
                 ended = self._tick(now, operator)
             outcome = ended
         except (EpisodeCutError, UnsafeTickError) as cut:
@@ -127,18 +125,18 @@ class EpisodeRunner:
         return self._end(now, outcome, reason)
 
     def _begin(self, now: _Progress) -> Intervention:
-        ticket, spec = now.ticket, self._body.env.spec
-        if ticket.mode != "demo" and self._body.broker is None:
+        ticket, spec = now.ticket, self._stack.env.spec
+        if ticket.mode != "demo" and self._stack.broker is None:
             raise ValueError(
                 f"rollout.policy=none cannot run the {ticket.mode} episode asked for; set rollout.mode=demo"
             )
         takeover = ticket.mode == "online" and ticket.takeover and self._may_take_over
-        operator = self._body.operator if ticket.mode == "demo" or takeover else NoIntervention()
+        operator = self._stack.operator if ticket.mode == "demo" or takeover else NoIntervention()
         operator.reset(np.random.default_rng([ticket.seed, 2]), from_start=ticket.mode == "demo")
-        self._body.reward.reset()
-        self._body.safety.reset()
-        if self._body.broker:
-            self._body.broker.reset()
+        self._stack.reward.reset()
+        self._stack.safety.reset()
+        if self._stack.broker:
+            self._stack.broker.reset()
         info = EpisodeInfo(
             episode_id=ticket.episode_id,
             actor_id=self._actor_id,
@@ -150,7 +148,7 @@ class EpisodeRunner:
             seed=ticket.seed,
             start_time=time.time(),
         )
-        self._body.adder.begin(info)
+        self._stack.adder.begin(info)
         self._observer.episode_started(info)
         return operator
 
@@ -158,11 +156,11 @@ class EpisodeRunner:
         self._check_stop()  # a reset moves the robot
         noise = self._demo_noise if now.ticket.mode == "demo" else 0.0
         with self._driver("reset"):
-            observation = self._body.env.reset(now.ticket.seed, actuator_noise=noise)
+            observation = self._stack.env.reset(now.ticket.seed, actuator_noise=noise)
         now.seen_at = time.monotonic_ns()
-        self._body.safety.check_observation(observation)
+        self._stack.safety.check_observation(observation)
         now.observation = observation
-        self._body.pace.start()
+        self._stack.pace.start()
 
     def _tick(self, now: _Progress, operator: Intervention) -> Outcome | None:
         """Execute and record one tick; the outcome when it was the last."""
@@ -170,19 +168,19 @@ class EpisodeRunner:
         before, seen_at = now.observation, now.seen_at
         assert before is not None
         action, intervened = operator.act(before, self._proposal(now), now.tick)
-        if intervened and self._body.broker:
-            self._body.broker.drop_chunk()  # it was planned from where the robot no longer is
+        if intervened and self._stack.broker:
+            self._stack.broker.drop_chunk()  # it was planned from where the robot no longer is
         source = "operator" if intervened else f"policy version {now.policy_version}"
-        if self._body.guard.held:
-            self._body.safety.reset()
-        action = self._body.safety.filter(action, before.state, source)
-        if (reason := self._body.guard.feed()) is not None:
+        if self._stack.guard.held:
+            self._stack.safety.reset()
+        action = self._stack.safety.filter(action, before.state, source)
+        if (reason := self._stack.guard.feed()) is not None:
             raise EpisodeCutError(reason)
         with self._driver("step"):
-            stepped = self._body.env.step(action)
-        result = self._limit_time(now, self._body.reward.judge(stepped))
+            stepped = self._stack.env.step(action)
+        result = self._limit_time(now, self._stack.reward.judge(stepped))
         now.seen_at = time.monotonic_ns()
-        self._body.safety.check_observation(result.observation)
+        self._stack.safety.check_observation(result.observation)
         step = TimeStep(
             before,
             action,
@@ -198,7 +196,7 @@ class EpisodeRunner:
         return self._outcome(result)
 
     def _record(self, now: _Progress, step: TimeStep, after: Observation) -> None:
-        self._body.adder.add(step)
+        self._stack.adder.add(step)
         now.observation = after
         now.tick += 1
         now.return_ += step.reward
@@ -207,24 +205,24 @@ class EpisodeRunner:
 
     def _limit_time(self, now: _Progress, result: StepResult) -> StepResult:
         """A robot's environment need not count ticks itself."""
-        late = now.tick + 1 >= self._body.env.spec.max_ticks and not result.terminated
+        late = now.tick + 1 >= self._stack.env.spec.max_ticks and not result.terminated
         return replace(result, truncated=True) if late else result
 
     def _outcome(self, result: StepResult) -> Outcome | None:
         if not (result.terminated or result.truncated):
             return None
         cut = None if result.terminated else "time_limit"
-        return Outcome(result.success, self._body.reward.success_source, cut)
+        return Outcome(result.success, self._stack.reward.success_source, cut)
 
     def _end(self, now: _Progress, outcome: Outcome, reason: str | None) -> EpisodeReport:
-        self._body.guard.disarm()
+        self._stack.guard.disarm()
         if now.observation is None:
-            self._body.adder.abandon()
+            self._stack.adder.abandon()
         else:
-            self._body.adder.end(now.observation, outcome)
+            self._stack.adder.end(now.observation, outcome)
         report = EpisodeReport(
             index=now.index,
-            info=self._body.adder.info,
+            info=self._stack.adder.info,
             outcome=outcome,
             cut_reason=reason,
             ticks=now.tick,
@@ -240,12 +238,12 @@ class EpisodeRunner:
         """Asks the policy for this tick's action when called; an operator who drives anyway does not call it."""
 
         def propose() -> np.ndarray:
-            broker, ticket = self._body.broker, now.ticket
+            broker, ticket = self._stack.broker, now.ticket
             assert broker is not None
             assert now.observation is not None
             # Evaluation is repeatable: the sampled noise is a function of the episode's seed and the tick.
             seed = ticket.seed * 4096 + now.tick if ticket.mode == "eval" else None
-            body = infer_body(now.observation, self._body.env.spec.prompt, ticket.min_version, seed, ticket.mode)
+            body = infer_body(now.observation, self._stack.env.spec.prompt, ticket.min_version, seed, ticket.mode)
             answer = self._patiently(now, lambda: broker.infer(body))
             now.policy_version = int(answer["policy_version"])
             return answer["actions"]
@@ -280,12 +278,12 @@ class EpisodeRunner:
         except Exception as fault:
             at = traceback.extract_tb(fault.__traceback__)[-1]
             raise EnvironmentFailedError(
-                f"{type(self._body.env).__name__}.{what} failed: {type(fault).__name__}: "
+                f"{type(self._stack.env).__name__}.{what} failed: {type(fault).__name__}: "
                 f"{' '.join(str(fault).split())} ({at.filename}, line {at.lineno})"
             ) from fault
 
     def _check_stop(self) -> None:
-        if (reason := self._body.guard.forbids()) is not None:
+        if (reason := self._stack.guard.forbids()) is not None:
             raise EpisodeCutError(reason)
         if self._stop:
             raise EpisodeCutError(f"stopped{f' by {self._stop.signal.name}' if self._stop.signal else ''}")

@@ -7,7 +7,6 @@ limits bend an action; a non-finite number stops the episode, since no safe mean
                  └ UnsafeTickError          └ against what was sent before
 """
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from serl_config.nearest import nearest
 from serl_transport.contract.schema import Observation
 from serl_transport.contract.specs import TaskSpec
 
@@ -220,9 +220,7 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
 def _check_keys(section: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     for key in section:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(known)}"
-            raise ValueError(f"{where}.{key}: unknown key; {hint}")
+            raise ValueError(f"{where}.{key}: unknown key{nearest(str(key), known)}")
 
 
 def _check_box(box: Any, where: str) -> None:

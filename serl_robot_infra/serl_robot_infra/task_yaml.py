@@ -4,11 +4,11 @@ Plain containers of the `task` section flow in; a ValueError names the key, what
 key is refused: a misspelt `safety` would otherwise switch the limits off.
 """
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from serl_config.nearest import nearest
 from serl_robot_infra.safety import SafetyChain
 from serl_transport.contract.specs import TaskSpec
 
@@ -25,9 +25,9 @@ def check_keys(task: Any, file: str) -> None:
         raise ValueError(f"task ({file}): expected a mapping of keys, got {task!r}")
     for key in task:
         if key not in KEYS:
-            known = _nearest(str(key), KEYS)
             raise ValueError(
-                f"task.{key} ({file} or the command line): unknown key{known}; keys of your robot go into task.env"
+                f"task.{key} ({file} or the command line): unknown key{nearest(str(key), KEYS)}; keys of your robot go "
+                "into task.env"
             )
     for key, what in NEEDED.items():
         if task.get(key) is None:
@@ -72,8 +72,3 @@ def _check_dims(dims: Any, spec: TaskSpec) -> None:
             f"task.noop_dims: expected a list of numbers from 0 to {spec.action_dim - 1} (places in action_names), or "
             f"null (all), got {dims!r}"
         )
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; the keys are {', '.join(known)}"

@@ -1,32 +1,28 @@
-"""Builds an actor from a resolved config and runs it to its exit code. Called by `actor.main`; the only place with cfg.
+"""Builds the parts of an actor from a resolved config: one function a part, `build_actor` for the whole.
 
-User mistakes end here as one line: expected, got, and the key to change.
+Called by `main` and the benchmarks. Only `main`, `connect` and this file see cfg; a wrong value is a ValueError that
+names its key.
 """
 
 import logging
-import signal
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, TextIO
 
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.base_policy import BasePolicy
 from openpi_client.realtime_chunk_broker import RealtimeChunkBroker
-from serl_config.mistakes import mistake_message
 from serl_robot_infra.actor import Actor
 from serl_robot_infra.adder import Adder
+from serl_robot_infra.connect import keeper, waiting
 from serl_robot_infra.envs.base import Environment
-from serl_robot_infra.episode import Body, EnvironmentFailedError, EpisodeRunner
+from serl_robot_infra.episode import ControlStack, EpisodeRunner
 from serl_robot_infra.estop import EmergencyStop
 from serl_robot_infra.guard import RobotGuard, Stoppable
 from serl_robot_infra.interventions.none import NoIntervention
@@ -40,82 +36,12 @@ from serl_robot_infra.pacing import Pace, PoliteStop
 from serl_robot_infra.policy_client import MeasuredPolicy, RemotePolicy
 from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.rewards.environment import EnvironmentReward
-from serl_robot_infra.safety import SafetyChain, describe
-from serl_robot_infra.standalone import StandaloneLink
-from serl_robot_infra.task_yaml import check_task
-from serl_transport.client import TrainerClient
-from serl_transport.config import TrainerConfig
-from serl_transport.contract.errors import Refused, SpoolError, SpoolFull, WireError
+from serl_robot_infra.safety import SafetyChain
 from serl_transport.contract.specs import TaskSpec
 
 log = logging.getLogger(__name__)
 
-FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
-_SPOOL_RETRY_S = 0.5
-_WAIT_LINE_S = 5.0
 _DEMO_NOISE = 0.15  # share of the action range (DART, Laskey et al. 2017)
-
-
-class StoppedError(Exception):
-    """A signal came while a server was waited for."""
-
-
-def run_actor(cfg: DictConfig, stream: TextIO) -> int:
-    """Build, run, flush; see `actor.main`."""
-    stop = PoliteStop()
-    try:
-        with stop.installed():
-            _run(cfg, stream, stop)
-    except (ValueError, ImportError, WireError, SpoolError, OSError, OmegaConfBaseException) as mistake:
-        log.debug("where it came from", exc_info=True)
-        return _refuse(str(mistake), stream)
-    except InstantiationException as mistake:
-        log.debug("where it came from", exc_info=True)
-        return _refuse(mistake_message(mistake), stream)
-    except EnvironmentFailedError as fault:
-        log.debug("where it came from", exc_info=True)
-        print(f"actor: error: {fault}; what was not delivered is sent at the next start", file=stream, flush=True)
-        return FAILED
-    except KeyboardInterrupt:
-        print("actor: interrupted; what was not delivered is sent at the next start", file=stream, flush=True)
-        return INTERRUPTED
-    except StoppedError:
-        pass
-    return INTERRUPTED if stop.signal is signal.SIGINT else 0
-
-
-def _run(cfg: DictConfig, stream: TextIO, stop: PoliteStop) -> None:
-    check_task(_plain(cfg.task), f"config/task/{cfg.task.get('name') or '<yours>'}.yaml")
-    spec = TaskSpec.from_dict(_plain(cfg.task.spec))
-    with ExitStack() as resources:
-        env = build_env(cfg, spec)
-        resources.callback(env.close)
-        renderer = getattr(env, "renderer_name", "none")
-        learner = f"{cfg.ip}:{cfg.port}" if cfg.ip else "none"
-        print(f"task {spec.name}, renderer {renderer}, learner {learner}", file=stream, flush=True)
-        print(describe(_plain(cfg.task.get("safety"))), file=stream, flush=True)
-        estop = EmergencyStop(Path(cfg.runs_dir) / cfg.run / "estop")
-        resources.enter_context(estop.installed())
-        listen_for_estop(cfg, estop, stream)
-        guard = build_guard(cfg, env, estop)
-        resources.callback(guard.close)
-        print(describe_guard(guard, env), file=stream, flush=True)
-        link = connect_learner(cfg, spec, stream, stop) if cfg.ip else standalone(cfg)
-        resources.callback(link.stop)
-        actor, observer = build_actor(cfg, env, link, stream, stop, guard)
-        try:
-            result = actor.run()
-        except Refused:  # another process has this actor's name now: what was recorded is still taken
-            _flush(link, cfg.rollout.flush_timeout_s, observer)
-            raise
-        observer.message(f"{result.stopped_by}; {result.episodes} episodes")
-        _flush(link, cfg.rollout.flush_timeout_s, observer)
-        observer.close()
-
-
-def _refuse(message: str, stream: TextIO) -> int:
-    print(f"actor: error: {message}", file=stream, flush=True)
-    return USER_MISTAKE
 
 
 def build_env(cfg: DictConfig, spec: TaskSpec) -> Environment:
@@ -203,11 +129,11 @@ def build_actor(
         overruns=pace.overruns,
         refused=link.refused_items,
     )))  # fmt: skip
-    body = Body(
+    stack = ControlStack(
         env=env,
         broker=broker,
         operator=build_operator(cfg, env),
-        safety=SafetyChain.of(env.spec, _plain(cfg.task.get("safety"))),
+        safety=SafetyChain.of(env.spec, plain(cfg.task.get("safety"))),
         reward=build_reward(cfg, waiting(stream, stop)),
         adder=Adder(keeper(link, observer, stop), rollout.batch_ticks),
         pace=pace,
@@ -220,9 +146,9 @@ def build_actor(
         "demo_noise": demo_noise(cfg, env),
         "hold_limit_s": rollout.hold_limit_s,
     }
-    runner = EpisodeRunner(body, observer, stop, **settings)
-    evaluation_body = replace(body, reward=evaluation_reward(cfg, body.reward))
-    evaluation = EpisodeRunner(evaluation_body, observer, stop, **settings)
+    runner = EpisodeRunner(stack, observer, stop, **settings)
+    judged_apart = replace(stack, reward=evaluation_reward(cfg, stack.reward))
+    evaluation = EpisodeRunner(judged_apart, observer, stop, **settings)
     return Actor(runner, link, observer, stop, rollout.mode, rollout.episodes, guard.estop, evaluation), observer
 
 
@@ -247,7 +173,7 @@ def build_policy(cfg: DictConfig, link: LearnerLink) -> MeasuredPolicy | None:
 def build_openpi(cfg: DictConfig) -> OpenpiPolicy:
     """The policy behind the websocket server of rollout.openpi."""
     spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))  # type: ignore[arg-type]
-    settings = OpenpiSettings.of(_plain(cfg.rollout.get("openpi")) or {}, spec)
+    settings = OpenpiSettings.of(plain(cfg.rollout.get("openpi")) or {}, spec)
     return OpenpiPolicy(settings, spec, run=cfg.run, guided=cfg.rollout.get("realtime") == "rtc")
 
 
@@ -256,7 +182,7 @@ def build_reward(cfg: DictConfig, on_wait: Callable[[str], None] = log.warning) 
 
     on_wait: told again and again by a source that waits for a server (`_partial_: true` in its yaml).
     """
-    settings = _plain(_reward_node(cfg)) or {}
+    settings = plain(_reward_node(cfg)) or {}
     settings.pop("evaluate_with", None)
     source = instantiate(settings) if settings else EnvironmentReward()
     return source(on_wait=on_wait) if isinstance(source, partial) else source
@@ -286,71 +212,6 @@ def build_operator(cfg: DictConfig, env: Environment) -> Any:
     return instantiate(cfg.task.operator, env=env)
 
 
-def keeper(link: LearnerLink, observer: Observer, stop: PoliteStop) -> Callable[[dict[str, Any]], None]:
-    """`send` of the adder: spool the batch; while the spool is full the robot holds and people are told."""
-
-    def keep(body: dict[str, Any]) -> None:
-        while True:
-            try:
-                link.send_item(body)
-                return
-            except SpoolFull as full:
-                if stop:
-                    raise
-                observer.message(f"{full}; the robot holds until the learner has taken some")
-                stop.wait(_SPOOL_RETRY_S)
-
-    return keep
-
-
-def connect_learner(cfg: DictConfig, spec: TaskSpec, stream: TextIO, stop: PoliteStop) -> TrainerClient:
-    """The link to the learner at ip:port, once that is there; its spool lies in the run's folder.
-
-    Raises StoppedError on a signal while waiting, WireError when the learner refuses (another run, task or version).
-    """
-    run_dir = Path(cfg.runs_dir) / cfg.run
-    return TrainerClient(
-        cfg.unique_identifier,
-        cfg.ip,
-        TrainerConfig(
-            port_number=cfg.port, broadcast_port=cfg.broadcast_port, keys_dir=OmegaConf.select(cfg, "security.keys_dir")
-        ),
-        spec=spec,
-        spool_dir=run_dir / "spool" / cfg.unique_identifier,
-        spool_bytes=cfg.rollout.spool_mb << 20,
-        ledger_path=run_dir / "spool" / f"{cfg.unique_identifier}.acknowledged.jsonl" if cfg.rollout.ledger else None,
-        on_wait=waiting(stream, stop),
-        run=cfg.run,
-    )
-
-
-def waiting(stream: TextIO, stop: PoliteStop) -> Callable[[str], None]:
-    """What a client tells while it waits: a line now and then; raises StoppedError on a signal."""
-    next_line = 0.0
-
-    def on_wait(message: str) -> None:
-        nonlocal next_line
-        if stop:
-            raise StoppedError
-        if time.monotonic() >= next_line:
-            next_line = time.monotonic() + _WAIT_LINE_S
-            print(message, file=stream, flush=True)
-
-    return on_wait
-
-
-def standalone(cfg: DictConfig) -> StandaloneLink:
-    """The link of ip=null; ValueError unless the config asks for what works without a learner."""
-    rollout = cfg.rollout
-    if rollout.mode != "eval" or rollout.policy not in ("local", "openpi") or rollout.episodes is None:
-        raise ValueError(
-            "ip=null runs without a learner: it needs rollout.mode=eval, rollout.policy=local or openpi, and "
-            "rollout.episodes, "
-            f"got {rollout.mode}, {rollout.policy} and {rollout.episodes}"
-        )
-    return StandaloneLink()
-
-
 def _observers(
     cfg: DictConfig, env: Environment, link: LearnerLink, stream: TextIO, vitals: Callable[[], Vitals]
 ) -> list[Observer]:
@@ -368,12 +229,6 @@ def _observers(
     return observers
 
 
-def _flush(link: LearnerLink, timeout_s: float, observer: Observer) -> None:
-    if link.backlog:
-        observer.message(f"delivering the last {link.backlog} step batches, at most {timeout_s:g} s")
-    if not link.flush(timeout_s):
-        observer.message(f"{link.backlog} step batches stay in the spool; the next start of this actor delivers them")
-
-
-def _plain(node: Any) -> Any:
+def plain(node: Any) -> Any:
+    """A config node as plain containers, interpolations resolved; None stays None."""
     return OmegaConf.to_container(node, resolve=True) if node is not None else None

@@ -6,15 +6,6 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "examples"))
-
-
 TINY = ["demos=2", "clone_steps=6", "env_steps=150", "eval_episodes=2", "curve_every=70", "curve_episodes=2"]
 
 

@@ -1,13 +1,8 @@
 """The policy suite's bookkeeping: memory that runs out, weights that are counted."""
 
 import json
-import sys
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 from rows import Row
 from suites._policy_table import Cost, Peaks, flops_of, guarded, middle_models, served_bytes, timed
 

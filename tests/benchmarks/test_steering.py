@@ -2,19 +2,9 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "examples"))
 
 
 def test_rows_of_a_tiny_flow(capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Each run script, run for real up to its resolved config (--dry-run): side, task, mode, schedule, user overrides."""
 
+import itertools
 import os
 import subprocess
 from pathlib import Path
@@ -31,8 +32,7 @@ def dry_run(script: Path, *words: str, folder: Path) -> tuple[str, OmegaConf]:
     return side.removeprefix("# "), OmegaConf.create(text)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("script", "task"), zip(SCRIPTS, itertools.cycle(TASKS), strict=False))
 def test_script_composes(repo_root, tmp_path, task, script):
     side, key, value = SCRIPTS[script]
     path = repo_root / "examples" / "experiments" / task / f"{script}.sh"
@@ -42,10 +42,23 @@ def test_script_composes(repo_root, tmp_path, task, script):
     assert OmegaConf.select(config, key) == value
 
 
-def test_no_script_is_left_out(repo_root):
+def test_every_task_has_every_script_and_all_of_them_say_the_same(repo_root):
     for task in TASKS:
-        folder = repo_root / "examples" / "experiments" / task
-        assert {path.stem for path in folder.glob("*.sh")} == set(SCRIPTS)
+        scripts = {path.stem: path for path in (repo_root / "examples" / "experiments" / task).glob("*.sh")}
+        assert scripts.keys() == set(SCRIPTS)
+        assert {path.read_text() for path in scripts.values()} == {
+            '#!/usr/bin/env bash\nsource "$(dirname "$0")/../stage.sh"\n'
+        }
+        assert all(os.access(path, os.X_OK) for path in scripts.values())
+
+
+def test_a_script_of_another_name_is_refused(repo_root, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run_nothing.sh").write_text(f'source "{repo_root}/examples/experiments/stage.sh"\n')
+    command = ["bash", str(tmp_path / "mine" / "run_nothing.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "run_nothing.sh: no such stage" in done.stderr
 
 
 @pytest.mark.parametrize("side", ["actor", "learner"])

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import signal
-import sys
 import time
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "serl_robot_infra"))
 from robot_rig import PERIOD_S, RobotRig
 
 LATCHED_S = 1.0

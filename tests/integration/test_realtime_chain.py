@@ -17,7 +17,7 @@ from serl_launcher.policies.base import trainable
 from serl_launcher.run.parameters import base_sha256, publish
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.serving.server import PolicyServer
-from serl_robot_infra.actor import main
+from serl_robot_infra.main import main
 from serl_transport.contract.specs import TaskSpec
 
 

@@ -73,7 +73,7 @@ def learn() -> int:
 
 def act(options: dict) -> int:
     """Run the real actor to its exit code."""
-    from serl_robot_infra.actor import main
+    from serl_robot_infra.main import main
 
     if options.get("terminal"):
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal is this session's

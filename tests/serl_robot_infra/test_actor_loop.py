@@ -12,8 +12,8 @@ import pytest
 import scripted_learner
 from scripted_learner import ScriptedLearner, actor_config, still_policy, ticket
 
-from serl_robot_infra.actor import main
 from serl_robot_infra.envs.pick import PickEnv
+from serl_robot_infra.main import main
 from serl_transport.contract.errors import NotReady
 
 

@@ -13,9 +13,9 @@ import pytest
 from omegaconf import OmegaConf
 from scripted_learner import RobotPick, ScriptedLearner, actor_config, still_policy, ticket
 
-from serl_robot_infra.actor import main
 from serl_robot_infra.estop import EmergencyStop
 from serl_robot_infra.guard import RobotGuard
+from serl_robot_infra.main import main
 
 PERIOD_S = 0.05  # 20 Hz
 

@@ -21,7 +21,7 @@ PROGRAM = """
             importlib.import_module(module.name)
 
     from scripted_learner import ScriptedLearner, actor_config, ticket
-    from serl_robot_infra.actor import main
+    from serl_robot_infra.main import main
     from serl_robot_infra.envs.pick import PickEnv
 
     spec = PickEnv(image_size=32, renderer="ray").spec

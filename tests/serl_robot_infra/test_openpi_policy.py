@@ -13,11 +13,16 @@ import pytest
 from omegaconf import OmegaConf
 from scripted_learner import RobotPick, ScriptedLearner, actor_config, ticket
 
-from serl_robot_infra.actor import main
+from serl_robot_infra.connect import connect_learner
+from serl_robot_infra.estop import EmergencyStop
+from serl_robot_infra.main import main
 from serl_robot_infra.openpi_policy import NO_VERSION, OpenpiPolicy, OpenpiSettings
+from serl_robot_infra.pacing import PoliteStop
 from serl_robot_infra.policy_client import infer_body
+from serl_robot_infra.wiring import build_actor, build_env, build_guard
 from serl_transport.contract.errors import Internal, NotReady
 from serl_transport.contract.schema import Observation
+from serl_transport.contract.specs import TaskSpec
 
 STOCK = Path(__file__).parents[1] / "openpi_client" / "stock_openpi.py"
 ACTION = [0.0, 0.0, 0.0, -1.0]
@@ -139,18 +144,14 @@ def test_the_actor_may_come_before_its_server(spec, tmp_path, free_ports):
 
 def main_in_thread(cfg, out):
     """`main` without the signal handlers, which belong to the main thread."""
-    from serl_robot_infra import wiring
-    from serl_robot_infra.pacing import PoliteStop
-
     link = None
-    spec = wiring.TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec))
+    spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec))
     stop = PoliteStop()
-    env = wiring.build_env(cfg, spec)
-    estop = wiring.EmergencyStop(Path(cfg.runs_dir) / cfg.run / "estop")
-    guard = wiring.build_guard(cfg, env, estop)
+    env = build_env(cfg, spec)
+    guard = build_guard(cfg, env, EmergencyStop(Path(cfg.runs_dir) / cfg.run / "estop"))
     try:
-        link = wiring.connect_learner(cfg, spec, out, stop)
-        actor, _ = wiring.build_actor(cfg, env, link, out, stop, guard)
+        link = connect_learner(cfg, spec, out, stop)
+        actor, _ = build_actor(cfg, env, link, out, stop, guard)
         actor.run()
         return 0 if link.flush(20) else 1
     finally:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scripted_learner import RobotPick, ScriptedLearner, actor_config, ticket
 
-from serl_robot_infra.actor import main
+from serl_robot_infra.main import main
 from serl_transport.contract.errors import NotReady
 
 HZ, SLOW_S, AH = 20, 0.16, 12  # a chunk takes more than three ticks

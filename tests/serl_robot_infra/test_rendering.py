@@ -6,9 +6,9 @@ import mujoco
 import numpy as np
 import pytest
 
-from serl_robot_infra.envs import render_probe
 from serl_robot_infra.envs.pick import PickEnv
-from serl_robot_infra.envs.rendering import RayRenderer, make_renderer
+from serl_robot_infra.envs.rendering import choice, make_renderer
+from serl_robot_infra.envs.rendering.renderers import RayRenderer
 
 RAY = {"cpu_ms": 1.0, "device": "cpu"}
 LLVMPIPE = {"cpu_ms": 0.5, "device": "llvmpipe (LLVM 15.0.6, 256 bits)"}
@@ -50,7 +50,7 @@ def test_a_textured_material_has_its_mean_colour():
 
 @pytest.mark.parametrize("name", ["egl", "osmesa"])
 def test_gl_and_rays_agree_about_the_scene(name):
-    if render_probe.probe(name) is None:
+    if choice.probe(name) is None:
         pytest.skip(f"{name} does not work on this machine")
     gl, ray = PickEnv(renderer=name), PickEnv(renderer="ray")
     try:
@@ -68,11 +68,11 @@ def test_gl_and_rays_agree_about_the_scene(name):
 
 def test_auto_prefers_hardware_then_rays_and_software_gl_only_where_rays_are_dear():
     gpu = {"cpu_ms": 5.0, "device": "NVIDIA L4/PCIe/SSE2"}
-    assert render_probe.pick({"egl": gpu, "ray": RAY}) == "egl"
-    assert render_probe.pick({"egl": LLVMPIPE, "ray": RAY}) == "ray"
-    assert render_probe.pick({"egl": LLVMPIPE, "ray": {"cpu_ms": 30.0, "device": "cpu"}}) == "egl"
-    assert render_probe.pick({"osmesa": LLVMPIPE}) == "osmesa"
-    assert render_probe.pick({}) == "ray"
+    assert choice.pick({"egl": gpu, "ray": RAY}) == "egl"
+    assert choice.pick({"egl": LLVMPIPE, "ray": RAY}) == "ray"
+    assert choice.pick({"egl": LLVMPIPE, "ray": {"cpu_ms": 30.0, "device": "cpu"}}) == "egl"
+    assert choice.pick({"osmesa": LLVMPIPE}) == "osmesa"
+    assert choice.pick({}) == "ray"
 
 
 def test_the_verdict_is_cached_until_the_machine_changes(tmp_path, monkeypatch):
@@ -83,8 +83,8 @@ def test_the_verdict_is_cached_until_the_machine_changes(tmp_path, monkeypatch):
         asked.append(name)
         return {"egl": LLVMPIPE, "ray": RAY}.get(name)
 
-    monkeypatch.setattr(render_probe, "probe", probe)
-    choose = render_probe.choose.__wrapped__
+    monkeypatch.setattr(choice, "probe", probe)
+    choose = choice.choose.__wrapped__
     assert choose() == "ray"
     assert choose() == "ray"
     assert asked == ["egl", "osmesa", "ray"]
@@ -98,8 +98,8 @@ def test_the_verdict_is_cached_until_the_machine_changes(tmp_path, monkeypatch):
 
 def test_a_broken_gl_in_the_child_is_no_verdict(monkeypatch):
     monkeypatch.setenv("PYOPENGL_PLATFORM", "egl")
-    assert render_probe.probe("no-such-renderer") is None
-    assert render_probe.probe("ray")["cpu_ms"] > 0
+    assert choice.probe("no-such-renderer") is None
+    assert choice.probe("ray")["cpu_ms"] > 0
 
 
 def test_unknown_renderer_lists_the_known_ones():

@@ -12,9 +12,9 @@ import pytest
 from omegaconf import OmegaConf
 from scripted_learner import ScriptedLearner, actor_config, ticket
 
-from serl_robot_infra.actor import main
 from serl_robot_infra.envs.base import StepResult
 from serl_robot_infra.envs.pick import PickEnv
+from serl_robot_infra.main import main
 from serl_robot_infra.rewards.classifier import ClassifierReward
 from serl_robot_infra.rewards.goal_pose import GoalPoseReward
 from serl_robot_infra.rewards.human_key import HumanKeyReward
@@ -131,7 +131,6 @@ def test_a_goal_that_the_task_has_not_got_is_named():
 
 TERMINAL = """
 import sys, time
-sys.path[:0] = {paths!r}
 from serl_robot_infra.rewards.human_key import HumanKeyReward
 from test_rewards_of_the_actor import at
 source = HumanKeyReward()
@@ -145,10 +144,10 @@ for expected in (True, False):
 
 def test_keys_of_a_terminal_end_an_episode():
     master, slave = os.openpty()
-    paths = [os.path.dirname(__file__)]
     process = subprocess.Popen(
-        [sys.executable, "-c", TERMINAL.format(paths=paths)], stdin=slave, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", TERMINAL], stdin=slave, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )  # fmt: skip
     try:
         assert process.stdout.readline() == "ready\n"
         for key, line in ((b"xs", "ended True 1.0\n"), (b"f", "ended False 0.0\n")):

@@ -1,12 +1,13 @@
 """tools/export_checkpoint.py on a run folder that trained from a LeRobot checkpoint."""
 
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from checkpoints import AH, SIZE, SPEC, loaded_policy, make_tokenizer, observation, random_policy
+from export_checkpoint import main
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -15,10 +16,6 @@ from serl_launcher.run.parameters import base_sha256, publish
 from serl_launcher.serving.engine import PolicyEngine, Query
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "serl_launcher" / "policies")]
-
-from checkpoints import AH, SIZE, SPEC, loaded_policy, make_tokenizer, observation, random_policy  # noqa: E402
-from export_checkpoint import main  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,11 @@
 """tools/preflight.py: counts against the real model, the batch that fits, and what is wrong with a dataset."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from preflight import main
+from sft_samples import make_dataset
 
 from serl_launcher.learner.data_check import findings
 from serl_launcher.learner.sft import Columns
@@ -17,12 +17,6 @@ from serl_launcher.policies.groot.tiny import TinyGrootSize
 from serl_launcher.policies.pi0.build import build_pi0
 from serl_launcher.policies.pi0.tiny import TinySize
 from serl_transport.contract.specs import TaskSpec
-
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "serl_launcher" / "learner")]
-
-from preflight import main  # noqa: E402
-from sft_samples import make_dataset  # noqa: E402
 
 GROOT = "serl_launcher.policies.groot.build.build_groot"
 SPEC = {

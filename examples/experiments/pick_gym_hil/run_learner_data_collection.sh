@@ -1,4 +1,2 @@
 #!/usr/bin/env bash
-# Records demonstrations into runs/<task>/; no training.
-source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-learner schedule=data_collection "$@"
+source "$(dirname "$0")/../stage.sh"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from serl_launcher.replay.learning import LearningBatch, LearningView
+from serl_launcher.replay.learning import LearningBatch
 from serl_launcher.replay.ring import RingError, RingReader
 from serl_launcher.replay.verdicts import VerdictLedger
-from serl_launcher.replay.views import ChunkBatch, ChunkView
+from serl_launcher.replay.views import ChunkBatch, View
 
 
 class TrainingData:
@@ -17,9 +17,7 @@ class TrainingData:
     accepted before an online stage trains.
     """
 
-    def __init__(
-        self, view: ChunkView | LearningView, verdicts: VerdictLedger, rng: np.random.Generator, min_accepted: int
-    ) -> None:
+    def __init__(self, view: View, verdicts: VerdictLedger, rng: np.random.Generator, min_accepted: int) -> None:
         self._view, self._verdicts, self._rng, self._min_accepted = view, verdicts, rng, min_accepted
         self._ring: str | None = None
 

@@ -21,6 +21,8 @@ from serl_launcher.learner.checkpoint import RAW
 from serl_launcher.learner.optimizers import for_device
 from serl_launcher.run.parameters import AVERAGED, describe_mismatch
 
+AUXILIARY = "carried."
+"""Prefix in a checkpoint of what the agent's `auxiliary_state` holds; named by the first checkpoints."""
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -142,8 +144,8 @@ class Learner:
             for name, p in members.tensors.items()
             if id(p) not in published
         }
-        carried = {f"carried.{name}": p for name, p in self.agent.carried().items()}
-        return raw | {f"{AVERAGED}{name}": p for name, p in self.averaged.items()} | further | carried
+        auxiliary = {f"{AUXILIARY}{name}": p for name, p in self.agent.auxiliary_state().items()}
+        return raw | {f"{AVERAGED}{name}": p for name, p in self.averaged.items()} | further | auxiliary
 
     def optimizer_state(self) -> dict[str, Any]:
         """State of every optimizer, by group."""
@@ -173,7 +175,7 @@ class Learner:
     def start_from(self, published: dict[str, Tensor]) -> None:
         """Begin at published parameters (checkpoint_path): both the raw weights and their average.
 
-        What the agent calls `fresh` may be absent and keeps its initial values.
+        What the agent adds to a plain policy (`added_to_policy`) may be absent and keeps its initial values.
         """
         for mine in (self._state, self.averaged):
             self._take(mine, published, "checkpoint_path")
@@ -189,9 +191,9 @@ class Learner:
             self._take(mine, {n: t for n, t in theirs.items() if n in mine}, "checkpoint")
 
     def _take(self, mine: dict[str, Tensor], theirs: dict[str, Tensor], what: str) -> None:
-        """Copy all of theirs; only what the agent calls `fresh` may be missing there. ValueError names `what`."""
-        fresh = tuple(getattr(self.agent, "fresh", ()))
-        want = {n: p for n, p in mine.items() if n in theirs or not (fresh and n.startswith(fresh))}
+        """Copy all of theirs; only what the agent adds to a plain policy may be missing. ValueError names `what`."""
+        added = tuple(getattr(self.agent, "added_to_policy", ()))
+        want = {n: p for n, p in mine.items() if n in theirs or not (added and n.startswith(added))}
         if problems := describe_mismatch(want, theirs):
             raise ValueError(f"{what} does not fit this policy: " + "; ".join(problems))
         for name, p in want.items():

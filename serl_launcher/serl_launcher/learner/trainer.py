@@ -17,9 +17,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from hydra.utils import instantiate
-from omegaconf import DictConfig
-
 from serl_launcher.learner.data import TrainingData
 from serl_launcher.learner.faults import Faults, Reminder
 from serl_launcher.learner.guard import RollbackGuard
@@ -28,13 +25,7 @@ from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
 from serl_launcher.learner.stage import StageProgress, TrainingStage
 from serl_launcher.learner.step_log import StepLog
-from serl_launcher.replay.learning import LearningView
-from serl_launcher.replay.transitions import TransitionView
-from serl_launcher.replay.verdicts import VerdictLedger, rule_text
-from serl_launcher.replay.views import ChunkView
 from serl_launcher.run.internal import InternalClient
-from serl_launcher.run.paths import RunPaths
-from serl_transport.contract.specs import TaskSpec
 
 log = logging.getLogger("trainer")
 REPORT_S = 1.0  # at most between two reports to the gateway, plus a step
@@ -168,26 +159,3 @@ class Trainer:
 
     def _due(self, stage: TrainingStage, period: int) -> bool:
         return self.stages.finished(stage) or self.learner.step_count % period == 0
-
-
-def build_view(
-    cfg: DictConfig, paths: RunPaths, spec: TaskSpec, action_horizon: int
-) -> tuple[ChunkView | LearningView, VerdictLedger]:
-    """The acceptance view of `algo`, with transitions beside it where the algorithm learns values, and its verdicts."""
-    algo, rule = cfg.algo, instantiate(cfg.algo.rule)
-    threshold = instantiate(algo.threshold) if algo.get("threshold") else None
-    ledger = VerdictLedger(paths.acceptance, rule_text(rule, threshold))
-    imitation = ChunkView(
-        rule,
-        spec,
-        action_horizon,
-        threshold=threshold,
-        weights=algo.get("source_weights"),
-        on_verdict=ledger.note,
-        history=ledger.returns,
-    )
-    if not algo.get("transitions"):
-        return imitation, ledger
-    settings = algo.transitions
-    transitions = TransitionView(spec, cfg.rollout.execute_horizon, settings.gamma, settings.demo_share)
-    return LearningView(imitation, transitions, settings.min_online), ledger

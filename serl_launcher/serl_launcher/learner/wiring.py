@@ -27,9 +27,10 @@ from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
 from serl_launcher.learner.stage import StageProgress, StageSettings
 from serl_launcher.learner.step_log import StepLog
-from serl_launcher.learner.trainer import Trainer, TrainerSettings, build_view
+from serl_launcher.learner.trainer import Trainer, TrainerSettings
 from serl_launcher.policies.base import FlowPolicy
 from serl_launcher.policies.parameter_table import parameter_table
+from serl_launcher.replay.build import build_view
 from serl_launcher.run.internal import InternalClient
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.metrics import MetricsWriter

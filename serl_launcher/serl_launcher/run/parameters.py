@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-CHECKPOINT_TENSORS = "tensors.safetensors"  # of the trainer's checkpoints (learner.checkpoint)
-AVERAGED = "averaged."  # what the names of the served tensors begin with there
+# Of a trainer's checkpoint (learner.checkpoint), which `checkpoint_path` may name as well.
+CHECKPOINT_TENSORS = "tensors.safetensors"
+AVERAGED = "averaged."  # what the names of the averaged parameters begin with in it
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from serl_config.nearest import nearest
 
 MODES = ("demo", "train", "eval", "online")
 FIRST_EVAL_SEED = 1_000_000  # evaluation seeds start here; demonstrations and online episodes draw below
@@ -105,8 +106,7 @@ def _read_stage(where: str, row: Mapping[str, Any]) -> Stage:
         raise ValueError(f"{where}: expected {{name, mode, …}}, got {row!r}")
     for key in row:
         if key not in _KEYS:
-            close = difflib.get_close_matches(str(key), _KEYS, 1)
-            raise ValueError(f"{where}: unknown key {key!r}" + (f", did you mean {close[0]!r}?" if close else ""))
+            raise ValueError(f"{where}: unknown key {key!r}{nearest(str(key), _KEYS)}")
     name, mode = row.get("name"), row.get("mode")
     if not isinstance(name, str) or not name or name.startswith("adhoc_"):
         raise ValueError(f"{where}.name: expected a text that does not start with 'adhoc_', got {name!r}")

@@ -5,7 +5,6 @@ per tick and an effort in [-1, 1] that closes when positive. A tick is `repeat` 
 which moves the hand's target by at most a centimetre; an episode ends at the first step that it calls a success.
 """
 
-import difflib
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import mujoco
 import numpy as np
 
+from serl_config.nearest import nearest
 from serl_robot_infra.envs.base import StepResult
 from serl_robot_infra.envs.metaworld_carry import TASKS as CARRIED
 from serl_robot_infra.envs.metaworld_carry import CarryScript
@@ -213,9 +213,8 @@ def _build(task: str) -> "tuple[SawyerXYZEnv, type]":
         ) from None
     known: Mapping[str, type] = ALL_V3_ENVIRONMENTS
     if task not in known:
-        close = difflib.get_close_matches(task, known, n=3)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(sorted(known))}"
-        raise ValueError(f"task.env.task: Meta-World has no {task!r}; {hint}")
+        hint = nearest(task, sorted(known), show=len(known))
+        raise ValueError(f"task.env.task: Meta-World has no {task!r}{hint}")
     env = known[task]()
     # What its own benchmark classes set; a task object would freeze one draw for all episodes.
     env._set_task_called, env._partially_observable, env._freeze_rand_vec = True, False, False

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from configured import rule as accepting
 from gateway_samples import connected, serving
 from replay_samples import SPEC, batches, info, wait_for
 
-from serl_launcher.replay.acceptance import SuccessRule
 from serl_launcher.replay.episodes import EpisodeStream, journal_episodes, journal_items
 from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.replay.ring import RingReader
@@ -122,8 +122,8 @@ def test_a_restart_trains_on_what_a_person_said_afterwards_and_the_record_stays(
     labels.save()
     with serving(tmp_path) as gateway:
         ring = RingReader(gateway.journalled.ring.path)
-        imitation = ChunkView(SuccessRule(noop_threshold=0.0), SPEC, 2)
-        values = TransitionView(SPEC, 2, gamma=1.0)
+        imitation = ChunkView(accepting(noop_threshold=0.0), SPEC, 2)
+        values = TransitionView(SPEC, 2, gamma=1.0, demo_share=0.5)
         for view in (imitation, values):
             view.attach(ring)
             view.refresh()
@@ -132,7 +132,7 @@ def test_a_restart_trains_on_what_a_person_said_afterwards_and_the_record_stays(
         assert set(drawn.images["front"][:, 0, 0, 0].tolist()) == {101, 102, 103, 104, 105, 106}
         got = values.sample(np.random.default_rng(0), 400)
         second = got.images["front"][:, 0, 0, 0] >= 100
-        np.testing.assert_array_equal(got.to_go, np.float32(second))
+        np.testing.assert_array_equal(got.return_to_go, np.float32(second))
         assert not got.bootstrap[got.is_pad[:, 1]].any()  # both terminated
         assert ledger(tmp_path) == rows
     recorded = [closed.build().outcome.success for closed in EpisodeStream(tmp_path, SPEC).poll()]

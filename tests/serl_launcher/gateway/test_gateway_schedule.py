@@ -56,7 +56,7 @@ def test_no_stages_and_a_stage_without_conditions_never_end() -> None:
     ("row", "message"),
     [
         ({"name": "x", "mode": "evel", "episodes": 1}, r"schedule\.stages\.0\.mode: expected one of .*, got 'evel'"),
-        ({"name": "x", "mode": "demo", "episods": 1}, r"unknown key 'episods', did you mean 'episodes'"),
+        ({"name": "x", "mode": "demo", "episods": 1}, r"unknown key 'episods'; did you mean 'episodes'"),
         ({"name": "x", "mode": "train"}, "a train stage names steps"),
         ({"name": "x", "mode": "eval"}, "an eval stage names episodes"),
         ({"name": "x", "mode": "demo", "episodes": -1}, r"episodes: expected a whole number, got -1"),

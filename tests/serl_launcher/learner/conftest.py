@@ -1,15 +1,9 @@
-"""Fixtures of the learner's tests, which share the replay's sample batches and the fault suite's hostile datagrams."""
-
-import sys
-from pathlib import Path
+"""Fixtures of the learner's tests."""
 
 import pytest
 from tiny import SPEC
 
 from serl_launcher.replay.ring import RingWriter
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "replay"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "faults"))
 
 
 @pytest.fixture

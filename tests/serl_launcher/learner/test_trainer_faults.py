@@ -4,6 +4,7 @@ The real trainer, agent and ring; only the gateway's answers are scripted.
 """
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_a_diverging_critic_goes_back_then_holds_and_nothing_of_it_is_published(
     good, published = {n: t.clone() for n, t in trainer.learner.averaged.items()}, version(tmp_path)
 
     trainer, gateway = make(tmp_path, ring, "sac_pi0", mode="online", steps=50, limit=60)
-    trainer.learner.agent.q_limit = 1e-9
+    trainer.learner.agent.settings = replace(trainer.learner.agent.settings, q_limit=1e-9)
     with caplog.at_level(logging.WARNING):
         trainer.run()
     assert "the critic diverges: |Q| =" in caplog.text

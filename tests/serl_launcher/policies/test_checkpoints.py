@@ -1,6 +1,7 @@
 """PI0 and PI0.5 out to LeRobot's format and back: LeRobot loads it, the numbers agree, mistakes are named."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -47,15 +48,16 @@ def saved_again(folders, tmp_path_factory):
     """What a fresh process makes of them: loaded and saved."""
     parent = tmp_path_factory.mktemp("again")
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import sys\n"
         "from pathlib import Path\n"
         "from checkpoints import loaded_policy\n"
-        "for kind, source, target in zip(*[iter(sys.argv[2:])] * 3):\n"
+        "for kind, source, target in zip(*[iter(sys.argv[1:])] * 3):\n"
         "    loaded_policy(kind, Path(source)).save(Path(target))\n"
     )
     arguments = [str(part) for kind in KINDS for part in (kind, folders[kind], parent / kind)]
-    command = [sys.executable, "-c", program, str(Path(__file__).parent), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return parent
 

@@ -2,6 +2,7 @@
 write LeRobot loads, and both act alike. Nothing is downloaded: tokenizer and image processor are made here."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -237,21 +238,22 @@ def round_trips(theirs, base, size, tmp_path_factory):
     parent, sources = tmp_path_factory.mktemp("trips"), {"lerobot": theirs[3], "nvidia": base}
     trips = {kind: (source, parent / f"{kind}_first", parent / f"{kind}_again") for kind, source in sources.items()}
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import sys\n"
         "from pathlib import Path\n"
         "from checkpoints import SPEC\n"
         "from serl_launcher.policies.groot.build import build_groot\n"
         "from serl_launcher.policies.groot.saving import save_groot\n"
         "from serl_launcher.policies.groot.tiny import TinyGrootSize\n"
-        "for source, target in zip(*[iter(sys.argv[2:])] * 2):\n"
+        "for source, target in zip(*[iter(sys.argv[1:])] * 2):\n"
         "    p = build_groot('t', SPEC, 'checkpoint', 0, None, TinyGrootSize(), checkpoint=source)\n"
         "    save_groot(p, Path(target), shard='300KB')\n"
     )
     for source, first, _ in trips.values():
         save_groot(load(source, size), first, shard="300KB")
     arguments = [str(path) for _, first, again in trips.values() for path in (first, again)]
-    command = [sys.executable, "-c", program, str(Path(__file__).parent), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return trips
 
@@ -344,8 +346,6 @@ def test_an_absent_processor_names_its_key(base, size, tmp_path):
 
 def test_a_users_fine_tune_from_data_to_an_export(base, processor, size, tmp_path, capsys):
     """train_sft with the yaml of the released model on a dataset with modality.json, at tiny size in bf16; then out."""
-    sys.path[:0] = [str(ROOT / name) for name in ("examples", "tools")]
-    sys.path.insert(0, str(ROOT / "tests" / "serl_launcher" / "learner"))
     import export_checkpoint
     import train_sft
     from sft_samples import add_modality, make_dataset

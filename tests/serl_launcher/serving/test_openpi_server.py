@@ -2,18 +2,17 @@
 
 import asyncio
 import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
-from pathlib import Path
 
 import msgpack
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from serving_samples import body, connected, running
+from stock_openpi import StockClient, pack
 from tiny import HORIZON, SPEC, tiny_config
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -23,9 +22,6 @@ from serl_launcher.serving.openpi_server import OpenpiServer, OpenpiSettings, de
 from serl_launcher.supervisor.roles import roles_for
 from serl_robot_infra import openpi_policy
 from serl_transport.contract.errors import NotReady
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "openpi_client"))
-from stock_openpi import StockClient, pack
 
 
 @contextmanager

@@ -5,7 +5,6 @@ flows out. A mistake raises ConfigError with one message that names the offendin
 nearest.
 """
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from serl_config.nearest import nearest
 from serl_robot_infra.task_yaml import check_keys, check_task
 
 CONFIG_DIR = Path(__file__).resolve().parents[4] / "config"
@@ -167,20 +167,6 @@ def type_mismatch(value: Any, default: Any) -> str:
 def _is_plain_text(base: DictConfig, word: Word) -> bool:
     default = OmegaConf.select(base, word.key)
     return isinstance(default, str) and default != "auto"
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The tail of a message: the closest of `known`, by the whole name or by its last part; all of them when few."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    leaf = name.rpartition(".")[2]
-    leaves: dict[str, list[str]] = {}
-    for key in known:
-        leaves.setdefault(key.rpartition(".")[2], []).append(key)
-    for match in difflib.get_close_matches(leaf, list(leaves), n=2, cutoff=0.75):
-        close += [key for key in leaves[match] if key not in close]
-    if close:
-        return f"; did you mean {' or '.join(repr(c) for c in close[:3])}?"
-    return f"; there are {', '.join(known)}" if len(known) <= 12 else ""
 
 
 def _compose(config_dir: Path, overrides: Sequence[str]) -> DictConfig:

@@ -5,12 +5,11 @@ away from where the phase expects it, back to hovering. So it can start from any
 """
 
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from serl_robot_infra.envs.pick.env import PickEnv
+from serl_transport.contract.specs import TaskSpec
 
 _HOVER_HEIGHT = 0.07
 _CLOSING_TICKS = 4
@@ -23,11 +22,30 @@ class _Phase(Enum):
     LIFT = "lift"
 
 
-class PickExpert:
-    """Answers `envs.base.Expert` for one `PickEnv`."""
+class PickScene(Protocol):
+    """What the expert reads of the environment that it acts in; `PickEnv` answers it."""
 
-    def __init__(self, env: "PickEnv"):
-        self._env = env
+    @property
+    def spec(self) -> TaskSpec:
+        """The task's contract; its action limits clip what the expert commands."""
+        ...
+
+    @property
+    def cube_position(self) -> np.ndarray:
+        """float64[3], metres."""
+        ...
+
+    @property
+    def tcp_position(self) -> np.ndarray:
+        """float64[3], the point between the finger tips, metres."""
+        ...
+
+
+class PickExpert:
+    """Answers `envs.base.Expert` for one scene."""
+
+    def __init__(self, scene: PickScene):
+        self._scene = scene
         self.reset()
 
     def reset(self) -> None:
@@ -37,10 +55,10 @@ class PickExpert:
 
     def act(self) -> np.ndarray:
         """float32[4]: metres and gripper command, within the limits of the task."""
-        to_cube = self._env.cube_position - self._env.tcp_position
+        to_cube = self._scene.cube_position - self._scene.tcp_position
         self._advance(to_cube)
         move, gripper = self._command(to_cube)
-        low, high = self._env.spec.action_low, self._env.spec.action_high
+        low, high = self._scene.spec.action_low, self._scene.spec.action_high
         return np.clip([*move, gripper], low, high).astype(np.float32)
 
     def _advance(self, to_cube: np.ndarray) -> None:

@@ -1,8 +1,7 @@
-"""Camera images of a MuJoCo scene on any machine. Called by the simulated environments; model and state in, pixels out.
+"""Three renderers behind one interface. Made by `choice.make_renderer`; a MuJoCo model and its state in, pixels out.
 
-Three renderers answer one interface: `egl` (a GPU, or Mesa's software rasteriser), `osmesa` (software), and `ray`
-(`mj_multiRay` with simple shading: MuJoCo's own CPU code, no GL library at all). `auto` takes a hardware EGL when there
-is one, else whichever costs the least CPU time here (see `render_probe`).
+`egl` (a GPU, or Mesa's software rasteriser), `osmesa` (software), and `ray` (`mj_multiRay` with simple shading:
+MuJoCo's own CPU code, without any GL library).
 """
 
 import atexit
@@ -11,8 +10,6 @@ from typing import Protocol
 
 import mujoco
 import numpy as np
-
-RENDERERS = ("auto", "egl", "osmesa", "ray")
 
 _SKY = np.array([0.45, 0.60, 0.75])
 _LIGHT = np.array([0.30, 0.20, 0.93])
@@ -33,18 +30,8 @@ class Renderer(Protocol):
         ...
 
 
-def make_renderer(model: mujoco.MjModel, height: int, width: int, name: str = "auto") -> Renderer:
-    """The renderer called `name`; `auto` asks `render_probe.choose`.
-
-    Raises:
-        ValueError: no renderer has this name, or it does not work on this machine.
-    """
-    if name not in RENDERERS:
-        raise ValueError(f"renderer: expected one of {', '.join(RENDERERS)}, got {name!r}")
-    if name == "auto":
-        from serl_robot_infra.envs.render_probe import choose
-
-        name = choose()
+def named_renderer(model: mujoco.MjModel, height: int, width: int, name: str) -> Renderer:
+    """The renderer called `name`: egl, osmesa or ray. Raises ValueError where it does not work on this machine."""
     if name == "ray":
         return RayRenderer(model, height, width)
     try:

@@ -1,0 +1,103 @@
+"""Ours beside LeRobot's SAC actor and learner on gym-hil's PandaPickCube: one run, its rows appended to a file.
+
+    python benchmarks/side_by_side/run.py lerobot --observation state  --env-steps 12000 --seed 0
+    python benchmarks/side_by_side/run.py ours    --observation images --env-steps 12000 --seed 0 [algo=…]
+
+Both get the same demonstrations, scripted operator, environment steps and evaluation episodes. Rows are those of
+benchmarks/learning.py, whose --plot draws them; `minutes` is wall time here, `cpu_minutes` that of all processes, both
+from the command's start, with evaluations left out. Run one at a time: each takes up to two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> int:
+    """Exit 0; 1 with a message when a process of the run ended early."""
+    args, words = _arguments()
+    from side_by_side.side_task import Settings
+
+    settings = Settings(
+        args.observation,
+        args.seed,
+        args.env_steps,
+        args.demos,
+        args.eval_episodes,
+        args.curve_every,
+        args.curve_episodes,
+    )
+    output = args.output or ROOT / "docs" / "results" / f"side_by_side_{args.observation}.jsonl"
+    head = {
+        "policy": "gaussian_actor" if args.side == "lerobot" else args.policy,
+        "task": settings.task,
+        "seed": args.seed,
+    }
+    try:
+        for row in _rows(args, words, settings):
+            line = json.dumps({"algo": _algo(args, words), **head, "words": words} | row)
+            print(line, flush=True)
+            with output.open("a") as file:
+                file.write(line + "\n")
+    except RuntimeError as error:
+        print(f"side_by_side: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _rows(args, words, settings):
+    if args.side == "lerobot":
+        from side_by_side import lerobot_side
+
+        return lerobot_side.run(settings, args.fps, args.keep)
+    from side_by_side import ours
+
+    budget = {"clone_steps": args.clone_steps, "steps_per_tick": args.steps_per_tick}
+    return ours.run(settings, [f"policy={args.policy}", *words], budget)
+
+
+def _algo(args, words: list[str]) -> str:
+    if args.side == "lerobot":
+        return f"lerobot_sac_{args.fps}hz"
+    chosen = [word.partition("=")[2] for word in words if word.startswith("algo=")]
+    return chosen[-1] if chosen else "reject_sampling_pi0"
+
+
+def _arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("side", choices=["ours", "lerobot"])
+    parser.add_argument("--observation", choices=["state", "images"], default="state")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--env-steps", type=int, default=12_000, help="online control ticks")
+    parser.add_argument("--demos", type=int, default=10)
+    parser.add_argument("--eval-episodes", type=int, default=60)
+    parser.add_argument("--curve-every", type=int, default=1_500, help="online ticks between points; 0: none")
+    parser.add_argument("--curve-episodes", type=int, default=30)
+    parser.add_argument("--output", type=Path, help="default docs/results/side_by_side_<observation>.jsonl")
+    parser.add_argument(
+        "--fps", type=int, default=10, help="lerobot: control ticks per second of its actor; 10 is its recipe's"
+    )
+    parser.add_argument("--keep", type=Path, help="lerobot: a new folder for its logs, configuration and snapshots")
+    parser.add_argument("--policy", default="pi0_tiny", help="ours")
+    parser.add_argument("--clone-steps", type=int, default=600, help="ours: optimizer steps on the demonstrations")
+    parser.add_argument("--steps-per-tick", type=float, default=0.25, help="ours: optimizer steps per online tick")
+    args, words = parser.parse_known_args()
+    if wrong := [word for word in words if "=" not in word or word.startswith("-")]:
+        parser.error(f"expected key=value, got {wrong[0]!r}")
+    if args.side == "lerobot" and words:
+        parser.error(f"lerobot takes no overrides, got {words[0]!r}")
+    return args, words
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""One actor process: built from a resolved config, run, and emptied. Called by examples/train_rlpd.py; torch-free.
+
+    main(cfg) ─▶ environment, guard, link to the learner, actor ─▶ actor.run() ─▶ flush the spool ─▶ exit code
+
+User mistakes end here as one line: expected, got, and the key to change.
+"""
+
+import logging
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TextIO
+
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from serl_config.mistakes import mistake_message
+from serl_robot_infra.connect import StoppedError, connect_learner, flush, standalone
+from serl_robot_infra.episode import EnvironmentFailedError
+from serl_robot_infra.estop import EmergencyStop
+from serl_robot_infra.pacing import PoliteStop
+from serl_robot_infra.safety import describe
+from serl_robot_infra.task_yaml import check_task
+from serl_robot_infra.wiring import build_actor, build_env, build_guard, describe_guard, listen_for_estop, plain
+from serl_transport.contract.errors import Refused, SpoolError, WireError
+from serl_transport.contract.specs import TaskSpec
+
+log = logging.getLogger(__name__)
+
+FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
+
+
+def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
+    """Run an actor from a resolved config; the process's exit code.
+
+    0 done or stopped, 1 the robot's code failed, 2 user mistake, 130 interrupted.
+
+    Reads (defaults of config/base.yaml):
+        task.spec                       the task's contract, must equal the environment's
+        task.env {_target_}             the environment
+        task.operator {_target_}        called with env=; null: none
+        reward {_target_}               who judges (config/reward/); task.reward, where a task names one, wins
+        reward.evaluate_with            environment: it judges evaluations; null: the same reward does
+        task.safety {max_speed, max_acceleration, workspace, targets}   optional limits of `safety.SafetyChain`
+        rollout.mode                    follow | demo | online | eval
+        rollout.episodes                null: until the learner says stop
+        rollout.policy                  remote | local | openpi | none (demonstrations only)
+        rollout.local_policy {_target_} for policy=local; called with cfg=, link=; a `BasePolicy`
+        rollout.openpi                  for policy=openpi: see `openpi_policy.OpenpiSettings`
+        rollout.execute_horizon         4
+        rollout.realtime                off | async | rtc
+        rollout.watchdog                {enabled: auto | true | false, hold_after_chunks, stop_ms}
+        rollout.estop_key               space; null: none
+        rollout.rate_hz                 0: as fast as possible; null: the task's control_hz
+        rollout.operator                true: the operator may take over
+        rollout.demo_noise              auto: 0.15, on a robot 0
+        rollout.batch_ticks             10
+        rollout.hold_limit_s            10
+        rollout.flush_timeout_s         20
+        rollout.spool_mb                2048
+        rollout.video_every             20; 0: none
+        rollout.rerun                   false; true needs rollout.rerun_address, host:port of a viewer
+        ip                              null: no learner; evaluates a local or an openpi policy for rollout.episodes
+        port, broadcast_port, unique_identifier, runs_dir, run; rollout.ledger; security.keys_dir
+    """
+    stream = stream or sys.stdout
+    stop = PoliteStop()
+    try:
+        with stop.installed():
+            _run(cfg, stream, stop)
+    except (ValueError, ImportError, WireError, SpoolError, OSError, OmegaConfBaseException) as mistake:
+        log.debug("where it came from", exc_info=True)
+        return _refuse(str(mistake), stream)
+    except InstantiationException as mistake:
+        log.debug("where it came from", exc_info=True)
+        return _refuse(mistake_message(mistake), stream)
+    except EnvironmentFailedError as fault:
+        log.debug("where it came from", exc_info=True)
+        print(f"actor: error: {fault}; what was not delivered is sent at the next start", file=stream, flush=True)
+        return FAILED
+    except KeyboardInterrupt:
+        print("actor: interrupted; what was not delivered is sent at the next start", file=stream, flush=True)
+        return INTERRUPTED
+    except StoppedError:
+        pass
+    return INTERRUPTED if stop.signal is signal.SIGINT else 0
+
+
+def _refuse(message: str, stream: TextIO) -> int:
+    print(f"actor: error: {message}", file=stream, flush=True)
+    return USER_MISTAKE
+
+
+def _run(cfg: DictConfig, stream: TextIO, stop: PoliteStop) -> None:
+    check_task(plain(cfg.task), f"config/task/{cfg.task.get('name') or '<yours>'}.yaml")
+    spec = TaskSpec.from_dict(plain(cfg.task.spec))
+    with ExitStack() as resources:
+        env = build_env(cfg, spec)
+        resources.callback(env.close)
+        renderer = getattr(env, "renderer_name", "none")
+        learner = f"{cfg.ip}:{cfg.port}" if cfg.ip else "none"
+        print(f"task {spec.name}, renderer {renderer}, learner {learner}", file=stream, flush=True)
+        print(describe(plain(cfg.task.get("safety"))), file=stream, flush=True)
+        estop = EmergencyStop(Path(cfg.runs_dir) / cfg.run / "estop")
+        resources.enter_context(estop.installed())
+        listen_for_estop(cfg, estop, stream)
+        guard = build_guard(cfg, env, estop)
+        resources.callback(guard.close)
+        print(describe_guard(guard, env), file=stream, flush=True)
+        link = connect_learner(cfg, spec, stream, stop) if cfg.ip else standalone(cfg)
+        resources.callback(link.stop)
+        actor, observer = build_actor(cfg, env, link, stream, stop, guard)
+        try:
+            result = actor.run()
+        except Refused:  # another process has this actor's name now: what was recorded is still taken
+            flush(link, cfg.rollout.flush_timeout_s, observer)
+            raise
+        observer.message(f"{result.stopped_by}; {result.episodes} episodes")
+        flush(link, cfg.rollout.flush_timeout_s, observer)
+        observer.close()
