@@ -44,8 +44,9 @@ class Exporter:
         self._video = video
         self.dataset = run_dir / "dataset"
         self._staging = run_dir / "dataset.staging"
-        self._replaced = run_dir / "dataset.replaced"  # where the dataset goes when the staged one takes its place
-        shutil.rmtree(self._replaced, ignore_errors=True)  # a kill left it behind
+        self._discarded = run_dir / "dataset.replaced"
+        self._replaced = self._discarded  # where the dataset goes when the staged one takes its place
+        shutil.rmtree(self._discarded, ignore_errors=True)  # a kill may have left it
         self._writer = self._open()
         self._stream = EpisodeStream(run_dir, spec, first_ordinal=max(0, self._writer.state.last_ordinal), follow=True)
         self._checked = self._writer.state.last_ordinal < 0
@@ -127,12 +128,9 @@ class Exporter:
         write_json(self._run_dir / "dataset_status.json", status)
 
     def _promote(self) -> None:
-        """Put the staged dataset in place of the old one; a foreign one is kept under its new name."""
+        """Put the staged dataset in place of the old one, which is deleted unless it is a foreign one."""
         if self.dataset.exists():
             self.dataset.rename(self._replaced)
         self._staging.rename(self.dataset)
         self._writer.root = self.dataset
-        default = self._run_dir / "dataset.replaced"
-        if self._replaced == default:
-            shutil.rmtree(default, ignore_errors=True)
-        self._replaced = default
+        shutil.rmtree(self._discarded, ignore_errors=True)

@@ -5,7 +5,7 @@
 
 LeRobot reads info, tasks, episodes, then data; the writer publishes in the opposite order, every file by rename. So a
 reader's counts never exceed what is there. LeRobot's own writer was measured instead of this one (docs/LOG.md): in
-place it blocks readers during a batch and cannot resume after a kill, and it costs five to ten times the CPU.
+place it blocks readers during a batch and cannot resume after a kill, and it costs four to ten times the CPU.
 The exporter role owns the one instance.
 """
 
