@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from serl_launcher.exporter.__main__ import read_run
 from serl_launcher.exporter.columns import episode_columns
-from serl_launcher.exporter.features import image_keys
+from serl_launcher.exporter.features import SCALARS, image_keys
 from serl_launcher.replay.assembler import Assembler
 from serl_launcher.replay.entries import DataEntry, SpecChangedError, decode_entry
 from serl_launcher.replay.journal import JournalCorrupt, JournalReader
@@ -34,6 +34,7 @@ from serl_transport.contract.schema import Episode
 from serl_transport.contract.specs import TaskSpec
 
 SHOWN = 10  # problems of one kind that are printed
+DIGESTED = ["observation.state", "action", *SCALARS, "timestamp", "frame_index"]  # columns that are compared
 
 
 @dataclass(slots=True)
@@ -255,17 +256,16 @@ def check_dataset(
 
 def read_dataset(root: Path, spec: TaskSpec, images: bool) -> Iterator[tuple[int, int, int]]:
     """(ordinal, rows, digest) of each episode index in the data files; nothing when there is no dataset."""
-    columns = _digest_columns()
     for path in sorted(root.glob("data/*/*.parquet")):
         schema = pq.read_schema(path)
         pictures = [key for key in image_keys(spec) if images and key in schema.names]
-        table = pq.read_table(path, columns=["episode_index", *columns, *pictures])
+        table = pq.read_table(path, columns=["episode_index", *DIGESTED, *pictures])
         index = table["episode_index"].to_numpy()
         starts = [0, *(np.nonzero(np.diff(index))[0] + 1).tolist()] if len(index) else []
         for start, stop in zip(starts, [*starts[1:], len(index)], strict=True):
             rows = table.slice(start, stop - start)
-            arrays = {key: _dense(rows[key]) for key in columns}
-            crc = _crc(arrays[key] for key in columns)
+            arrays = {key: _dense(rows[key]) for key in DIGESTED}
+            crc = _crc(arrays[key] for key in DIGESTED)
             crc = _crc((_decode(cell["bytes"].as_buffer()) for key in pictures for cell in rows[key]), crc)
             yield int(arrays["complementary_info.episode_ordinal"][0]), stop - start, crc
 
@@ -273,15 +273,9 @@ def read_dataset(root: Path, spec: TaskSpec, images: bool) -> Iterator[tuple[int
 def digest(episode: Episode, spec: TaskSpec, ordinal: int, images: bool) -> int:
     """The crc32 that `read_dataset` finds for the same rows."""
     columns = episode_columns(episode, spec, ordinal, episode_index=0, first_index=0, task_index=0)
-    crc = _crc(columns[key] for key in _digest_columns())
+    crc = _crc(columns[key] for key in DIGESTED)
     pictures = (image for key in image_keys(spec) for image in episode.arrays[key][: episode.n])
     return _crc(pictures, crc) if images else crc
-
-
-def _digest_columns() -> list[str]:
-    from serl_launcher.exporter.features import SCALARS
-
-    return ["observation.state", "action", *SCALARS, "timestamp", "frame_index"]
 
 
 def _crc(arrays: Iterable[np.ndarray], start: int = 0) -> int:

@@ -22,7 +22,7 @@ class LearnerLink(Protocol):
         ...
 
     def request(self, type: str, payload: dict[str, Any], *, timeout_ms: float) -> dict[str, Any]:
-        """One request of docs/architecture.md."""
+        """One request of docs/contracts/requests.md."""
         ...
 
     def infer(self, body: dict[str, Any], *, timeout_ms: float) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def test_an_episode_missing_from_the_dataset(run):
 
 def test_an_episode_twice_in_the_dataset(run):
     writer = DatasetWriter(run[0] / "dataset", SPEC, video=False)
-    writer._last_ordinal = -1  # what a broken recovery would do
+    writer.state = replace(writer.state, last_ordinal=-1)  # what a broken recovery would do
     writer.add(0, episode(0))
     writer.commit()
     assert problems(run[0])["twice in the dataset"] == ["ordinal 0: 2 times"]

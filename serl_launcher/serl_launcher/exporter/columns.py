@@ -25,6 +25,7 @@ from serl_launcher.exporter.statistics import Stats, image_stats, vector_stats
 from serl_transport.contract.schema import ACTION, PER_TICK, STATE, Episode
 from serl_transport.contract.specs import TaskSpec
 
+_INFO = ("episode_id", "actor_id", "boot_id", "mode", "stage", "seed", "start_time")  # of EpisodeInfo
 _RENAMED = {"policy_version": POLICY_VERSION, "time_ns": TIME_NS}
 
 
@@ -72,17 +73,9 @@ def episode_stats(columns: dict[str, np.ndarray], episode: Episode, spec: TaskSp
 def episode_row(episode: Episode, ordinal: int, stats: dict[str, Stats]) -> dict[str, Any]:
     """What the episodes file says of an episode beyond LeRobot's own bookkeeping: who, why, how it ended."""
     info, outcome = episode.info, episode.outcome
-    row: dict[str, Any] = {
-        "tasks": [info.prompt],
-        "length": episode.n,
-        "episode_ordinal": ordinal,
-        "episode_id": info.episode_id,
-        "actor_id": info.actor_id,
-        "boot_id": info.boot_id,
-        "mode": info.mode,
-        "stage": info.stage,
-        "seed": info.seed,
-        "start_time": info.start_time,
+    row: dict[str, Any] = {"tasks": [info.prompt], "length": episode.n, "episode_ordinal": ordinal}
+    row |= {key: getattr(info, key) for key in _INFO}
+    row |= {
         "success": outcome.success,
         "success_source": outcome.success_source,
         "truncated_by": outcome.truncated_by or "",
@@ -96,14 +89,14 @@ def _png_column(images: np.ndarray, episode_index: int) -> pa.Array:
     """uint8[n, h, w, 3] as HF image structs; the paths only name the frames."""
     return pa.array(
         [
-            {"bytes": encode_png(image), "path": f"episode-{episode_index:06d}-frame-{frame:06d}.png"}
+            {"bytes": _encode_png(image), "path": f"episode-{episode_index:06d}-frame-{frame:06d}.png"}
             for frame, image in enumerate(images)
         ],
         type=IMAGE_TYPE,
     )
 
 
-def encode_png(image: np.ndarray) -> bytes:
+def _encode_png(image: np.ndarray) -> bytes:
     """uint8[h, w, 3] as PNG; level 1 costs half of Pillow's default for 1.2 times the size."""
     from PIL import Image
 

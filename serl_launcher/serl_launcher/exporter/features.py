@@ -13,7 +13,6 @@ import pyarrow as pa
 from serl_transport.contract.schema import ACTION, IMAGE_PREFIX, MODES, STATE
 from serl_transport.contract.specs import TaskSpec
 
-CODEBASE_VERSION = "v3.0"
 POLICY_VERSION = "complementary_info.policy_version"
 ORDINAL = "complementary_info.episode_ordinal"
 MODE = "complementary_info.mode"
@@ -46,6 +45,11 @@ def image_keys(spec: TaskSpec) -> list[str]:
     return [IMAGE_PREFIX + camera for camera in spec.cameras]
 
 
+def frame_rate(spec: TaskSpec) -> int:
+    """Whole frames per second of the dataset; LeRobot wants an integer, so a slower loop than 1 Hz counts as 1."""
+    return max(1, round(spec.control_hz))
+
+
 def dataset_features(spec: TaskSpec, video: bool) -> dict[str, dict[str, Any]]:
     """The `features` entry of info.json; images are `video` (mp4 beside the rows) or `image` (PNG within them)."""
     features: dict[str, dict[str, Any]] = {}
@@ -54,40 +58,33 @@ def dataset_features(spec: TaskSpec, video: bool) -> dict[str, dict[str, Any]]:
         if video:
             feature |= {"dtype": "video", "info": _video_info(height, width, frame_rate(spec))}
         features[IMAGE_PREFIX + camera] = feature
-    features[STATE] = _vector(spec.state_names)
-    features[ACTION] = _vector(spec.action_names)
+    for key, names in ((STATE, spec.state_names), (ACTION, spec.action_names)):
+        features[key] = {"dtype": "float32", "shape": [len(names)], "names": list(names)}
     for key, dtype in (SCALARS | INDEX).items():
         features[key] = {"dtype": dtype, "shape": [1], "names": [key.rsplit(".", 1)[-1]]}
     return features
 
 
-def frame_rate(spec: TaskSpec) -> int:
-    """Whole frames per second of the dataset; LeRobot wants an integer, so a slower loop than 1 Hz counts as 1."""
-    return max(1, round(spec.control_hz))
-
-
 def arrow_schema(spec: TaskSpec, video: bool) -> pa.Schema:
     """Schema of the data files, carrying the metadata by which HF datasets knows images from structs."""
-    fields, hf = [], {}
-    if not video:
-        for key in image_keys(spec):
-            fields.append(pa.field(key, IMAGE_TYPE))
-            hf[key] = {"_type": "Image"}
-    for key, size in ((STATE, spec.state_dim), (ACTION, spec.action_dim)):
-        if size == 1:  # LeRobot reads shape (1,) as a scalar column
-            fields.append(pa.field(key, pa.float32()))
-            hf[key] = {"dtype": "float32", "_type": "Value"}
-            continue
-        fields.append(pa.field(key, pa.list_(pa.float32(), size)))
-        hf[key] = {"feature": {"dtype": "float32", "_type": "Value"}, "length": size, "_type": "List"}
-    for key, dtype in (SCALARS | INDEX).items():
-        fields.append(pa.field(key, pa.bool_() if dtype == "bool" else pa.from_numpy_dtype(dtype)))
-        hf[key] = {"dtype": dtype, "_type": "Value"}
-    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": hf}})})
+    columns = {
+        key: _column(feature["dtype"], feature["shape"])
+        for key, feature in dataset_features(spec, video).items()
+        if feature["dtype"] != "video"
+    }
+    metadata = {"info": {"features": {key: description for key, (_, description) in columns.items()}}}
+    fields = [pa.field(key, kind) for key, (kind, _) in columns.items()]
+    return pa.schema(fields, metadata={"huggingface": json.dumps(metadata)})
 
 
-def _vector(names: tuple[str, ...]) -> dict[str, Any]:
-    return {"dtype": "float32", "shape": [len(names)], "names": list(names)}
+def _column(dtype: str, shape: list[int]) -> tuple[pa.DataType, dict[str, Any]]:
+    """Arrow type of a feature and what HF datasets calls it; it reads shape [1] as a scalar."""
+    if dtype == "image":
+        return IMAGE_TYPE, {"_type": "Image"}
+    kind, value = pa.type_for_alias(dtype), {"dtype": dtype, "_type": "Value"}
+    if shape == [1]:
+        return kind, value
+    return pa.list_(kind, shape[0]), {"feature": value, "length": shape[0], "_type": "List"}
 
 
 def _video_info(height: int, width: int, fps: int) -> dict[str, Any]:

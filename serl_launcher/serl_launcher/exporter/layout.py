@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 FILES_PER_CHUNK = 1000
-DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+_FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
+DATA_PATH = f"data/{_FILE}.parquet"
+VIDEO_PATH = f"videos/{{video_key}}/{_FILE}.mp4"
+EPISODES_PATH = f"meta/episodes/{_FILE}.parquet"
 INFO_PATH = "meta/info.json"
 STATS_PATH = "meta/stats.json"
 TASKS_PATH = "meta/tasks.parquet"
@@ -25,12 +26,18 @@ def place(template: str, commit: int, **names: str) -> str:
     return template.format(chunk_index=commit // FILES_PER_CHUNK, file_index=commit % FILES_PER_CHUNK, **names)
 
 
+def address(prefix: str, commit: int) -> dict[str, int]:
+    """Where an episodes file says that commit `commit`'s file lies: `<prefix>/chunk_index`, `<prefix>/file_index`."""
+    chunk, file = divmod(commit, FILES_PER_CHUNK)
+    return {f"{prefix}/chunk_index": chunk, f"{prefix}/file_index": file}
+
+
 def commit_of(path: Path) -> int:
     """The commit that owns `.../chunk-CCC/file-FFF.*`."""
     return int(path.parent.name.removeprefix("chunk-")) * FILES_PER_CHUNK + int(path.stem.removeprefix("file-"))
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then publish it under `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + TEMPORARY)
@@ -38,16 +45,16 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     publish(temporary, path)
 
 
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document whole."""
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(document, indent=2), encoding="utf-8"))
+
+
 def publish(temporary: Path, path: Path) -> None:
     """Flush `temporary` to disk, give it its name, and flush the folder that now names it."""
     _flush(temporary)
     os.replace(temporary, path)
     _flush(path.parent)
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write a JSON document whole."""
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(document, indent=2), encoding="utf-8"))
 
 
 def _flush(path: Path) -> None:

@@ -6,19 +6,18 @@ The dataset itself says which ordinal comes next. One that does not exist yet, o
 task's features, a foreign journal), is built in `dataset.staging/` and takes its place by rename once it has caught up.
 """
 
-import contextlib
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from serl_launcher.exporter.layout import INFO_PATH, write_json
 from serl_launcher.exporter.recovery import UnusableDataset
 from serl_launcher.exporter.writer import DatasetWriter
+from serl_launcher.replay.assembler import ClosedEpisode
 from serl_launcher.replay.episodes import EpisodeStream
+from serl_launcher.run.files import write_json
 from serl_transport.contract.specs import TaskSpec
 
 _log = logging.getLogger(__name__)
@@ -45,7 +44,9 @@ class Exporter:
         self._video = video
         self.dataset = run_dir / "dataset"
         self._staging = run_dir / "dataset.staging"
-        self._replaced: Path | None = None  # where a dataset goes that is not ours to delete
+        self._discarded = run_dir / "dataset.replaced"
+        self._replaced = self._discarded  # where the dataset goes when the staged one takes its place
+        shutil.rmtree(self._discarded, ignore_errors=True)  # a kill may have left it
         self._writer = self._open()
         self._stream = EpisodeStream(run_dir, spec, first_ordinal=max(0, self._writer.state.last_ordinal), follow=True)
         self._checked = self._writer.state.last_ordinal < 0
@@ -65,8 +66,10 @@ class Exporter:
         """Take what the journal closed since the last poll; commit a full or old batch, or any with `flush`."""
         options = self._options
         for closed in self._stream.poll():
-            if not self._checked and not self._check_origin(closed.ordinal, closed.info.episode_id):
+            if not self._checked and not self._continues_with(closed):
+                self._start_anew()
                 return self.poll(flush)
+            self._checked = True
             if self._writer.add(closed.ordinal, closed.build()) and self._pending_since is None:
                 self._pending_since = time.monotonic()
             if self._writer.pending >= options.batch_episodes or self._writer.pending_bytes > MAX_PENDING_BYTES:
@@ -83,38 +86,39 @@ class Exporter:
         self._stream.close()
 
     def _open(self) -> DatasetWriter:
-        if not (self.dataset / INFO_PATH).exists() and not self.dataset.exists() and self._staging.exists():
-            with contextlib.suppress(UnusableDataset):  # killed between the two renames of `_promote`
-                return DatasetWriter(self._staging, self._spec, self._video)
+        """The dataset, if there is one that can be continued, else the staged one."""
         if self.dataset.exists():
             try:
                 return DatasetWriter(self.dataset, self._spec, self._video)
             except UnusableDataset as error:
                 _log.warning("%s; building it anew from the journal", error)
-        return self._fresh()
-
-    def _fresh(self) -> DatasetWriter:
         try:
             return DatasetWriter(self._staging, self._spec, self._video)
         except UnusableDataset:
-            shutil.rmtree(self._staging)
-            return DatasetWriter(self._staging, self._spec, self._video)
+            return self._empty()
 
-    def _check_origin(self, ordinal: int, episode_id: str) -> bool:
-        """Is the dataset's newest episode the journal's of that ordinal? If not, start anew and keep the old one."""
-        self._checked = True
+    def _empty(self) -> DatasetWriter:
+        """An empty dataset in the staging folder."""
+        shutil.rmtree(self._staging, ignore_errors=True)
+        return DatasetWriter(self._staging, self._spec, self._video)
+
+    def _continues_with(self, closed: ClosedEpisode) -> bool:
+        """Is the dataset's newest episode the journal's of that ordinal?"""
         state = self._writer.state
-        if ordinal == state.last_ordinal and episode_id == state.last_episode_id:
+        if (closed.ordinal, closed.info.episode_id) == (state.last_ordinal, state.last_episode_id):
             return True
-        self._replaced = self._run_dir / f"dataset.foreign-{time.time_ns()}"
         _log.warning(
-            "%s ends with episode %s, the journal has %s there: it is not this journal's dataset; moving it to %s",
-            self.dataset, state.last_episode_id, episode_id, self._replaced.name,
+            "%s ends with episode %s, the journal has %s there: it is not this journal's dataset",
+            self._writer.root, state.last_episode_id, closed.info.episode_id,
         )  # fmt: skip
+        return False
+
+    def _start_anew(self) -> None:
+        """Take the journal from its start into an empty dataset; the one that is not the journal's will be kept."""
+        self._replaced = self._run_dir / f"dataset.foreign-{time.time_ns()}"
         self._stream.close()
         self._stream = EpisodeStream(self._run_dir, self._spec, follow=True)
-        self._writer = self._fresh()
-        return False
+        self._writer, self._checked = self._empty(), True
 
     def _commit(self) -> None:
         self._writer.commit()
@@ -124,13 +128,9 @@ class Exporter:
         write_json(self._run_dir / "dataset_status.json", status)
 
     def _promote(self) -> None:
-        """Put the staged dataset in place of the old one."""
-        old = self._replaced or self._run_dir / "dataset.replaced"
+        """Put the staged dataset in place of the old one, which is deleted unless it is a foreign one."""
         if self.dataset.exists():
-            shutil.rmtree(self._run_dir / "dataset.replaced", ignore_errors=True)
-            os.rename(self.dataset, old)
-        os.rename(self._staging, self.dataset)
+            self.dataset.rename(self._replaced)
+        self._staging.rename(self.dataset)
         self._writer.root = self.dataset
-        if self._replaced is None:
-            shutil.rmtree(old, ignore_errors=True)
-        self._replaced = None
+        shutil.rmtree(self._discarded, ignore_errors=True)

@@ -137,7 +137,7 @@ class Gateway:
         self.server.loop.stop()
 
     def status(self) -> dict[str, Any]:
-        """The status document of docs/architecture.md."""
+        """The status document of docs/contracts/requests.md."""
         ledger = self.journalled.ledger
         return {
             "run": self.settings.run,

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,22 @@ def read_as_lerobot(root: Path) -> dict[str, np.ndarray | list]:
     assert len(index) >= info["total_frames"]
     assert not episodes or episodes[-1]["dataset_to_index"] <= len(index)
     return {"ordinals": [row["episode_ordinal"] for row in episodes[: info["total_episodes"]]], "tables": tables}
+
+
+@pytest.fixture(autouse=True)
+def flushes(monkeypatch) -> list[str]:
+    """What is flushed and renamed, in order. Nothing here cuts the power, so the disk is not waited for."""
+    calls: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(layout.os, "fsync", lambda descriptor: calls.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(layout.os, "replace", lambda a, b: (calls.append(f"{b} is named"), replace(a, b)))
+    return calls
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, flushes):
+    layout.write_json(tmp_path / "info.json", {})
+    path = tmp_path / "info.json"
+    assert flushes == [f"{path}.tmp", f"{path} is named", str(tmp_path)]
 
 
 def test_rows_hold_the_episode(tmp_path):
@@ -104,11 +121,13 @@ def test_a_kill_at_any_rename_loses_and_repeats_nothing(tmp_path, monkeypatch, v
 
         return limited
 
+    first = DatasetWriter(tmp_path / "first", SPEC, video)
+    first.add(0, episode(0))
+    first.commit()
     for count in range(30):
         root = tmp_path / f"crash-{count}"
+        shutil.copytree(tmp_path / "first", root)
         writer = DatasetWriter(root, SPEC, video)
-        writer.add(0, episode(0))
-        writer.commit()
         writer.add(1, episode(1))
         writer.add(2, episode(2, prompt="another"))
         monkeypatch.setattr(layout.os, "replace", crash_at(count))

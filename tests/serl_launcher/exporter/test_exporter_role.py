@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,10 +68,10 @@ def test_an_old_batch_is_committed(tmp_path):
 
 def test_kill_9_again_and_again_then_lerobot_reads_every_episode_once(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    count = 24
+    count = 14
     write_config(tmp_path, batch_episodes=1, period_s=0.0)
     every = entries([episode(index) for index in range(count)])
-    write_journal(tmp_path, every[:20])
+    write_journal(tmp_path, every[:21])  # ten episodes and a half
     kills = 0
     for attempt in range(4):
         process = subprocess.Popen([sys.executable, "-m", "serl_launcher.exporter", str(tmp_path)])
@@ -83,13 +84,14 @@ def test_kill_9_again_and_again_then_lerobot_reads_every_episode_once(tmp_path, 
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert kills >= 2
-    write_journal(tmp_path, every[20:])
+    write_config(tmp_path, batch_episodes=4)
+    write_journal(tmp_path, every[21:])
     (tmp_path / "dataset_status.json").unlink()
     process = subprocess.Popen([sys.executable, "-m", "serl_launcher.exporter", str(tmp_path)])
     while not (tmp_path / "dataset_status.json").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)  # a stop exports what is journalled
-    assert process.wait(30) == 0
+    assert process.wait(120) == 0
     assert exported(tmp_path) == list(range(count))
     _check_with_lerobot(tmp_path / "dataset", count)
 
@@ -150,12 +152,29 @@ def test_a_kill_between_the_two_renames_of_a_rebuild(tmp_path):
     one = exporter(tmp_path)
     one.poll(flush=True)
     one.close()
+    shutil.copytree(tmp_path / "dataset", tmp_path / "dataset.replaced")
     (tmp_path / "dataset").rename(tmp_path / "dataset.staging")
     two = exporter(tmp_path)
     two.poll()
     two.close()
     assert exported(tmp_path) == [0, 1, 2]
-    assert not (tmp_path / "dataset.staging").exists()
+    assert sorted(path.name for path in tmp_path.glob("dataset*")) == ["dataset", "dataset_status.json"]
+
+
+def test_a_foreign_dataset_in_the_staging_folder_is_not_continued(tmp_path):
+    for name, indices in (("a", (0, 1)), ("b", (5, 6, 7))):
+        write_config(tmp_path / name)
+        write_journal(tmp_path / name, entries([episode(index) for index in indices]))
+    one = exporter(tmp_path / "a")
+    one.poll(flush=True)
+    one.close()
+    (tmp_path / "a/dataset").rename(tmp_path / "b/dataset.staging")
+    two = exporter(tmp_path / "b")
+    two.poll(flush=True)
+    two.close()
+    assert exported(tmp_path / "b") == [0, 1, 2]
+    rows = pq.read_table(tmp_path / "b/dataset/meta/episodes/chunk-000/file-000.parquet").to_pylist()
+    assert [row["episode_id"] for row in rows] == ["episode-5", "episode-6", "episode-7"]
 
 
 @pytest.mark.parametrize(

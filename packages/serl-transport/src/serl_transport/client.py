@@ -130,7 +130,7 @@ class TrainerClient:
     # Questions.
 
     def infer(self, body: dict[str, Any], timeout_ms: float | None = None) -> dict[str, Any]:
-        """Ask the policy: see `infer` in docs/architecture.md. Raises NotReady, ServerSilent or another WireError."""
+        """Ask the policy: see docs/contracts/requests.md. Raises NotReady, ServerSilent or another WireError."""
         return self._control.call("infer", body, timeout_ms=timeout_ms or self.timeout_ms)
 
     def request(self, type: str, payload: dict[str, Any] | None = None, timeout_ms: float | None = None) -> dict:

@@ -80,7 +80,7 @@ class StepBatch:
 
     episode: EpisodeInfo  # the episode it belongs to
     first_tick: int  # index of the first tick in the episode
-    arrays: Mapping[str, np.ndarray]  # see docs/architecture.md; m = n, or n+1 observations in the final batch
+    arrays: Mapping[str, np.ndarray]  # see docs/contracts/time_steps.md; m = n, or n+1 observations in the final batch
     final: bool = False  # the episode's last batch
     outcome: Outcome | None = None  # in the final batch only
 
