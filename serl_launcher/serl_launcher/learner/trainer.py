@@ -34,6 +34,7 @@ from serl_launcher.replay.verdicts import VerdictLedger, rule_text
 from serl_launcher.replay.views import ChunkView
 from serl_launcher.run.internal import InternalClient
 from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.ready import say_ready
 from serl_transport.contract.specs import TaskSpec
 
 log = logging.getLogger("trainer")
@@ -89,6 +90,7 @@ class Trainer:
                 self.train(stage, status["counts"]["experience"])
             else:
                 time.sleep(REST_S)
+            say_ready()  # after its first steps, where steps are due: a trainer that dies of them was never up
         self.end()
 
     def train(self, stage: TrainingStage, experience: int) -> None:

@@ -3,7 +3,11 @@
 import fcntl
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,8 @@ from serl_launcher.supervisor import run_folder
 from serl_launcher.supervisor.main import main, unreachable_from_elsewhere
 from serl_launcher.supervisor.roles import accelerate_command, roles_for
 from serl_launcher.supervisor.run_folder import RunError, prepare
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -245,10 +251,38 @@ def test_serving_published_parameters_needs_no_trainer(compose):
 
 
 def test_launch_keys_reach_accelerate(compose):
-    command = accelerate_command(compose("launch.num_processes=2", "+launch.multi_gpu=true", "trainer.device=cpu"))
+    command = accelerate_command(
+        compose("+launch.downcast_bf16=true", "launch.mixed_precision=bf16", "trainer.device=cpu")
+    )
     text = " ".join(command)
-    assert "--num_processes 2" in text
-    assert "--mixed_precision no" in text
+    assert "--num_processes 1" in text
+    assert "--mixed_precision bf16" in text
     assert "--dynamo_backend no" in text
-    assert {"--multi_gpu", "--cpu", "--quiet"} <= set(command)
+    assert {"--downcast_bf16", "--cpu", "--quiet"} <= set(command)
     assert Path(command[0]).name.startswith("python")
+
+
+@pytest.mark.parametrize("word", ["launch.num_processes=2", "+launch.num_machines=2"])
+def test_several_trainer_processes_are_refused_before_anything_starts(compose, capsys, word):
+    config = compose(word)
+    assert main(config) == 2
+    said = capsys.readouterr().err
+    key = word.lstrip("+").partition("=")[0]
+    assert said == f"learner: {key}=2: expected 1, several trainer processes are not supported yet; set {key}=1\n"
+    assert not Path(config.runs_dir, config.run).exists()
+
+
+def test_ctrl_c_while_it_waits_for_its_port_is_one_line_and_exit_130(tmp_path, free_ports):
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+        words = ["learner=true", f"runs_dir={tmp_path}", f"port={port}", f"broadcast_port={free_ports[1]}"]
+        learner = subprocess.Popen(
+            [sys.executable, "examples/train_rlpd.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        lock = tmp_path / "quickstart" / ".lock"  # taken just before it waits
+        while not lock.exists():
+            assert learner.poll() is None
+            time.sleep(0.02)
+        learner.send_signal(signal.SIGINT)
+        said = learner.communicate(timeout=30)[1]
+    assert (learner.returncode, said) == (130, "learner: interrupted before anything was started\n")
