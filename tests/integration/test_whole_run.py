@@ -149,12 +149,11 @@ def test_killing_trainer_gateway_and_actor_in_mid_run_loses_nothing(tmp_path, fr
 def test_a_policy_server_killed_seven_times_once_it_serves_does_not_end_the_run(tmp_path, free_ports):
     with Run(tmp_path, free_ports) as run:
         starting, log = run.folder / "logs" / "policy.starting", run.folder / "logs" / "policy.log"
-        run.wait_for(lambda status: status["counts"]["demo"] >= 1)
+        run.wait_for(lambda _: log.exists())
         for kills in range(1, 8):
             run.wait_for(lambda _, n=kills: log.read_text().count(" start\n") == n and not starting.exists(), 180)
             run.kill("serl_launcher.serving")
         run.end(400)
     text = run.log.read_text()
     assert text.count("policy started again") == 7, text[-4000:]
-    assert "policy ended (signal SIGKILL), for the 7th time in quick succession; starting it again in 10 s" in text
     assert "nothing lost" in check(run.folder)

@@ -1,5 +1,6 @@
 """The run folder before a start: new, resumed, finished, foreign; and each mistake's one message."""
 
+import copy
 import fcntl
 import json
 import os
@@ -8,13 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import DictConfig, OmegaConf
 from replay_samples import batches, entries, info, write_journal
 
-from flowserl_cli.compose import load_config
+from flowserl_cli.compose import group_options, load_config
 from serl_launcher.supervisor import run_folder
 from serl_launcher.supervisor.main import main, unreachable_from_elsewhere
 from serl_launcher.supervisor.roles import accelerate_command, roles_for
@@ -23,14 +26,26 @@ from serl_launcher.supervisor.run_folder import RunError, prepare
 ROOT = Path(__file__).parents[3]
 
 
+@cache
+def composed(groups: tuple[str, ...]) -> DictConfig:
+    """Hydra's work, once for each choice of groups."""
+    return load_config(["learner=true", *groups])
+
+
 @pytest.fixture
 def compose(tmp_path, free_ports):
     """A learner's config in a folder of its own."""
     port, broadcast = free_ports
 
-    def build(*overrides: str):
-        words = [f"runs_dir={tmp_path}/runs", f"port={port}", f"broadcast_port={broadcast}", "learner=true"]
-        return load_config([*words, *overrides])
+    def build(*overrides: str) -> DictConfig:
+        groups = tuple(word for word in overrides if word.partition("=")[0] in group_options())
+        config = copy.deepcopy(composed(groups))
+        words = [f"runs_dir={tmp_path}/runs", f"port={port}", f"broadcast_port={broadcast}", *overrides]
+        for word in words:
+            key, _, value = word.lstrip("+").partition("=")
+            if word not in groups:
+                OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
+        return config
 
     return build
 
