@@ -1,5 +1,7 @@
 """A task and a PI0 small enough for unit tests: the real classes, 16 wide, two 32 px cameras."""
 
+import copy
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +37,8 @@ def tiny_policy(seed: int = 0) -> PI0FlowPolicy:
     return build_pi0("tiny", SPEC, "random", seed, HORIZON, SIZE)
 
 
-def tiny_config(**changes: object) -> DictConfig:
-    """config/base.yaml with the tiny task and policy; `changes` are dotted keys with __ for the dots."""
+@cache
+def _tiny_defaults() -> DictConfig:
     cfg = OmegaConf.load(ROOT / "config" / "base.yaml")
     del cfg["defaults"]
     cfg.task = {"name": "tiny", "spec": SPEC.to_dict()}
@@ -44,6 +46,12 @@ def tiny_config(**changes: object) -> DictConfig:
     cfg.policy.action_horizon = HORIZON
     cfg.policy.size.update({"width": 16, "vision_width": 16, "image_size": 32})
     cfg.algo = OmegaConf.load(ROOT / "config" / "algo" / "reject_sampling_pi0.yaml")
+    return cfg
+
+
+def tiny_config(**changes: object) -> DictConfig:
+    """config/base.yaml with the tiny task and policy; `changes` are dotted keys with __ for the dots."""
+    cfg = copy.deepcopy(_tiny_defaults())
     for key, value in changes.items():
         OmegaConf.update(cfg, key.replace("__", "."), value)
     return cfg

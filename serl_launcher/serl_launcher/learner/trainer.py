@@ -161,7 +161,8 @@ class Trainer:
         self._stopping = True
 
     def end(self) -> None:
-        """What a stopped trainer leaves behind. RuntimeError when frozen parameters have changed."""
+        """What a trainer leaves behind. RuntimeError when frozen parameters have changed."""
+        say_ready()
         if self._stopping:
             self.checkpoints.save()
             log.info("stopped at step %d, checkpoint written", self.learner.step_count)
