@@ -110,6 +110,8 @@ def test_a_small_run_goes_through_every_stage_and_ends_by_itself(tmp_path, free_
     assert {stage["name"]: stage["steps"] for stage in summary["stages"]}["online"] >= STEPS["online"] - 20
     assert summary["policy_versions"] >= (STEPS["sft"] + STEPS["online"]) // 10
     assert (run.folder / "learning_curve.png").stat().st_size > 10_000
+    assert len(list((run.folder / "logs").glob("*.log"))) == 4
+    assert not list((run.folder / "logs").glob("*.starting"))  # every role said that it was ready
     assert "nothing lost" in check(run.folder)
 
 
@@ -140,3 +142,18 @@ def test_killing_trainer_gateway_and_actor_in_mid_run_loses_nothing(tmp_path, fr
     text = run.log.read_text()
     for role in ("trainer", "gateway", "exporter", "policy"):
         assert f"{role} started again" in text, text[-4000:]
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_a_policy_server_killed_seven_times_once_it_serves_does_not_end_the_run(tmp_path, free_ports):
+    with Run(tmp_path, free_ports) as run:
+        starting, log = run.folder / "logs" / "policy.starting", run.folder / "logs" / "policy.log"
+        run.wait_for(lambda _: log.exists())
+        for kills in range(1, 8):
+            run.wait_for(lambda _, n=kills: log.read_text().count(" start\n") == n and not starting.exists(), 180)
+            run.kill("serl_launcher.serving")
+        run.end(400)
+    text = run.log.read_text()
+    assert text.count("policy started again") == 7, text[-4000:]
+    assert "nothing lost" in check(run.folder)

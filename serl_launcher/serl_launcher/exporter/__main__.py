@@ -23,6 +23,7 @@ from serl_launcher.exporter.video import wants_video
 from serl_launcher.replay.entries import SpecChangedError
 from serl_launcher.replay.journal import JournalCorrupt
 from serl_launcher.run.config import read_config
+from serl_launcher.run.ready import say_ready
 from serl_transport.contract.specs import TaskSpec
 
 log = logging.getLogger("exporter")
@@ -74,6 +75,8 @@ def _export(run_dir: Path, once: bool) -> None:
     while True:
         try:
             with contextlib.closing(Exporter(run_dir, spec, options, video)) as exporter:
+                exporter.poll()
+                say_ready()
                 return exporter.run(stopping)
         except OSError as error:  # the dataset is recovered when it opens again, and the journal still has everything
             if stopping(0.0):

@@ -18,6 +18,7 @@ from serl_launcher.replay.journal import JournalCorrupt
 from serl_launcher.replay.journal_writer import RunFolderBusyError
 from serl_launcher.replay.ring import RingError
 from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.ready import say_ready
 from serl_transport.contract.errors import CannotListen, StorageFull
 
 MISTAKES = (
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> int:
         return 2
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda signum, frame: gateway.stop())
+    gateway.server.call_soon(say_ready)
     gateway.run()
     return 1 if gateway.server.failure else 0
 

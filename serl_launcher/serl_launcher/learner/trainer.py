@@ -26,6 +26,7 @@ from serl_launcher.learner.resume import TrainerCheckpoints
 from serl_launcher.learner.stage import StageProgress, TrainingStage
 from serl_launcher.learner.step_log import StepLog
 from serl_launcher.run.internal import InternalClient
+from serl_launcher.run.ready import say_ready
 
 log = logging.getLogger("trainer")
 REPORT_S = 1.0  # at most between two reports to the gateway, plus a step
@@ -80,6 +81,7 @@ class Trainer:
                 self.train(stage, status["counts"]["experience"])
             else:
                 time.sleep(REST_S)
+            say_ready()  # after its first steps, where steps are due: a trainer that dies of them was never up
         self.end()
 
     def train(self, stage: TrainingStage, experience: int) -> None:
@@ -150,7 +152,8 @@ class Trainer:
         self._stopping = True
 
     def end(self) -> None:
-        """What a stopped trainer leaves behind. RuntimeError when frozen parameters have changed."""
+        """What a trainer leaves behind. RuntimeError when frozen parameters have changed."""
+        say_ready()
         if self._stopping:
             self.checkpoints.save()
             log.info("stopped at step %d, checkpoint written", self.learner.step_count)

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.rewards.model import RewardClassifier, load
 from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.ready import say_ready
 from serl_transport.config import TrainerConfig
 from serl_transport.contract.errors import CannotListen, SchemaMismatch
 from serl_transport.contract.schema import Observation
@@ -84,5 +85,6 @@ def main(run_dir: str) -> int:
         return 2
     signal.signal(signal.SIGTERM, lambda *_: reward.server.loop.stop())
     log.info("serving %s on port %d", cfg.reward.model, reward.server.config.port_number)
+    reward.server.call_soon(say_ready)
     reward.server.start()
     return 0

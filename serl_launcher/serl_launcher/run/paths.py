@@ -106,6 +106,10 @@ class RunPaths:
         """Log of one role."""
         return self.logs / f"{role}.log"
 
+    def starting(self, role: str) -> Path:
+        """There from a role's start until it is ready."""
+        return self.logs / f"{role}.starting"
+
 
 def internal_endpoint(run_dir: str | Path) -> str:
     """ipc://… of the gateway's internal socket: short (107 bytes at most), in a folder only this user may enter."""

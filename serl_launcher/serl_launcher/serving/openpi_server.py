@@ -33,6 +33,7 @@ from websockets.frames import CloseCode
 from openpi_client import msgpack_numpy
 from serl_launcher.run.files import read_json
 from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.ready import say_ready
 from serl_launcher.serving.gateway_client import GatewayClient
 from serl_launcher.serving.openpi_keys import infer_body
 from serl_transport.contract.errors import WireError
@@ -237,6 +238,7 @@ async def run(server: OpenpiServer) -> None:
     try:
         for socket in listening.sockets:
             log.info("openpi clients: %s port %d", *socket.getsockname()[:2])
+        say_ready()
         await stop.wait()
     finally:
         listening.close()

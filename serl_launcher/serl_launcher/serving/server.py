@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from serl_config.mistakes import is_config_mistake, mistake_message
 from serl_launcher.run.internal import InferRequest, PolicyLink
 from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.ready import say_ready
 from serl_launcher.serving.batching import BatchQueue, Waiting
 from serl_launcher.serving.engine import PolicyEngine, query_from_body
 from serl_launcher.serving.figures import ServingFigures
@@ -56,6 +57,7 @@ class PolicyServer:
 
     def run(self) -> None:
         """Serve until `stop`."""
+        say_ready()
         try:
             while not self._stopping:
                 self._take_over()

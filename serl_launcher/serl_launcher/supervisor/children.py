@@ -1,6 +1,7 @@
 """One child process and when to start it again: the shared ground of the supervisor (roles) and the launcher (sides).
 
     Child.start ─▶ own session, stdin null, dies with us ─▶ poll ─▶ Death ─▶ RestartBudget.died ─▶ wait_s | None
+         └ starting file ─▶ removed by the child once it is up (run.ready)
 
 A child is a whole process group: `stop` ends every member of it, its children's children included. Start children from
 the main thread: the kernel's parent-death signal follows the thread that forked.
@@ -16,7 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from serl_launcher.run.ready import STARTING_FILE
+
 PR_SET_PDEATHSIG = 1
+READY_AFTER_S = 60.0  # for a child that cannot say so itself
 LEFTOVER_GRACE_S = 15.0  # for what a dead leader left in its group
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -39,6 +43,7 @@ class ChildSpec:
     grace_s: float = 10.0  # between SIGTERM and SIGKILL
     orphan_signal: signal.Signals = signal.SIGKILL  # what it gets when we die
     exit_file: Path | None = None  # a wrapper writes the true exit code here when it cannot pass it on
+    starting_file: Path | None = None  # exists from the start until the child says that it is ready (run.ready)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,7 @@ class Death:
     name: str
     code: int  # exit code; negative: the signal
     lived_s: float
+    ready: bool  # had it come up?
 
     @property
     def cause(self) -> str:
@@ -59,18 +65,27 @@ class Death:
 
 
 class RestartBudget:
-    """Backoff, and when to give up: five deaths in a row of which none lived for a minute."""
+    """When to start again, and when to give up.
 
-    def __init__(self, deaths: int = 5, window_s: float = 60.0, first_wait_s: float = 0.5) -> None:
-        self._deaths, self._window_s, self._first_wait_s = deaths, window_s, first_wait_s
-        self._row = 0
+    Given up is what died `deaths` times in a row before it was ready. What was ready comes back however often it dies:
+    the wait doubles with each death within `window_s` of its start, up to `longest_wait_s`.
+    """
 
-    def died(self, lived_s: float) -> float | None:
+    def __init__(
+        self, deaths: int = 5, window_s: float = 60.0, first_wait_s: float = 0.5, longest_wait_s: float = 10.0
+    ) -> None:
+        self._deaths, self._window_s = deaths, window_s
+        self._first_wait_s, self._longest_wait_s = first_wait_s, longest_wait_s
+        self._never_ready = 0  # deaths in a row before it was ready
+        self.in_a_row = 0  # deaths in a row within the window
+
+    def died(self, death: Death) -> float | None:
         """Seconds to wait before the next start; None: give up."""
-        self._row = 1 if lived_s >= self._window_s else self._row + 1
-        if self._row >= self._deaths:
+        self.in_a_row = 1 if death.lived_s >= self._window_s else self.in_a_row + 1
+        self._never_ready = 0 if death.ready else self._never_ready + 1
+        if self._never_ready >= self._deaths:
             return None
-        return self._first_wait_s * 2 ** (self._row - 1)
+        return min(self._longest_wait_s, self._first_wait_s * 2 ** (self.in_a_row - 1))
 
 
 class Child:
@@ -92,6 +107,9 @@ class Child:
         spec, parent = self.spec, os.getpid()
         if spec.exit_file:
             spec.exit_file.unlink(missing_ok=True)
+        if spec.starting_file:
+            spec.starting_file.parent.mkdir(parents=True, exist_ok=True)
+            spec.starting_file.touch()
         with contextlib.ExitStack() as stack:
             if spec.log:
                 spec.log.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +122,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=out if spec.log else stdout,
                 stderr=subprocess.STDOUT if spec.log or stdout else None,
-                env={**os.environ, **spec.env},
+                env={**os.environ, **spec.env, STARTING_FILE: str(spec.starting_file or "")},
                 start_new_session=True,
                 preexec_fn=lambda: die_with_parent(parent, spec.orphan_signal),
             )
@@ -118,7 +136,14 @@ class Child:
         pid, self._process = self._process.pid, None
         # What the leader left behind must not meet its successor.
         end_group(pid, min(self.spec.grace_s, LEFTOVER_GRACE_S))
-        return Death(self.spec.name, self._true_code(code), time.monotonic() - self._started)
+        return Death(self.spec.name, self._true_code(code), time.monotonic() - self._started, self.ready)
+
+    @property
+    def ready(self) -> bool:
+        """Has it come up since its start? One that has no way to say so counts as ready after a minute."""
+        if self.spec.starting_file is None:
+            return time.monotonic() - self._started >= READY_AFTER_S
+        return not self.spec.starting_file.exists()
 
     def terminate(self) -> None:
         """SIGTERM to the whole group."""

@@ -3,6 +3,7 @@
 One process per role (gateway, policy server, exporter, trainer), one supervisor; this process stays free of torch.
 """
 
+import signal
 import sys
 
 from omegaconf import DictConfig
@@ -11,6 +12,8 @@ from serl_launcher.supervisor.roles import roles_for
 from serl_launcher.supervisor.run_folder import RunError, prepare
 from serl_launcher.supervisor.supervisor import DONE, USER_MISTAKE, Supervisor
 from serl_transport.security.auth import is_loopback
+
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(cfg: DictConfig) -> int:
@@ -23,6 +26,9 @@ def main(cfg: DictConfig) -> int:
     except RunError as error:
         print(f"learner: {error}", file=sys.stderr)
         return USER_MISTAKE
+    except KeyboardInterrupt:  # while it waits for a port; later the supervisor handles signals
+        print("learner: interrupted before anything was started", file=sys.stderr)
+        return INTERRUPTED
     with folder.lock:
         if folder.state == "complete":
             print(

@@ -42,7 +42,14 @@ def roles_for(cfg: DictConfig, paths: RunPaths, stages: Sequence[Stage]) -> list
 
 def _role(paths: RunPaths, name: str, module: str, grace_s: float = 10.0) -> ChildSpec:
     argv = (sys.executable, "-m", module, str(paths.root))
-    return ChildSpec(name, argv, log=paths.log(name), env={"PYTHONUNBUFFERED": "1"}, grace_s=grace_s)
+    return ChildSpec(
+        name,
+        argv,
+        log=paths.log(name),
+        env={"PYTHONUNBUFFERED": "1"},
+        grace_s=grace_s,
+        starting_file=paths.starting(name),
+    )
 
 
 def _trainer(cfg: DictConfig, paths: RunPaths) -> ChildSpec:
@@ -55,6 +62,7 @@ def _trainer(cfg: DictConfig, paths: RunPaths) -> ChildSpec:
         env={"PYTHONUNBUFFERED": "1", EXIT_FILE: str(exit_file)},
         grace_s=60.0,
         exit_file=exit_file,
+        starting_file=paths.starting("trainer"),
     )
 
 

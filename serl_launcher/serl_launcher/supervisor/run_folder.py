@@ -69,6 +69,7 @@ def prepare(cfg: DictConfig) -> RunFolder:
     except ValueError as error:
         raise RunError(f"config/task/{cfg.task.get('name')}.yaml: {error}") from None
     check_network(cfg)
+    check_launch(cfg)
     if cfg.checkpoint_path and not Path(cfg.checkpoint_path).exists():
         raise RunError(
             f"checkpoint_path={cfg.checkpoint_path}: no such file or folder ({Path.cwd()} is the work folder)"
@@ -156,6 +157,13 @@ def check_network(cfg: DictConfig) -> None:
             "(tools/keygen.py) and give security.keys_dir, or add insecure=true if that network is yours alone, "
             "or keep 127.0.0.1 and use an ssh tunnel"
         )
+
+
+def check_launch(cfg: DictConfig) -> None:
+    """One trainer process: several would each publish and save. RunError tells what to set."""
+    for key in ("launch.num_processes", "launch.num_machines"):
+        if (count := OmegaConf.select(cfg, key, default=1)) != 1:
+            raise RunError(f"{key}={count}: expected 1, several trainer processes are not supported yet; set {key}=1")
 
 
 def _check_reward(cfg: DictConfig) -> None:

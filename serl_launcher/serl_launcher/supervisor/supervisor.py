@@ -1,6 +1,8 @@
 """Keeps the learner's roles alive, shows how the run goes and ends it. Run by the learner's main; torch-free.
 
-    start all ─▶ every 0.2 s: dead role? ─▶ restart with backoff │ exit 2: stop all, show why │ 5 in a row: give up
+    start all ─▶ every 0.2 s: dead role? ─▶ exit 2: stop all, show why
+                                        ├─▶ was ready: start it again, with backoff, however often
+                                        └─▶ was never ready: the same, five times in a row: give up
                  every second: status.json ─▶ dashboard; done? ─▶ stop in order ─▶ summary.json, learning_curve.png
     SIGINT, SIGTERM ─▶ stop in order: trainer, policy, gateway, exporter (writes out what is journalled)
 
@@ -12,7 +14,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from serl_launcher.run.paths import RunPaths
@@ -35,6 +37,7 @@ class Supervisor:
         roles: in start order; their names give the stop order.
         dashboard_period_s: seconds between two dashboards where `out` is not a terminal (1 s on one).
         ends: whether a status with `done` ends the run; False for a schedule without stages: it serves until stopped.
+        budget: one a role; when to start it again.
     """
 
     def __init__(
@@ -45,11 +48,12 @@ class Supervisor:
         dashboard_period_s: float = 5.0,
         ends: bool = True,
         out: TextIO | None = None,
+        budget: Callable[[], RestartBudget] = RestartBudget,
     ) -> None:
         out = out or sys.stdout
         self._paths = paths
         self._children = [Child(spec) for spec in roles]
-        self._budgets = {spec.name: RestartBudget() for spec in roles}
+        self._budgets = {spec.name: budget() for spec in roles}
         self._restart_at: dict[str, float] = {}
         self._ends = ends
         self._screen = Screen(out)
@@ -76,7 +80,7 @@ class Supervisor:
         next_status = next_dashboard = 0.0
         while self._signal is None:
             for child in self._children:
-                code = self._tend(child)
+                code = self._look_after(child)
                 if code is not None:
                     return code
             now = time.monotonic()
@@ -93,35 +97,40 @@ class Supervisor:
         self._screen.event(f"{signal.Signals(self._signal).name}: stopping the roles (once more: at once)")
         return 128 + self._signal
 
-    def _tend(self, child: Child) -> int | None:
+    def _look_after(self, child: Child) -> int | None:
         """Notice a death, start again when due; an exit code when the run cannot go on."""
         name = child.spec.name
         if death := child.poll():
-            return self._mourn(child, death)
+            return self._after_death(child, death)
         if name in self._restart_at and time.monotonic() >= self._restart_at[name]:
             del self._restart_at[name]
             child.start()
             self._screen.event(f"{name} started again (pid {child.pid})")
         return None
 
-    def _mourn(self, child: Child, death: Death) -> int | None:
+    def _after_death(self, child: Child, death: Death) -> int | None:
+        """Plan the next start; an exit code when there is none."""
         lines = "".join(f"\n    {line}" for line in child.tail())
         if death.code == USER_MISTAKE:
             self._screen.event(f"{death.name} cannot run:{lines}")
             return USER_MISTAKE
-        wait_s = self._budgets[death.name].died(death.lived_s)
+        budget = self._budgets[death.name]
+        wait_s = budget.died(death)
         if wait_s is None:
             log = child.spec.log
             self._screen.event(
-                f"{death.name} keeps dying ({death.cause}); giving up. Its last lines, from {log}:{lines}"
+                f"{death.name} keeps dying before it is ready ({death.cause}); giving up. "
+                f"Its last lines, from {log}:{lines}"
             )
             return GAVE_UP
         if death.code == 0:  # most likely it has seen the end of the schedule a moment before us
             self._restart_at[death.name] = time.monotonic() + max(wait_s, FINISHED_WAIT_S)
             return None
         self._restart_at[death.name] = time.monotonic() + wait_s
+        when = "" if death.ready else " before it was ready"
+        often = f", for the {budget.in_a_row}th time in quick succession" if budget.in_a_row > 3 else ""
         tail = "" if death.code == -signal.SIGKILL else f"; its last lines:{lines}"
-        self._screen.event(f"{death.name} ended ({death.cause}); starting it again in {wait_s:g} s{tail}")
+        self._screen.event(f"{death.name} ended{when} ({death.cause}){often}; starting it again in {wait_s:g} s{tail}")
         return None
 
     def _stop_all(self) -> None:

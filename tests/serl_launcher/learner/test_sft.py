@@ -43,8 +43,19 @@ def chunks_of(folder, max_samples=None):
 PLAIN = [("observation.state", slice(None))], [("action", slice(None))]
 
 
-def test_chunks_are_the_recorded_actions_and_end_with_the_episode(folder):
-    chunks = chunks_of(folder)
+@pytest.fixture(scope="module")
+def chunks(folder):
+    """The whole dataset, opened once."""
+    return chunks_of(folder)
+
+
+@pytest.fixture(scope="module")
+def few(folder):
+    """Its first five samples."""
+    return chunks_of(folder, max_samples=5)
+
+
+def test_chunks_are_the_recorded_actions_and_end_with_the_episode(chunks):
     assert len(chunks) == EPISODES * TICKS
     middle, last = chunks[TICKS + 3], chunks[TICKS - 2]
     phase = (np.arange(4) + 3) / TICKS
@@ -59,20 +70,18 @@ def test_chunks_are_the_recorded_actions_and_end_with_the_episode(folder):
     assert middle["image.front"][-1, -1].tolist() == [100, 100, 100]
 
 
-def test_batches_are_shuffled_by_seed_and_a_dataset_too_small_is_told(folder):
-    chunks = chunks_of(folder)
+def test_batches_are_shuffled_by_seed_and_a_dataset_too_small_is_told(chunks, few):
     first, again, other = (next(batches(chunks, 8, seed)) for seed in (1, 1, 2))
     assert np.array_equal(first.state, again.state)
     assert not np.array_equal(first.state, other.state)
     with pytest.raises(ValueError, match="5 samples do not fill a batch of 8"):
-        next(batches(chunks_of(folder, max_samples=5), 8, 0))
+        next(batches(few, 8, 0))
 
 
-def test_max_samples_takes_the_first_ones(folder):
-    few, all_of_them = chunks_of(folder, max_samples=7), chunks_of(folder)
-    assert (len(few), len(chunks_of(folder, max_samples=10**6))) == (7, EPISODES * TICKS)
-    seen = {tuple(state) for _, batch in zip(range(4), batches(few, 7, 0), strict=False) for state in batch.state}
-    assert seen == {tuple(all_of_them[k]["state"]) for k in range(7)}
+def test_max_samples_takes_the_first_ones(folder, chunks, few):
+    assert (len(few), len(chunks_of(folder, max_samples=10**6))) == (5, EPISODES * TICKS)
+    seen = {tuple(state) for _, batch in zip(range(4), batches(few, 5, 0), strict=False) for state in batch.state}
+    assert seen == {tuple(chunks[k]["state"]) for k in range(5)}
 
 
 def test_modality_json_selects_half_open_ranges(tmp_path):
@@ -111,11 +120,10 @@ def test_a_torchcodec_that_does_not_load_is_not_told_of(folder, monkeypatch, cap
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", BUILDS)
-def test_the_loss_falls_to_a_fifth_and_frozen_parts_stay_bit_equal(kind, folder):
+def test_the_loss_falls_to_a_fifth_and_frozen_parts_stay_bit_equal(kind, chunks):
     if kind == "groot" and importlib.util.find_spec("diffusers") is None:
         pytest.skip("GR00T's action head needs lerobot[groot]")
     torch.manual_seed(0)
-    chunks = chunks_of(folder)
     policy = BUILDS[kind](kind, chunks.spec, "random", 0, AH)
     before = frozen_hash(policy)
     learner = Learner(

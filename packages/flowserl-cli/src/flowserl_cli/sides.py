@@ -62,7 +62,7 @@ class Side:
             self._drain()
             if death.code in FINAL_CODES:
                 self.final = death.code
-            elif (wait_s := self._budget.died(death.lived_s)) is None:
+            elif (wait_s := self._budget.died(death)) is None:
                 say(self.name, f"the {self.name} keeps dying ({death.cause}); giving up")
                 self.final = GAVE_UP
             else:

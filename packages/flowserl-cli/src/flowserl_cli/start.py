@@ -88,6 +88,7 @@ def launch(config: "DictConfig", overrides: Sequence[str], run_dir: Path, regist
     """Run both sides to the end."""
     from serl_launcher.supervisor.run_folder import (
         RunError,
+        check_launch,
         check_network,
         is_complete,
         rotate,
@@ -101,11 +102,15 @@ def launch(config: "DictConfig", overrides: Sequence[str], run_dir: Path, regist
     paths = run_paths(config)
     try:
         check_network(config)
+        check_launch(config)
         wait_for_ports(config)  # or our actor would find the learner that holds them
         if is_complete(paths, config):  # before the actor opens its spool in there
             print(f"the finished run {run_dir.name} was moved to {rotate(paths)}")
     except RunError as error:
         return mistake(str(error))
+    except KeyboardInterrupt:
+        print("start.sh: interrupted before anything was started", file=sys.stderr)
+        return 128 + signal.SIGINT
     panes = not no_tmux and sys.stdin.isatty() and sys.stdout.isatty() and available()
     if not panes and not no_tmux:
         print("no terminal or no tmux: both sides follow in this window", flush=True)

@@ -7,18 +7,23 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
 from serl_launcher.run.paths import RunPaths
-from serl_launcher.supervisor.children import ChildSpec, process_stat
+from serl_launcher.supervisor.children import ChildSpec, RestartBudget, process_stat
 from serl_launcher.supervisor.supervisor import Supervisor
 
 PATIENCE_S = 30.0
 
 
 def role(paths: RunPaths, name: str, code: str) -> ChildSpec:
-    return ChildSpec(name, (sys.executable, "-S", "-c", code), log=paths.log(name), grace_s=5.0)
+    argv = (sys.executable, "-S", "-c", code)
+    return ChildSpec(name, argv, log=paths.log(name), grace_s=5.0, starting_file=paths.starting(name))
+
+
+quick = partial(RestartBudget, first_wait_s=0.01, longest_wait_s=0.02)
 
 
 @pytest.fixture
@@ -26,6 +31,12 @@ def paths(tmp_path):
     paths = RunPaths(tmp_path / "runs" / "demo")
     paths.logs.mkdir(parents=True)
     return paths
+
+
+@pytest.fixture(autouse=True)
+def quick_look(monkeypatch):
+    """The roles here live for moments."""
+    monkeypatch.setattr("serl_launcher.supervisor.supervisor.TICK_S", 0.01)
 
 
 def run(paths, *roles, **options) -> tuple[int, str]:
@@ -44,7 +55,7 @@ def test_a_role_that_dies_is_started_again(paths):
     )
     code, text = run(paths, role(paths, "gateway", again), role(paths, "policy", "import time; time.sleep(600)"))
     assert code == 2
-    assert "gateway ended (signal SIGKILL); starting it again in 0.5 s" in text
+    assert "gateway ended before it was ready (signal SIGKILL); starting it again in 0.5 s" in text
     assert "gateway started again" in text
     assert "gateway cannot run:\n    port 5588: in use" in text
 
@@ -58,25 +69,42 @@ def test_exit_2_stops_everything(paths):
     assert not process_stat(int(pid_file.read_text()))
 
 
-def test_a_role_that_keeps_dying_is_given_up_with_its_last_lines(paths, monkeypatch):
-    monkeypatch.setattr("serl_launcher.supervisor.supervisor.RestartBudget", QuickBudget)
-    code, text = run(paths, role(paths, "policy", "print('no such model'); raise SystemExit(1)"))
+def test_a_role_that_dies_before_it_is_ready_is_given_up_with_its_last_lines(paths):
+    code, text = run(paths, role(paths, "policy", "print('no such model'); raise SystemExit(1)"), budget=quick)
     assert code == 3
     assert text.count("policy started again") == 4
-    assert "policy keeps dying (exit code 1); giving up" in text
+    assert text.count("policy ended before it was ready (exit code 1)") == 4
+    assert "policy keeps dying before it is ready (exit code 1); giving up" in text
     assert text.rstrip().endswith("no such model")
 
 
-class QuickBudget:
-    """The real budget's verdicts without its waits."""
+def test_a_role_that_was_ready_comes_back_however_often_it_is_killed(paths):
+    # It comes up, is killed seven times, and reports a mistake in its eighth life, which ends the run.
+    lives = paths.root / "lives"
+    code = (
+        "import os, signal\n"
+        "os.unlink(os.environ['FLOWSERL_STARTING_FILE'])\n"
+        f"open({str(lives)!r}, 'a').write('x')\n"
+        f"if os.path.getsize({str(lives)!r}) < 8: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "raise SystemExit(2)"
+    )
+    code, text = run(paths, role(paths, "policy", code), budget=quick)
+    assert code == 2
+    assert lives.read_text() == "x" * 8
+    assert text.count("policy started again") == 7
+    assert "policy ended (signal SIGKILL), for the 7th time in quick succession; starting it again in 0.02 s" in text
 
-    def __init__(self):
-        from serl_launcher.supervisor.children import RestartBudget
 
-        self._budget = RestartBudget(first_wait_s=0.01)
-
-    def died(self, lived_s):
-        return self._budget.died(lived_s)
+def test_one_life_in_which_it_was_ready_renews_the_patience(paths):
+    lives = paths.root / "lives"
+    code = (
+        "import os\n"
+        f"open({str(lives)!r}, 'a').write('x')\n"
+        f"if os.path.getsize({str(lives)!r}) == 4: os.unlink(os.environ['FLOWSERL_STARTING_FILE'])\n"
+        "raise SystemExit(1)"
+    )
+    assert run(paths, role(paths, "policy", code), budget=quick)[0] == 3
+    assert len(lives.read_text()) == 4 + 5
 
 
 DRIVER = """
@@ -172,5 +200,7 @@ def test_done_ends_the_run_with_a_summary(paths, free_ports):
 
 def test_a_schedule_without_stages_serves_until_it_is_stopped(paths):
     paths.status.write_text('{"done": true}')
-    code = "import time; time.sleep(1.5); raise SystemExit(2)"
-    assert run(paths, role(paths, "gateway", code), ends=False)[0] == 2
+    # The status is read at once, before the role can end.
+    code, text = run(paths, role(paths, "gateway", "import time; time.sleep(0.2); raise SystemExit(2)"), ends=False)
+    assert code == 2
+    assert "every stage is done" not in text

@@ -1,20 +1,35 @@
 """The run folder before a start: new, resumed, finished, foreign; and each mistake's one message."""
 
+import copy
 import fcntl
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
+import time
+from functools import cache
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import DictConfig, OmegaConf
 from replay_samples import batches, entries, info, write_journal
 
-from flowserl_cli.compose import load_config
+from flowserl_cli.compose import group_options, load_config
 from serl_launcher.supervisor import run_folder
 from serl_launcher.supervisor.main import main, unreachable_from_elsewhere
 from serl_launcher.supervisor.roles import accelerate_command, roles_for
 from serl_launcher.supervisor.run_folder import RunError, prepare
+
+ROOT = Path(__file__).parents[3]
+
+
+@cache
+def composed(groups: tuple[str, ...]) -> DictConfig:
+    """Hydra's work, once for each choice of groups."""
+    return load_config(["learner=true", *groups])
 
 
 @pytest.fixture
@@ -22,9 +37,15 @@ def compose(tmp_path, free_ports):
     """A learner's config in a folder of its own."""
     port, broadcast = free_ports
 
-    def build(*overrides: str):
-        words = [f"runs_dir={tmp_path}/runs", f"port={port}", f"broadcast_port={broadcast}", "learner=true"]
-        return load_config([*words, *overrides])
+    def build(*overrides: str) -> DictConfig:
+        groups = tuple(word for word in overrides if word.partition("=")[0] in group_options())
+        config = copy.deepcopy(composed(groups))
+        words = [f"runs_dir={tmp_path}/runs", f"port={port}", f"broadcast_port={broadcast}", *overrides]
+        for word in words:
+            key, _, value = word.lstrip("+").partition("=")
+            if word not in groups:
+                OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
+        return config
 
     return build
 
@@ -245,10 +266,38 @@ def test_serving_published_parameters_needs_no_trainer(compose):
 
 
 def test_launch_keys_reach_accelerate(compose):
-    command = accelerate_command(compose("launch.num_processes=2", "+launch.multi_gpu=true", "trainer.device=cpu"))
+    command = accelerate_command(
+        compose("+launch.downcast_bf16=true", "launch.mixed_precision=bf16", "trainer.device=cpu")
+    )
     text = " ".join(command)
-    assert "--num_processes 2" in text
-    assert "--mixed_precision no" in text
+    assert "--num_processes 1" in text
+    assert "--mixed_precision bf16" in text
     assert "--dynamo_backend no" in text
-    assert {"--multi_gpu", "--cpu", "--quiet"} <= set(command)
+    assert {"--downcast_bf16", "--cpu", "--quiet"} <= set(command)
     assert Path(command[0]).name.startswith("python")
+
+
+@pytest.mark.parametrize("word", ["launch.num_processes=2", "+launch.num_machines=2"])
+def test_several_trainer_processes_are_refused_before_anything_starts(compose, capsys, word):
+    config = compose(word)
+    assert main(config) == 2
+    said = capsys.readouterr().err
+    key = word.lstrip("+").partition("=")[0]
+    assert said == f"learner: {key}=2: expected 1, several trainer processes are not supported yet; set {key}=1\n"
+    assert not Path(config.runs_dir, config.run).exists()
+
+
+def test_ctrl_c_while_it_waits_for_its_port_is_one_line_and_exit_130(tmp_path, free_ports):
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+        words = ["learner=true", f"runs_dir={tmp_path}", f"port={port}", f"broadcast_port={free_ports[1]}"]
+        learner = subprocess.Popen(
+            [sys.executable, "examples/train_rlpd.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        lock = tmp_path / "quickstart" / ".lock"  # taken just before it waits
+        while not lock.exists():
+            assert learner.poll() is None
+            time.sleep(0.02)
+        learner.send_signal(signal.SIGINT)
+        said = learner.communicate(timeout=30)[1]
+    assert (learner.returncode, said) == (130, "learner: interrupted before anything was started\n")

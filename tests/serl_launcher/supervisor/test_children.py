@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from serl_launcher.supervisor.children import Child, ChildSpec, RestartBudget, group_members, process_stat
+from serl_launcher.supervisor.children import Child, ChildSpec, Death, RestartBudget, group_members, process_stat
 from serl_launcher.supervisor.lifeline import EXIT_FILE
 
 PATIENCE_S = 30.0
@@ -131,14 +131,39 @@ def test_the_trainer_goes_when_its_launcher_is_killed(tmp_path):
     wait_for(lambda: gone(pid), "the trainer's end")
 
 
-def test_budget_backs_off_and_gives_up_on_the_fifth_quick_death():
-    budget = RestartBudget()
-    assert [budget.died(1.0) for _ in range(5)] == [0.5, 1.0, 2.0, 4.0, None]
+def death(lived_s=1.0, ready=False):
+    return Death("role", 1, lived_s, ready)
 
 
-def test_a_long_life_renews_the_budget():
+def test_budget_backs_off_and_gives_up_on_the_fifth_death_before_it_was_ready():
     budget = RestartBudget()
-    for _ in range(4):
-        budget.died(1.0)
-    assert budget.died(61.0) == 0.5
-    assert budget.died(1.0) == 1.0
+    assert [budget.died(death(lived_s)) for lived_s in (1, 1, 1, 90, 1)] == [0.5, 1.0, 2.0, 0.5, None]
+
+
+def test_budget_never_gives_up_what_was_ready_and_waits_ten_seconds_at_most():
+    budget = RestartBudget()
+    assert [budget.died(death(ready=True)) for _ in range(8)] == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0, 10.0]
+    assert budget.died(death(61.0, ready=True)) == 0.5
+
+
+def test_a_child_is_ready_once_it_has_removed_its_starting_file(tmp_path):
+    up = "import os, time; os.unlink(os.environ['FLOWSERL_STARTING_FILE']); time.sleep(600)"
+    child = Child(ChildSpec("role", python(up), starting_file=tmp_path / "logs" / "role.starting"))
+    child.start()
+    wait_for(lambda: child.ready, "its word")
+    child.stop()
+    never = Child(ChildSpec("role", python("pass"), starting_file=tmp_path / "logs" / "role.starting"))
+    for _ in range(2):  # each start begins anew
+        never.start()
+        assert not wait_for(never.poll, "the exit").ready
+
+
+def test_a_child_that_cannot_say_so_counts_as_ready_after_a_minute(monkeypatch):
+    child = Child(ChildSpec("side", python("import time; time.sleep(600)")))
+    child.start()
+    assert not child.ready
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61.0)
+    assert child.ready
+    monkeypatch.undo()
+    child.stop()
