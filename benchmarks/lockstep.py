@@ -22,10 +22,11 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from openpi_client.action_chunk_broker import ActionChunkBroker
-from serl_launcher.learner.trainer import Trainer
+from serl_launcher.learner.stage import TrainingStage
+from serl_launcher.learner.wiring import build_trainer
 from serl_launcher.replay.assembler import Assembler
 from serl_launcher.replay.entries import DataEntry
-from serl_launcher.replay.ring import RingReader, RingWriter
+from serl_launcher.replay.ring import RingWriter
 from serl_launcher.rewards.server import RewardServer
 from serl_launcher.rewards.server import build as build_reward_server
 from serl_launcher.run.paths import RunPaths
@@ -116,9 +117,11 @@ class Lockstep:
         self._assembler = Assembler(self.spec)
         self._ring = RingWriter(self.spec, cfg.replay.capacity_frames, self.paths.root)
         self._sequence = 0
-        self.trainer = Trainer(cfg, self.paths, link=None)  # no gateway to talk to: this class decides what comes next
-        self.trainer.publish()
-        self.trainer.view.attach(RingReader(self._ring.path))
+        self.trainer = build_trainer(
+            cfg, self.paths, gateway=None
+        )  # no gateway to talk to: this class decides what comes next
+        self.trainer.publisher.publish()
+        self.trainer.data.refresh(str(self._ring.path))
         self._policy = LocalPolicy(cfg, self.paths.params)
         self._env = build_env(cfg, self.spec)
         self._rewards = self._serve_classifier()
@@ -136,7 +139,7 @@ class Lockstep:
             self._rewards.server.stop()
         self._env.close()
         self._ring.close()
-        self.trainer.metrics.close()
+        self.trainer.step_log.close()
 
     def _serve_classifier(self) -> RewardServer | None:
         """The reward server that the actor of a run with reward=classifier asks, in a thread, on free ports."""
@@ -198,13 +201,13 @@ class Lockstep:
             for point in self.online():
                 yield "curve", point
         yield "after", self.evaluate(budget.eval_episodes, FIRST_EVAL_SEED)
-        if self.trainer.held:
-            raise RuntimeError(self.trainer.held)
+        if self.trainer.faults.held:
+            raise RuntimeError(self.trainer.faults.held)
 
     def episode(self, mode: str, seed: int, stage: str) -> EpisodeReport:
         """Run one episode with the newest published policy."""
         self._policy.stage()
-        newest = self.trainer.version if mode == "eval" else 0
+        newest = self.trainer.publisher.version if mode == "eval" else 0
         ticket = Run(f"{stage}-{seed}", mode, stage, seed, newest, takeover=mode == "online")
         runner = self._evaluation_runner if mode == "eval" else self._runner
         return runner.run(ticket, seed)
@@ -219,12 +222,12 @@ class Lockstep:
 
     def train(self, stage: str, mode: str, upto: int, goal: int) -> None:
         """Steps of a stage until it has taken `upto` of its `goal`."""
-        trainer = self.trainer
-        trainer.view.refresh()
-        if not trainer.view.ready(mode, self.cfg.algo.min_accepted):
+        trainer, row = self.trainer, TrainingStage(stage, mode, goal)
+        trainer.data.refresh(str(self._ring.path))
+        if not trainer.data.ready(mode):
             return
-        while trainer.stage_steps.get(stage, 0) < upto and trainer.held is None:
-            trainer.take_step(stage, goal, mode == "online", self._ticks["online"])
+        while trainer.stages.taken(row) < upto and trainer.faults.held is None:
+            trainer.take_step(row, self._ticks["online"])
 
     def online(self) -> Iterator[Point]:
         """The online stage; points of the curve on the way."""
@@ -239,12 +242,12 @@ class Lockstep:
             if budget.curve_every and self._ticks["online"] >= due:
                 due += budget.curve_every
                 yield self.evaluate(budget.curve_episodes, FIRST_CURVE_SEED)
-        self.trainer.publish()
+        self.trainer.publisher.publish()
 
     def evaluate(self, trials: int, first_seed: int) -> Point:
         """Success without help."""
         started = time.process_time()
-        self.trainer.publish()
+        self.trainer.publisher.publish()
         results = [self.episode("eval", first_seed + k, "evaluation").outcome.success for k in range(trials)]
         self._evaluation_s += time.process_time() - started
         recent = self._helped[-50:]

@@ -17,14 +17,14 @@ class Row:
     unit: str  # items/s (more is better) or s, ms (less is better)
     floor: float | None  # the same work by the barest means, measured in the same run; None: a floor itself
     ratio: float | None  # value / floor
-    goal: str | None  # such as ">= 0.8"; None: no goal is set
-    holds: bool | None  # ratio meets the goal
+    goal: str | None  # such as ">= 0.8", of the ratio, or without a floor of the value; None: no goal is set
+    holds: bool | None  # it meets the goal
 
     @classmethod
     def of(cls, name: str, value: float, unit: str, floor: float | None = None, goal: str | None = None) -> Row:
-        """Work out ratio and verdict; `goal` is '>= x' or '<= x' of the ratio."""
+        """Work out ratio and verdict; `goal` is '>= x' or '<= x' of the ratio, or of the value without a floor."""
         ratio = None if floor is None else value / floor
-        holds = None if goal is None or ratio is None else meets(ratio, goal)
+        holds = None if goal is None else meets(value if ratio is None else ratio, goal)
         return cls(name, rounded(value), unit, rounded(floor), rounded(ratio), goal, holds)
 
     def to_json(self) -> str:

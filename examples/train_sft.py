@@ -33,7 +33,9 @@ from serl_launcher.agents.build import build_agent
 from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.modality import Modality
 from serl_launcher.learner.sft import Chunks, Columns, check_batch, spec_of, train
-from serl_launcher.policies.trains import frozen_hash, parameter_table
+from serl_launcher.learner.step_log import numbers
+from serl_launcher.policies.base import frozen_hash
+from serl_launcher.policies.parameter_table import parameter_table
 from serl_launcher.run.parameters import base_sha256, publish
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
@@ -93,7 +95,7 @@ def run(dataset: Path, output: Path, cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.trainer.threads)
     policy = instantiate(cfg.policy, spec=spec)
-    chunks = Chunks(str(dataset), spec, policy.action_horizon, columns, cfg.sft.max_samples)
+    chunks = Chunks(dataset, spec, policy.action_horizon, columns, cfg.sft.max_samples)
     check_batch(chunks, cfg.sft.batch_size)  # before OUTPUT exists: a corrected command must find it free
     print(f"{len(chunks)} samples of {meta.total_episodes} episodes\n{parameter_table(policy)}", flush=True)
     accelerator = Accelerator(cpu=cfg.trainer.device == "cpu")
@@ -111,6 +113,7 @@ def run(dataset: Path, output: Path, cfg: DictConfig) -> None:
         for step, metrics in enumerate(
             train(learner, chunks, cfg.sft.steps, cfg.sft.batch_size, cfg.seed, schedule), 1
         ):
+            metrics = numbers(metrics)  # every step is logged here
             log.write(json.dumps({"step": step, **metrics}) + "\n")
             if step % cfg.sft.log_period == 0:
                 print(f"step {step}/{cfg.sft.steps}  loss {metrics['losses/flow']:.4f}", flush=True)

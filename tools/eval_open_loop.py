@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
+from serl_launcher.learner.sft import open_dataset
 from serl_launcher.policies.open_loop import (
     METHODS,
     OpenLoop,
@@ -40,15 +41,6 @@ from serl_launcher.serving.engine import PolicyEngine, Query
 
 COLOURS = {"policy": "tab:blue", "hold_still": "tab:gray", "repeat_last": "tab:orange"}
 SHOWN = 8  # trajectory pictures at most
-
-
-def open_dataset(folder: Path):
-    """LeRobot's reader on a local folder. Raises FileNotFoundError in the user's words."""
-    if not (folder / "meta" / "info.json").is_file():
-        raise FileNotFoundError(f"{folder}: no LeRobot dataset (meta/info.json); name one with --dataset")
-    from lerobot.datasets import LeRobotDataset
-
-    return LeRobotDataset(f"local/{folder.name}", root=folder)
 
 
 def check_features(dataset, spec) -> None:
@@ -196,8 +188,10 @@ def main(argv: list[str] | None = None) -> int:
             raise FileNotFoundError(f"{args.run}: not a run folder (no config.yaml)")
         cfg = read_config(paths.config, "task.spec", "policy", "algo", "rollout.execute_horizon")
         stride = args.stride or cfg.rollout.execute_horizon
-        output = args.output or args.run / "open_loop"
-        out = evaluate(cfg, args.run, args.dataset or paths.dataset, args.episodes, stride, output)
+        output, dataset = args.output or args.run / "open_loop", args.dataset or paths.dataset
+        if not (dataset / "meta" / "info.json").is_file():
+            raise FileNotFoundError(f"{dataset}: no LeRobot dataset (meta/info.json); name one with --dataset")
+        out = evaluate(cfg, args.run, dataset, args.episodes, stride, output)
     except (ValueError, OSError) as mistake:
         print(f"eval_open_loop: {mistake}", file=sys.stderr)
         return 2

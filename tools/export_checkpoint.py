@@ -13,13 +13,11 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from serl_launcher.agents.build import build_policy
-from serl_launcher.policies.groot.build import GrootFlowPolicy
-from serl_launcher.policies.groot.checkpoint import save_groot
-from serl_launcher.policies.saving import save_policy
 from serl_launcher.run.config import read_config
 from serl_launcher.run.parameters import base_sha256, find_parameters, load_into
 from serl_launcher.run.paths import RunPaths
@@ -39,22 +37,18 @@ def export(run: Path, folder: Path, version: str | None = None) -> Path:
     policy = build_policy(cfg, TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True)))
     metadata = load_into(policy, path, base_sha256(policy))
     policy = getattr(policy, "policy", policy)
-    written = save(policy, folder, cfg, config, int(metadata["step"]))
+    written = policy.save(folder, beside(config, int(metadata["step"])))
     print(f"{written}: policy version {metadata['version']} of {run}, trainer step {metadata['step']}")
     report = getattr(policy, "load_report", None)
     print(report if report else "The run began at random weights; the task's ranges became the statistics.")
     return written
 
 
-def save(policy, folder: Path, cfg: DictConfig, config: Path, step: int) -> Path:
-    """In LeRobot's layout; GR00T in NVIDIA's, with the run's step and config. Optimizer state never goes along."""
-    if not isinstance(policy, GrootFlowPolicy):
-        return save_policy(policy, folder)
+def beside(config: Path, step: int) -> dict[str, Any]:
+    """What GR00T's layout keeps beside the weights: the run's step and config. Optimizer state never goes along."""
     extras = {"trainer_state.json": {"global_step": step}, "experiment_cfg/config.yaml": config}
     modality = config.parent / "modality.json"
-    if modality.is_file():
-        extras["modality.json"] = modality
-    return save_groot(policy, folder, cfg.policy.get("embodiment_tag", "new_embodiment"), extras)
+    return extras | ({"modality.json": modality} if modality.is_file() else {})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,8 +13,6 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
 import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
@@ -25,10 +23,8 @@ from flowserl_cli.compose import load_config
 from serl_launcher.learner.data_check import findings
 from serl_launcher.learner.modality import Modality
 from serl_launcher.learner.sft import Columns
-from serl_launcher.policies.estimate import Estimate, estimate
-from serl_launcher.policies.groot.head import GrootFlowPolicy
-from serl_launcher.policies.pi0.build import meta_policy
-from serl_launcher.policies.trains import parameter_table
+from serl_launcher.policies.estimate import Estimate, estimate, meta_policy
+from serl_launcher.policies.parameter_table import parameter_table
 from serl_transport.contract.specs import TaskSpec
 
 PEAKS = {"H200": 800, "H100": 800, "A100": 280, "L40S": 330, "4090": 150, "3090": 65}  # dense bf16, reached, TFLOP/s
@@ -50,14 +46,12 @@ def report(cfg: DictConfig, cost: Estimate, args: argparse.Namespace) -> tuple[l
     """Lines on memory, batch and time, and whether the batch fits (True when memory is unknown)."""
     name, memory, peak = machine(args)
     batch, devices = cfg.trainer.batch_size, cfg.launch.num_processes
-    accumulation = cfg.trainer.get("accumulation", 1)
     training = (cost.training_fixed + batch * cost.activations) / GB
     served = cfg.serving.max_batch
     serving = (cost.serving_fixed + served * cost.serving_sample) / GB
     lines = [
         f"machine    {name}" + (f", {memory:.0f} GB" if memory else "") + (f", {peak:g} TFLOP/s" if peak else ""),
-        f"batch      {batch} per device × {devices} devices × {accumulation} accumulation "
-        f"= {batch * devices * accumulation} samples a step",
+        f"batch      {batch} per device × {devices} devices = {batch * devices} samples a step",
         f"training   {training:.2f} GB = {cost.training_fixed / GB:.2f} weights, gradients, Adam, average "
         f"+ {batch} × {cost.activations / GB:.4f} activations",
         f"serving    {serving:.2f} GB = {cost.serving_fixed / GB:.2f} weights and staged copy "
@@ -101,14 +95,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dataset", type=Path, help="LeRobot dataset to check against the task")
     parser.add_argument("--gpu-gb", type=float, help="memory of the device, default: this GPU's")
     parser.add_argument("--tflops", type=float, help="peak of the device, default: by this GPU's name")
-    parser.add_argument("--flow-steps", type=int, help="default: 10, 4 for GR00T")
+    parser.add_argument("--flow-steps", type=int, help="default: of the head's release, 10 or 4")
     args = parser.parse_intermixed_args(argv)
     try:
         cfg = load_config(args.overrides)
         spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
         policy, mode = meta_policy(cfg.policy, spec, instantiate(cfg.policy.size))
         if args.flow_steps is None:
-            args.flow_steps = 4 if isinstance(policy, GrootFlowPolicy) else 10
+            args.flow_steps = policy.released_flow_steps
         noise_samples = cfg.algo.agent.get("noise_samples", 1)
         cost = estimate(policy, spec, cfg.policy.get("precision", "float32"), args.flow_steps, noise_samples)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as mistake:

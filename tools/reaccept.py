@@ -2,6 +2,7 @@
 """Judge a run's episodes again by another acceptance rule, from the journal: what would be imitated, what changes.
 
     python tools/reaccept.py runs/night1 algo.rule.min_return=0.8
+    python tools/reaccept.py runs/night1 rule=demonstration
     python tools/reaccept.py runs/night1 '+algo.threshold={_target_: serl_launcher.replay.threshold.QuantileThreshold,
                                           start: 0.5, window: 20}'
 
@@ -26,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from flowserl_cli.compose import load_config
 from serl_config.mistakes import mistake_message
 from serl_launcher.replay.episodes import journal_episodes
 from serl_launcher.replay.rulebook import RuleBook
@@ -33,7 +35,7 @@ from serl_launcher.replay.verdicts import Verdict, rule_text
 from serl_launcher.run.config import read_config
 from serl_transport.contract.specs import TaskSpec
 
-KEYS = re.compile(r"algo\.(rule|threshold)(\..+)?")
+KEYS = re.compile(r"rule|algo\.(rule|threshold)(\..+)?")
 
 
 def read(word: str) -> DictConfig:
@@ -43,13 +45,24 @@ def read(word: str) -> DictConfig:
         raise ValueError(f"cannot read {word!r}: expected key=value, such as algo.rule.min_return=0.8")
     if not KEYS.fullmatch(key):
         raise ValueError(
-            f"{word!r} changes no verdict: expected algo.rule.<key>=, such as algo.rule.min_return=0.8, "
+            f"{word!r} changes no verdict: expected rule=<name>, algo.rule.<key>=, such as algo.rule.min_return=0.8, "
             "algo.threshold.<key>= or a whole '+algo.threshold={_target_: …}'"
         )
     try:
         return OmegaConf.from_dotlist([word.lstrip("+")])
     except YAMLError as error:
         raise ValueError(f"cannot read {word!r}: {str(error).splitlines()[0]}") from None
+
+
+def by(cfg: DictConfig, words: Iterable[str]) -> DictConfig:
+    """The run's config with other rules. A rule's name comes first: the words beside it change its keys."""
+    changes = [read(word) for word in words]
+    names = [change.rule for change in changes if "rule" in change]
+    other = cfg.copy()
+    if names:
+        other.algo.rule = load_config([f"rule={names[-1]}"]).algo.rule
+        other.algo.rule.noop_dims = cfg.task.get("noop_dims")
+    return OmegaConf.merge(other, *changes)
 
 
 def part(algo: DictConfig, name: str) -> Any:
@@ -92,14 +105,14 @@ def main(argv: list[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("overrides", nargs="*", help="algo.rule.<key>=<value>, algo.threshold=…")
+    parser.add_argument("overrides", nargs="*", help="rule=<name>, algo.rule.<key>=<value>, algo.threshold=…")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     try:
         if not (args.run / "config.yaml").exists():
             raise FileNotFoundError(f"{args.run}: expected a run folder with config.yaml and a journal")
         cfg = read_config(args.run / "config.yaml", "task.spec", "algo.rule")
-        other = OmegaConf.merge(cfg, *map(read, args.overrides))
+        other = by(cfg, args.overrides)
         before, after = judge(args.run, cfg), judge(args.run, other)
     except (FileNotFoundError, ValueError, HydraException, OmegaConfBaseException) as error:
         print(f"reaccept: {mistake_message(error)}", file=sys.stderr)

@@ -23,11 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
 from serl_launcher.policies.groot.build import build_groot
-from serl_launcher.policies.groot.full_size import FullGrootSize
+from serl_launcher.policies.groot.full import FullGrootSize
 from serl_launcher.policies.groot.tiny import TinyGrootSize
-from serl_launcher.policies.pi0.build import build_flow_policy
-from serl_launcher.policies.pi0.full_size import FullSize
-from serl_launcher.policies.pi0.policy import PI0FlowPolicy
+from serl_launcher.policies.pi0.build import build_pi0
+from serl_launcher.policies.pi0.full import FullSize
 from serl_launcher.policies.precision import hold
 from serl_launcher.serving.graphs import GraphRunner
 from serl_transport.contract.specs import TaskSpec
@@ -67,7 +66,7 @@ def full_models() -> list[Model]:
 
     def pi0(train: str, precision: str) -> nn.Module:
         options = {"train": train, "attention": "sdpa", "precision": precision}
-        return build_flow_policy(PI0FlowPolicy, "pi0", spec, "random", 0, 50, FullSize("pi0"), **options)
+        return build_pi0("bench", spec, "random", 0, 50, FullSize("pi0"), **options)
 
     return [
         Model("pi0", pi0, spec, 10, ("expert", "full")),
@@ -81,7 +80,7 @@ def middle_models(size: Any, depth: int) -> list[Model]:
 
     def pi0(train: str, precision: str) -> nn.Module:
         options = {"train": train, "attention": "sdpa", "precision": precision}
-        return build_flow_policy(PI0FlowPolicy, "pi0", spec, "random", 0, 16, size, **options)
+        return build_pi0("bench", spec, "random", 0, 16, size, **options)
 
     shape = dict(width=256, layers=depth, vision_width=128, vision_layers=depth, head_width=256, head_layers=2 * depth)
     groot = TinyGrootSize(image_size=128, prompt_tokens=16, **shape)

@@ -18,9 +18,8 @@ from suites._policy_table import full_models, guarded, middle_models, seconds, t
 from torch import Tensor, nn
 
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample
-from serl_launcher.policies.pi0.build import build_flow_policy
-from serl_launcher.policies.pi0.full_size import FullSize
-from serl_launcher.policies.pi0.policy import PI0FlowPolicy
+from serl_launcher.policies.pi0.build import build_pi0
+from serl_launcher.policies.pi0.full import FullSize
 from serl_launcher.policies.pi0.tiny import TinySize
 
 
@@ -91,10 +90,8 @@ def prepared(device, side, size, horizon, batch, train, precision, policy=None) 
     spec = task(side)
     if policy is None:
         with torch.device(device):
-            policy = build_flow_policy(
-                PI0FlowPolicy, "pi0", spec, "random", 0, horizon, size,
-                train=train, attention="sdpa", precision=precision,
-            )  # fmt: skip
+            options = {"train": train, "attention": "sdpa", "precision": precision}
+            policy = build_pi0("bench", spec, "random", 0, horizon, size, **options)
         policy = policy.to(device)
     rng = np.random.default_rng(0)
     images = {c: rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8) for c in spec.cameras}

@@ -25,8 +25,6 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rows import Row, alternate
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
 ACTORS, SETTLE_S = 8, 1.0
 
 

@@ -1,142 +1,158 @@
-"""Acknowledged transitions/s of an actor, and the round trip of a request through the gateway.
+"""What an actor feels of the wire, in its own units: the wait for an answer, and how many robots one learner takes.
 
-    TrainerClient ─▶ TrainerServer that validates and acknowledges      against bare pyzmq and raw TCP
-    TrainerClient ─▶ gateway process: journal, fdatasync, ring          against write + fdatasync (and bare pyzmq)
-    infer ─▶ gateway ─▶ policy process that echoes ─▶ back              against one bare pyzmq hop: on one host (over
-                                                                        the line, over TCP) and over a 1 Gbit/s link
+    infer ─▶ gateway process ─▶ policy process that answers at once ─▶ back     ms added to the policy's own time
+    n robots, 50 Hz ─▶ gateway process: journal, fdatasync, ring ─▶ ack         does the backlog grow over a minute?
 
-Three cameras at 128 and 224 pixels, batches of 1, 10 and 100 ticks, one copy of each frame. The actor's spool is in
-memory: an actor's disk is another machine's.
+Beside them the machine's floors of the same run: one bare pyzmq hop, and what write + fdatasync take. The robots'
+spools are in memory: a robot's disk is another machine's.
 """
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from floors import Peer, fdatasync_rate, tcp_rate, tcp_sink, zmq_rate, zmq_sink
+import zmq
+from floors import Peer, fdatasync_rate, zmq_sink
 from rows import Row, alternate
-from suites._round_trip import NEAR_IP, measure, measure_in, namespace
 
 from serl_launcher.run.internal import PolicyLink
-from serl_transport import TrainerClient, TrainerConfig, TrainerServer
+from serl_transport import TrainerClient, TrainerConfig
+from serl_transport.contract.errors import SpoolFull
 from serl_transport.contract.schema import EpisodeInfo, Outcome, StepBatch
 from serl_transport.contract.specs import TaskSpec
-from serl_transport.delivery.outbox import WINDOW_BYTES, WINDOW_ITEMS
 from serl_transport.wire import codec
 from serl_transport.wire.envelope import Envelope
 
 MAX_TICKS = 100
 CAMERAS = ("front", "side", "wrist")
+HZ, BATCH, PIXELS = 50, 10, 128
+PROCESSES = 4
+SETTLE_S = 5.0
 
 
 def rows(quick: bool) -> Iterator[Row]:
     """Every figure of the suite."""
-    seconds, rounds = (0.3, 1) if quick else (2.0, 3)
-    sizes = ((128, 1), (128, 10), (224, 10)) if quick else [(p, n) for p in (128, 224) for n in (1, 10, 100)]
-    for pixels, ticks in sizes:
-        yield from throughput(pixels, ticks, seconds, rounds)
-    yield from round_trip(50 if quick else 400, rounds)
+    yield from question(50 if quick else 400, 1 if quick else 5)
+    if quick:
+        yield from robots(8, 5.0, "/tmp", "disk")
+        return
+    for n in (25, 50, 100):
+        yield from robots(n, 60.0, "/tmp", "disk")
+    yield from robots(100, 15.0, "/dev/shm", "memory")
 
 
-def throughput(pixels: int, ticks: int, seconds: float, rounds: int) -> Iterator[Row]:
-    """Rates of one camera size and batch size, all in transitions/s."""
-    spec = make_spec(pixels)
-    name = f"{pixels}px/batch{ticks}"
-    messages = [[Envelope("data", "a", "b", i, i).to_frame(), *codec.pack(b.to_body())] for i, b in enumerate(
-        make_batches(spec, "floor", ticks), 1)]  # fmt: skip
-    size = sum(codec.nbytes(frame) for frame in messages[0])
-    window = max(1, min(WINDOW_ITEMS, -(-WINDOW_BYTES // size)))
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        with (
-            Peer(zmq_sink) as sink,
-            Peer(tcp_sink) as tcp,
-            Peer(plain_server, spec.to_dict()) as plain,
-            GatewayProcess(Path(folder), spec) as gateway,
-        ):
-            found = alternate(
-                {
-                    "zmq": lambda: ticks * zmq_rate(sink.port, messages, seconds, window),
-                    "server": lambda: client_rate(plain.port, spec, ticks, seconds),
-                    "tcp": lambda: ticks * tcp_rate(tcp.port, messages, seconds, window),
-                    "fdatasync": lambda: ticks * fdatasync_rate(Path(folder), size, seconds, window),
-                    "gateway": lambda: client_rate(gateway.ports, spec, ticks, seconds),
-                },
-                rounds,
-            )
-    unit = "transitions/s"
-    yield Row.of(f"transport/floor/raw_tcp/{name}", found["tcp"], unit)
-    yield Row.of(f"transport/floor/fdatasync/{name}", found["fdatasync"], unit)
-    yield Row.of(f"transport/acknowledged/{name}", found["server"], unit, found["zmq"], ">= 0.8")
-    allowed = min(found["zmq"], found["fdatasync"])
-    yield Row.of(f"transport/journalled/{name}", found["gateway"], unit, allowed, ">= 0.8")
-
-
-def client_rate(ports: tuple[int, int], spec: TaskSpec, ticks: int, seconds: float) -> float:
-    """Acknowledged transitions/s of one TrainerClient that always has more to send."""
-    config = TrainerConfig(port_number=ports[0], broadcast_port=ports[1])
-    client = TrainerClient("a", "127.0.0.1", config, spec=spec)
-    try:
-        bodies = [b.to_body() for b in make_batches(spec, "x", ticks, client.boot_id)]
-        size = sum(array.nbytes for array in bodies[0]["arrays"].values())
-        ahead = max(2, 2 * min(WINDOW_ITEMS, -(-WINDOW_BYTES // size)))
-        client.send_item(bodies[0] | {"episode": bodies[0]["episode"] | {"episode_id": f"{client.boot_id}-warm"}})
-        assert client.flush(60)
-        sent, episode, start = 0, 0, time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            for body in bodies:
-                info = body["episode"] | {"episode_id": f"{client.boot_id}-{episode}"}
-                client.send_item(body | {"episode": info}, copy=False)
-                sent += ticks
-                if client.backlog >= ahead:
-                    assert client.flush(60, at_most=ahead - max(1, ahead // 4)), "nothing is acknowledged any more"
-            episode += 1
-        assert client.flush(120), "not everything was acknowledged"
-        assert not client.refused_items
-        return sent / (time.perf_counter() - start)
-    finally:
-        client.stop()
-
-
-def round_trip(n: int, rounds: int) -> Iterator[Row]:
-    """p50 of a question with three 224 px images and an answer float32[50, 32], beside one bare pyzmq hop.
-
-    As an actor of this host asks by default, then over TCP, then over a 1 Gbit/s link where one can be made here.
-    """
-    name, goal, rounds = "transport/infer_round_trip/3x224px", "<= 2", max(2, rounds)
+def question(n: int, rounds: int) -> Iterator[Row]:
+    """p50 of a question with three 224 px images and an answer float32[50, 32], whose policy takes no time."""
     spec = make_spec(224)
-    with answering(spec, "127.0.0.1") as (ports, bare_port):
-        found = measure(spec, "127.0.0.1", ports, bare_port, {"line": True, "tcp": False}, n, rounds)
-    yield Row.of(f"{name}/p50", found["line"], "ms", found["bare"], goal)
-    yield Row.of(f"{name}/tcp/p50", found["tcp"], "ms", found["bare"], goal)
-    with namespace() as far:
-        if far is not None:
-            with answering(spec, NEAR_IP) as (ports, bare_port):
-                found = measure_in(far, spec=spec.to_dict(), ip=NEAR_IP, ports=ports, bare_port=bare_port,
-                                   ways={"link": False}, n=n, rounds=rounds)  # fmt: skip
-            yield Row.of(f"{name}/1gbit/p50", found["link"], "ms", found["bare"], goal)
-
-
-@contextmanager
-def answering(spec: TaskSpec, host: str) -> Iterator[tuple[tuple[int, int], int]]:
-    """A gateway and a policy that echoes, and a bare peer, all on `host`: (the gateway's ports, the peer's port)."""
+    images = {camera: np.random.default_rng(0).integers(0, 256, (*hw, 3), np.uint8) for camera, hw in
+              spec.cameras.items()}  # fmt: skip
+    body = {"observation": {"images": images, "state": np.zeros(14, np.float32)}, "prompt": "p"}
+    message = [Envelope("infer", "a", "b", 0, 1).to_frame(), *codec.pack(body)]
     answer = [b"e" * 60, *(bytes(frame) for frame in codec.pack(echo_answer()))]
-    with (
-        tempfile.TemporaryDirectory(dir="/tmp") as folder,
-        Peer(zmq_sink, answer, host) as sink,
-        GatewayProcess(Path(folder), spec, host) as gateway,
-        Peer(echo_policy, folder) as policy,
-    ):
-        assert policy.port == "serving"
-        yield gateway.ports, sink.port
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp"))
+        sink = stack.enter_context(Peer(zmq_sink, answer))
+        gateway = stack.enter_context(GatewayProcess(Path(folder), spec))
+        stack.enter_context(Peer(echo_policy, folder))
+        context = zmq.Context()
+        stack.callback(context.destroy, linger=0)
+        dealer = context.socket(zmq.DEALER)
+        dealer.connect(f"tcp://127.0.0.1:{sink.port}")
+        config = TrainerConfig(port_number=gateway.ports[0], broadcast_port=gateway.ports[1])
+        client = TrainerClient("a", "127.0.0.1", config, spec=spec)
+        stack.callback(client.stop)
+
+        def bare() -> None:
+            dealer.send_multipart(message, copy=False)
+            dealer.recv_multipart(copy=False)
+
+        found = alternate(
+            {"bare": lambda: p50_ms(bare, n), "ours": lambda: p50_ms(lambda: client.infer(body), n)}, rounds
+        )
+    yield Row.of("transport/floor/one_bare_hop/3x224px", found["bare"], "ms")
+    yield Row.of("transport/question/3x224px/p50", found["ours"], "ms", goal="<= 2")
+
+
+def robots(n: int, seconds: float, where: str, name: str) -> Iterator[Row]:
+    """Unacknowledged batches at the end beside those at the beginning, in batches per robot."""
+    spec = make_spec(PIXELS)
+    tick_bytes = len(CAMERAS) * PIXELS * PIXELS * 3
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=where)))
+        syncs = fdatasync_rate(folder, BATCH * tick_bytes, 2.0, 8) * BATCH
+        gateway = stack.enter_context(GatewayProcess(folder, spec))
+        share = [n // PROCESSES + (i < n % PROCESSES) for i in range(PROCESSES)]
+        drivers = [
+            stack.enter_context(Peer(drive, gateway.ports, spec.to_dict(), first, count, seconds))
+            for first, count in zip(range(0, 10**6, 1000), share, strict=False)
+            if count
+        ]
+        for driver in drivers:
+            driver.pipe.send("go")
+        told = [driver.pipe.recv() for driver in drivers]
+    acknowledged, before, after, full = (sum(column) for column in zip(*told, strict=True))
+    growth = float("inf") if full else (after - before) / n
+    label = f"transport/robots/{name}/{n}x{HZ}Hz/{len(CAMERAS)}x{PIXELS}px"
+    yield Row.of(f"transport/floor/fdatasync/{name}", syncs, "transitions/s")
+    yield Row.of(f"{label}/acknowledged", acknowledged / seconds, "transitions/s", n * HZ)
+    yield Row.of(f"{label}/backlog_growth", growth, "batches per robot", goal="<= 1")
+
+
+def drive(pipe: Any, ports: tuple[int, int], spec_dict: dict[str, Any], first: int, count: int, seconds: float) -> None:
+    """`count` robots in this process, each sending a batch every BATCH / HZ seconds.
+
+    Sends (acknowledged ticks, backlog after SETTLE_S, backlog at the end, spools that were full).
+    """
+    spec = TaskSpec.from_dict(spec_dict)
+    config = TrainerConfig(port_number=ports[0], broadcast_port=ports[1])
+    clients = [TrainerClient(f"robot-{first + i}", "127.0.0.1", config, spec=spec, spool_bytes=128 << 20)
+               for i in range(count)]  # fmt: skip
+    bodies = {client.name: [b.to_body() for b in make_batches(spec, "x", client.boot_id)] for client in clients}
+    pipe.send("ready")
+    pipe.recv()
+    sent, full, samples = 0, 0, []
+    began = time.monotonic()
+    for turn in range(int(seconds * HZ / BATCH)):
+        due = began + turn * BATCH / HZ
+        for i, client in enumerate(clients):
+            time.sleep(max(0.0, due + i / count * BATCH / HZ - time.monotonic()))  # robots do not tick in step
+            episode, place = divmod(turn, MAX_TICKS // BATCH)
+            body = bodies[client.name][place]
+            info = body["episode"] | {"episode_id": f"{client.boot_id}-{episode}", "actor_id": client.name}
+            try:
+                client.send_item(body | {"episode": info}, copy=False)
+            except SpoolFull:
+                full += 1
+                break
+            sent += BATCH
+        samples.append((time.monotonic() - began, sum(client.backlog for client in clients)))
+        if full:
+            break
+    before = statistics.fmean(b for t, b in samples if t < 2 * SETTLE_S) if samples else 0
+    after = statistics.fmean(b for t, b in samples if t > samples[-1][0] - SETTLE_S) if samples else 0
+    pipe.send((sent - BATCH * samples[-1][1], before, after, full))
+
+
+def p50_ms(call: Callable[[], Any], n: int) -> float:
+    """Median duration of `call` in milliseconds, after a warm-up."""
+    for _ in range(10):
+        call()
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
 
 
 class GatewayProcess:
@@ -178,20 +194,6 @@ def free_ports() -> tuple[int, int]:
         return first.getsockname()[1], second.getsockname()[1]
 
 
-def plain_server(pipe: Any, spec_dict: dict[str, Any]) -> None:
-    """A TrainerServer that checks each batch as the gateway does and acknowledges at once."""
-    spec = TaskSpec.from_dict(spec_dict)
-    server = TrainerServer(TrainerConfig(port_number=0, broadcast_port=0), spec=spec)
-
-    def data(peer: Any, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
-        StepBatch.from_body(body, spec)
-        return {"duplicate": False}
-
-    server.handle("data", data)
-    pipe.send((server.config.port_number, server.config.broadcast_port))
-    server.start()
-
-
 def echo_policy(pipe: Any, run_dir: str) -> None:
     """A policy server that answers at once."""
     link = PolicyLink(run_dir)
@@ -226,8 +228,9 @@ def make_spec(pixels: int) -> TaskSpec:
     )  # fmt: skip
 
 
-def make_batches(spec: TaskSpec, episode_id: str, ticks: int, boot: str = "b") -> list[StepBatch]:
-    """One episode of MAX_TICKS ticks in batches of `ticks`; images are noise."""
+def make_batches(spec: TaskSpec, episode_id: str, boot: str) -> list[StepBatch]:
+    """One episode of MAX_TICKS ticks in batches of BATCH; images are noise."""
+    ticks = BATCH
     info = EpisodeInfo(episode_id, "a", boot, spec.name, spec.prompt, "online", "online", 1, 1e9)
     rng = np.random.default_rng(0)
     result = []

@@ -73,7 +73,19 @@ def test_every_option_of_every_group_composes():
     assert {"task", "policy", "algo", "schedule"} <= set(options)
     for group, names in options.items():
         for name in names:
-            assert OmegaConf.select(load_config([f"{group}={name}"]), group) is not None
+            where = {"rule": "algo.rule"}.get(group, group)
+            assert OmegaConf.select(load_config([f"{group}={name}"]), where) is not None
+
+
+def test_an_algorithm_brings_its_rule_and_one_that_is_named_wins():
+    def rule(*words):
+        return load_config(words).algo.rule
+
+    assert rule("algo=sft_groot")._target_.endswith("DemonstrationRule")
+    assert rule("algo=sft_pi0", "rule=success", "algo.rule.min_return=0.8").min_return == 0.8
+    assert rule("rule=demonstration")._target_.endswith("DemonstrationRule")
+    with pytest.raises(ConfigError, match=r"did you mean 'algo\.rule\.min_return'"):
+        load_config(["rule.min_return=0.8"])
 
 
 @pytest.mark.parametrize("algorithm", ["sac", "dsrl", "sft", "reject_sampling"])

@@ -61,7 +61,6 @@ def main(options: dict[str, Any]) -> None:
         spool_bytes=options.get("spool_mb", 256) << 20,
         ledger_path=run / "spool" / f"{tag}.acknowledged.jsonl",
         on_wait=lambda message: None,
-        use_line=options.get("line", True),  # which would go past a proxy
     )  # fmt: skip
     report = Report(run / f"{tag}.report.json", client)
     try:

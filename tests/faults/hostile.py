@@ -14,7 +14,6 @@ import msgpack
 import numpy as np
 from fault_actor import make_spec
 
-from serl_transport import bundle
 from serl_transport.contract.schema import EpisodeInfo, Observation, StepBatch, TimeStep
 from serl_transport.wire.codec import pack
 from serl_transport.wire.envelope import PROTOCOL, Envelope
@@ -59,7 +58,6 @@ class Hostile:
             self.junk, self.no_frame, self.bomb, self.truncated, self.wrong_dtype, self.wrong_shape, self.giant_header,
             self.path, self.not_finite, self.old_seq, self.wrong_role, self.flipped, self.deep, self.other_name,
             self.wrong_protocol, self.bad_request, self.bad_hello, self.many_frames, self.bad_outcome, self.bad_reply,
-            self.bad_items,
         ]  # fmt: skip
 
     def make(self) -> tuple[str, Frames]:
@@ -194,30 +192,6 @@ class Hostile:
         """What only a server or a role may send."""
         kind = self.rng.choice(["reply", "infer_reply", "serving", "progress", "role_hello", "notify"])
         return [self._envelope(kind), *pack({"version": 1, "pid": 1})]
-
-    def bad_items(self) -> Frames:
-        """Several items in one message: counts, lengths and contents that are none, items in items, others' names."""
-        whole = bundle.write([(self._next(), pack(batch_body(self.rng))) for _ in range(self.rng.randrange(2, 5))])
-        count, sizes = struct.unpack_from("<I", whole, 4)[0], 8 + 8
-        choice = self.rng.randrange(8)
-        if choice == 0:
-            frame = whole[:4] + struct.pack("<I", self.rng.choice([0, 1, count + 1, 17, 1 << 31])) + whole[8:]
-        elif choice == 1:
-            size = self.rng.choice([0, 1, 7, len(whole), 1 << 40, (1 << 64) - 8])
-            frame = whole[:sizes] + struct.pack("<Q", size) + whole[sizes + 8 :]
-        elif choice == 2:
-            frame = whole[: self.rng.randrange(len(whole))]
-        elif choice == 3:
-            frame = whole + bytes(self.rng.randrange(1, 100))
-        elif choice == 4:
-            frame = struct.pack("<4sIQQ", b"SJI1", 1, 1, len(whole)) + whole
-        elif choice == 5:
-            frame = self.rng.randbytes(self.rng.randrange(1, 400))
-        elif choice == 6:
-            frame = bytes(bundle.MAX_BYTES + (1 << 18))
-        else:
-            return [self._envelope(bundle.ITEMS, actor="robot-1"), whole]
-        return [self._envelope(bundle.ITEMS), frame, *([b"more"] if self.rng.random() < 0.1 else [])]
 
     def _valid(self) -> Frames:
         return [bytes(frame) for frame in self._data(pack(batch_body(self.rng)))]

@@ -72,7 +72,7 @@ class Rig:
         """Start a scripted actor through `ports` (a proxy's), or straight to the gateway."""
         port, broadcast_port = ports or self.ports
         options |= {"run": str(self.run), "name": name, "port": port, "broadcast_port": broadcast_port,
-                    "pixels": self.pixels, "hz": self.hz, "line": ports is None}  # fmt: skip
+                    "pixels": self.pixels, "hz": self.hz}  # fmt: skip
         log = (self.run / f"{options.get('tag', name)}.log").open("a")
         process = subprocess.Popen(
             [sys.executable, str(HERE / "fault_actor.py"), json.dumps(options)], env=environment(), stderr=log

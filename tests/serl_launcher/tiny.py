@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+from configured import composed
 from omegaconf import DictConfig, OmegaConf
 
-from serl_launcher.policies.pi0.policy import PI0FlowPolicy, build_pi0
+from serl_launcher.policies.pi0.build import build_pi0
+from serl_launcher.policies.pi0.head import PI0FlowPolicy
 from serl_launcher.policies.pi0.tiny import TinySize
 from serl_launcher.replay.transitions import TransitionBatch
 from serl_launcher.replay.views import ChunkBatch
@@ -35,15 +37,13 @@ def tiny_policy(seed: int = 0) -> PI0FlowPolicy:
     return build_pi0("tiny", SPEC, "random", seed, HORIZON, SIZE)
 
 
-def tiny_config(**changes: object) -> DictConfig:
-    """config/base.yaml with the tiny task and policy; `changes` are dotted keys with __ for the dots."""
-    cfg = OmegaConf.load(ROOT / "config" / "base.yaml")
-    del cfg["defaults"]
-    cfg.task = {"name": "tiny", "spec": SPEC.to_dict()}
+def tiny_config(algo: str = "reject_sampling_pi0", **changes: object) -> DictConfig:
+    """config/ with the tiny task and policy; `changes` are dotted keys with __ for the dots."""
+    cfg = composed(f"algo={algo}")
+    cfg.task = {"name": "tiny", "spec": SPEC.to_dict(), "noop_dims": None}
     cfg.policy = OmegaConf.load(ROOT / "config" / "policy" / "pi0_tiny.yaml")
     cfg.policy.action_horizon = HORIZON
     cfg.policy.size.update({"width": 16, "vision_width": 16, "image_size": 32})
-    cfg.algo = OmegaConf.load(ROOT / "config" / "algo" / "reject_sampling_pi0.yaml")
     for key, value in changes.items():
         OmegaConf.update(cfg, key.replace("__", "."), value)
     return cfg
@@ -78,7 +78,7 @@ def random_transitions(b: int = 6, horizon: int = 2, seed: int = 0) -> Transitio
         bootstrap=np.arange(b) % 3 != 0,
         next_images=random_batch(b, seed + 1).images,
         next_state=rng.uniform(0, 1, (b, 3)).astype(np.float32),
-        to_go=np.ones(b, np.float32),
-        floor=np.where(np.arange(b) % 3 == 0, 1, -np.inf).astype(np.float32),
+        return_to_go=np.ones(b, np.float32),
+        value_lower_bound=np.where(np.arange(b) % 3 == 0, 1, -np.inf).astype(np.float32),
         demo=np.arange(b) % 2 == 0,
     )

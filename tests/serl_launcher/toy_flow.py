@@ -57,8 +57,8 @@ def transitions(state, action, reward, next_state, discount, bootstrap) -> Trans
         bootstrap=np.asarray(bootstrap, bool),
         next_images={},
         next_state=np.asarray(next_state, np.float32),
-        to_go=np.asarray(reward, np.float32),
-        floor=np.asarray(reward, np.float32),
+        return_to_go=np.asarray(reward, np.float32),
+        value_lower_bound=np.asarray(reward, np.float32),
         demo=np.zeros(b, bool),
     )
 

@@ -1,5 +1,6 @@
 """Exactly once: every item that `send_item` took is stored once, whichever process is killed with SIGKILL and when."""
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -18,8 +19,7 @@ from serl_transport.contract.schema import StepBatch
 from serl_transport.delivery.dedup import SeenItems
 from serl_transport.delivery.outbox import Ledger
 from serl_transport.delivery.spool import DiskSpool
-from serl_transport.parameters.params import WINDOW, Offer, Published, SpareMemory, pull, pull_pieces, read_chunk
-from serl_transport.pieces import split_pieces
+from serl_transport.parameters.params import Offer, pull, read_chunk
 from serl_transport.wire.blob import join
 from serl_transport.wire.codec import Limits, pack, unpack
 
@@ -315,18 +315,18 @@ def test_many_chunks_and_odd_sizes_arrive_whole(monkeypatch):
     monkeypatch.setattr("serl_transport.parameters.params.CHUNK_BYTES", 64)
     rng = np.random.default_rng(0)
     frames = pack({f"t{i}": rng.integers(0, 256, n, np.uint8) for i, n in enumerate((0, 1, 7, 64, 65, 500, 3))})
-    offer = Offer.of_frames(1, frames)
-    assert len(offer.chunks) > 8
+    offer = Offer.of(1, join(frames))
+    assert offer.chunks > 8
     published = pull(lambda payload: Ready(read_chunk(offer, payload)))
     assert bytes(published.blob) == join(frames)
     assert published.sha256 is None
-    empty = Offer.of(Published.of(2, b""))
+    empty = Offer.of(2, b"")
     assert bytes(pull(lambda payload: Ready(read_chunk(empty, payload))).blob) == b""
 
 
 def test_a_version_that_is_replaced_while_it_is_pulled_is_pulled_anew(monkeypatch):
     monkeypatch.setattr("serl_transport.parameters.params.CHUNK_BYTES", 64)
-    offers = [Offer.of(Published.of(version, bytes([version]) * 2000)) for version in (1, 2, 3)]
+    offers = [Offer.of(version, bytes([version]) * 2000) for version in (1, 2, 3)]
     asked = []
 
     def ask(payload, changes=(5, 20)):
@@ -346,92 +346,23 @@ def test_a_version_that_is_replaced_while_it_is_pulled_is_pulled_anew(monkeypatc
         pull(lambda payload: ask(payload, [9, 18, 27]) if len(asked) < 27 else ask(payload, []))
 
 
-def test_memory_of_a_version_is_used_again_once_nobody_looks_at_it():
-    spare = SpareMemory()
-    first = spare.take(1 << 20)
-    first[:] = 1
-    where, view = first.ctypes.data, np.frombuffer(first.data[100:200], np.uint8)
-    part = first[10:20]
-    del first
-    other = spare.take(1 << 20)
-    assert other.ctypes.data != where
-    assert view.all()
-    other[:] = 2
-    del view
-    assert spare.take(1 << 20).ctypes.data != where
-    assert part.all()
-    del part
-    assert spare.take(1 << 20).ctypes.data == where
-
-
-def test_the_published_file_is_mapped_only_when_it_is_the_very_one(tmp_path):
-    path = tmp_path / "v1"
-    path.write_bytes(b"file")
-    stat = path.stat()
-    offer = Offer.of(Published.of(1, b"wire"))
-
-    def fetch(same_host=True, **file) -> bytes:
-        reply = {"path": str(path), "dev": stat.st_dev, "ino": stat.st_ino} | file
-        got = pull(lambda payload: Ready(read_chunk(offer, payload) | {"file": reply}), same_host=same_host)
-        return bytes(got.blob)
-
-    assert fetch() == b"file"
-    for other in ({"ino": 1}, {"dev": 1}, {"path": str(tmp_path / "no")}, {"path": 5}, {"path": "\0"}):
-        assert fetch(**other) == b"wire"
-    assert fetch(same_host=False) == b"wire"
-    path.write_bytes(b"longer")
-    assert fetch() == b"wire"
-
-
-def test_parameters_are_read_into_a_buffer_of_the_callers(tmp_path):
-    path = tmp_path / "v1"
-    path.write_bytes(b"file")
-    stat, questions = path.stat(), []
-    offer = Offer.of(Published.of(1, b"wire"))
-    announced = read_chunk(offer, {"where": True})
-    announced["file"] = {"path": str(path), "dev": stat.st_dev, "ino": stat.st_ino}
-    mine = np.zeros(6, np.uint8)
-
-    def fetch(into, same_host=True, announced=announced):
-        def ask(payload):
-            questions.append(payload)
-            return Ready(read_chunk(offer, payload))
-
-        return pull(ask, same_host=same_host, announced=announced, into=into)
-
-    assert (fetch(mine).blob, mine.tobytes(), questions) == (b"file", b"file\0\0", [])
-    mine[:] = 0
-    assert (fetch(mine, same_host=False).blob, mine.tobytes()) == (b"wire", b"wire\0\0")
-    path.unlink()  # it was replaced since it was announced: ask
-    questions.clear()
-    assert fetch(mine).blob == b"wire"
-    chunks = [{"version": None, "number": number} for number in range(WINDOW)]
-    assert questions == [{"version": None, "where": True}, chunks[0]]  # the reply said that there is one
-    questions.clear()
-    assert fetch(mine, announced={"version": 1, "file": None}).blob == b"wire"
-    assert questions == chunks
-    for told, asked in ((1, 1), (3, 3), (0, 1), (1000, WINDOW), ("many", WINDOW)):
-        questions.clear()
-        assert fetch(mine, announced={"version": 1, "file": None, "chunks": told}).blob == b"wire"
-        assert questions == chunks[:asked]
-    for bad in (np.zeros(3, np.uint8), b"read only"):
-        with pytest.raises(ValueError, match="into: expected a writable buffer of 4 bytes, got"):
-            fetch(bad, same_host=False)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": [np.zeros(3, np.uint8)]}, "does not match its sha256"),
-        ({"data": []}, "version 4 ends at 0 of 3 bytes"),
-        ({"offset": 1}, "expected version 4 at 0"),
+        ({"data": np.zeros(3, np.uint8)}, "does not match its sha256"),
+        ({"data": np.zeros(0, np.uint8)}, "version 4 ends at 0 of 3 bytes"),
+        ({"data": np.zeros(4, np.uint8)}, "version 4 has 3 bytes, and more came"),
+        ({"data": None}, "a reply to params is"),
+        ({"total_bytes": "3"}, "a reply to params is"),
     ],
 )
 def test_parameters_that_do_not_add_up_are_refused(change, message):
-    published = Published.of(4, b"abc")
-    assert pull(lambda payload: Ready(read_chunk(Offer.of(published), payload))) == published
+    digest = hashlib.sha256(b"abc").hexdigest()
+    offer = Offer.of(4, b"abc", digest)
+    whole = pull(lambda payload: Ready(read_chunk(offer, payload)))
+    assert (whole.version, bytes(whole.blob), whole.sha256) == (4, b"abc", digest)
     with pytest.raises(BadFrame, match=message):
-        pull(lambda payload: Ready({**read_chunk(Offer.of(published), payload), **change}))
+        pull(lambda payload: Ready({**read_chunk(offer, payload), **change}))
 
 
 @pytest.mark.parametrize(
@@ -445,49 +376,4 @@ def test_parameters_that_do_not_add_up_are_refused(change, message):
 )
 def test_a_chunk_that_does_not_exist_is_refused(payload, error):
     with pytest.raises(error):
-        read_chunk(Offer.of(Published.of(4, b"abc")), payload)
-
-
-def test_pieces_hold_the_frames_that_a_whole_blob_holds(monkeypatch):
-    rng = np.random.default_rng(0)
-    frames = pack({f"t{i}": rng.integers(0, 256, n, np.uint8) for i, n in enumerate((2000, 0, 7, 5000, 65, 1100, 3))})
-    for chunk_bytes in (64, 1000, 4096, 1 << 20):
-        monkeypatch.setattr("serl_transport.parameters.params.CHUNK_BYTES", chunk_bytes)
-        offer = Offer.of_frames(3, frames)
-        pieces = pull_pieces(lambda payload, held=offer: Ready(read_chunk(held, payload)))
-        assert [bytes(frame) for frame in pieces.frames] == [bytes(frame) for frame in frames]
-        assert (pieces.version, pieces.chunks) == (3, len(offer.chunks))
-    monkeypatch.setattr("serl_transport.parameters.params.SCATTERED_BYTES", 100)  # now it is a large one
-    pieces = pull_pieces(lambda payload: Ready(read_chunk(offer, payload)))
-    assert [bytes(frame) for frame in pieces.frames] == [bytes(frame) for frame in frames]
-
-
-@pytest.mark.parametrize("cut", [0, 3, 30, 90, 4000, -1])
-def test_pieces_of_no_blob_are_refused(cut):
-    blob = np.frombuffer(join(pack({"a": np.zeros(3000, np.uint8), "b": np.ones(2000, np.uint8)})), np.uint8)
-    for parts in ([blob[:cut]], [blob[:50], blob[50:cut]], [blob[:cut], blob[cut:], blob[:8]]):
-        with pytest.raises(BadFrame):
-            split_pieces(parts)
-    with pytest.raises(BadFrame):
-        split_pieces([])
-
-
-def test_a_damaged_chunk_of_a_hashed_version_is_refused_in_pieces_too():
-    offer = Offer.of(Published(2, join(pack({"a": np.zeros(5000, np.uint8)})), "0" * 64))
-    with pytest.raises(BadFrame, match="does not match its sha256"):
-        pull_pieces(lambda payload: Ready(read_chunk(offer, payload)))
-
-
-def test_a_large_file_is_read_whole_by_two_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr("serl_transport.params_file.PIECE_BYTES", 1000)
-    blob = np.random.default_rng(0).bytes(123_457)
-    path = tmp_path / "v1.safetensors"
-    path.write_bytes(blob)
-    stat = path.stat()
-    told = {"version": 1, "total_bytes": len(blob), "sha256": None}
-    told["file"] = {"path": str(path), "dev": stat.st_dev, "ino": stat.st_ino}
-    mine = bytearray(len(blob) + 10)
-    for _ in range(20):
-        mine[:] = bytes(len(mine))
-        assert bytes(pull(None, same_host=True, announced=told, into=mine).blob) == blob
-    assert mine[len(blob) :] == bytes(10)
+        read_chunk(Offer.of(4, b"abc"), payload)

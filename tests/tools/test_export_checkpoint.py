@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from serl_launcher.policies.base import sample, trainable
-from serl_launcher.policies.saving import save_policy
 from serl_launcher.run.parameters import base_sha256, publish
 from serl_launcher.serving.engine import PolicyEngine, Query
 
@@ -22,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def started_from(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
-    return save_policy(random_policy("pi0", make_tokenizer(folder / "tokenizer")), folder / "pi0")
+    return random_policy("pi0", make_tokenizer(folder / "tokenizer")).save(folder / "pi0")
 
 
 def write_config(folder, checkpoint, **policy):
@@ -30,7 +29,7 @@ def write_config(folder, checkpoint, **policy):
     size = {"_target_": "serl_launcher.policies.pi0.tiny.TinySize"} | {
         name: getattr(SIZE["pi0"], name) for name in SIZE["pi0"].__slots__
     }
-    named = {"_target_": "serl_launcher.policies.pi0.policy.build_pi0", "name": "pi0", "init": "checkpoint", "seed": 0}
+    named = {"_target_": "serl_launcher.policies.pi0.build.build_pi0", "name": "pi0", "init": "checkpoint", "seed": 0}
     named |= {"action_horizon": AH, "checkpoint": str(checkpoint), "size": size, **policy}
     cfg = {"seed": 0, "task": {"spec": SPEC.to_dict()}, "policy": named}
     OmegaConf.save(OmegaConf.create(cfg), folder / "config.yaml")

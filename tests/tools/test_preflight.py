@@ -10,15 +10,15 @@ from sft_samples import make_dataset
 from serl_launcher.learner.data_check import findings
 from serl_launcher.learner.sft import Columns
 from serl_launcher.policies.base import trainable
-from serl_launcher.policies.estimate import estimate
+from serl_launcher.policies.estimate import estimate, meta_policy
 from serl_launcher.policies.groot.build import build_groot
-from serl_launcher.policies.groot.full_size import FullGrootSize
+from serl_launcher.policies.groot.full import FullGrootSize
 from serl_launcher.policies.groot.tiny import TinyGrootSize
-from serl_launcher.policies.pi0 import build
-from serl_launcher.policies.pi0.policy import build_pi0
+from serl_launcher.policies.pi0.build import build_pi0
 from serl_launcher.policies.pi0.tiny import TinySize
 from serl_transport.contract.specs import TaskSpec
 
+GROOT = "serl_launcher.policies.groot.build.build_groot"
 SPEC = {
     "name": "t",
     "prompt": "pick up the red cube",
@@ -34,7 +34,7 @@ SPEC = {
 }
 
 
-def meta_policy(spec, train):
+def on_meta(spec, train):
     size = TinySize(width=16, vision_width=16, image_size=32)
     policy = build_pi0("t", spec, "random", 0, 4, size, attention="sdpa", train=train)
     return policy, policy.to("meta")
@@ -44,7 +44,7 @@ def test_expert_only_costs_less_and_parameters_are_counted_exactly():
     spec = TaskSpec.from_dict(SPEC)
     costs = {}
     for train in ("full", "expert"):
-        policy, meta = meta_policy(spec, train)
+        policy, meta = on_meta(spec, train)
         costs[train] = estimate(meta, spec, "float32", 10, 1)
         assert costs[train].trainable == sum(p.numel() for p in trainable(policy).values())
         total = sum(p.numel() for p in policy.parameters())
@@ -69,7 +69,9 @@ def test_mistakes_are_told_in_one_line(capsys):
     assert main(["policy=pi0", "policy.checkpoint=/nowhere/at/all"]) == 2
     assert capsys.readouterr().err.startswith("preflight: policy.checkpoint=/nowhere/at/all: no such folder")
     assert main(["policy=pi0_tiny", "policy._target_=serl_launcher.policies.other.build_other"]) == 2
-    assert "costs are estimated for ['build_groot', 'build_pi0', 'build_pi05']" in capsys.readouterr().err
+    assert "policy._target_=serl_launcher.policies.other.build_other: No module named" in capsys.readouterr().err
+    assert main(["policy=pi0_tiny", "policy._target_=serl_launcher.agents.build.build_policy"]) == 2
+    assert "serl_launcher.agents.build has no meta_policy(cfg, spec, size)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -104,8 +106,8 @@ def test_the_tiny_groot_costs_what_it_is():
     flops = {}
     for llm in (False, True):
         tune = {"llm": llm, "visual": llm}
-        policy, mode = build.meta_policy(
-            {"_target_": "x.build_groot", "tune": tune, "action_horizon": 4}, spec, TinyGrootSize(image_size=32)
+        policy, mode = meta_policy(
+            {"_target_": GROOT, "tune": tune, "action_horizon": 4}, spec, TinyGrootSize(image_size=32)
         )
         real = build_groot("g", spec, "random", 0, 4, TinyGrootSize(image_size=32), tune=tune)
         cost = estimate(policy, spec, "float32", 4, 1)

@@ -7,6 +7,7 @@ import audit_reward
 import numpy as np
 import pytest
 import reaccept
+from configured import composed
 from omegaconf import OmegaConf
 from run_samples import SPEC, entries, episode, write_journal
 
@@ -23,13 +24,8 @@ def run(tmp_path):
     """A demonstration, an online success, a failure, and an evaluation that no rule is asked about."""
     episodes = [episode(0, 4, "demo"), episode(2, 6), episode(1, 6), episode(4, 4, "eval")]
     write_journal(tmp_path, entries(episodes))
-    rule = {
-        "_target_": "serl_launcher.replay.acceptance.SuccessRule",
-        "min_return": 0.5,
-        "noop_threshold": 0.0,
-        "min_ticks": 3,
-    }
-    config = {"task": {"spec": SPEC.to_dict()}, "algo": {"rule": rule}}
+    rule = composed("rule=success", "algo.rule.noop_threshold=0.0", "task.noop_dims=null").algo.rule
+    config = {"task": {"spec": SPEC.to_dict()}, "algo": {"rule": OmegaConf.to_container(rule) | {"noop_dims": None}}}
     OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
     return tmp_path
 
@@ -45,6 +41,15 @@ def test_another_rule_says_what_changes_and_changes_nothing(run, capsys, tmp_pat
     assert sorted(p.name for p in run.rglob("*")) == before
 
 
+def test_a_rule_is_taken_by_its_name_and_the_words_behind_it_change_it(run, capsys):
+    assert reaccept.main([str(run), "rule=demonstration"]) == 0
+    said = capsys.readouterr().out
+    assert "episode 1 (online, return 1): accepted -> online" in said
+    assert said.count("episode ") == 1
+    assert reaccept.main([str(run), "rule=demonstration", "algo.rule.min_ticks=5"]) == 0
+    assert "episode 0 (demo, return 1): accepted -> short" in capsys.readouterr().out
+
+
 def test_a_mistyped_rule_key_is_one_line(run, capsys):
     assert reaccept.main([str(run), "algo.rule.min_tick=5"]) == 2
     problem = capsys.readouterr().err
@@ -56,7 +61,8 @@ def test_a_mistyped_rule_key_is_one_line(run, capsys):
     ("word", "message"),
     [
         ("junk", "cannot read 'junk': expected key=value"),
-        ("min_return=5", "'min_return=5' changes no verdict: expected algo.rule.<key>="),
+        ("rule=demonstratoin", "no rule is called 'demonstratoin'; did you mean 'demonstration'?"),
+        ("min_return=5", "'min_return=5' changes no verdict: expected rule=<name>, algo.rule.<key>="),
         ("algo.rul.min_return=5", "'algo.rul.min_return=5' changes no verdict"),
         ("algo=sft_pi0", "'algo=sft_pi0' changes no verdict"),
         ("task.noop_dims=[0]", "'task.noop_dims=[0]' changes no verdict"),

@@ -1,7 +1,7 @@
 """Transitions as a frozen backbone and a frozen flow have encoded them, and a memory of the newest ones.
 
-DSRL owns a `Memory`: while the flow rests, what it said of a transition stays true, so that one costly pass serves many
-samples of the small networks.
+DSRL owns a `Memory`: what a frozen flow made of a transition stays true, so that one costly pass serves many samples of
+the small networks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Encoded:
     reward: Tensor  # float32[b]
     discount: Tensor  # float32[b]
     bootstrap: Tensor  # bool[b]
-    floor: Tensor  # float32[b]
+    value_lower_bound: Tensor  # float32[b]
     next_features: Tensor  # float32[b, f]
     next_chunk: Tensor  # float32[b, h, robot dims], what the policy of that moment would do next
     w: Tensor  # float32[b, rows, ad], a noise

@@ -6,6 +6,8 @@ the view, not the loss. All flow times are supervised (Hi-ORS, arXiv 2510.26406,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -13,12 +15,23 @@ from serl_launcher.agents.base import ParameterGroup
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, flow_loss, sample_times, trainable
 from serl_launcher.policies.transfer import to_device
 from serl_launcher.replay.views import ChunkBatch
+from serl_transport.contract.specs import TaskSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchingSettings:
+    """`algo.agent` of reject_sampling_* and sft_*; config/algo/reject_sampling_pi0.yaml has the values."""
+
+    noise_samples: int  # noises and flow times for each encoded observation
+
+    def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> FlowMatchingAgent:
+        return FlowMatchingAgent(policy, task.prompt, self.noise_samples)
 
 
 class FlowMatchingAgent(nn.Module):
     """E[ w · ‖v_θ(x_t, t, s) − (a − ε)‖² ] over accepted ticks, several (ε, t) per encoded observation."""
 
-    def __init__(self, policy: FlowPolicy, prompt: str, noise_samples: int = 4) -> None:
+    def __init__(self, policy: FlowPolicy, prompt: str, noise_samples: int) -> None:
         super().__init__()
         self.policy = policy
         self.prompt = prompt
@@ -33,17 +46,16 @@ class FlowMatchingAgent(nn.Module):
         return {"policy": ParameterGroup(trainable(self.policy))}
 
     def begin_stage(self, mode: str) -> None:
-        """Every stage is the same to it."""
+        """The loss is the same in every stage."""
 
     def after_step(self) -> None:
-        """Nothing follows."""
+        """There is no target network to move."""
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """What the optimizer moves and what is published."""
         return trainable(self.policy)
 
-    def carried(self) -> dict[str, Tensor]:
-        """Nothing more."""
+    def auxiliary_state(self) -> dict[str, Tensor]:
+        """The policy is all there is."""
         return {}
 
 

@@ -4,115 +4,234 @@
     online stage   actor: α log p − Q + λ‖a − a_ref‖² (same noise)   critic: the same   temperature: entropy target
                    and β · flow matching on accepted chunks, in every step
 
-The learner calls `forward(batch, step)` with a LearningBatch. In the online stage the values' prefixes are
-encoded once, without gradient, and serve flow and critic alike.
+The learner calls `forward(batch, step)` with a LearningBatch. In the online stage an observation is encoded once,
+without gradient, for flow and critic alike. Formulas: agents.losses, critics.losses, agents.flow_path.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
-from serl_launcher.agents.base import (
-    FlowAgent,
-    ParameterGroup,
-    check_horizon,
-    check_members,
-    check_values,
-    critic_metrics,
-    frozen_copy,
-)
+from serl_launcher.agents.base import ParameterGroup, feature_dim
 from serl_launcher.agents.flow_matching import imitation_loss
-from serl_launcher.agents.flow_path import FlowPath, NoiseScale, path_entropy, sample_path
-from serl_launcher.critics.ensemble import ChunkCritic, track
+from serl_launcher.agents.flow_path import FlowPath, NoiseScale, Velocity, path_entropy, sample_path
+from serl_launcher.agents.losses import (
+    behaviour_loss,
+    entropy_surplus,
+    mean_size,
+    soft_actor_loss,
+    temperature_loss,
+)
+from serl_launcher.agents.reference import Reference
+from serl_launcher.agents.values import ValueAgent, ValueSettings, critic_metrics, frozen_copy, named_parameters
 from serl_launcher.critics.losses import cal_ql, pessimistic, td_loss
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix, trainable
 from serl_launcher.replay.learning import LearningBatch
 from serl_launcher.replay.transitions import TransitionBatch
+from serl_transport.contract.specs import TaskSpec
+
+Metrics = dict[str, Tensor]
 
 BEYOND = 1e6
 """Model units far outside any robot's limits."""
 
 
-class SACAgent(FlowAgent):
-    """Flow actor, ensemble critic, temperature.
+@dataclass(frozen=True, kw_only=True)
+class SACSettings(ValueSettings):
+    """`algo.agent` of sac_*; config/algo/sac_pi0.yaml has the values. flow_steps is K of the stochastic sampler."""
 
-    policy: the flow policy that is trained and served. feature_dim: of `policy.features`. horizon: executed ticks of a
-    chunk. flow_steps: K of the stochastic sampler. tau: rate of the target critics. target_members: critics in the
-    target's minimum. warmup_steps: critic steps of the online stage before the actor moves. actor_period: critic steps
-    per actor step. behaviour_weight: λ. normalise_q: divide Q by its mean size in the actor's loss, so that λ and α
-    mean the same on every task (TD3+BC). imitation_weight: of flow matching on accepted chunks in every online step,
-    backbone included. target_std: the σ at which the path entropy has its target. backup_entropy: subtract α log p in
-    the target. cal_ql_weight: 0 leaves the term out. return_bound: what an episode went on to bring is the least that a
-    target may be (`TransitionBatch.floor`). q_limit: |Q| beyond it stops training.
-    """
+    actor_period: int  # critic steps per actor step, once warm
+    imitation_weight: float  # β, of flow matching on accepted chunks in every online step, backbone included
+    behaviour_weight: float  # λ, of the squared distance to the policy that the online stage began with
+    normalise_q: bool  # does Q enter the actor's loss in units of its mean size?
+    squash: bool  # tanh at the end of the path; for policies in whose units the task's limits are ±1
+    init_std: float  # σ of each flow step to begin with, model units
+    min_std: float  # the least σ that is learned, model units
+    max_std: float  # the largest, model units
+    target_std: float  # the temperature holds the path's entropy at that of this constant σ, model units
+    backup_entropy: bool  # is α log p subtracted in the critic's target?
+    cal_ql_weight: float  # of Cal-QL's conservative term; 0 leaves it out
+    cal_ql_samples: int  # chunks of the policy, and uniform ones, for each transition in that term
+
+    def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> SACAgent:
+        return SACAgent(policy, task.prompt, self, feature_dim=feature_dim(policy, task), horizon=horizon)
+
+
+class SACAgent(ValueAgent):
+    """Flow actor, ensemble critic, temperature."""
+
+    settings: SACSettings
 
     def __init__(
-        self,
-        policy: FlowPolicy,
-        prompt: str,
-        *,
-        feature_dim: int,
-        horizon: int,
-        flow_steps: int = 6,
-        critics: int = 4,
-        widths: Sequence[int] = (256, 256),
-        tau: float = 0.005,
-        target_members: int = 2,
-        warmup_steps: int = 200,
-        actor_period: int = 2,
-        behaviour_weight: float = 1.0,
-        normalise_q: bool = True,
-        imitation_weight: float = 0.0,
-        noise_samples: int = 4,
-        squash: bool = False,
-        init_std: float = 0.1,
-        min_std: float = 0.01,
-        max_std: float = 0.5,
-        target_std: float = 0.08,
-        init_temperature: float = 1e-3,
-        backup_entropy: bool = False,
-        cal_ql_weight: float = 0.0,
-        cal_ql_samples: int = 2,
-        return_bound: bool = False,
-        q_limit: float = 1e3,
+        self, policy: FlowPolicy, prompt: str, settings: SACSettings, *, feature_dim: int, horizon: int
     ) -> None:
-        super().__init__()
-        check_horizon(horizon, policy)
-        check_members(target_members, critics)
-        self.policy, self.prompt, self.horizon = policy, prompt, horizon
-        if squash:
+        super().__init__(policy, prompt, settings, feature_dim=feature_dim, horizon=horizon)
+        if settings.squash:
             self._check_squash()
-        self.flow_steps, self.squash = flow_steps, squash
-        self.tau, self.target_members = tau, target_members
-        self.warmup_steps, self.actor_period = warmup_steps, actor_period
-        self.behaviour_weight, self.normalise_q = behaviour_weight, normalise_q
-        self.imitation_weight, self.noise_samples = imitation_weight, noise_samples
-        self.backup_entropy, self.q_limit = backup_entropy, q_limit
-        self.cal_ql_weight, self.cal_ql_samples = cal_ql_weight, cal_ql_samples
-        self.return_bound = return_bound
-        self.critic = ChunkCritic(feature_dim, horizon, policy.robot_dim, critics, widths)
-        self.target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.noise_scale = NoiseScale(feature_dim, flow_steps, policy.robot_dim, init_std, min_std, max_std)
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(init_temperature)))
+        self.noise_scale = NoiseScale(
+            feature_dim, settings.flow_steps, policy.robot_dim, settings.init_std, settings.min_std, settings.max_std
+        )
         dims = policy.action_horizon * policy.robot_dim
-        self.target_entropy = path_entropy(flow_steps, dims, target_std)
-        self._mode = "train"
-        # Where the online stage began; empty before. One tensor a trainable one, on the same device.
-        self._reference = {name: p.detach().clone() for name, p in trainable(policy).items()}
-        self.register_buffer("online_steps", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.target_entropy = path_entropy(settings.flow_steps, dims, settings.target_std)
+        self.reference = Reference(policy)
+
+    # Losses.
+
+    def forward(self, batch: LearningBatch, step: int) -> tuple[dict[str, Tensor], Metrics]:
+        """Losses of `actor`, `critic`, `temperature` (those whose turn it is), and metrics."""
+        transitions = batch.transitions
+        prefix = self.observe(transitions.images, transitions.state)
+        losses = {}
+        losses["critic"], metrics = self.critic_loss(transitions, prefix)
+        metrics["batch/transition_demo_share"] = torch.as_tensor(transitions.demo).float().mean()
+        if self._imitates(batch):
+            flow, more = imitation_loss(self.policy, self.prompt, batch.imitation, self.settings.noise_samples)
+            losses["actor"] = self.settings.imitation_weight * flow if self.online else flow
+            metrics |= more
+        if self._improves():
+            noise, step_noise = self.draw(len(transitions), prefix)
+            reference_prefix = self.reference_prefix(transitions) if self.settings.behaviour_weight else None
+            value, losses["temperature"], more = self.actor_loss(prefix, noise, step_noise, reference_prefix)
+            losses["actor"] = losses["actor"] + value if "actor" in losses else value
+            metrics |= more
+        return losses, metrics
+
+    def critic_loss(self, batch: TransitionBatch, prefix: Prefix) -> tuple[Tensor, Metrics]:
+        """Squared error to the chunked backup, and Cal-QL when asked for."""
+        device = prefix.state.device
+        with torch.no_grad():
+            target = self.backup(batch)
+        features = self.policy.features(prefix)
+        q = self.critic(features, self.labels(batch.action, device), torch.as_tensor(batch.is_pad, device=device))
+        self.check_values(q)
+        loss = td_loss(q, target)
+        metrics = critic_metrics(loss, q, target, batch.bootstrap)
+        if self.settings.cal_ql_weight:
+            gap = self.conservative_gap(batch, prefix, features, q)
+            loss = loss + self.settings.cal_ql_weight * gap
+            metrics["losses/cal_ql"] = gap.detach()
+        return loss, metrics
+
+    def backup(self, batch: TransitionBatch) -> Tensor:
+        """y of each transition: float32[b], without gradient."""
+        prefix = self.observe(batch.next_images, batch.next_state)
+        features = self.policy.features(prefix)
+        path = self.path(prefix, *self.draw(len(batch), prefix), self.noise_scale(features))
+        value = pessimistic(self.target(features, self.executed(path.chunk)), self.settings.target_members)
+        if self.settings.backup_entropy:
+            value = value - self.log_alpha.exp() * path.log_prob
+        return self.target_of(batch, value)
+
+    def conservative_gap(self, batch: TransitionBatch, prefix: Prefix, features: Tensor, q: Tensor) -> Tensor:
+        """Cal-QL's term over `cal_ql_samples` chunks of the policy and as many uniform ones within the limits."""
+        m, b, device = self.settings.cal_ql_samples, len(batch), features.device
+        wide = features.repeat_interleave(m, 0)
+        with torch.no_grad():
+            repeated = prefix.repeat(m)
+            path = self.path(repeated, *self.draw(b * m, repeated), self.noise_scale(wide))
+            chunk = self.executed(path.chunk)
+            low, high = self._limits()
+            random = low + (high - low) * torch.rand_like(chunk)
+        by_policy, by_chance = (self.critic(wide, c).view(-1, b, m) for c in (chunk, random))
+        return cal_ql(q, by_policy, by_chance, torch.as_tensor(batch.return_to_go, device=device))
+
+    def actor_loss(
+        self, prefix: Prefix, noise: Tensor, step_noise: Tensor, reference_prefix: Prefix | None = None
+    ) -> tuple[Tensor, Tensor, Metrics]:
+        """mean(α log p − Q/|Q| + λ‖a − a_ref‖²), the temperature's loss, and metrics.
+
+        reference_prefix: None where the backbone has not moved since the online stage began.
+        """
+        features = self.policy.features(prefix)
+        log_std = self.noise_scale(features)
+        path = self.path(prefix, noise, step_noise, log_std)
+        q = functional_call(self.critic, frozen_copy(self.critic), (features, self.executed(path.chunk))).mean(0)
+        alpha = self.log_alpha.exp()
+        loss = soft_actor_loss(path.log_prob, q / mean_size(q) if self.settings.normalise_q else q, alpha)
+        metrics = {}
+        if self.settings.behaviour_weight:
+            own = prefix if reference_prefix is None else reference_prefix
+            reference = self.reference_path(own, noise, step_noise, log_std.detach())
+            drift = behaviour_loss(self._robots(path.chunk), self._robots(reference.chunk))
+            loss = loss + self.settings.behaviour_weight * drift
+            metrics["actor/drift"] = drift.detach()
+        surplus = entropy_surplus(path.log_prob, self.target_entropy)
+        metrics |= {
+            "losses/actor": loss.detach(),
+            "actor/q": q.detach().mean(),
+            "actor/entropy_surplus": surplus,
+            "actor/temperature": alpha.detach(),
+            "actor/std": log_std.detach().exp().mean(),
+        }
+        return loss, temperature_loss(self.log_alpha, surplus), metrics
+
+    # Sampling.
+
+    def draw(self, b: int, prefix: Prefix) -> tuple[Tensor, Tensor]:
+        """x_0 float32[b, ah, ad] and the noise of the steps float32[K, b, ah, ad]."""
+        shape = (b, self.policy.action_horizon, self.policy.action_dim)
+        device = prefix.state.device
+        return torch.randn(shape, device=device), torch.randn((self.settings.flow_steps, *shape), device=device)
+
+    def path(self, prefix: Prefix, noise: Tensor, step_noise: Tensor, log_std: Tensor) -> FlowPath:
+        """The actor's stochastic path from this noise."""
+        return self._path_of(lambda x, t: self.policy.velocity(prefix, x, t), noise, step_noise, log_std)
+
+    @torch.no_grad()
+    def reference_path(self, prefix: Prefix, noise: Tensor, step_noise: Tensor, log_std: Tensor) -> FlowPath:
+        """The path of the policy with which the online stage began, from its own prefix and the same noises."""
+        return self._path_of(lambda x, t: self.reference.velocity(prefix, x, t), noise, step_noise, log_std)
+
+    def reference_prefix(self, batch: TransitionBatch) -> Prefix:
+        """What the backbone said of these observations when the online stage began; imitation trains it, too."""
+        return self.reference.encode(PolicyInput(batch.images, batch.state, [self.prompt] * len(batch)))
+
+    def _path_of(self, velocity: Velocity, noise: Tensor, step_noise: Tensor, log_std: Tensor) -> FlowPath:
+        return sample_path(velocity, noise, step_noise, log_std, self.policy.robot_dim, self.settings.squash)
+
+    def _robots(self, chunk: Tensor) -> Tensor:
+        """The robot's dims of a chunk."""
+        return chunk[..., : self.policy.robot_dim]
+
+    # Whose turn it is.
+
+    def _imitates(self, batch: LearningBatch) -> bool:
+        """Always in a train stage; online with β > 0, once something is accepted."""
+        return not self.online or bool(self.settings.imitation_weight and batch.imitation is not None)
+
+    def _improves(self) -> bool:
+        """Every `actor_period`-th step of an online stage whose critic is warm."""
+        return self.warm and int(self.online_steps) % self.settings.actor_period == 0
+
+    # What the learner needs.
+
+    def groups(self) -> dict[str, ParameterGroup]:
+        return {
+            "actor": ParameterGroup(trainable(self.policy) | named_parameters("noise_scale", self.noise_scale)),
+            "critic": ParameterGroup(named_parameters("critic", self.critic), scheduled=False),
+            "temperature": ParameterGroup({"log_alpha": self.log_alpha}, scheduled=False),
+        }
+
+    def auxiliary_state(self) -> dict[str, Tensor]:
+        return super().auxiliary_state() | {f"reference.{name}": p for name, p in self.reference.tensors.items()}
+
+    def begin_stage(self, mode: str) -> None:
+        """The policy with which the first online stage begins is the reference ever after."""
+        super().begin_stage(mode)
+        if self.online and self.online_steps == 0:
+            self.reference.take()
 
     def _apply(self, fn, recurse: bool = True):
         """`.to(device)` and the like reach the reference, which is no parameter of this module."""
         super()._apply(fn, recurse)
-        self._reference = {name: fn(p) for name, p in self._reference.items()}
+        self.reference.convert(fn)
         return self
+
+    # Limits.
 
     def _check_squash(self) -> None:
         low, high = self._limits()
@@ -128,179 +247,3 @@ class SACAgent(FlowAgent):
         device = next(self.policy.parameters()).device
         wide = torch.full((1, self.horizon, self.policy.robot_dim), BEYOND, device=device)
         return self.sent(-wide)[0, 0], self.sent(wide)[0, 0]
-
-    # What the learner needs.
-
-    def groups(self) -> dict[str, ParameterGroup]:
-        noise = {f"noise_scale.{name}": p for name, p in self.noise_scale.named_parameters()}
-        return {
-            "actor": ParameterGroup(trainable(self.policy) | noise),
-            "critic": ParameterGroup({f"critic.{n}": p for n, p in self.critic.named_parameters()}, scheduled=False),
-            "temperature": ParameterGroup({"log_alpha": self.log_alpha}, scheduled=False),
-        }
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        return trainable(self.policy)
-
-    def carried(self) -> dict[str, Tensor]:
-        target = {f"target.{name}": p.detach() for name, p in self.target.named_parameters()}
-        return target | {f"reference.{n}": p for n, p in self._reference.items()} | {"online_steps": self.online_steps}
-
-    @torch.no_grad()
-    def begin_stage(self, mode: str) -> None:
-        """The policy with which the first online stage begins is the reference ever after."""
-        self._mode = mode
-        if mode == "online" and self.online_steps == 0:
-            for name, p in trainable(self.policy).items():
-                self._reference[name] = p.detach().clone()
-
-    def after_step(self) -> None:
-        track(self.target, self.critic, self.tau)
-        if self._mode == "online":
-            self.online_steps += 1
-
-    # Losses.
-
-    def forward(self, batch: LearningBatch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses of `actor`, `critic`, `temperature` (those whose turn it is), and metrics."""
-        transitions = batch.transitions
-        prefix = self.observe(transitions.images, transitions.state)
-        critic_loss, metrics = self.critic_loss(transitions, prefix)
-        losses = {"critic": critic_loss}
-        metrics["batch/transition_demo_share"] = torch.as_tensor(transitions.demo).float().mean()
-        imitate = self._mode == "train" or (self.imitation_weight and batch.imitation is not None)
-        if imitate:
-            flow, more = imitation_loss(self.policy, self.prompt, batch.imitation, self.noise_samples)
-            losses["actor"] = flow if self._mode == "train" else self.imitation_weight * flow
-            metrics |= more
-        if self._improves():
-            noise, step_noise = self.draw(len(transitions), prefix)
-            reference = self.reference_prefix(transitions) if self.behaviour_weight else None
-            value, losses["temperature"], more = self.actor_loss(prefix, noise, step_noise, reference)
-            losses["actor"] = losses["actor"] + value if imitate else value
-            metrics |= more
-        return losses, metrics
-
-    def _improves(self) -> bool:
-        """Is it the turn of the actor's own loss?"""
-        if self._mode != "online" or self.online_steps < self.warmup_steps:
-            return False
-        return int(self.online_steps) % self.actor_period == 0
-
-    def draw(self, b: int, prefix: Prefix) -> tuple[Tensor, Tensor]:
-        """x_0 float32[b, ah, ad] and the noise of the steps float32[K, b, ah, ad]."""
-        shape = (b, self.policy.action_horizon, self.policy.action_dim)
-        device = prefix.state.device
-        return torch.randn(shape, device=device), torch.randn((self.flow_steps, *shape), device=device)
-
-    def path(self, prefix: Prefix, noise: Tensor, step_noise: Tensor, log_std: Tensor) -> FlowPath:
-        """The actor's stochastic path from this noise."""
-        return sample_path(
-            lambda x, t: self.policy.velocity(prefix, x, t), noise, step_noise, log_std, self._robot_dim, self.squash
-        )
-
-    @torch.no_grad()
-    def reference_prefix(self, batch: TransitionBatch) -> Prefix:
-        """What the backbone said of these observations when the online stage began; imitation trains it, too."""
-        observation = PolicyInput(batch.images, batch.state, [self.prompt] * len(batch))
-        return self._by_reference("encode", observation)
-
-    @torch.no_grad()
-    def reference_path(self, prefix: Prefix, noise: Tensor, step_noise: Tensor, log_std: Tensor) -> FlowPath:
-        """The path of the policy with which the online stage began, from its own prefix and the same noises."""
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return self._by_reference("velocity", prefix, x, t)
-
-        return sample_path(velocity, noise, step_noise, log_std, self._robot_dim, self.squash)
-
-    def _by_reference(self, method: str, *args: Any) -> Any:
-        tensors = {f"policy.{name}": p for name, p in self._reference.items()}
-        return functional_call(_Method(self.policy, method), tensors, args)
-
-    def critic_loss(self, batch: TransitionBatch, prefix: Prefix) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error to the chunked backup, and Cal-QL when asked for."""
-        device = prefix.state.device
-        with torch.no_grad():
-            target = self.backup(batch)
-        features = self.policy.features(prefix)
-        chunk, is_pad = self.labels(batch.action, device), torch.as_tensor(batch.is_pad, device=device)
-        q = self.critic(features, chunk, is_pad)
-        check_values(q, self.q_limit)
-        loss = td_loss(q, target)
-        metrics = critic_metrics(loss, q, target, batch.bootstrap)
-        if self.cal_ql_weight:
-            gap = self.conservative_gap(batch, prefix, features, q)
-            loss = loss + self.cal_ql_weight * gap
-            metrics["losses/cal_ql"] = gap.detach()
-        return loss, metrics
-
-    def backup(self, batch: TransitionBatch) -> Tensor:
-        """y of each transition: float32[b], without gradient."""
-        prefix = self.observe(batch.next_images, batch.next_state)
-        features = self.policy.features(prefix)
-        path = self.path(prefix, *self.draw(len(batch), prefix), self.noise_scale(features))
-        value = pessimistic(self.target(features, self.executed(path.chunk)), self.target_members)
-        if self.backup_entropy:
-            value = value - self.log_alpha.exp() * path.log_prob
-        return self.target_of(batch, value)
-
-    def conservative_gap(self, batch: TransitionBatch, prefix: Prefix, features: Tensor, q: Tensor) -> Tensor:
-        """Cal-QL's term over `cal_ql_samples` chunks of the policy and as many uniform ones within the limits."""
-        m, b, device = self.cal_ql_samples, len(batch), features.device
-        with torch.no_grad():
-            repeated = prefix.repeat(m)
-            log_std = self.noise_scale(features.repeat_interleave(m, 0))
-            chunk = self.executed(self.path(repeated, *self.draw(b * m, repeated), log_std).chunk)
-            low, high = self._limits()
-            random = low + (high - low) * torch.rand_like(chunk)
-        wide = features.repeat_interleave(m, 0)
-        by_policy, by_chance = (self.critic(wide, c).view(-1, b, m) for c in (chunk, random))
-        return cal_ql(q, by_policy, by_chance, torch.as_tensor(batch.to_go, device=device))
-
-    def actor_loss(
-        self, prefix: Prefix, noise: Tensor, step_noise: Tensor, reference_prefix: Prefix | None = None
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """mean(α log p − Q/|Q| + λ‖a − a_ref‖²), the temperature's loss, and metrics.
-
-        reference_prefix: None where the backbone has not moved since the online stage began.
-        """
-        features = self.policy.features(prefix)
-        log_std = self.noise_scale(features)
-        path = self.path(prefix, noise, step_noise, log_std)
-        q = functional_call(self.critic, frozen_copy(self.critic), (features, self.executed(path.chunk))).mean(0)
-        size = q.detach().abs().mean().clamp(min=1e-6) if self.normalise_q else torch.ones(())
-        alpha = self.log_alpha.exp()
-        loss = (alpha.detach() * path.log_prob - q / size).mean()
-        metrics = {}
-        if self.behaviour_weight:
-            own = prefix if reference_prefix is None else reference_prefix
-            reference = self.reference_path(own, noise, step_noise, log_std.detach())
-            drift = (path.chunk - reference.chunk)[..., : self._robot_dim].square().mean()
-            loss = loss + self.behaviour_weight * drift
-            metrics["actor/drift"] = drift.detach()
-        surplus = (-path.log_prob - self.target_entropy).detach().mean()
-        metrics |= {
-            "losses/actor": loss.detach(),
-            "actor/q": q.detach().mean(),
-            "actor/entropy_surplus": surplus,
-            "actor/temperature": alpha.detach(),
-            "actor/std": log_std.detach().exp().mean(),
-        }
-        # Too little entropy (surplus < 0) raises α.
-        return loss, self.log_alpha * surplus, metrics
-
-    @property
-    def _robot_dim(self) -> int:
-        return self.policy.robot_dim
-
-
-class _Method(nn.Module):
-    """A policy's method as a module's forward, for functional_call."""
-
-    def __init__(self, policy: FlowPolicy, method: str) -> None:
-        super().__init__()
-        self.policy, self._method = policy, method
-
-    def forward(self, *args: Any) -> Any:
-        return getattr(self.policy, self._method)(*args)

@@ -75,8 +75,8 @@ class Steering(nn.Module):
         return torch.where(self.gate > 0.5, steered, noise)
 
 
-def add_steering(policy: FlowPolicy, feature_dim: int, variant: str = "per_step", bound: float = 2.0) -> FlowPolicy:
-    """The same policy with a `steering` module."""
+def add_steering(policy: FlowPolicy, feature_dim: int, variant: str, bound: float) -> FlowPolicy:
+    """The same policy with a `steering` module; `algo.served` names this function."""
     steering = Steering(feature_dim, policy.action_horizon, policy.action_dim, variant, bound)
     policy.steering = steering
     return policy

@@ -34,9 +34,7 @@ class ChunkCritic(nn.Module):
     feature_dim: f of `policy.features`; horizon: h; action_dim: ad of the robot; widths: hidden layers.
     """
 
-    def __init__(
-        self, feature_dim: int, horizon: int, action_dim: int, n: int = 2, widths: Sequence[int] = (256, 256)
-    ) -> None:
+    def __init__(self, feature_dim: int, horizon: int, action_dim: int, n: int, widths: Sequence[int]) -> None:
         super().__init__()
         self.horizon, self.action_dim, self.n = horizon, action_dim, n
         sizes = [feature_dim + horizon * (action_dim + 1), *widths]

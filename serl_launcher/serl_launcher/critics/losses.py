@@ -32,15 +32,15 @@ def td_loss(q: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (q - target.detach()).square().mean()
 
 
-def cal_ql(q_data: Tensor, q_policy: Tensor, q_random: Tensor, to_go: Tensor) -> Tensor:
+def cal_ql(q_data: Tensor, q_policy: Tensor, q_random: Tensor, return_to_go: Tensor) -> Tensor:
     """Calibrated conservative term (Nakamoto et al., 2303.05479): push values of unseen actions down, not below V^μ.
 
     q_data: float32[e, b], of executed chunks; q_policy, q_random: float32[e, b, m], of the policy's chunks and of
-    uniform ones; to_go: float32[b], returns of the data, the calibration. Returns a scalar. The samples carry no
+    uniform ones; return_to_go: float32[b], of the data, the calibration. Returns a scalar. The samples carry no
     importance weights: a flow's chunk has no density of its own (its path has), and weights of the uniform chunks alone
     would drown the policy's.
     """
-    calibrated = torch.maximum(q_policy, to_go[None, :, None])
+    calibrated = torch.maximum(q_policy, return_to_go[None, :, None])
     together = torch.cat([calibrated, q_random], dim=-1)
     soft_maximum = torch.logsumexp(together, dim=-1) - math.log(together.shape[-1])
     return (soft_maximum - q_data).mean()

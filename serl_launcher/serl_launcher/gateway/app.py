@@ -14,10 +14,10 @@ import logging
 import time
 from typing import Any
 
-from serl_launcher.gateway.actor_lines import ActorLines
 from serl_launcher.gateway.actors import Actors
 from serl_launcher.gateway.forward import InferForwarder
 from serl_launcher.gateway.ingest import Ingest
+from serl_launcher.gateway.journalled import Journalled
 from serl_launcher.gateway.ledger import ADHOC, LedgerRow, scope_of
 from serl_launcher.gateway.operator_state import OperatorState
 from serl_launcher.gateway.progress import TrainerProgress
@@ -79,12 +79,12 @@ class Gateway:
         self.progress = TrainerProgress(paths.stage_progress, settings.stages)
         self.params = PublishedParams(paths.params)
         self.tickets = TicketOffice(settings.seed, min(TICKET_GRACE_S, settings.dead_actor_s), self.actors.alive)
-        self.ingest = Ingest(settings, paths, self.actors, server.reply, server.call_soon, self._episode_closed)
+        self.journalled = Journalled(settings, paths, self.actors, server.reply, self._episode_closed)
+        reader = self.journalled.recover()
+        self.ingest = Ingest(settings, paths, self.actors, self.journalled, reader, server.call_soon)
         self._restore_tickets()
         self._roles = server.add_router(internal_endpoint(paths.root))
-        self.forwarder = forwarder = InferForwarder(self._roles, server.reply, server.loop, paths.root)
-        forget, loop = forwarder.forget_memory, server.loop
-        self.lines = ActorLines(server.router, forwarder.infer_placed, forget, settings.spec, loop)
+        self.forwarder = InferForwarder(self._roles, server.reply)
         self._stage = self._current_stage()
         self.operator = OperatorState(paths.root / "operator.json")
         self._exported: dict[str, Any] = {}
@@ -128,8 +128,7 @@ class Gateway:
             self.server.start()
         finally:
             self.ingest.close()
-            self.lines.close()
-            self.forwarder.close()
+            self.journalled.close()
             self._write_status()
             self._lock.release()
 
@@ -139,16 +138,16 @@ class Gateway:
 
     def status(self) -> dict[str, Any]:
         """The status document of docs/architecture.md."""
-        ledger = self.ingest.ledger
+        ledger = self.journalled.ledger
         return {
             "run": self.settings.run,
             "time": time.time(),
             "stage": self._stage.to_status(),
             "done": self.done,
             "operator": self.operator.to_status(),
-            "ring": str(self.ingest.ring.path),
+            "ring": str(self.journalled.ring.path),
             "counts": ledger.counts(),
-            "rates": {"transitions_per_s": self.ingest.transitions_per_s(), **ledger.rates()},
+            "rates": {"transitions_per_s": self.journalled.transitions_per_s(), **ledger.rates()},
             "eval": ledger.evaluations(),
             "trainer": self.progress.to_status(),
             "serving": self.forwarder.to_status(),
@@ -161,10 +160,7 @@ class Gateway:
     def _hello(self, peer: Peer, body: dict[str, Any]) -> dict[str, Any]:
         if peer.role == "actor":
             self.actors.joined(peer.actor_id, peer.boot_id)
-        reply = {"run": self.settings.run, "stage": self._stage.to_status(), "done": self.done}
-        if peer.role == "actor" and body.get("link") == "infer":
-            reply["line"] = self.lines.offer(peer, body.get("machine"))
-        return reply
+        return {"run": self.settings.run, "stage": self._stage.to_status(), "done": self.done}
 
     def _heartbeat(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
         if peer.role == "actor":
@@ -179,8 +175,7 @@ class Gateway:
             return self.status()
         if envelope.target == "params":
             self._announce_params()
-            waits = self.server.standing.keep(envelope.token, body, self.params.version)
-            return None if waits else pack(self.params.chunk(body))
+            return pack(self.params.chunk(body))
         if envelope.target in OPERATOR_REQUESTS:
             return self._operate(peer.actor_id, envelope.target)
         known = ["next_episode", "status", "params", *sorted(OPERATOR_REQUESTS)]
@@ -226,7 +221,7 @@ class Gateway:
             state = self._stage
             return wait(TRAIN_WAIT_S, f"stage {stage.name}: the learner trains, step {state.steps} of {stage.steps}")
         scope = scope_of(stage.name, actor, boot)
-        counts = self.ingest.ledger.scope(scope)
+        counts = self.journalled.ledger.scope(scope)
         if stage.name.startswith(ADHOC) and stage.episodes and counts.counted >= stage.episodes:
             return stop(f"{stage.episodes} episodes are done")
         return self.tickets.issue(stage, scope, counts, actor, boot, min_version, time.monotonic())
@@ -256,7 +251,7 @@ class Gateway:
         self._update_stage()
 
     def _current_stage(self) -> StageState:
-        counted = self.ingest.ledger.stage_episodes()
+        counted = self.journalled.ledger.stage_episodes()
         return current_stage(self.settings.stages, counted, self.progress.stage_steps, self.progress.end_versions)
 
     def _update_stage(self) -> None:
@@ -271,8 +266,8 @@ class Gateway:
 
     def _restore_tickets(self) -> None:
         """Episodes that were open when the last gateway ended are still being made by their actors."""
-        started = dict(self.ingest.ledger.started)
-        for episode_id, opened in self.ingest.assembler.open.items():
+        started = dict(self.journalled.ledger.started)
+        for episode_id, opened in self.journalled.assembler.open.items():
             info = opened.info
             scope = scope_of(info.stage, opened.actor, opened.boot)
             self.tickets.restore(Ticket(episode_id, scope, info.seed, opened.actor, opened.boot))
@@ -283,13 +278,12 @@ class Gateway:
     def _announce_params(self) -> None:
         if self.params.refresh():
             log.info("policy version %s is published", self.params.version)
-            self.server.standing.answer(lambda payload: pack(self.params.chunk(payload)))
-            self.server.announce_params(self.params.version or 0, self.params.where())
+            self.server.announce_params(self.params.version or 0)
 
     def _every_second(self) -> None:
         self.actors.report_silence()
         self.ingest.close_abandoned()
-        self.ingest.write_ledger()
+        self.journalled.write_ledger()
         self.forwarder.check()
         self._exported = read_json(self.paths.root / "dataset_status.json") or {"episodes": 0}
         self._write_status()

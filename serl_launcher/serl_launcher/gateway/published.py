@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from serl_launcher.run.files import read_json
-from serl_transport.contract.errors import NotReady, Refused, WireError
+from serl_transport.contract.errors import NotReady, Refused
 from serl_transport.parameters.params import Offer, read_chunk
-from serl_transport.parameters.params import Published as TransportPublished
 
 KEEP_OPEN = 3
 
@@ -27,7 +26,7 @@ class PublishedParams:
         self._dir = params_dir
         self._stamp: tuple[int, int] | None = None
         self._latest: dict[str, Any] | None = None
-        self._open: OrderedDict[int, tuple[Offer, dict[str, Any]]] = OrderedDict()  # version -> (bytes, where)
+        self._open: OrderedDict[int, Offer] = OrderedDict()  # by version
         self.times: dict[int, float] = {}  # version -> unix time of publishing
 
     @property
@@ -52,42 +51,30 @@ class PublishedParams:
         return before != self.version
 
     def chunk(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """Answer one `params` request `{version | null, offset | where}`. NotReady, Refused or BadFrame."""
+        """Answer one `params` request `{version | null, number}`. NotReady, Refused or BadFrame."""
         version = payload.get("version")
         if self._latest is None:
             raise NotReady("no parameters have been published yet")
         version = self.version if version is None else version
-        offer, where = self._offer(version)
-        reply = read_chunk(offer, payload | {"version": version})
-        return reply | {"file": where} if payload.get("where") else reply
+        return read_chunk(self._offer(version), payload | {"version": version})
 
-    def where(self) -> dict[str, Any]:
-        """What the newest version's announcement says of its file; empty when it is being replaced."""
-        try:
-            return self.chunk({"where": True})
-        except WireError:
-            return {}
-
-    def _offer(self, version: Any) -> tuple[Offer, dict[str, Any]]:
+    def _offer(self, version: Any) -> Offer:
         if version not in self._open:
             assert self._latest is not None
             if version != self.version:
                 raise Refused(f"version {version!r} is not held, the newest is {self.version}")
-            path = self._dir / self._latest["file"]
             try:
-                blob, stat = map_file(path)
+                blob = map_file(self._dir / self._latest["file"])
             except FileNotFoundError:
                 raise NotReady(f"version {version} is being replaced, ask again") from None
-            offer = Offer.of(TransportPublished(version, blob, self._latest["sha256"]))
-            self._open[version] = (offer, {"path": str(path.resolve()), "dev": stat.st_dev, "ino": stat.st_ino})
+            self._open[version] = Offer.of(version, blob, self._latest["sha256"])
             while len(self._open) > KEEP_OPEN:
                 self._open.popitem(last=False)
         return self._open[version]
 
 
-def map_file(path: Path) -> tuple[memoryview, os.stat_result]:
+def map_file(path: Path) -> memoryview:
     """The bytes of a file that never changes (it is only ever replaced), straight from the page cache."""
     with path.open("rb") as file:
-        stat = os.fstat(file.fileno())
-        blob = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if stat.st_size else b""
-    return memoryview(blob), stat
+        size = os.fstat(file.fileno()).st_size
+        return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b"")

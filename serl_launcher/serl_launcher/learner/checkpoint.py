@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FILES = ("tensors.safetensors", "optimizer.pt", "state.json")
-RAW, AVERAGED = "raw.", "averaged."  # what the policy's names begin with among the tensors
+from serl_launcher.run.parameters import CHECKPOINT_TENSORS
+
+FILES = (CHECKPOINT_TENSORS, "optimizer.pt", "state.json")
+RAW = "raw."  # what the policy's names begin with among the tensors; of their average it is AVERAGED
 
 
 def save(

@@ -1,12 +1,13 @@
-"""What the trainer does when training goes wrong: skip, go back, or hold; and when evaluation falls, roll back.
+"""Rolls the policy back when an evaluation ends far below the best one. The trainer shows it each status.
 
-The trainer asks `FaultGuard.after` about each refused step and `EvaluationWatch.look` about each status. Whatever they
-answer, the policy server goes on with the last version that was published: a bad step is never published.
+status.eval ─▶ EvaluationWatch.look ─▶ Fall ─▶ RollbackGuard: best parameters ─▶ published again ─▶ checkpoint
+                     └ a new best: its parameters are kept in params/kept.safetensors
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,31 +15,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.run.parameters import Published
+from serl_launcher.learner.learner import Learner
+from serl_launcher.learner.publisher import Publisher
+from serl_launcher.learner.resume import TrainerCheckpoints
+from serl_launcher.run.parameters import PublishedVersion, read_tensors
 
-SKIP, GO_BACK, HOLD = "skip", "go back", "hold"
-
-
-class FaultGuard:
-    """Counts refused steps: `patience` in a row are skipped (a bad batch), then the last checkpoint is taken; after
-    `returns` such returns training holds."""
-
-    def __init__(self, patience: int = 5, returns: int = 3) -> None:
-        self._patience, self._returns = patience, returns
-        self._in_a_row = self._taken_back = 0
-
-    def good(self) -> None:
-        """A step was taken."""
-        self._in_a_row = 0
-
-    def after(self, can_go_back: bool) -> str:
-        """What to do after a refused step."""
-        self._in_a_row += 1
-        if self._in_a_row < self._patience:
-            return SKIP
-        self._in_a_row = 0
-        self._taken_back += 1
-        return GO_BACK if can_go_back and self._taken_back <= self._returns else HOLD
+log = logging.getLogger("trainer")
 
 
 @dataclass(slots=True)
@@ -86,7 +68,7 @@ class EvaluationWatch:
         return None
 
     def _judge(self, stage: str, rate: float) -> Fall | None:
-        best, newest = self._best, Published.read(self._dir)
+        best, newest = self._best, PublishedVersion.read(self._dir)
         fall = None
         if rate < best.rate - self._margin and self._kept.exists():
             fall = Fall(stage, rate, best.stage, best.rate, best.version, self._kept)
@@ -109,6 +91,33 @@ class EvaluationWatch:
     @property
     def _kept(self) -> Path:
         return self._dir / "kept.safetensors"
+
+
+class RollbackGuard:
+    """Acts on what the watch notices."""
+
+    def __init__(
+        self, watch: EvaluationWatch, learner: Learner, publisher: Publisher, checkpoints: TrainerCheckpoints
+    ) -> None:
+        self._watch, self._learner, self._publisher, self._checkpoints = watch, learner, publisher, checkpoints
+
+    def check(self, status: Mapping[str, Any]) -> None:
+        """Look at the evaluations of a status document; after a fall, bring the best version's parameters back."""
+        fall = self._watch.look(status.get("eval") or {})
+        if fall is None:
+            return
+        best = read_tensors(fall.parameters)[0]  # perhaps of another algorithm, with parts unknown to this one
+        averaged = self._learner.averaged
+        self._learner.start_from({name: tensor for name, tensor in best.items() if name in averaged})
+        self._publisher.publish()
+        self._checkpoints.save()  # or the next start would go on from the policy that fell
+        self._watch.settle(fall.stage)
+        version = self._publisher.version
+        log.error(
+            "evaluation %s fell to %.2f, more than rollback_margin below the %.2f of %s: version %d is rolled back to "
+            "version %d, published again as version %d",
+            fall.stage, fall.rate, fall.best_rate, fall.best_stage, version - 1, fall.best_version, version,
+        )  # fmt: skip
 
 
 def evaluation_goals(stages: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -17,10 +17,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from serl_launcher.agents.base import Agent, ParameterGroup
-from serl_launcher.learner.checkpoint import AVERAGED, RAW
+from serl_launcher.learner.checkpoint import RAW
 from serl_launcher.learner.optimizers import for_device
-from serl_launcher.run.parameters import describe_mismatch
+from serl_launcher.run.parameters import AVERAGED, describe_mismatch
 
+AUXILIARY = "carried."
+"""Prefix in a checkpoint of what the agent's `auxiliary_state` holds; named by the first checkpoints."""
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -82,10 +84,12 @@ class Learner:
         self._average_age = min(self._average_age, 50)
         self.agent.begin_stage(mode)
 
-    def step(self, batch: Any, lr_scale: float) -> dict[str, float]:
-        """One optimizer step; returns its metrics. Raises FloatingPointError when loss or gradient is not finite.
+    def step(self, batch: Any, lr_scale: float) -> dict[str, Tensor | float]:
+        """One optimizer step; returns its metrics, which stay on the device (learner.step_log reads them when due).
 
-        Nothing has changed then: neither parameters nor optimizers nor targets.
+        Raises FloatingPointError when loss or gradient is not finite. Nothing has changed then: neither parameters nor
+        optimizers nor targets. One bool a step is read back for that: the optimizers' kernels change weights in place,
+        so whether they may be started must be known on the host.
         """
         losses, metrics = self._prepared(batch, self.step_count)
         for optimizer in self._optimizers.values():
@@ -103,15 +107,9 @@ class Learner:
         self.step_count += 1
         self._average()
         first = next(iter(self._groups))
-        shown = (
-            {f"optim/grad_norm_{name}": float(norm) for name, norm in norms.items()} if len(self._groups) > 1 else {}
-        )
-        return {
-            **{k: float(v) for k, v in metrics.items()},
-            **shown,
-            "optim/grad_norm": max(map(float, norms.values())),
-            "optim/lr": self._base_lr[first][0] * lr_scale,
-        }
+        by_group = {f"optim/grad_norm_{name}": norm for name, norm in norms.items()} if len(self._groups) > 1 else {}
+        largest = self._gathered(norms.values()).max()
+        return {**metrics, **by_group, "optim/grad_norm": largest, "optim/lr": self._base_lr[first][0] * lr_scale}
 
     def _set_rate(self, name: str, group: ParameterGroup, lr_scale: float) -> None:
         scale = lr_scale if group.scheduled else 1.0
@@ -119,10 +117,16 @@ class Learner:
             param_group["lr"] = base * scale
 
     def _check_finite(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
+        if torch.isfinite(self._gathered([*losses.values(), *norms.values()])).all():
+            return
         for name, loss in losses.items():
             if not (torch.isfinite(loss) and torch.isfinite(norms[name])):
                 figures = f"{name} loss {loss.item():.3g}, gradient norm {norms[name].item():.3g}"
                 raise FloatingPointError(f"step {self.step_count}: {figures}; the step was not taken")
+
+    def _gathered(self, scalars: Iterable[Tensor]) -> Tensor:
+        """Scalars in one tensor on the device; the norm of a group without gradients is on the host."""
+        return torch.stack([x.detach().float().to(self._accelerator.device) for x in scalars])
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -140,8 +144,8 @@ class Learner:
             for name, p in members.tensors.items()
             if id(p) not in published
         }
-        carried = {f"carried.{name}": p for name, p in self.agent.carried().items()}
-        return raw | {f"{AVERAGED}{name}": p for name, p in self.averaged.items()} | further | carried
+        auxiliary = {f"{AUXILIARY}{name}": p for name, p in self.agent.auxiliary_state().items()}
+        return raw | {f"{AVERAGED}{name}": p for name, p in self.averaged.items()} | further | auxiliary
 
     def optimizer_state(self) -> dict[str, Any]:
         """State of every optimizer, by group."""
@@ -171,7 +175,7 @@ class Learner:
     def start_from(self, published: dict[str, Tensor]) -> None:
         """Begin at published parameters (checkpoint_path): both the raw weights and their average.
 
-        What the agent calls `fresh` may be absent and keeps its initial values.
+        What the agent adds to a plain policy (`added_to_policy`) may be absent and keeps its initial values.
         """
         for mine in (self._state, self.averaged):
             self._take(mine, published, "checkpoint_path")
@@ -187,9 +191,9 @@ class Learner:
             self._take(mine, {n: t for n, t in theirs.items() if n in mine}, "checkpoint")
 
     def _take(self, mine: dict[str, Tensor], theirs: dict[str, Tensor], what: str) -> None:
-        """Copy all of theirs; only what the agent calls `fresh` may be missing there. ValueError names `what`."""
-        fresh = tuple(getattr(self.agent, "fresh", ()))
-        want = {n: p for n, p in mine.items() if n in theirs or not (fresh and n.startswith(fresh))}
+        """Copy all of theirs; only what the agent adds to a plain policy may be missing. ValueError names `what`."""
+        added = tuple(getattr(self.agent, "added_to_policy", ()))
+        want = {n: p for n, p in mine.items() if n in theirs or not (added and n.startswith(added))}
         if problems := describe_mismatch(want, theirs):
             raise ValueError(f"{what} does not fit this policy: " + "; ".join(problems))
         for name, p in want.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,16 +42,35 @@ class Columns:
         )
 
 
+def open_dataset(folder: Path, **options: Any) -> Any:
+    """LeRobot's reader on a local folder; options: further arguments of `LeRobotDataset`."""
+    from lerobot.datasets import LeRobotDataset
+
+    return LeRobotDataset(f"local/{folder.name}", root=folder, video_backend=video_backend(), **options)
+
+
+def video_backend() -> str:
+    """LeRobot's name of what decodes videos here: torchcodec where it loads, which needs FFmpeg, else pyav.
+
+    Left to itself LeRobot takes the same one, after printing every way in which torchcodec was looked for.
+    """
+    try:
+        import torchcodec  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        return "pyav"
+    return "torchcodec"
+
+
 class Chunks(torch.utils.data.Dataset):
     """Rows of a LeRobot dataset, each with the chunk of actions that begins there (padded at the episode's end)."""
 
-    def __init__(self, folder: str, spec: TaskSpec, horizon: int, columns: Columns, max_samples: int | None) -> None:
-        from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+    def __init__(self, folder: Path, spec: TaskSpec, horizon: int, columns: Columns, max_samples: int | None) -> None:
+        from lerobot.datasets import LeRobotDatasetMetadata
 
         meta = LeRobotDatasetMetadata("local/sft", root=folder)
         keys = sorted({key for key, _ in columns.action})
         offsets = [k / meta.fps for k in range(horizon)]
-        self.rows = LeRobotDataset("local/sft", root=folder, delta_timestamps={key: offsets for key in keys})
+        self.rows = open_dataset(folder, delta_timestamps={key: offsets for key in keys})
         self.spec, self.columns, self.padding = spec, columns, f"{keys[0]}_is_pad"
         self.length = len(self.rows) if max_samples is None else min(max_samples, len(self.rows))
         check_columns(meta.features, columns, spec)
@@ -186,7 +206,7 @@ def batches(chunks: Chunks, batch_size: int, seed: int, workers: int = 0) -> Ite
 def train(
     learner: Learner, chunks: Chunks, steps: int, batch_size: int, seed: int, schedule: Schedule
 ) -> Iterator[dict]:
-    """`steps` optimizer steps; yields each one's metrics."""
+    """`steps` optimizer steps; yields each one's metrics as `Learner.step` returns them."""
     source = batches(chunks, batch_size, seed)
     for step in range(steps):
         yield learner.step(next(source), schedule.scale(step))

@@ -7,8 +7,11 @@ modules. One flow convention for all: t runs from 0 (noise) to 1 (action), x_t =
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -57,6 +60,7 @@ class FlowPolicy(Protocol):
     action_horizon: int  # ah
     action_dim: int  # ad, dims of the model's chunks
     robot_dim: int  # the first of them that the robot has; the rest is padding of a wider checkpoint
+    released_flow_steps: ClassVar[int]  # Euler steps that its release samples with
 
     def encode(self, observation: PolicyInput) -> Prefix:
         """Run the backbone once; without gradient when it is frozen. `encode_prepared(prepare(observation))`."""
@@ -84,6 +88,14 @@ class FlowPolicy(Protocol):
 
     def physical_actions(self, chunk: Tensor) -> Tensor:
         """The model's units to physical float32[..., ad], clipped to the task's limits."""
+        ...
+
+    def dead_parameters(self) -> set[str]:
+        """Names of parameters that no action depends on, though the features of critics may."""
+        ...
+
+    def save(self, folder: Path, extras: Mapping[str, Any] | None = None) -> Path:
+        """Write a checkpoint that LeRobot loads into a new folder. extras: what GR00T's layout keeps beside it."""
         ...
 
     def parameters(self, recurse: bool = True) -> Any: ...
@@ -145,3 +157,14 @@ def sample_times(b: int, generator: torch.Generator | None = None) -> Tensor:
 def trainable(policy: nn.Module) -> dict[str, Tensor]:
     """The tensors that are published: those that receive gradients."""
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def frozen_hash(policy: nn.Module, names: Iterable[str] | None = None) -> str:
+    """SHA-256 over the values of the parameters that do not train (or of the named ones)."""
+    wanted = None if names is None else set(names)
+    digest = hashlib.sha256()
+    for name, parameter in sorted(policy.named_parameters()):
+        if (name in wanted) if wanted is not None else not parameter.requires_grad:
+            raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(name.encode() + raw.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,6 +1,6 @@
 """A policy checkpoint folder in LeRobot's format, read without building anything: config, tensors, statistics.
 
-policies.loading fills a model from it, policies.saving writes one. Files: config.json, model.safetensors (or shards
+policies.loading fills a model from it, each head's saving writes one. Files: config.json, model.safetensors (or shards
 with an index), policy_preprocessor.json and policy_postprocessor.json with the normalisation statistics beside them.
 """
 
@@ -63,6 +63,22 @@ class Checkpoint:
                 for name in names:
                     if self.files[name] == file:
                         yield name, f.get_tensor(name)
+
+
+def check_init(init: str, checkpoint: str | None, action_horizon: int | None) -> None:
+    """Raise ValueError naming the key, where a policy's beginning is not said or said twice."""
+    if init not in ("checkpoint", "random"):
+        raise ValueError(f"policy.init: expected 'checkpoint' or 'random', got {init!r}")
+    if init == "checkpoint":
+        if not checkpoint:
+            raise ValueError("policy.checkpoint: expected a folder or a hub name (or ask for policy.init=random)")
+        return
+    if checkpoint:
+        raise ValueError(f"policy.init=random and policy.checkpoint={checkpoint}: which one? set init=checkpoint")
+    if type(action_horizon) is not int or action_horizon < 1:
+        raise ValueError(
+            f"policy.action_horizon: expected a number of ticks with policy.init=random, got {action_horizon}"
+        )
 
 
 def _folder(source: str) -> Path:

@@ -1,6 +1,6 @@
 """torch.compile of single layers, where it pays: one layer is compiled, all layers of its shape use it.
 
-Heads (policies.pi0, policies.groot_head) take `compile: auto | on | off`. auto means inference on a GPU: there a
+Heads (pi0.head, groot.head) take `compile: auto | on | off`. auto means inference on a GPU: there a
 compiler that fails costs one line in the log and the layer runs uncompiled from then on, while a backward pass could
 not be taken back. Weights are inputs of the compiled code, so new parameters copied in place need no new compilation.
 """

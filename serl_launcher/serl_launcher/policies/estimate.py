@@ -1,13 +1,15 @@
 """What a policy will cost before any of it is loaded: parameters, bytes and FLOPs from the real classes on no device.
 
-tools/preflight.py calls `estimate`. The model is built on torch's meta device, which holds shapes and no numbers; one
-forward and backward pass there counts the FLOPs and the bytes that autograd keeps, from the very code that will run.
+tools/preflight.py calls `meta_policy` and `estimate`. The model is built on torch's meta device, which holds shapes and
+no numbers; one forward and backward pass there counts the FLOPs and the bytes that autograd keeps, from the very code
+that will run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,26 @@ class Estimate:
     serving_sample: int  # bytes of one more observation in a served batch: its prefix
     train_flops: int  # of one more sample in a training step
     serve_flops: int  # of one more observation at `flow_steps`
+
+
+def meta_policy(cfg: Mapping[str, Any], spec: TaskSpec, size: Any) -> tuple[nn.Module, str]:
+    """The policy of a config on the meta device, and its mode of normalisation: what data must have statistics for.
+
+    `meta_<name>(cfg, spec, size)` makes it, which stands beside the `build_<name>` that `_target_` names. Raises
+    ValueError in the user's words, for a head that has none too.
+    """
+    module, _, build = cfg["_target_"].rpartition(".")
+    meta = build.replace("build_", "meta_", 1)
+    try:
+        found = getattr(import_module(module), meta, None)
+    except ImportError as error:
+        raise ValueError(f"policy._target_={cfg['_target_']}: {error}") from None
+    if found is None or meta == build:
+        raise ValueError(
+            f"policy._target_={cfg['_target_']}: its costs cannot be counted, {module} has no {meta}(cfg, spec, size) "
+            "that makes it without weights; see docs/policies.md"
+        )
+    return found(cfg, spec, size)
 
 
 def estimate(policy: nn.Module, spec: TaskSpec, precision: str, flow_steps: int, noise_samples: int) -> Estimate:

@@ -1,7 +1,7 @@
 """Fill a model from a checkpoint, strictly: every tensor matched, or an error that names those that are not.
 
-The heads' builders call `fill`. Nothing stays at random: a tensor that the checkpoint lacks, of another shape, or with
-a NaN, is an error; a tensor that the model does not know is one too. The report says what matched.
+The heads' builders call `load_core`. Nothing stays at random: a tensor that the checkpoint lacks, of another shape, or
+with a NaN, is an error; a tensor that the model does not know is one too. The report says what matched.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from serl_launcher.policies.checkpoint import Checkpoint, CheckpointError
+from serl_launcher.policies.precision import stays_float32
 
 log = logging.getLogger("policy")
 SHOWN = 8  # names of each kind of problem
@@ -37,6 +38,22 @@ class LoadReport:
         if self.dropped:
             lines += f"; dropped as never read: {', '.join(self.dropped)} ({self.dropped_parameters / 1e6:,.1f}M)"
         return lines
+
+
+def load_core(
+    policy: nn.Module, checkpoint: Checkpoint, prefix: str, aliases: dict[str, str], precision: str
+) -> LoadReport:
+    """Fill `policy.core`, built on the meta device. Raises CheckpointError naming what does not fit."""
+    trains = {name.removeprefix("core."): p.requires_grad for name, p in policy.named_parameters()}
+    sizes = {name: tensor.ndim for name, tensor in policy.core.state_dict().items()}
+
+    def dtype(name: str) -> torch.dtype:
+        half = precision == "bfloat16" and not trains.get(name) and not stays_float32(name, sizes[name])
+        return torch.bfloat16 if half else torch.float32
+
+    report = fill(policy.core, checkpoint, prefix, aliases, lambda name: name.endswith("lm_head.weight"), dtype)
+    materialise_buffers(policy.core)
+    return report
 
 
 def fill(

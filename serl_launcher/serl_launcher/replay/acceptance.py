@@ -1,7 +1,8 @@
 """Which episodes, and which of their ticks, the policy imitates: the rejection in rejection sampling.
 
-The trainer's view (replay.views) calls a rule once per finished episode; yaml names it (`algo.rule`). A rule is a pure
-function of the episode, so that it can be changed afterwards and the views rebuilt. Torch-free.
+The trainer's view (replay.views) calls a rule once per finished episode; config/rule/ names them and holds their values
+(`rule=`, `algo.rule.<field>=`). A rule is a pure function of the episode, so that it can be changed afterwards and the
+views rebuilt. Torch-free.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Selection:
         return cls(False, reason, np.zeros(n, bool), np.zeros(n, bool))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SuccessRule:
     """Accept a success whose return reaches m (Hi-ORS, arXiv 2510.26406): autonomous and operator ticks alike.
 
@@ -51,13 +52,13 @@ class SuccessRule:
     labels nor starts. Storing them stopped the improvement on the default task (docs/LOG.md).
     """
 
-    min_return: float = 0.5  # m
-    require_success: bool = True  # a failure is rejected whatever its return
-    min_ticks: int = 3  # shorter episodes are dropped
-    noop_threshold: float = 0.02  # ticks that move less than this share of the range are dropped, see `idle_starts`
-    noop_dims: Sequence[int] | None = None  # action dimensions that move the robot; null: all
-    mask_before_takeover: int | None = None  # policy ticks hidden before a takeover; null: the whole stretch
-    autonomous_stride: int = 1  # mixed rate: chunks begin at every k-th tick that the policy drove, at each of a person
+    min_return: float  # m, least return of an episode; a schedule of m (`algo.threshold`) takes its place
+    require_success: bool  # is a failure rejected whatever its return?
+    min_ticks: int  # shorter episodes are dropped
+    noop_threshold: float  # share of the action range: ticks that move less are dropped, see `idle_starts`
+    noop_dims: Sequence[int] | None  # action dimensions that move the robot; null: all
+    mask_before_takeover: int | None  # policy ticks hidden before a takeover; null: the whole stretch
+    autonomous_stride: int  # mixed rate: chunks begin at every k-th tick that the policy drove, at each of a person
 
     def __post_init__(self) -> None:
         _check_numbers(self, "min_return", "noop_threshold")
@@ -80,13 +81,13 @@ class SuccessRule:
         return Selection(bool(starts.any()), "accepted" if starts.any() else "noop", starts, labels)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DemonstrationRule:
     """Accept successful demonstrations only: behaviour cloning on the data that a run folder holds."""
 
-    min_ticks: int = 3
-    noop_threshold: float = 0.02
-    noop_dims: Sequence[int] | None = None
+    min_ticks: int  # as in SuccessRule, and so the others
+    noop_threshold: float
+    noop_dims: Sequence[int] | None
 
     def __post_init__(self) -> None:
         _check_numbers(self, "noop_threshold")

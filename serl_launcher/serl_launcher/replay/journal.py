@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serl_transport.wire.checksum import checksum32
+from serl_transport.wire.blob import checksum32
 
 SEGMENT_MAGIC = b"FSJRNL01"
 RECORD_MAGIC = b"FSR2"

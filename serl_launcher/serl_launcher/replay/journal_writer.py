@@ -32,7 +32,7 @@ from serl_launcher.replay.journal import (
     segment_path,
 )
 from serl_transport.contract.errors import StorageFull
-from serl_transport.delivery.files import write_buffers
+from serl_transport.wire.blob import write_buffers
 
 log = logging.getLogger("gateway")
 GROUP_BYTES = 64 << 20

@@ -1,4 +1,4 @@
-"""What the trainer samples from: accepted chunks for imitation, and, for agents that learn values, transitions too.
+"""What an agent that learns values samples: accepted chunks for imitation, and transitions. sac_* and dsrl_* name it.
 
 Both views read one ring. The trainer asks `ready` before a stage's steps and `sample` for each.
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 from serl_launcher.replay.ring import RingReader
 from serl_launcher.replay.transitions import TransitionBatch, TransitionView
-from serl_launcher.replay.views import ChunkBatch, ChunkView
+from serl_launcher.replay.views import ChunkBatch, ViewSources
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +26,15 @@ class LearningBatch:
 
 
 class LearningView:
-    """An acceptance view and a transition view over one ring; answers what a ChunkView answers.
+    """The accepted chunks and a transition view over one ring (`algo.view`).
 
-    min_online: online transitions before training may begin in an online stage.
+    gamma: discount per tick. demo_share: of the transitions of a batch, those from demonstrations. min_online: online
+    transitions before training may begin in an online stage.
     """
 
-    def __init__(self, imitation: ChunkView, transitions: TransitionView, min_online: int) -> None:
-        self.imitation, self.transitions, self._min_online = imitation, transitions, min_online
+    def __init__(self, sources: ViewSources, *, gamma: float, demo_share: float, min_online: int) -> None:
+        self.imitation, self._min_online = sources.accepted, min_online
+        self.transitions = TransitionView(sources.spec, sources.execute_horizon, gamma, demo_share)
 
     @property
     def accepted(self) -> dict[str, int]:

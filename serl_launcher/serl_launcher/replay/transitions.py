@@ -35,8 +35,8 @@ class TransitionBatch:
     bootstrap: np.ndarray  # bool[b], False where the episode terminated within the chunk
     next_images: dict[str, np.ndarray]  # camera -> uint8[b, h, w, 3], at the chunk's end
     next_state: np.ndarray  # float32[b, s]
-    to_go: np.ndarray  # float32[b], Σ γ^i r to the episode's end (Cal-QL's reference)
-    floor: np.ndarray  # float32[b], the least that the best value can be; −inf where that is not known
+    return_to_go: np.ndarray  # float32[b], Σ γ^i r to the episode's end (Cal-QL's reference)
+    value_lower_bound: np.ndarray  # float32[b], the return that followed; −inf where it bounds nothing
     demo: np.ndarray  # bool[b], from a demonstration
 
     def __len__(self) -> int:
@@ -52,7 +52,7 @@ class ChunkIndex:
     length: np.ndarray  # int64[n], real ticks k
     reward: np.ndarray  # float32[n]
     bootstrap: np.ndarray  # bool[n]
-    to_go: np.ndarray  # float32[n]
+    return_to_go: np.ndarray  # float32[n]
     terminated: np.ndarray  # bool[n], the episode did, at its last tick; False where a time limit or a cut ended it
 
     def __len__(self) -> int:
@@ -88,17 +88,17 @@ def index_episode(first_frame: int, reward: np.ndarray, done: np.ndarray, horizo
     for i in range(horizon):
         inside = ticks + i < n
         discounted[inside] += gamma**i * reward[ticks[inside] + i]
-    to_go = np.zeros(n)
+    return_to_go = np.zeros(n)
     tail = 0.0
     for t in reversed(ticks):
-        tail = to_go[t] = reward[t] + gamma * tail
+        tail = return_to_go[t] = reward[t] + gamma * tail
     return ChunkIndex(
         start=first_frame + ticks,
         last=np.full(n, first_frame + n - 1),
         length=length,
         reward=discounted.astype(np.float32),
         bootstrap=~done[ticks + length - 1],
-        to_go=to_go.astype(np.float32),
+        return_to_go=return_to_go.astype(np.float32),
         terminated=np.full(n, done.any()),
     )
 
@@ -110,10 +110,10 @@ class TransitionView:
     sources hold something.
     """
 
-    def __init__(self, spec: TaskSpec, horizon: int, gamma: float, demo_share: float = 0.5) -> None:
+    def __init__(self, spec: TaskSpec, horizon: int, gamma: float, demo_share: float) -> None:
         if horizon < 1 or not 0 < gamma <= 1 or not 0 <= demo_share <= 1:
             raise ValueError(
-                "transitions: expected horizon ≥ 1, 0 < gamma ≤ 1 and 0 ≤ demo_share ≤ 1, "
+                "algo.view: expected horizon ≥ 1, 0 < gamma ≤ 1 and 0 ≤ demo_share ≤ 1, "
                 f"got {horizon}, {gamma} and {demo_share}"
             )
         self.horizon, self.gamma, self.demo_share = horizon, gamma, demo_share
@@ -159,8 +159,8 @@ class TransitionView:
         if np.isfinite(reward).all():
             low, high = self.reward_range
             self.reward_range = min(low, float(reward.min())), max(high, float(reward.max()))
-            fresh = index_episode(row.first_frame, reward, columns["next.done"], self.horizon, self.gamma)
-            self._index[row.mode] = self._index[row.mode].join(fresh)
+            starts = index_episode(row.first_frame, reward, columns["next.done"], self.horizon, self.gamma)
+            self._index[row.mode] = self._index[row.mode].join(starts)
 
     def _drop_before(self, first_frame: int) -> None:
         for source, index in self._index.items():
@@ -215,7 +215,7 @@ class TransitionView:
             bootstrap=index.bootstrap,
             next_images={camera: after[key] for camera, key in self._cameras.items()},
             next_state=after["observation.state"],
-            to_go=index.to_go,
-            floor=np.where(self._bounds(index), index.to_go, np.float32(-np.inf)),
+            return_to_go=index.return_to_go,
+            value_lower_bound=np.where(self._bounds(index), index.return_to_go, np.float32(-np.inf)),
             demo=np.arange(len(index)) < n_demo,
         )

@@ -1,13 +1,16 @@
-"""Index views over the replay ring: which ticks a training chunk may start at, and their batches.
+"""Views over the replay ring: the contract, and the view of accepted ticks, at which a training chunk may start.
 
-The trainer owns one `ChunkView`. It reads newly committed episodes from the ring (replay.ring), asks the acceptance
-rule about each, keeps the indices, and gathers batches by index: nothing is copied or deleted when a rule changes.
+    algo.view ──▶ replay.build ──▶ View ── sample ──▶ batch ──▶ Agent.forward
+
+A view holds indices and gathers batches by them: nothing is copied or deleted when a rule changes. `ChunkView` reads
+newly committed episodes from the ring (replay.ring) and asks the acceptance rule about each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -36,6 +39,34 @@ class ChunkBatch:
 
     def __len__(self) -> int:
         return len(self.state)
+
+
+class View(Protocol):
+    """What the trainer asks of a view: is there enough to train on, and a batch of it."""
+
+    def attach(self, ring: RingReader) -> None:
+        """Read from this ring; a new one (the gateway restarted) starts the view over."""
+        ...
+
+    def refresh(self) -> int:
+        """Take in the episodes committed since the last call; returns how many."""
+        ...
+
+    def ready(self, mode: str, min_accepted: int) -> bool:
+        """Is there enough to train on in a stage of this mode (`train` or `online`)?"""
+        ...
+
+    def problem(self, mode: str, min_accepted: int) -> str | None:
+        """What is wrong with the data of a stage of this mode, in words; None while nothing is."""
+        ...
+
+    def sample(self, rng: np.random.Generator, b: int) -> Any:
+        """A batch of b samples, of the kind that the algorithm's agent takes; it has a length."""
+        ...
+
+    def counts(self) -> dict[str, float]:
+        """For the log, under `replay/`."""
+        ...
 
 
 class ChunkView:
@@ -199,6 +230,21 @@ class ChunkView:
             operator=first["intervention"],
             weight=self._weights[np.where(self._demo[rows], 0, np.where(first["intervention"], 2, 1))],
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ViewSources:
+    """What a view is made of: the first argument of the class or function that `algo.view` names."""
+
+    spec: TaskSpec
+    accepted: ChunkView  # what the acceptance rule lets through; a view that is attached and refreshed does it the same
+    action_horizon: int  # ticks of a policy's chunk
+    execute_horizon: int  # ticks of it that the actor executes before it asks again
+
+
+def accepted_chunks(sources: ViewSources) -> ChunkView:
+    """The view of the algorithms that imitate what is accepted and need nothing else."""
+    return sources.accepted
 
 
 def _source_weights(weights: Mapping[str, float]) -> np.ndarray:

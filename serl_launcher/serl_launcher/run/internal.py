@@ -21,17 +21,13 @@ from typing import Any
 
 import zmq
 
-from serl_launcher.gateway.line import Line
-from serl_launcher.gateway.shelf import ShelfReader, settle
 from serl_launcher.run.paths import internal_endpoint
 from serl_transport.contract.errors import ServerSilent, WireError
 from serl_transport.wire import codec
 from serl_transport.wire.envelope import REPLY, Envelope
-from serl_transport.wire.memory import keep_freed_memory
 
 ATTEMPT_S = 2.0
 INFER, INFER_REPLY = "infer", "infer_reply"
-FORGET = "forget"  # gateway to policy server: the memory that `t` names holds no questions any more
 
 
 class _Link:
@@ -137,42 +133,7 @@ class PolicyLink(_Link):
     """The policy server's end: take forwarded questions, answer them in any order. One thread."""
 
     def __init__(self, run_dir: str | Path) -> None:
-        keep_freed_memory()
         super().__init__(run_dir, "policy")
-        self._shelf = ShelfReader()
-        self._run_dir = run_dir
-        self._line: Line | None = None  # to the gateway; made by `serving`, gone with the gateway
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-
-    def close(self) -> None:
-        """Close both sockets."""
-        self._hang_up()
-        super().close()
-
-    def _receive(self, timeout_s: float) -> tuple[Envelope, codec.Frames] | None:
-        message = self._from_line()
-        if message is None and self._poller.poll(max(0, int(timeout_s * 1e3))):
-            message = self._from_line() or super()._receive(0)
-        return message
-
-    def _from_line(self) -> tuple[Envelope, codec.Frames] | None:
-        try:
-            return self._line and self._line.receive()
-        except EOFError:
-            self._hang_up()
-            return None
-
-    def _hang_up(self) -> None:
-        if self._line is not None:
-            self._poller.unregister(self._line.fileno)
-            self._line.close()
-            self._line = None
-            self._shelf.clear()
-
-    def _answer(self, envelope: Envelope, frames: codec.Frames) -> None:
-        if self._line is None or not self._line.send(envelope, frames):
-            self._send(envelope, frames)
 
     @property
     def socket(self) -> zmq.Socket:
@@ -184,17 +145,10 @@ class PolicyLink(_Link):
         deadline = time.monotonic() + timeout_s
         while (message := self._receive(deadline - time.monotonic())) is not None:
             envelope, frames = message
-            if envelope.kind == FORGET:
-                self._shelf.forget(envelope.target)
             if envelope.kind != INFER or not isinstance(envelope.request_id, bytes):
                 continue  # the gateway's answer to `serving`
             try:
-                if envelope.target:
-                    frames = self._shelf.frames(envelope.target, frames)
-                body = codec.unpack(frames)
-                if envelope.target:
-                    settle(body)
-                return InferRequest(envelope.request_id, body, envelope.actor_id, envelope.seq / 1e9)
+                return InferRequest(envelope.request_id, codec.unpack(frames), envelope.actor_id, envelope.seq / 1e9)
             except WireError as error:
                 self.reply(envelope.request_id, error)
         return None
@@ -203,17 +157,14 @@ class PolicyLink(_Link):
         """Answer one question: `{actions, policy_version, server_ms}` or a typed error (NotReady, BadFrame, …)."""
         if isinstance(result, WireError):
             envelope = Envelope(INFER_REPLY, self.role, request_id=token, error=(result.code, result.message))
-            self._answer(envelope, [])
+            self._send(envelope, [])
         else:
-            self._answer(Envelope(INFER_REPLY, self.role, request_id=token), codec.pack(dict(result)))
+            self._send(Envelope(INFER_REPLY, self.role, request_id=token), codec.pack(dict(result)))
 
     def serving(self, *, version: int, **figures: float | None) -> None:
         """Register with the gateway and report, once a second; version −1: nothing to serve yet. Does not wait.
 
         figures: shown in the status document's `serving`.
         """
-        if self._line is None and (line := Line.connect(self._run_dir)) is not None:
-            self._line = line
-            self._poller.register(line.fileno, zmq.POLLIN)
         body = {"pid": os.getpid(), "version": version, **figures}
         self._send(Envelope("serving", self.role, request_id=next(self._ids)), codec.pack(body))

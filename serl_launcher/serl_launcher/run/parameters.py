@@ -17,14 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from serl_launcher.learner.checkpoint import AVERAGED, FILES
-from serl_launcher.policies.base import trainable
-
-CHECKPOINT_TENSORS = FILES[0]
+# Of a trainer's checkpoint (learner.checkpoint), which `checkpoint_path` may name as well.
+CHECKPOINT_TENSORS = "tensors.safetensors"
+AVERAGED = "averaged."  # what the names of the averaged parameters begin with in it
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class PublishedVersion:
     """What `latest.json` says of a version."""
 
     version: int
@@ -35,7 +34,7 @@ class Published:
     time: float  # unix seconds of publishing
 
     @classmethod
-    def read(cls, params_dir: Path) -> Published | None:
+    def read(cls, params_dir: Path) -> PublishedVersion | None:
         """The newest version, or None before the first."""
         try:
             return cls(**json.loads((params_dir / "latest.json").read_text()))
@@ -43,9 +42,15 @@ class Published:
             return None
 
 
+def published_tensors(policy: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a policy that are published: those that receive gradients."""
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
 def base_sha256(policy: nn.Module) -> str:
     """Hash over names, shapes and values of what an action depends on and is not published: frozen weights, buffers."""
-    left_out = trainable(policy).keys() | (policy.dead_parameters() if hasattr(policy, "dead_parameters") else set())
+    dead = policy.dead_parameters() if hasattr(policy, "dead_parameters") else set()
+    left_out = published_tensors(policy).keys() | dead
     digest = hashlib.sha256()
     for name, tensor in sorted(policy.state_dict().items()):
         if name not in left_out:
@@ -64,7 +69,7 @@ def publish(
     policy: str,
     now: float,
     keep: int,
-) -> Published:
+) -> PublishedVersion:
     """Write version `version` whole or not at all, then point at it; files older than the newest `keep` go."""
     params_dir.mkdir(parents=True, exist_ok=True)
     name = f"v{version:06d}.safetensors"
@@ -73,25 +78,25 @@ def publish(
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=metadata)
     data = part.read_bytes()
     os.replace(part, params_dir / name)
-    entry = Published(version, step, name, len(data), hashlib.sha256(data).hexdigest(), now)
+    entry = PublishedVersion(version, step, name, len(data), hashlib.sha256(data).hexdigest(), now)
     _point_at(params_dir, entry)
     for old in sorted(params_dir.glob("v*.safetensors"))[:-keep]:
         old.unlink()
     return entry
 
 
-def store(params_dir: Path, version: int, blob: bytes, now: float) -> Published:
+def store(params_dir: Path, version: int, blob: bytes, now: float) -> PublishedVersion:
     """Keep a published file that came over the wire (its hash was checked there), and point at it."""
     name = f"v{version:06d}.safetensors"
     part = params_dir / f"{name}.part"
     part.write_bytes(blob)
     os.replace(part, params_dir / name)
-    entry = Published(version, -1, name, len(blob), hashlib.sha256(blob).hexdigest(), now)
+    entry = PublishedVersion(version, -1, name, len(blob), hashlib.sha256(blob).hexdigest(), now)
     _point_at(params_dir, entry)
     return entry
 
 
-def _point_at(params_dir: Path, entry: Published) -> None:
+def _point_at(params_dir: Path, entry: PublishedVersion) -> None:
     pointer = params_dir / "latest.json.part"
     pointer.write_text(json.dumps(asdict(entry)))
     os.replace(pointer, params_dir / "latest.json")
@@ -141,7 +146,7 @@ def load_into(policy: nn.Module, path: Path, base: str | None = None) -> dict[st
 
     Raises ValueError as `checked_tensors` does.
     """
-    want = trainable(policy)
+    want = published_tensors(policy)
     tensors, metadata = checked_tensors(want, path, base)
     for name, p in want.items():
         p.copy_(tensors[name])
@@ -157,7 +162,7 @@ def find_parameters(path: str | Path) -> Path:
     if path.is_file():
         return path
     for folder in (path / "params", path):
-        latest = Published.read(folder)
+        latest = PublishedVersion.read(folder)
         if latest is not None:
             return folder / latest.file
     if _of_checkpoint(path / CHECKPOINT_TENSORS) and (path / CHECKPOINT_TENSORS).exists():

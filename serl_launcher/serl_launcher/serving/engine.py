@@ -29,7 +29,7 @@ from serl_launcher.policies.compiling import check_switch
 from serl_launcher.policies.precision import hold
 from serl_launcher.policies.realtime import sample_realtime, soft_mask
 from serl_launcher.policies.rows import take
-from serl_launcher.run.parameters import Published, base_sha256, checked_tensors
+from serl_launcher.run.parameters import PublishedVersion, base_sha256, checked_tensors
 from serl_launcher.serving.graphs import GraphRunner, bucket_of, bucket_sizes
 from serl_launcher.serving.query import Query, query_from_body
 from serl_transport.contract.specs import TaskSpec
@@ -65,7 +65,7 @@ class PolicyEngine:
         self._noise = torch.Generator().manual_seed(cfg.seed)
         self._sizes = bucket_sizes(cfg.serving.max_batch)
         self._graphs = self._graph_runner(cfg.serving.get("cuda_graphs", "auto"))
-        self._seen: Published | None = None
+        self._seen: PublishedVersion | None = None
         self._refused = -1
         self._staged: deque[Staged] = deque(maxlen=1)  # a newer one replaces it; safe between threads
         self.version = -1
@@ -103,7 +103,7 @@ class PolicyEngine:
 
     def stage(self) -> bool:
         """Make the newest published version ready, if it is new; True when it is. One thread at a time, any thread."""
-        newest = Published.read(self._params_dir)
+        newest = PublishedVersion.read(self._params_dir)
         if newest is None or newest == self._seen:
             return False
         try:
@@ -135,7 +135,7 @@ class PolicyEngine:
 
     def will_serve(self, version: int) -> bool:
         """Whether `version` or a newer one is published and on its way here."""
-        newest = Published.read(self._params_dir)
+        newest = PublishedVersion.read(self._params_dir)
         return newest is not None and newest.version >= version and newest.version != self._refused
 
     # Actions.

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 from omegaconf import DictConfig
 
-from serl_launcher.run.parameters import Published, find_parameters, store
+from serl_launcher.run.parameters import PublishedVersion, find_parameters, store
 from serl_launcher.serving.engine import PolicyEngine, query_from_body
 from serl_transport.contract.errors import NotReady
-from serl_transport.parameters.params import Published as Blob
+from serl_transport.parameters.params import ParametersBlob
 
 
 class ParameterSource(Protocol):
@@ -40,7 +40,7 @@ def build(cfg: DictConfig, link: ParameterSource) -> LocalPolicy:
     folder = tempfile.TemporaryDirectory(prefix="flowserl-params-")
     policy = LocalPolicy(cfg, Path(folder.name), owned=folder)
 
-    def keep(blob: Blob) -> None:
+    def keep(blob: ParametersBlob) -> None:
         store(Path(folder.name), blob.version, blob.blob, time.time())
         policy.stage()
 
@@ -63,7 +63,7 @@ class LocalPolicy:
         """Serve `cfg.checkpoint_path` and nothing newer. Raises FileNotFoundError or ValueError in the user's words."""
         path = find_parameters(cfg.checkpoint_path)
         policy = cls(cfg, path.parent)
-        published = Published.read(path.parent)
+        published = PublishedVersion.read(path.parent)
         version = published.version if published and published.file == path.name else 0
         policy._engine.stage_file(path, version)
         policy._engine.swap()

@@ -47,7 +47,7 @@ def _role(paths: RunPaths, name: str, module: str, grace_s: float = 10.0) -> Chi
 
 def _trainer(cfg: DictConfig, paths: RunPaths) -> ChildSpec:
     exit_file = paths.logs / "trainer.exit"
-    module = ("-m", "serl_launcher.supervisor.lifeline", "serl_launcher.learner.trainer")
+    module = ("-m", "serl_launcher.supervisor.lifeline", "serl_launcher.learner")
     return ChildSpec(
         "trainer",
         (*accelerate_command(cfg), *module, str(paths.root)),

@@ -4,8 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
-from tiny import ROOT, SPEC, random_batch, random_transitions, tiny_config, tiny_policy
+from tiny import SPEC, random_batch, random_transitions, tiny_config, tiny_policy
 
 from serl_launcher.agents.build import build_agent, build_policy
 from serl_launcher.learner.learner import Learner
@@ -16,9 +15,7 @@ from serl_launcher.serving.engine import PolicyEngine
 
 
 def config(algo, **agent):
-    cfg = tiny_config(rollout__execute_horizon=2, serving__flow_steps=2, serving__device="cpu")
-    cfg.task.noop_dims = None
-    cfg.algo = OmegaConf.load(ROOT / "config" / "algo" / f"{algo}.yaml")
+    cfg = tiny_config(algo, rollout__execute_horizon=2, serving__flow_steps=2, serving__device="cpu")
     cfg.algo.agent.update({"warmup_steps": 1, "critics": 2, "widths": [16]})
     if "actor_period" in cfg.algo.agent:
         cfg.algo.agent.actor_period = 1
@@ -104,7 +101,7 @@ def test_sacs_reference_is_the_whole_policy_of_the_start_though_imitation_trains
     torch.testing.assert_close(later, at_the_start)
 
 
-def test_dsrls_flow_rests_in_a_train_stage_after_an_online_one():
+def test_dsrls_flow_is_frozen_in_a_train_stage_after_an_online_one():
     _, policy, learner = make("dsrl_pi0")
     learner.begin_stage("online")
     steps(learner, 1)

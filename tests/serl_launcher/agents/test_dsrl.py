@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from configured import agent_settings
 from toy_flow import ToyFlow, chunks, transitions
 
 from serl_launcher.agents.dsrl import DSRLAgent
@@ -22,10 +23,12 @@ def make_agent(variant="per_step", ah=2, state_dim=1, **settings):
     policy = ToyFlow(state_dim=state_dim, ah=ah, ad=1)
     with torch.no_grad():
         policy.net[-1].weight.mul_(0.1)  # a flow that hardly moves: the noise reaches every action
-    add_steering(policy, state_dim, variant)
+    add_steering(policy, state_dim, variant, bound=2.0)
     defaults = {"flow_steps": 2, "critics": 2, "widths": (32, 32), "warmup_steps": 50, "entropy_per_dim": -2.0}
     defaults |= {"memory": 1024, "memory_batch": 64}
-    return DSRLAgent(policy, "", feature_dim=state_dim, horizon=ah, **(defaults | settings))
+    defaults |= {"return_bound": False, "tau": 0.005, "init_temperature": 0.01, "q_limit": 1e3}
+    settings = agent_settings("dsrl_pi0", **(defaults | settings))
+    return DSRLAgent(policy, "", settings, feature_dim=state_dim, horizon=ah)
 
 
 def make_learner(agent, lr=3e-3):

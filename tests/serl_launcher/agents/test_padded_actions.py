@@ -18,14 +18,12 @@ WIDE, ROBOT, EXECUTED = 7, 2, 2
 
 
 def make(algo):
-    cfg = tiny_config(rollout__execute_horizon=EXECUTED)
+    cfg = tiny_config(f"{algo}_pi0", rollout__execute_horizon=EXECUTED)
     cfg.policy = OmegaConf.load(ROOT / "config" / "policy" / "groot_tiny.yaml")
     cfg.policy.action_horizon = HORIZON
     cfg.policy.size.update({"image_size": 32, "max_action_dim": WIDE, "max_state_dim": 6})
     cfg.policy.seed = 0
-    cfg.task.noop_dims = None
-    cfg.algo = OmegaConf.load(ROOT / "config" / "algo" / f"{algo}_pi0.yaml")
-    if cfg.algo.get("transitions"):
+    if "critics" in cfg.algo.agent:
         cfg.algo.agent.update({"warmup_steps": 0, "critics": 2, "widths": [16]})
     if "actor_period" in cfg.algo.agent:
         cfg.algo.agent.actor_period = 1
@@ -67,7 +65,7 @@ def test_sac_counts_the_density_of_the_robots_dims_alone():
     prefix = prefix_of(policy)
     noise, step_noise = agent.draw(3, prefix)
     log_std = agent.noise_scale(policy.features(prefix))
-    assert log_std.shape == (agent.flow_steps, 3, 1, ROBOT)
+    assert log_std.shape == (agent.settings.flow_steps, 3, 1, ROBOT)
     other = step_noise.clone()
     other[..., ROBOT:] += 5
     with torch.no_grad():

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from configured import rule as accepting
 from toy_flow import ToyFlow
 
 from serl_launcher.agents.flow_matching import FlowMatchingAgent
 from serl_launcher.learner.learner import Learner
 from serl_launcher.policies.base import PolicyInput, sample
-from serl_launcher.replay.acceptance import SuccessRule
 from serl_launcher.replay.ring import RingReader, RingWriter
 from serl_launcher.replay.threshold import QuantileThreshold
 from serl_launcher.replay.views import ChunkView
@@ -96,7 +96,7 @@ def bandit(policy, rng, b=100):
 
 @pytest.mark.parametrize("rejects", [True, False])
 def test_the_bandits_optimum_is_reached_and_without_rejection_it_is_not(tmp_path, rejects):
-    rule = SuccessRule(min_return=-np.inf, min_ticks=1, noop_threshold=0.0)
+    rule = accepting(min_return=-np.inf, min_ticks=1, noop_threshold=0.0)
     threshold = QuantileThreshold(start=-9.0, quantile=0.7, window=100) if rejects else None
     policy = improve(tmp_path, bandit, rule, threshold)
     actions = {context: act(policy, np.full(512, context)) for context in TARGET}
@@ -130,7 +130,7 @@ def chain(policy, rng, b=60):
 @pytest.mark.parametrize("rejects", [True, False])
 def test_the_chains_optimum_is_reached_and_without_rejection_it_is_not(tmp_path, rejects):
     settings = {} if rejects else {"min_return": -np.inf, "require_success": False}
-    rule = SuccessRule(noop_threshold=0.0, **settings)
+    rule = accepting(noop_threshold=0.0, **settings)
     policy = improve(tmp_path, chain, rule)
     success = np.mean([done for *_, done in chain(policy, None, 512)])  # 0.28 where each step is a coin's toss
     right = [(act(policy, np.full(512, 0.5 * state)) > 0).mean() for state in range(3)]

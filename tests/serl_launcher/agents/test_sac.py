@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from configured import agent_settings
 from toy_flow import ToyFlow, chunks, transitions
 
 from serl_launcher.agents.base import Diverged
@@ -18,12 +19,11 @@ from serl_launcher.policies.base import PolicyInput, sample
 from serl_launcher.replay.learning import LearningBatch
 
 
-def make_agent(policy=None, **settings):
+def make_agent(policy=None, horizon=None, **settings):
     torch.manual_seed(0)
     policy = policy or ToyFlow()
+    feature_dim = policy.net[0].in_features - policy.action_horizon * policy.action_dim - 1
     defaults = {
-        "feature_dim": policy.net[0].in_features - policy.action_horizon * policy.action_dim - 1,
-        "horizon": policy.action_horizon,
         "flow_steps": 3,
         "critics": 2,
         "widths": (32, 32),
@@ -31,8 +31,18 @@ def make_agent(policy=None, **settings):
         "actor_period": 1,
         "behaviour_weight": 0.0,
         "normalise_q": False,
+        "return_bound": False,
+        "imitation_weight": 0.0,
+        "tau": 0.005,
+        "init_std": 0.1,
+        "max_std": 0.5,
+        "target_std": 0.08,
+        "init_temperature": 1e-3,
+        "q_limit": 1e3,
     }
-    return SACAgent(policy, "", **(defaults | settings))
+    settings = agent_settings("sac_pi0", **(defaults | settings))
+    horizon = policy.action_horizon if horizon is None else horizon
+    return SACAgent(policy, "", settings, feature_dim=feature_dim, horizon=horizon)
 
 
 def make_learner(agent, lr=3e-3):
@@ -61,7 +71,7 @@ def act(policy, state, b=64):
 def test_the_actors_gradient_agrees_with_finite_differences(squash):
     agent = make_agent(ToyFlow(state_dim=2, ah=2, ad=1), behaviour_weight=0.7, squash=squash, init_temperature=0.3)
     agent.double()
-    agent._reference = {n: p.detach() + 0.05 for n, p in agent.policy.named_parameters()}
+    agent.reference.tensors = {n: p.detach() + 0.05 for n, p in agent.policy.named_parameters()}
     prefix = agent.policy.encode(PolicyInput({}, np.array([[0.3, -0.2], [0.1, 0.8]]), ["", ""]))
     noise = 0.1 * torch.randn(2, 2, 1, dtype=torch.float64)  # within the limits, where the clip is the identity
     step_noise = 0.1 * torch.randn(3, 2, 2, 1, dtype=torch.float64)
@@ -90,7 +100,7 @@ def test_the_actors_gradient_agrees_with_finite_differences(squash):
 
 def test_the_actors_loss_by_its_formula():
     agent = make_agent(ToyFlow(state_dim=2, ah=2, ad=1), behaviour_weight=0.7, init_temperature=0.3, horizon=1)
-    agent._reference = {n: p.detach() * 0.5 for n, p in agent.policy.named_parameters()}
+    agent.reference.tensors = {n: p.detach() * 0.5 for n, p in agent.policy.named_parameters()}
     prefix = agent.policy.encode(PolicyInput({}, np.array([[0.3, -0.2]], np.float32), [""]))
     noise, step_noise = agent.draw(1, prefix)
     loss, temperature_loss, _ = agent.actor_loss(prefix, noise, step_noise)
@@ -101,7 +111,7 @@ def test_the_actors_loss_by_its_formula():
         # The critic sees the one executed tick, clipped, and enters once.
         q = agent.critic(prefix.state, path.chunk[:, :1].clamp(-1, 1)).mean(0)
         reference = ToyFlow(state_dim=2, ah=2, ad=1)
-        reference.load_state_dict(agent._reference)
+        reference.load_state_dict(agent.reference.tensors)
         x = noise
         for k in range(3):  # the reference from the same x_0 and the same ε_k
             x = x + reference.velocity(prefix, x, torch.full((1,), k / 3)) / 3 + log_std[k].exp() * step_noise[k]
@@ -123,9 +133,9 @@ def test_at_the_start_of_online_training_the_policy_is_its_own_reference():
 
 def test_the_reference_moves_with_the_agent():
     agent = make_agent().double()
-    assert {p.dtype for p in agent.carried().values() if p.is_floating_point()} == {torch.float64}
+    assert {p.dtype for p in agent.auxiliary_state().values() if p.is_floating_point()} == {torch.float64}
     agent.to("meta")
-    assert {p.device.type for p in agent.carried().values()} == {"meta"}
+    assert {p.device.type for p in agent.auxiliary_state().values()} == {"meta"}
 
 
 def test_each_group_receives_the_gradient_of_its_own_loss_only():
@@ -278,7 +288,7 @@ def test_the_critic_sees_what_the_robot_is_sent_whatever_the_units():
 
 def test_uniform_chunks_fill_the_robots_limits(monkeypatch):
     drawn = []
-    monkeypatch.setattr("serl_launcher.agents.sac.cal_ql", lambda q, policy, random, to_go: q.mean())
+    monkeypatch.setattr("serl_launcher.agents.sac.cal_ql", lambda q, policy, random, return_to_go: q.mean())
     agent = make_agent(NarrowUnits(), cal_ql_weight=1.0, cal_ql_samples=64)
     agent.critic.register_forward_pre_hook(lambda module, args: drawn.append(args[1]))
     zeros = np.zeros((8, 1))
@@ -298,7 +308,7 @@ def test_a_target_is_at_least_the_return_that_followed():
     state, action = np.zeros((3, 1), np.float32), np.zeros((3, 1, 1), np.float32)
     # No bootstrap, so the target is the reward; then 0, 0.7 and what a cut left unknown came of it.
     batch = transitions(state, action, np.array([0.5, 0.5, -0.5]), state, np.ones(3), np.zeros(3))
-    batch = replace(batch, floor=np.array([0.0, 0.7, -np.inf], np.float32))
+    batch = replace(batch, value_lower_bound=np.array([0.0, 0.7, -np.inf], np.float32))
     for bound, expected in ((False, [0.5, 0.5, -0.5]), (True, [0.5, 0.7, -0.5])):
         target = make_agent(return_bound=bound).backup(batch)
         assert target.tolist() == pytest.approx(expected)
@@ -326,7 +336,7 @@ def test_the_entropy_of_the_backup_by_hand():
     want = [0.5 + 0.9 * (2 - 0.3 * log_p(0.2, -0.5, -1, 0.3)), 0.5, 0.5 + 0.9 * (2 - 0.3 * log_p(2, 1, 2, 2))]
     assert agent.backup(batch).tolist() == pytest.approx(want, rel=1e-4)
     assert want[0] < 0.5 + 0.9 * 2 < want[2]
-    agent.backup_entropy = False
+    agent.settings = replace(agent.settings, backup_entropy=False)
     assert agent.backup(batch).tolist() == pytest.approx([2.3, 0.5, 2.3])
 
 

@@ -53,7 +53,7 @@ def test_members_are_independent_and_equal_a_plain_network():
 
 def test_a_chunk_of_another_length_is_named():
     with pytest.raises(ValueError, match=r"expected a chunk of shape \[b, 2, 3\], got \(1, 4, 3\)"):
-        ChunkCritic(1, 2, 3)(torch.zeros(1, 1), torch.zeros(1, 4, 3))
+        ChunkCritic(1, 2, 3, n=2, widths=(4,))(torch.zeros(1, 1), torch.zeros(1, 4, 3))
 
 
 def test_td_loss_by_hand():
@@ -96,7 +96,7 @@ def test_the_policys_chunks_count_as_much_as_uniform_ones():
 
 def test_targets_track_exponentially():
     torch.manual_seed(0)
-    source, target = ChunkCritic(1, 1, 1, widths=(4,)), ChunkCritic(1, 1, 1, widths=(4,))
+    source, target = (ChunkCritic(1, 1, 1, n=2, widths=(4,)) for _ in range(2))
     want = 0.75 * target.head.weight + 0.25 * source.head.weight
     track(target, source, 0.25)
     torch.testing.assert_close(target.head.weight, want)

@@ -2,7 +2,8 @@
 
 import torch
 
-from serl_launcher.learner.guard import GO_BACK, HOLD, SKIP, EvaluationWatch, FaultGuard, evaluation_goals
+from serl_launcher.learner.faults import GO_BACK, HOLD, SKIP, FaultBudget
+from serl_launcher.learner.guard import EvaluationWatch, evaluation_goals
 from serl_launcher.run.parameters import publish, read_tensors
 
 
@@ -12,17 +13,17 @@ def put(folder, version, value):
 
 
 def test_a_bad_batch_is_skipped_a_bad_state_taken_back_and_a_hopeless_one_held():
-    guard = FaultGuard(patience=2, returns=1)
-    assert guard.after(True) == SKIP
-    guard.good()
-    assert guard.after(True) == SKIP  # the count starts anew after a good step
-    assert guard.after(True) == GO_BACK
-    assert [guard.after(True), guard.after(True)] == [SKIP, HOLD]
+    budget = FaultBudget(patience=2, returns=1)
+    assert budget.after(True) == SKIP
+    budget.good()
+    assert budget.after(True) == SKIP  # the count starts anew after a good step
+    assert budget.after(True) == GO_BACK
+    assert [budget.after(True), budget.after(True)] == [SKIP, HOLD]
 
 
 def test_without_a_checkpoint_training_holds():
-    guard = FaultGuard(patience=1)
-    assert guard.after(False) == HOLD
+    budget = FaultBudget(patience=1)
+    assert budget.after(False) == HOLD
 
 
 def results(**rates):

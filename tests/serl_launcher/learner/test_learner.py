@@ -9,7 +9,7 @@ from tiny import SPEC, random_batch, tiny_policy
 from serl_launcher.agents.flow_matching import FlowMatchingAgent
 from serl_launcher.learner import checkpoint
 from serl_launcher.learner.learner import Learner, Schedule
-from serl_launcher.learner.limiter import StepLimiter
+from serl_launcher.learner.stage import StageProgress, StageSettings, TrainingStage
 
 
 def make_learner(lr=3e-3):
@@ -97,8 +97,16 @@ def test_schedule_warms_up_and_ends_at_its_share_of_the_peak():
     assert schedule.scale(100) == pytest.approx(0.05)
 
 
-def test_the_limiter_bounds_steps_by_transitions():
-    limiter = StepLimiter(2.0)
-    assert not limiter.allows(0, 0)
-    assert limiter.allows(19, 10)
-    assert not limiter.allows(20, 10)
+def test_an_online_stage_takes_no_more_steps_than_its_new_transitions_allow():
+    stages = StageProgress(
+        StageSettings(warmup_steps=1, final_lr_scale=0.1, online_lr_scale=0.5, max_steps_per_tick=2.0)
+    )
+    online, train = TrainingStage("s", "online", 100), TrainingStage("t", "train", 100)
+    stages.enter(online, 500)
+    assert not stages.allows(online, 500)
+    for _ in range(19):
+        stages.count(online)
+    assert stages.allows(online, 510)
+    stages.count(online)
+    assert not stages.allows(online, 510)
+    assert stages.allows(train, 500)

@@ -10,7 +10,7 @@ from tiny import tiny_policy
 
 from serl_launcher.learner import checkpoint
 from serl_launcher.policies.base import trainable
-from serl_launcher.run.parameters import Published, base_sha256, find_parameters, load_into, publish
+from serl_launcher.run.parameters import PublishedVersion, base_sha256, find_parameters, load_into, publish
 
 
 def publish_policy(folder, policy, version, keep=3):
@@ -25,7 +25,7 @@ def test_what_is_published_is_what_is_loaded(tmp_path):
         for p in trainable(source).values():
             p.add_(0.5)
     entry = publish_policy(tmp_path, source, 4)
-    assert Published.read(tmp_path) == entry
+    assert PublishedVersion.read(tmp_path) == entry
     assert hashlib.sha256((tmp_path / entry.file).read_bytes()).hexdigest() == entry.sha256
     metadata = load_into(target, tmp_path / entry.file, base_sha256(target))
     assert (metadata["version"], metadata["step"]) == ("4", "40")

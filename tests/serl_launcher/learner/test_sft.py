@@ -1,6 +1,7 @@
 """Supervised fine-tuning of the three tiny policies on a LeRobot dataset."""
 
 import importlib.util
+import sys
 from functools import partial
 
 import numpy as np
@@ -14,14 +15,12 @@ from sft_samples import EPISODES, TICKS, add_modality, make_dataset
 from serl_launcher.agents.flow_matching import FlowMatchingAgent
 from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.modality import Modality
-from serl_launcher.learner.sft import Chunks, Columns, batches, dataset_units, spec_of, train
+from serl_launcher.learner.sft import Chunks, Columns, batches, dataset_units, open_dataset, spec_of, train
+from serl_launcher.policies.base import frozen_hash
 from serl_launcher.policies.groot.build import build_groot
 from serl_launcher.policies.groot.tiny import TinyGrootSize
-from serl_launcher.policies.pi0.pi05 import build_pi05
-from serl_launcher.policies.pi0.pi05_tiny import TinyPI05Size
-from serl_launcher.policies.pi0.policy import build_pi0
-from serl_launcher.policies.pi0.tiny import TinySize
-from serl_launcher.policies.trains import frozen_hash
+from serl_launcher.policies.pi0.build import build_pi0, build_pi05
+from serl_launcher.policies.pi0.tiny import TinyPI05Size, TinySize
 
 AH = 4
 
@@ -101,6 +100,13 @@ BUILDS = {
     "pi05": partial(build_pi05, size=TinyPI05Size(**TINY)),
     "groot": partial(build_groot, size=TinyGrootSize(image_size=32), tune={"llm": False, "visual": False}),
 }
+
+
+def test_a_torchcodec_that_does_not_load_is_not_told_of(folder, monkeypatch, caplog, capfd):
+    """As where FFmpeg is absent: pyav reads the videos, and nobody sees a page of tracebacks."""
+    monkeypatch.setitem(sys.modules, "torchcodec", None)  # importing it raises ImportError
+    assert open_dataset(folder)._video_backend == "pyav"
+    assert "torchcodec" not in caplog.text + "".join(capfd.readouterr())
 
 
 @pytest.mark.slow

@@ -4,17 +4,18 @@ The real trainer, agent and ring; only the gateway's answers are scripted.
 """
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from trainer_rig import make, put
 
 from serl_launcher.replay.verdicts import read
-from serl_launcher.run.parameters import Published, read_tensors
+from serl_launcher.run.parameters import PublishedVersion, read_tensors
 
 
 def version(tmp_path):
-    return Published.read(tmp_path / "params").version
+    return PublishedVersion.read(tmp_path / "params").version
 
 
 def test_sac_trains_through_the_trainer_and_resumes(tmp_path, ring):
@@ -79,34 +80,34 @@ def test_a_diverging_critic_goes_back_then_holds_and_nothing_of_it_is_published(
     good, published = {n: t.clone() for n, t in trainer.learner.averaged.items()}, version(tmp_path)
 
     trainer, gateway = make(tmp_path, ring, "sac_pi0", mode="online", steps=50, limit=60)
-    trainer.learner.agent.q_limit = 1e-9
+    trainer.learner.agent.settings = replace(trainer.learner.agent.settings, q_limit=1e-9)
     with caplog.at_level(logging.WARNING):
         trainer.run()
     assert "the critic diverges: |Q| =" in caplog.text
     assert "training goes on from checkpoint step_000004" in caplog.text
-    assert trainer.held.startswith("training holds")
+    assert trainer.faults.held.startswith("training holds")
     assert gateway.reports[-1]["metrics"]["trainer/held"] == 1.0
     assert version(tmp_path) == published
-    served = read_tensors(tmp_path / "params" / Published.read(tmp_path / "params").file)[0]
+    served = read_tensors(tmp_path / "params" / PublishedVersion.read(tmp_path / "params").file)[0]
     assert all(torch.equal(served[name], tensor) for name, tensor in good.items())
 
 
 def test_a_fallen_evaluation_brings_the_best_version_back(tmp_path, ring, caplog):
     put(ring, 0, "demo")
     trainer, gateway = make(tmp_path, ring, steps=2)
-    trainer.publish()
+    trainer.publisher.publish()
     best = {n: t.clone() for n, t in trainer.learner.averaged.items()}
     gateway.evaluations = {"a": {"episodes": 10, "successes": 9}}
-    trainer._roll_back_after_a_fall({"eval": gateway.evaluations})
+    trainer.rollback.check({"eval": gateway.evaluations})
     for tensor in trainer.learner.averaged.values():
         tensor.add_(1.0)
-    trainer.publish()
+    trainer.publisher.publish()
     gateway.evaluations = gateway.evaluations | {"b": {"episodes": 10, "successes": 2}}
     with caplog.at_level(logging.ERROR):
-        trainer._roll_back_after_a_fall({"eval": gateway.evaluations})
+        trainer.rollback.check({"eval": gateway.evaluations})
     assert "evaluation b fell to 0.20" in caplog.text
     assert "version 2 is rolled back to version 1, published again as version 3" in caplog.text
-    served = read_tensors(tmp_path / "params" / Published.read(tmp_path / "params").file)[0]
+    served = read_tensors(tmp_path / "params" / PublishedVersion.read(tmp_path / "params").file)[0]
     assert all(torch.equal(served[name], tensor) for name, tensor in best.items())
 
 
@@ -115,20 +116,20 @@ def test_a_rollback_holds_when_the_trainer_starts_anew_whenever_it_was_killed(tm
     evaluations = {"a": {"episodes": 10, "successes": 9}}
     trainer, _ = make(tmp_path, ring, steps=2)
     trainer.run()
-    trainer._roll_back_after_a_fall({"eval": evaluations})
+    trainer.rollback.check({"eval": evaluations})
     best = {n: t.clone() for n, t in trainer.learner.averaged.items()}
     trainer, _ = make(tmp_path, ring, steps=4)
     trainer.run()  # further, and worse
     evaluations |= {"b": {"episodes": 10, "successes": 2}}
     with monkeypatch.context() as killed:
-        killed.setattr(trainer, "save", lambda: 1 / 0)
+        killed.setattr(trainer.checkpoints, "save", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            trainer._roll_back_after_a_fall({"eval": evaluations})
+            trainer.rollback.check({"eval": evaluations})
     for _ in range(2):
         trainer, _ = make(tmp_path, ring, steps=4)
-        trainer._roll_back_after_a_fall({"eval": evaluations})
+        trainer.rollback.check({"eval": evaluations})
         assert all(torch.equal(trainer.learner.averaged[name], tensor) for name, tensor in best.items())
-    assert version(tmp_path) == trainer.version == 5  # 1 and 2, 3 of the fallen, rolled back twice
+    assert version(tmp_path) == trainer.publisher.version == 5  # 1 and 2, 3 of the fallen, rolled back twice
 
 
 def test_a_published_version_with_parts_of_another_algorithm_is_replaced_before_anything_else(tmp_path, ring):
@@ -140,8 +141,8 @@ def test_a_published_version_with_parts_of_another_algorithm_is_replaced_before_
         gateway.stage["name"] = "another"
         gateway.limit = 1
         second.run()
-        assert version(tmp_path) == first.version + 1
-    names = read_tensors(tmp_path / "params" / Published.read(tmp_path / "params").file)[0].keys()
+        assert version(tmp_path) == first.publisher.version + 1
+    names = read_tensors(tmp_path / "params" / PublishedVersion.read(tmp_path / "params").file)[0].keys()
     assert not [name for name in names if name.startswith("steering.")]
 
 
@@ -149,11 +150,11 @@ def test_a_fall_after_a_change_of_algorithm_brings_the_other_ones_policy_back(tm
     put(ring, 0, "demo")
     first, _ = make(tmp_path, ring, "dsrl_pi0", steps=2)
     first.run()
-    first._roll_back_after_a_fall({"eval": {"a": {"episodes": 10, "successes": 9}}})
+    first.rollback.check({"eval": {"a": {"episodes": 10, "successes": 9}}})
     second, _ = make(tmp_path, ring, steps=2)
     for tensor in second.learner.averaged.values():
         tensor.add_(1.0)
-    second._roll_back_after_a_fall({"eval": {"b": {"episodes": 10, "successes": 1}}})
+    second.rollback.check({"eval": {"b": {"episodes": 10, "successes": 1}}})
     best = first.learner.averaged
     assert all(torch.equal(tensor, best[name]) for name, tensor in second.learner.averaged.items())
 
@@ -167,7 +168,7 @@ def test_another_algorithm_goes_on_in_the_folder_from_the_policy_it_finds(tmp_pa
     second, gateway = make(tmp_path, ring, "sac_pi0", mode="online", steps=2)
     assert "trained by FlowMatchingAgent: SACAgent goes on from its policy and the run's data" in caplog.text
     gateway.stage["name"] = "further"
-    assert (second.learner.step_count, second.version) == (3, first.version)
+    assert (second.learner.step_count, second.publisher.version) == (3, first.publisher.version)
     for which in ("averaged", "_state"):
         theirs = getattr(first.learner, which)
         assert all(torch.equal(t, theirs[name]) for name, t in getattr(second.learner, which).items())

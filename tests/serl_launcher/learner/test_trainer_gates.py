@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from trainer_rig import make, put
 
-from serl_launcher.replay.ring import RingReader
-
 
 def run(trainer, gateway, told):
     """Answer report k with told[k] ticks of experience, and end; returns the steps of the stage at each report."""
@@ -56,9 +54,8 @@ def test_the_weights_of_the_config_are_those_of_the_imitated_chunks(tmp_path, ri
     put(ring, 0, "demo")
     put(ring, 1, "online")
     trainer, _ = make(tmp_path, ring, algo, algo__source_weights={"demo": 0.25, "autonomous": 3.0})
-    trainer.view.attach(RingReader(ring.path))
-    trainer.view.refresh()
-    batch = trainer.view.sample(np.random.default_rng(0), 32)
+    trainer.data.refresh(str(ring.path))
+    batch = trainer.data.sample(32)
     imitated = getattr(batch, "imitation", batch)
     np.testing.assert_array_equal(imitated.weight, np.where(imitated.demo, 0.25, 3.0))
     assert imitated.demo.any()

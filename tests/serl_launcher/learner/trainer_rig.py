@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 from omegaconf import OmegaConf
-from tiny import ROOT, SPEC, tiny_config
+from tiny import SPEC, tiny_config
 
-from serl_launcher.learner.trainer import Trainer
+from serl_launcher.learner.wiring import build_trainer
 from serl_launcher.run.paths import RunPaths
 
 
@@ -58,17 +58,15 @@ def put(ring, ordinal, mode="demo", success=True, n=8):
 def make(tmp_path, ring, algo="reject_sampling_pi0", mode="train", steps=4, limit=40, **changes):
     """A trainer of one stage `s`; `changes` are dotted keys with __ for the dots."""
     cfg = tiny_config(
-        trainer__batch_size=4, trainer__device="cpu", trainer__log_period=1, trainer__publish_period=100,
+        algo, trainer__batch_size=4, trainer__device="cpu", trainer__log_period=1, trainer__publish_period=100,
         trainer__checkpoint_period=2, telemetry__tensorboard=False, rollout__execute_horizon=2,
         serving__flow_steps=2,
     )  # fmt: skip
-    cfg.task.noop_dims = None
-    cfg.algo = OmegaConf.load(ROOT / "config" / "algo" / f"{algo}.yaml")
     if algo.startswith("sac"):
         cfg.algo.agent.update({"warmup_steps": 1, "actor_period": 1, "critics": 2, "widths": [16]})
-        cfg.algo.transitions.min_online = 1
+        cfg.algo.view.min_online = 1
     cfg.schedule = {"stages": [{"name": name, "mode": "eval", "episodes": 10} for name in "ab"]}
     for key, value in changes.items():
         OmegaConf.update(cfg, key.replace("__", "."), value)
     gateway = ScriptedGateway(ring, {"name": "s", "mode": mode, "steps_goal": steps}, limit)
-    return Trainer(cfg, RunPaths(tmp_path), gateway), gateway
+    return build_trainer(cfg, RunPaths(tmp_path), gateway), gateway

@@ -6,10 +6,8 @@ import numpy as np
 import torch
 
 from serl_launcher.policies.base import PolicyInput
-from serl_launcher.policies.pi0.pi05 import build_pi05
-from serl_launcher.policies.pi0.pi05_tiny import TinyPI05Size
-from serl_launcher.policies.pi0.policy import build_pi0
-from serl_launcher.policies.pi0.tiny import TinySize
+from serl_launcher.policies.pi0.build import build_pi0, build_pi05
+from serl_launcher.policies.pi0.tiny import TinyPI05Size, TinySize
 from serl_transport.contract.specs import TaskSpec
 
 B, AH = 2, 4

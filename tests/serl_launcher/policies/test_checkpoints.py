@@ -12,11 +12,10 @@ import torch
 from checkpoints import AH, SIZE, SPEC, lerobot_batch, loaded_policy, make_tokenizer, observation, random_policy
 from safetensors.torch import load_file, save_file
 
-from serl_launcher.policies.base import sample, trainable
+from serl_launcher.policies.base import frozen_hash, sample, trainable
 from serl_launcher.policies.checkpoint import CheckpointError
+from serl_launcher.policies.parameter_table import parameter_table
 from serl_launcher.policies.pi0.tiny import shrunk
-from serl_launcher.policies.saving import save_policy
-from serl_launcher.policies.trains import frozen_hash, parameter_table
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def saved(kind, tokenizer, tmp_path_factory):
-    return save_policy(random_policy(kind, tokenizer), tmp_path_factory.mktemp("saved") / kind)
+    return random_policy(kind, tokenizer).save(tmp_path_factory.mktemp("saved") / kind)
 
 
 @pytest.fixture
@@ -72,8 +71,7 @@ def test_a_fresh_process_saves_the_same_bytes(kind, saved, tmp_path):
         "import sys\n"
         "from pathlib import Path\n"
         "from checkpoints import loaded_policy\n"
-        "from serl_launcher.policies.saving import save_policy\n"
-        "save_policy(loaded_policy(sys.argv[1], Path(sys.argv[2])), Path(sys.argv[3]))\n"
+        "loaded_policy(sys.argv[1], Path(sys.argv[2])).save(Path(sys.argv[3]))\n"
     )
     arguments = [sys.executable, "-c", program, kind, str(saved), str(again)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
@@ -117,7 +115,7 @@ def test_expert_only_trains_the_expert_and_exports_the_rest_untouched(kind, save
     assert without == set(policy.dead_parameters()) & set(trainable(policy))
     optimizer.step()
     assert frozen_hash(policy) == before
-    was, now = (load_file(f / "model.safetensors") for f in (saved, save_policy(policy, tmp_path / "out")))
+    was, now = (load_file(f / "model.safetensors") for f in (saved, policy.save(tmp_path / "out")))
     assert was.keys() == now.keys()
     moved = {name for name in was if not torch.equal(was[name], now[name])}
     assert moved

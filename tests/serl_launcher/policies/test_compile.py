@@ -13,10 +13,8 @@ from serl_launcher.policies.base import PolicyInput, flow_loss, sample
 from serl_launcher.policies.compiling import CompiledLayer, check_switch
 from serl_launcher.policies.groot.build import build_groot
 from serl_launcher.policies.groot.tiny import TinyGrootSize
-from serl_launcher.policies.pi0.pi05 import build_pi05
-from serl_launcher.policies.pi0.pi05_tiny import TinyPI05Size
-from serl_launcher.policies.pi0.policy import build_pi0
-from serl_launcher.policies.pi0.tiny import TinySize
+from serl_launcher.policies.pi0.build import build_pi0, build_pi05
+from serl_launcher.policies.pi0.tiny import TinyPI05Size, TinySize
 
 B, AH = 2, 4
 SHAPE = dict(width=16, vision_width=16, image_size=32, patch_size=16)

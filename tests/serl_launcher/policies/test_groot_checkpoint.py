@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from serl_launcher.policies.base import sample, trainable
 from serl_launcher.policies.checkpoint import CheckpointError
 from serl_launcher.policies.groot.build import build_groot
-from serl_launcher.policies.groot.checkpoint import save_groot
+from serl_launcher.policies.groot.saving import save_groot
 from serl_launcher.policies.groot.tiny import TinyGrootSize
 
 SIZE = TinyGrootSize(image_size=32, max_state_dim=5, max_action_dim=4)
@@ -24,7 +24,7 @@ KEY = "action_head.action_decoder.layer2.W"
 def saved(tmp_path_factory):
     policy = build_groot("t", SPEC, "random", 0, AH, SIZE, embodiment=2)
     folder = tmp_path_factory.mktemp("groot") / "saved"
-    return save_groot(policy, folder, "new_embodiment", {"trainer_state.json": {"global_step": 7}})
+    return save_groot(policy, folder, {"trainer_state.json": {"global_step": 7}})
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_it_comes_back_as_it_went(saved, tmp_path):
     want, policy = chunks(build_groot("t", SPEC, "random", 0, AH, SIZE, embodiment=2)), load(saved)
     torch.testing.assert_close(chunks(policy), want, atol=1e-6, rtol=1e-5)
     assert policy.embodiment == 2
-    again = save_groot(policy, tmp_path / "again", "new_embodiment")
+    again = save_groot(policy, tmp_path / "again")
     for path in saved.rglob("*"):
         if path.is_file():
             assert path.read_bytes() == (again / path.relative_to(saved)).read_bytes(), path.name
@@ -67,9 +67,7 @@ def test_only_what_was_tuned_moves_in_an_export(saved, tmp_path):
     with torch.no_grad():
         for p in trainable(policy).values():
             p.add_(1)
-    was, now = (
-        load_file(f / "model.safetensors") for f in (saved, save_groot(policy, tmp_path / "out", "new_embodiment"))
-    )
+    was, now = (load_file(f / "model.safetensors") for f in (saved, save_groot(policy, tmp_path / "out")))
     moved = {name for name in was if not torch.equal(was[name], now[name])}
     assert moved
     assert all("coder" in name or "position_embedding" in name for name in moved)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from serl_launcher.policies.base import PolicyInput, sample, trainable
 from serl_launcher.policies.checkpoint import CheckpointError
 from serl_launcher.policies.groot.build import build_groot
-from serl_launcher.policies.groot.checkpoint import save_groot
 from serl_launcher.policies.groot.inputs import Geometry
+from serl_launcher.policies.groot.saving import save_groot
 from serl_launcher.policies.groot.tiny import TinyGrootSize
 
 ROOT = Path(__file__).parents[3]
@@ -74,7 +74,7 @@ def base(processor, size, tmp_path_factory):
     policy = build_groot("t", SPEC, "random", 0, AH, size, embodiment=2, processor=str(processor))
     policy.valid_horizon, policy.clip = VALID, True
     policy.inputs.geometry = Geometry(target=(64, 64), crop=(60, 60))
-    return save_groot(policy, folder, "new_embodiment", shard="300KB")
+    return save_groot(policy, folder, shard="300KB")
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_lerobot_loads_what_we_write_in_its_type(theirs, base, size, tmp_path, m
     with torch.no_grad():
         for p in trainable(policy).values():
             p.mul_(1.01)
-    out = save_groot(policy, tmp_path / "out", "new_embodiment")
+    out = save_groot(policy, tmp_path / "out")
     monkeypatch.chdir(base)
     loaded = GrootPolicy.from_pretrained(out)
     before, after = make_pre_post_processors(loaded.config, pretrained_path=str(out))
@@ -224,7 +224,7 @@ def test_lerobot_loads_what_we_write_in_its_type(theirs, base, size, tmp_path, m
 def test_lerobot_loads_what_we_write_in_nvidias_layout_in_shards(base, size, tmp_path, monkeypatch):
     from lerobot.policies.groot.modeling_groot import GrootPolicy
 
-    out = save_groot(load(base, size), tmp_path / "out", "new_embodiment", shard="300KB")
+    out = save_groot(load(base, size), tmp_path / "out", shard="300KB")
     assert len(list(out.glob("model-*.safetensors"))) > 1
     monkeypatch.chdir(out)
     held = GrootPolicy.from_pretrained(out)._groot_model.state_dict()
@@ -235,16 +235,16 @@ def test_lerobot_loads_what_we_write_in_nvidias_layout_in_shards(base, size, tmp
 @pytest.mark.parametrize("kind", ["lerobot", "nvidia"])
 def test_a_fresh_process_saves_the_same_bytes(kind, theirs, base, size, tmp_path):
     source = theirs[3] if kind == "lerobot" else base
-    first = save_groot(load(source, size), tmp_path / "first", "new_embodiment", shard="300KB")
+    first = save_groot(load(source, size), tmp_path / "first", shard="300KB")
     program = (
         "import sys\n"
         "from pathlib import Path\n"
         "from checkpoints import SPEC\n"
         "from serl_launcher.policies.groot.build import build_groot\n"
-        "from serl_launcher.policies.groot.checkpoint import save_groot\n"
+        "from serl_launcher.policies.groot.saving import save_groot\n"
         "from serl_launcher.policies.groot.tiny import TinyGrootSize\n"
         "p = build_groot('t', SPEC, 'checkpoint', 0, None, TinyGrootSize(), checkpoint=sys.argv[1])\n"
-        "save_groot(p, Path(sys.argv[2]), 'new_embodiment', shard='300KB')\n"
+        "save_groot(p, Path(sys.argv[2]), shard='300KB')\n"
     )
     again = tmp_path / "again"
     arguments = [sys.executable, "-c", program, str(first), str(again)]
@@ -399,7 +399,7 @@ def test_a_new_embodiment_starts_with_a_datasets_statistics(base, size, tmp_path
     assert policy.embodiment == 1
     np.testing.assert_allclose(policy.state_units.to_physical(torch.ones(3)), [4, 3, 2])
     np.testing.assert_allclose(policy.action_units.to_physical(-torch.ones(2)), [-0.5, 0])
-    out = save_groot(policy, tmp_path / "out", "mine")
+    out = save_groot(policy, tmp_path / "out")
     again = load(out, size, embodiment_tag="mine")
     assert torch.equal(again.state_units.offset, policy.state_units.offset)
     assert torch.equal(again.action_units.scale, policy.action_units.scale)

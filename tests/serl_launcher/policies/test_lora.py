@@ -3,16 +3,14 @@
 import torch
 from tiny import HORIZON, SIZE, SPEC, random_batch
 
-from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
-from serl_launcher.policies.pi0.build import build_flow_policy
-from serl_launcher.policies.pi0.policy import PI0FlowPolicy
-from serl_launcher.policies.trains import frozen_hash, merged_state, parameter_table
+from serl_launcher.policies.base import PolicyInput, flow_loss, frozen_hash, sample, trainable
+from serl_launcher.policies.parameter_table import parameter_table
+from serl_launcher.policies.pi0.build import build_pi0
+from serl_launcher.policies.pi0.trainable import merged_state
 
 
 def build(train):
-    return build_flow_policy(
-        PI0FlowPolicy, "pi0", SPEC, "random", 0, HORIZON, SIZE, train=train, lora_rank=4, attention="sdpa"
-    )
+    return build_pi0("t", SPEC, "random", 0, HORIZON, SIZE, train=train, lora_rank=4, attention="sdpa")
 
 
 def observation(batch):

@@ -6,7 +6,7 @@ import torch
 from tiny import SIZE, SPEC
 
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample, sample_times, trainable
-from serl_launcher.policies.pi0.policy import build_pi0
+from serl_launcher.policies.pi0.build import build_pi0
 from serl_transport.contract.specs import TaskSpec
 
 B, AH, AD = 3, 4, 2

@@ -6,8 +6,9 @@ import torch
 from tiny import SPEC
 
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
-from serl_launcher.policies.pi0.pi05 import build_pi05, state_prompts
-from serl_launcher.policies.pi0.pi05_tiny import TinyPI05Size
+from serl_launcher.policies.pi0.build import build_pi05
+from serl_launcher.policies.pi0.pi05 import state_prompts
+from serl_launcher.policies.pi0.tiny import TinyPI05Size
 
 SIZE = TinyPI05Size(width=16, vision_width=16, image_size=32, patch_size=16)
 B, AH, AD = 3, 4, 2

@@ -8,7 +8,7 @@ import torch
 from tiny import SIZE, SPEC
 
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample, sample_times
-from serl_launcher.policies.pi0.policy import build_pi0
+from serl_launcher.policies.pi0.build import build_pi0
 from serl_launcher.policies.realtime import guidance_weight, guided_velocity, sample_realtime, soft_mask
 from serl_launcher.policies.rows import take
 

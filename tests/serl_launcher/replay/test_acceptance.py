@@ -3,11 +3,10 @@
 from dataclasses import replace
 
 import numpy as np
+from configured import rule as accepting
 
 from serl_launcher.replay.acceptance import (
-    DemonstrationRule,
     EpisodeColumns,
-    SuccessRule,
     before_takeover,
     idle_starts,
 )
@@ -29,13 +28,13 @@ def ticks(mask):
 
 
 def test_an_autonomous_success_is_taken_whole():
-    selection = SuccessRule()(episode())
+    selection = accepting()(episode())
     assert selection.accepted
     assert ticks(selection.labels) == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_failure_is_rejected_by_its_return():
-    selection = SuccessRule()(episode(success=False))
+    selection = accepting()(episode(success=False))
     assert (selection.accepted, selection.reason) == (False, "return")
     assert not selection.starts.any()
 
@@ -43,24 +42,24 @@ def test_a_failure_is_rejected_by_its_return():
 def test_a_failure_with_the_rewards_of_its_stages_is_rejected_unless_the_return_alone_is_asked_for():
     """Two of three stages and the time limit, as a process classifier rewards them."""
     staged = replace(episode(success=False), reward=np.float32([0, 1 / 3, 0, 1 / 3, 0, 0]))
-    selection = SuccessRule()(staged)
+    selection = accepting()(staged)
     assert (selection.accepted, selection.reason) == (False, "failed")
-    assert SuccessRule(require_success=False)(staged).accepted
-    assert SuccessRule(require_success=False, min_return=0.8)(staged).reason == "return"
+    assert accepting(require_success=False)(staged).accepted
+    assert accepting(require_success=False, min_return=0.8)(staged).reason == "return"
 
 
 def test_a_short_episode_is_dropped_even_when_it_succeeded():
-    assert SuccessRule(min_ticks=3)(episode(n=2)).reason == "short"
+    assert accepting(min_ticks=3)(episode(n=2)).reason == "short"
 
 
 def test_policy_ticks_before_a_takeover_are_hidden():
-    selection = SuccessRule()(episode(intervention=[3, 4, 5]))
+    selection = accepting()(episode(intervention=[3, 4, 5]))
     assert selection.accepted
     assert ticks(selection.labels) == [3, 4, 5]
 
 
 def test_only_the_last_ticks_before_a_takeover_are_hidden_when_a_reach_is_set():
-    selection = SuccessRule(mask_before_takeover=1)(episode(intervention=[3, 4, 5]))
+    selection = accepting(mask_before_takeover=1)(episode(intervention=[3, 4, 5]))
     assert ticks(selection.labels) == [0, 1, 3, 4, 5]
 
 
@@ -95,18 +94,18 @@ def test_an_operator_who_never_moves_hides_no_tick_of_the_policy():
 
 
 def test_mixed_rate_begins_chunks_seldom_where_the_policy_drove_and_densely_where_a_person_did():
-    selection = SuccessRule(autonomous_stride=4, mask_before_takeover=0)(episode(n=10, intervention=[5, 6, 7]))
+    selection = accepting(autonomous_stride=4, mask_before_takeover=0)(episode(n=10, intervention=[5, 6, 7]))
     assert ticks(selection.starts) == [0, 4, 5, 6, 7, 8]
     assert ticks(selection.labels) == list(range(10))
 
 
 def test_an_episode_that_never_moves_is_rejected_as_noop():
-    selection = SuccessRule(noop_dims=[0])(episode(moves=0.0))
+    selection = accepting(noop_dims=[0])(episode(moves=0.0))
     assert (selection.accepted, selection.reason) == (False, "noop")
 
 
 def test_the_demonstration_rule_takes_successful_demonstrations_only():
-    rule = DemonstrationRule()
+    rule = accepting("demonstration")
     assert rule(episode(mode="demo")).accepted
     assert rule(episode(mode="online")).reason == "online"
     assert rule(episode(mode="demo", success=False)).reason == "failed"

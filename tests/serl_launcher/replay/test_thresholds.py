@@ -4,15 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from configured import rule as accepting
 from test_transitions import SPEC, arrays
 
-from serl_launcher.replay.acceptance import SuccessRule
 from serl_launcher.replay.ring import RingReader, RingWriter
 from serl_launcher.replay.threshold import QuantileThreshold, SteppedThreshold
 from serl_launcher.replay.verdicts import VerdictLedger, read, rule_text
 from serl_launcher.replay.views import ChunkView
 
-RULE = SuccessRule(noop_threshold=0.0, min_return=0.5)
+RULE = accepting(noop_threshold=0.0, min_return=0.5)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_steps_count_online_episodes():
 
 
 def test_a_threshold_stays_where_it_was_when_the_trainer_starts_anew_and_the_ring_has_moved_on(tmp_path, ring):
-    path, rule = tmp_path / "acceptance.jsonl", SuccessRule(noop_threshold=0.0, min_return=0.5)
+    path, rule = tmp_path / "acceptance.jsonl", accepting(noop_threshold=0.0, min_return=0.5)
 
     def start():
         threshold = QuantileThreshold(0.5, quantile=0.5, window=2)
@@ -85,7 +85,7 @@ def test_a_threshold_stays_where_it_was_when_the_trainer_starts_anew_and_the_rin
 
 
 def test_a_ledger_tells_rules_with_other_schedules_apart():
-    rule = SuccessRule()
+    rule = accepting()
     texts = {
         rule_text(rule),
         rule_text(rule, QuantileThreshold(0.5)),
@@ -125,7 +125,7 @@ def test_a_risen_threshold_rejects_earlier_online_episodes_too_and_keeps_demonst
 def test_a_schedule_works_on_the_returns_of_failures_where_they_may_be_imitated(ring):
     for ordinal, return_ in enumerate((0.3, 0.6, 0.6, 0.2)):
         put(ring, ordinal, return_, success=False)
-    rule = SuccessRule(noop_threshold=0.0, require_success=False)
+    rule = accepting(noop_threshold=0.0, require_success=False)
     view = view_of(ring, rule, threshold=QuantileThreshold(0.2, quantile=1.0, window=2))
     view.refresh()
     assert episodes_drawn(view) == {1, 2}
@@ -171,7 +171,7 @@ def test_a_view_whose_episodes_are_all_rejected_says_so(ring):
 
 
 def test_the_ledger_keeps_each_verdict_once_over_restarts_and_a_torn_line(ring, tmp_path):
-    path, rule = tmp_path / "acceptance.jsonl", rule_text(SuccessRule(min_return=0.5))
+    path, rule = tmp_path / "acceptance.jsonl", rule_text(accepting(min_return=0.5))
 
     def run(rule):
         view = view_of(ring, on_verdict=VerdictLedger(path, rule).note)
@@ -192,7 +192,7 @@ def test_the_ledger_keeps_each_verdict_once_over_restarts_and_a_torn_line(ring, 
     assert (rows[2]["labels"], rows[2]["operator_ticks"], rows[2]["policy_versions"]) == (1, 1, [2, 2])
     assert rows[0]["rule"] == rule
     assert "min_return=0.5" in rule
-    run(rule_text(SuccessRule(min_return=0.7)))  # another rule speaks for itself
+    run(rule_text(accepting(min_return=0.7)))  # another rule speaks for itself
     assert len(read(path)) == 6
     run(rule)  # the first rule again: the newest line of each episode is its own
     assert [row["rule"] for row in read(path)[6:]] == [rule] * 3

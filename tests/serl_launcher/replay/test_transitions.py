@@ -58,7 +58,7 @@ def by_start(view, b=400, seed=0):
 def test_a_terminated_episode_by_hand(ring):
     # 5 ticks, h = 3, γ = 0.5, r = [1, 2, 4, 8, 16]; terminated at tick 4.
     ring.append(0, "online", True, arrays(5, 10, "done", [1, 2, 4, 8, 16]))
-    view = TransitionView(SPEC, 3, 0.5)
+    view = TransitionView(SPEC, 3, 0.5, demo_share=0.5)
     view.attach(RingReader(ring.path))
     view.refresh()
     seen = by_start(view)
@@ -86,7 +86,7 @@ def test_a_terminated_episode_by_hand(ring):
 def test_a_truncated_episode_bootstraps_from_its_last_observation(ring):
     ring.append(0, "online", False, arrays(3, 20, "truncated", [1, 1, 1]))
     ring.append(1, "online", False, arrays(3, 40, "truncated"))
-    view = TransitionView(SPEC, 4, 0.9)
+    view = TransitionView(SPEC, 4, 0.9, demo_share=0.5)
     view.attach(RingReader(ring.path))
     view.refresh()
     batch, i = by_start(view)[21]
@@ -103,23 +103,23 @@ def test_a_truncated_episode_bootstraps_from_its_last_observation(ring):
 def test_returns_to_go_by_hand():
     index = index_episode(0, np.array([0.0, 2.0, 0.0, 4.0]), np.array([0, 0, 0, 1], bool), 2, 0.5)
     # 0 + 0.5·(2 + 0.5·(0 + 0.5·4)) = 1.5, 2 + 0.25·4 = 3, 0.5·4 = 2, 4
-    assert index.to_go.tolist() == [1.5, 3.0, 2.0, 4.0]
+    assert index.return_to_go.tolist() == [1.5, 3.0, 2.0, 4.0]
 
 
 def test_a_cut_episode_bounds_nothing_once_a_reward_was_negative(ring):
-    view = TransitionView(SPEC, 2, 0.5)
+    view = TransitionView(SPEC, 2, 0.5, demo_share=0.5)
     view.attach(RingReader(ring.path))
 
-    def floors():
+    def bounds():
         view.refresh()
-        return {start: float(batch.floor[i]) for start, (batch, i) in by_start(view).items()}
+        return {start: float(batch.value_lower_bound[i]) for start, (batch, i) in by_start(view).items()}
 
     ring.append(0, "online", False, arrays(3, 10, "truncated", [0, 0, 2]))
-    assert floors() == {10: 0.5, 11: 1.0, 12: 2.0}
+    assert bounds() == {10: 0.5, 11: 1.0, 12: 2.0}
     # -1 + 0.5·(-1 + 0.5·4) = -0.5, -1 + 0.5·4 = 1, 4: it terminated, so nothing came after.
     ring.append(1, "online", True, arrays(3, 20, "done", [-1, -1, 4]))
     cut = {10: -np.inf, 11: -np.inf, 12: -np.inf}
-    assert floors() == cut | {20: -0.5, 21: 1.0, 22: 4.0}
+    assert bounds() == cut | {20: -0.5, 21: 1.0, 22: 4.0}
 
 
 def test_half_of_a_batch_is_demonstrations_while_there_are_both(ring):
@@ -140,16 +140,16 @@ def test_half_of_a_batch_is_demonstrations_while_there_are_both(ring):
 def test_failures_are_transitions_too_and_evicted_ones_leave(ring):
     for ordinal in range(8):  # 6 frames each into 40
         ring.append(ordinal, "online", False, arrays(5, 10 * ordinal, "truncated"))
-    view = TransitionView(SPEC, 2, 0.9)
+    view = TransitionView(SPEC, 2, 0.9, demo_share=0.5)
     view.attach(RingReader(ring.path))
     view.refresh()
     assert {start // 10 for start in by_start(view)} == set(range(2, 8))
 
 
 def test_an_empty_view_says_so(ring):
-    view = TransitionView(SPEC, 2, 0.9)
+    view = TransitionView(SPEC, 2, 0.9, demo_share=0.5)
     view.attach(RingReader(ring.path))
     with pytest.raises(ValueError, match="no transition"):
         view.sample(np.random.default_rng(0), 2)
     with pytest.raises(ValueError, match="gamma"):
-        TransitionView(SPEC, 2, 1.5)
+        TransitionView(SPEC, 2, 1.5, demo_share=0.5)

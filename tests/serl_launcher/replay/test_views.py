@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from configured import rule as accepting
 
-from serl_launcher.replay.acceptance import SuccessRule
 from serl_launcher.replay.ring import RingReader, RingWriter
 from serl_launcher.replay.transitions import TransitionView
 from serl_launcher.replay.views import ChunkView
@@ -57,7 +57,7 @@ def ring(tmp_path):
 
 
 def view_of(ring, horizon=4, **rule):
-    view = ChunkView(SuccessRule(noop_threshold=0.0, **rule), SPEC, horizon)
+    view = ChunkView(accepting(noop_threshold=0.0, **rule), SPEC, horizon)
     view.attach(RingReader(ring.path))
     return view
 
@@ -126,9 +126,9 @@ def test_demonstrations_stay_in_the_views_however_far_the_ring_moves_on(ring, ev
     verdicts = []
     ring.append(0, "demo", True, arrays(5, 500))
     ring.append(1, "demo", False, arrays(5, 600, success=False))
-    chunks = ChunkView(SuccessRule(noop_threshold=0.0), SPEC, 4, on_verdict=verdicts.append)
+    chunks = ChunkView(accepting(noop_threshold=0.0), SPEC, 4, on_verdict=verdicts.append)
     chunks.attach(RingReader(ring.path))
-    values = TransitionView(SPEC, 2, 0.9)
+    values = TransitionView(SPEC, 2, 0.9, demo_share=0.5)
     values.attach(RingReader(ring.path))
     rng = np.random.default_rng(0)
     for ordinal in range(2, 22):

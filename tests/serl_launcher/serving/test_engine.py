@@ -1,5 +1,7 @@
 """The policy engine: seeded, batched, swapped between batches, and never serving what does not fit."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from tiny import HORIZON, SPEC, tiny_config
 from serl_launcher.serving.engine import PolicyEngine, Query, query_from_body
 from serl_launcher.serving.local import LocalPolicy, build
 from serl_transport.contract.errors import NotReady
-from serl_transport.parameters.params import Published as Blob
+from serl_transport.parameters.params import ParametersBlob
 
 
 @pytest.fixture
@@ -106,7 +108,7 @@ class PublishesAtOnce:
     def tell(self, version):
         put(self.folder, version, shift=0.1 * version)
         blob = (self.folder / f"v{version:06d}.safetensors").read_bytes()
-        self.callback(Blob.of(version, blob))
+        self.callback(ParametersBlob(version, blob, hashlib.sha256(blob).hexdigest()))
 
 
 def test_a_local_policy_follows_the_parameters_that_its_link_brings(tmp_path):

@@ -39,12 +39,11 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("algo", ["reject_sampling_pi0", "dsrl_pi0"])
 @pytest.mark.parametrize("name", ["pi0_tiny", "pi05_tiny", "groot_tiny"])
 def test_nothing_crosses_between_host_and_device(name, algo, precision, tmp_path):
-    cfg = tiny_config(serving__device="cpu")
+    cfg = tiny_config(algo, serving__device="cpu")
     options = {"action_horizon": HORIZON, "precision": precision, "attention": "sdpa"}
     cfg.policy = OmegaConf.merge(OmegaConf.load(ROOT / "config" / "policy" / f"{name}.yaml"), options)
     cfg.policy.size.image_size = 32
     cfg.policy.seed = 0
-    cfg.algo = OmegaConf.load(ROOT / "config" / "algo" / f"{algo}.yaml")
     engine = PolicyEngine(cfg, tmp_path)
     queries = [query_from_body(body(k), SPEC) for k in range(2)]
     with torch.inference_mode():

@@ -1,8 +1,7 @@
 """The actor's end of the wire: acknowledged data, inference, requests, notifications, parameters.
 
     send_item / update ─▶ spool ─▶ outbox ─▶ data link ───▶ 5588
-    infer ──────────── in the caller's thread ─▶ asker ────▶ 5588, or the line of a gateway on this host
-    request ───────────────────────────────▶ control link ─▶ 5588
+    infer, request ────────────────────────▶ control link ─▶ 5588
     callbacks ◀── listener thread ◀──────── SUB ◀───────── 5589
 
 The robot's thread calls in; sockets live on the links' threads. Nothing here needs torch.
@@ -12,16 +11,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from socket import gethostname
 from typing import Any
 
-from serl_transport.asker import Asker
 from serl_transport.config import TrainerConfig
-from serl_transport.connection.answer import Answer
 from serl_transport.connection.link import Link
 from serl_transport.connection.subscriber import Subscriber
 from serl_transport.contract.errors import ServerSilent
@@ -30,11 +27,9 @@ from serl_transport.data_store import DataStoreBase
 from serl_transport.delivery.outbox import Ledger, Outbox
 from serl_transport.delivery.spool import DEFAULT_BYTES, ItemKey, open_spool
 from serl_transport.parameters.listener import Listener
-from serl_transport.parameters.params import Pieces, Published, Reply, SpareMemory, pull, pull_pieces
-from serl_transport.security import auth
+from serl_transport.parameters.params import ParametersBlob, pull
 from serl_transport.security.keys import ClientKeys
 from serl_transport.wire.codec import pack
-from serl_transport.wire.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +55,6 @@ class TrainerClient:
         wait_for_server: bool = True,
         timeout_ms: float = 5000,
         on_wait: Callable[[str], None] | None = None,
-        use_line: bool = True,
         run: str | None = None,
     ):
         """Connect, and wait until the learner accepts (`wait_for_server`), telling `on_wait` once a second.
@@ -68,15 +62,12 @@ class TrainerClient:
         `role` operator: a connection that asks (and may steer the run), sends no data and needs no spec.
         Without `wait_for_server` it raises ServerSilent after `timeout_ms`. A refusal (another task, version,
         protocol or key) raises the typed WireError at once; ValueError names a missing key file; SpoolBusy and
-        SpoolError say what is wrong with `spool_dir`. `use_line`: on the learner's own host `infer` may take a
-        shorter way than TCP (`same_host.py`). `run`: a learner of another run refuses this client; None: any will do.
+        SpoolError say what is wrong with `spool_dir`. `run`: a learner of another run refuses this client; None: any
+        will do.
         """
         if not 0 < len(name) <= 128:
             raise ValueError(f"a client's name (unique_identifier) has 1 to 128 characters, got {name!r}")
-        keep_freed_memory()
         self.name, self.config, self.timeout_ms = name, config, timeout_ms
-        self._server_ip = server_ip
-        self._use_line = use_line and auth.is_loopback(server_ip)
         self._server = f"{server_ip}:{config.port_number}"
         self._spec, self._role, self._run = spec, role, run
         self._keys = None if config.keys_dir is None else ClientKeys.load(config.keys_dir, name)
@@ -84,7 +75,6 @@ class TrainerClient:
         self._sent_ids = dict.fromkeys(self._stores, -1)
         self._status: dict[str, Any] = {}
         self._updater: _Repeater | None = None
-        self._spare = SpareMemory()
         self._resources = ExitStack()  # closed last in, first out: the links before what they use
         try:
             self._open(server_ip, spool_dir, spool_bytes, ledger_path)
@@ -141,14 +131,7 @@ class TrainerClient:
 
     def infer(self, body: dict[str, Any], timeout_ms: float | None = None) -> dict[str, Any]:
         """Ask the policy: see `infer` in docs/architecture.md. Raises NotReady, ServerSilent or another WireError."""
-        timeout_ms = timeout_ms or self.timeout_ms
-        reply = self._asker.ask("infer", body, timeout_ms / 1e3)
-        return self._control.call("infer", body, timeout_ms=timeout_ms) if reply is None else reply
-
-    @property
-    def asks_over_line(self) -> bool:
-        """Whether `infer` has a line to a gateway of this host now."""
-        return self._asker.over_line
+        return self._control.call("infer", body, timeout_ms=timeout_ms or self.timeout_ms)
 
     def request(self, type: str, payload: dict[str, Any] | None = None, timeout_ms: float | None = None) -> dict:
         """Ask the learner something. Raises the learner's typed WireError, or ServerSilent.
@@ -157,27 +140,17 @@ class TrainerClient:
         """
         return self._control.call("request", payload or {}, target=type, timeout_ms=timeout_ms or self.timeout_ms)
 
-    def fetch_params(self, version: int | None = None, *, into: Any = None) -> Published:
-        """Pull the newest (or one) version of the parameters, whole and checked.
-
-        `into`: a writable buffer that takes them (the blob is a view of it), for who keeps one from version to version:
-        on the learner's own host that is one copy, at the speed of memcpy.
-        """
-        return pull(
-            self._ask_params,
-            version,
-            same_host=auth.is_loopback(self._server_ip),
-            announced=self._listener.announced(version),
-            into=into,
-            spare=self._spare,
-        )
+    def fetch_params(self, version: int | None = None) -> ParametersBlob:
+        """Pull the newest (or one) version of the parameters, whole and checked."""
+        # Over the data link: a large reply would hold up the answers to `infer` on the other one.
+        return pull(lambda payload: self._data.ask("request", payload, target="params"), version)
 
     # Being told.
 
     def recv_network_callback(self, callback: Callable[[Any], None], *, raw: bool = False) -> None:
         """Call `callback(params)` with the newest parameters, now and whenever there are newer ones.
 
-        With `raw` it gets the `Published` blob (safetensors). A callback that raises is reported; the next version is
+        With `raw` it gets the `ParametersBlob` (safetensors). A callback that raises is reported; the next version is
         tried. Versions that were superseded before they were pulled are skipped.
         """
         self._listener.on_network(callback, raw)
@@ -210,15 +183,6 @@ class TrainerClient:
 
     # Inside.
 
-    def _ask_params(self, payload: dict[str, Any]) -> Answer:
-        # Over the data link: a large reply would hold up the answers to `infer` on the other one.
-        return self._data.ask("request", payload, target="params")
-
-    def _fetch_newest(self, raw: bool, ahead: Sequence[Reply]) -> Published | Pieces:
-        same_host, announced = auth.is_loopback(self._server_ip), self._listener.announced(None)
-        fetch = pull if raw else pull_pieces
-        return fetch(self._ask_params, same_host=same_host, announced=announced, ahead=ahead, spare=self._spare)
-
     def _open(
         self, server_ip: str, spool_dir: str | Path | None, spool_bytes: int, ledger_path: str | Path | None
     ) -> None:
@@ -229,11 +193,10 @@ class TrainerClient:
         if ledger_path is not None:
             ledger = Ledger(ledger_path)
             self._resources.callback(ledger.close)
-        self._listener = Listener(self._fetch_newest, self.config.limits)
+        self._listener = Listener(self.fetch_params, self.config.limits)
         self._resources.callback(self._listener.stop)
         self._control = self._link("control", self._listener.saw_version, None)
         self._data = self._link("data", None, RESEND_S)
-        self._listener.ask_ahead_over(self._data)
         self._control.on_ready(lambda: self._listener.saw_version(self._control.hello_reply))
         self._control.on_restart(self._listener.forget)
         Subscriber(
@@ -244,15 +207,6 @@ class TrainerClient:
             limits=self.config.limits,
             keys=self._keys,
         )
-        self._asker = Asker(
-            self._control,
-            actor_id=self.name,
-            boot_id=self.boot_id,
-            hello=lambda: {**self._hello(), "link": "infer"},
-            keys=self._keys,
-            same_host=self._use_line,
-        )
-        self._resources.callback(self._asker.close)
         self._outbox = Outbox(self._data, self._spool, ledger)
         self._control.start()
         self._data.start()

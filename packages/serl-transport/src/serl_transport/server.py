@@ -16,7 +16,6 @@ from typing import Any
 
 import zmq
 
-from serl_transport.ahead import Standing
 from serl_transport.config import TrainerConfig
 from serl_transport.connection.router import Handler, Peer, Reply, Router
 from serl_transport.connection.sessions import RETIRED, Sessions
@@ -30,10 +29,10 @@ from serl_transport.security import auth
 from serl_transport.security.allow_list import ROLES, AllowList
 from serl_transport.security.keys import ServerKeys
 from serl_transport.security.zap import Authenticator
-from serl_transport.wire.codec import buffer_of, pack
+from serl_transport.wire.blob import join
+from serl_transport.wire.codec import pack
 from serl_transport.wire.envelope import PROTOCOL, Envelope
 from serl_transport.wire.loop import EventLoop
-from serl_transport.wire.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +56,6 @@ class TrainerServer:
     ):
         keys = None if config.keys_dir is None else ServerKeys.load(config.keys_dir)
         auth.check_bind(config.bind_host, config.insecure, has_keys=keys is not None)
-        keep_freed_memory()
         self.spec = spec  # actors must hold an equal one; None: any
         self.run = run  # an actor that says which run it works for must say this one; None: any
         self.params_version = 0  # newest published version, told in hello and heartbeat replies; 0: none
@@ -83,7 +81,6 @@ class TrainerServer:
         self.router = Router(
             self.loop, self.context, limits=config.limits, require_hello=True, keys=keys, permit=permit
         )
-        self.standing = Standing(self.router.reply)  # who waits for the version after the newest
         self._sessions = Sessions(self.router.actors_named, self.router.is_connected, self.router.forget)
         self.config = self._bind(config)  # with the actual ports where 0 was asked for
         for kind, handler in self._default_handlers().items():
@@ -106,18 +103,15 @@ class TrainerServer:
         """Names of the registered stores."""
         return set(self._stores)
 
-    def publish_network(self, params: Any, *, copy: bool = True) -> int:
+    def publish_network(self, params: Any) -> int:
         """Make `params` (nested dicts, lists and arrays) the newest version, tell clients to pull; returns the version.
 
-        Thread-safe. Clients that missed the announcement or join later pull it as well. Without `copy` the arrays must
-        not change until the next version is published.
+        Thread-safe; the arrays are copied. Clients that missed the announcement or join later pull it as well.
         """
-        version = self.params_version + 1
-        frames = pack({"params": params}, self.config.limits)
-        offer = Offer.of_frames(version, [bytes(buffer_of(f)) for f in frames] if copy else frames)
-        self.params_version, self._published = version, offer
-        self.loop.call_soon(lambda: self._offer(offer))
-        return version
+        offer = Offer.of(self.params_version + 1, join(pack({"params": params}, self.config.limits)))
+        self._published = offer
+        self.announce_params(offer.version)
+        return offer.version
 
     def start(self, threaded: bool = False) -> None:
         """Serve: in a thread of its own, or here until `stop`."""
@@ -171,22 +165,12 @@ class TrainerServer:
         frames = [NOTIFY_TOPIC, *pack(body, self.config.limits)]
         self.loop.call_soon(lambda: self._publisher.send_multipart(frames, zmq.NOBLOCK))
 
-    def announce_params(self, version: int, where: dict[str, Any] | None = None) -> None:
-        """Say that `version` is the newest; clients that want parameters pull it with a `params` request.
-
-        `where`: the answer to its `where` request, which spares the clients of this host the question; `{file: None}`:
-        there is no file.
-        """
+    def announce_params(self, version: int) -> None:
+        """Say that `version` is the newest; clients that want parameters pull it with a `params` request."""
         self.params_version = version
-        self.notify({"topic": "params", "version": version, **(where or {})})
+        self.notify({"topic": "params", "version": version})
 
     # Inside.
-
-    def _offer(self, offer: Offer) -> None:
-        """Answer those who wait for this version, then tell the others."""
-        if offer is self._published:  # else a newer one follows at once
-            self.standing.answer(self._params)
-            self.announce_params(offer.version, read_chunk(offer, {"where": True}) | {"file": None})
 
     def _bind(self, config: TrainerConfig) -> TrainerConfig:
         host = "127.0.0.1" if config.bind_host == "localhost" else config.bind_host
@@ -293,15 +277,12 @@ class TrainerServer:
             self._data_callback(name, {"data": [item], "last_id": seq})
         return {"duplicate": False}
 
-    def _params(self, payload: dict[str, Any]) -> Reply:
-        return pack(read_chunk(self._published, payload), self.config.limits)
-
     def _request(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> Reply | None:
         """Default: `params` from the last `publish_network`, else `request_callback` for the configured types."""
         kind = envelope.target
         if kind == "params":
-            newest = self._published and self._published.version
-            return None if self.standing.keep(envelope.token, body, newest) else self._params(body)
+            # Packed here: frames are sent as they lie, without a copy.
+            return pack(read_chunk(self._published, body), self.config.limits)
         if kind not in self.config.request_types or self._request_callback is None:
             raise UnknownKind(f"no request {kind!r} here; the types are {sorted(self.config.request_types)}")
         return self._request_callback(kind, body) or {}

@@ -1,6 +1,6 @@
 """What stands beside GR00T's weights: statistics, camera order, picture geometry, embodiment slot, prompt rules.
 
-policies.groot reads them, from NVIDIA's layout (statistics.json, processor_config.json, embodiment_id.json) or
+groot.build reads them, from NVIDIA's layout (statistics.json, processor_config.json, embodiment_id.json) or
 from LeRobot's `groot` type (policy_preprocessor.json and its state file).
 """
 

@@ -1,6 +1,7 @@
 """Build a GR00T N1.7: at random where that is asked for by name, else from a checkpoint, strictly.
 
-`build_groot` is named by `_target_` in config/policy/groot_*.yaml.
+`build_groot` is named by `_target_` in config/policy/groot_*.yaml. `meta_groot` beside it makes the same policy of
+shapes alone; policies.estimate finds it by that name.
 """
 
 from __future__ import annotations
@@ -13,17 +14,16 @@ from typing import Any
 
 import torch
 
-from serl_launcher.policies.checkpoint import Checkpoint, CheckpointError
+from serl_launcher.policies.checkpoint import Checkpoint, CheckpointError, check_init
 from serl_launcher.policies.groot.assets import GrootAssets, read_assets
 from serl_launcher.policies.groot.checkpoint import ALIASES, build_core, prefix_of
-from serl_launcher.policies.groot.head import GrootFlowPolicy, Inputs
+from serl_launcher.policies.groot.head import NEW_EMBODIMENT, GrootFlowPolicy, Inputs
 from serl_launcher.policies.groot.inputs import QwenInputs, has_processor
-from serl_launcher.policies.pi0.build import load_core
+from serl_launcher.policies.loading import load_core
 from serl_launcher.policies.precision import hold
 from serl_transport.contract.specs import TaskSpec
 
 log = logging.getLogger("policy")
-TAG = "new_embodiment"
 TUNE = ("llm", "visual", "projector", "diffusion_model", "vlln")
 
 
@@ -38,7 +38,7 @@ def build_groot(
     dropout: bool = False,
     tune: dict[str, bool] | None = None,
     checkpoint: str | None = None,
-    embodiment_tag: str = TAG,
+    embodiment_tag: str = NEW_EMBODIMENT,
     processor: str | None = None,
     cameras: Mapping[str, str] | None = None,
     statistics: str | None = None,
@@ -54,26 +54,20 @@ def build_groot(
     """
     require_diffusers()
     flags, options = tune_flags(tune), {**options, "precision": precision}
+    check_init(init, checkpoint, action_horizon)
     if init == "checkpoint":
-        if not checkpoint:
-            raise ValueError("policy.checkpoint: expected a GR00T N1.7 folder or a hub name (or policy.init=random)")
         found = Checkpoint.find(checkpoint)
         assets = read_assets(found, embodiment_tag, spec, dict(cameras or {}), statistics)
         policy = _from_checkpoint(found, spec, assets, action_horizon, size, dropout, flags, processor, options)
         policy.embodiment_tag = embodiment_tag
         return policy
-    if init != "random":
-        raise ValueError(f"policy.init: expected 'checkpoint' or 'random', got {init!r}")
-    if checkpoint:
-        raise ValueError(f"policy.init=random and policy.checkpoint={checkpoint}: which one? set init=checkpoint")
-    if action_horizon is None:
-        raise ValueError("policy.action_horizon: expected a number of ticks with policy.init=random")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         core, inputs = size(spec, action_horizon)
     if processor:
         inputs = QwenInputs(processor, tuple(spec.cameras), size.geometry())
     policy = GrootFlowPolicy(core, spec, inputs, embodiment=embodiment, dropout=dropout, **options)
+    policy.embodiment_tag = embodiment_tag
     policy.tune(**flags)
     hold(policy, precision, masters=True)
     return policy
@@ -124,7 +118,7 @@ def _inputs(found: Checkpoint, assets: GrootAssets, core: Any, size: Any, proces
     return QwenInputs(source, assets.cameras, assets.geometry, assets.formalize, assets.frames)
 
 
-def meta_groot(cfg: Any, spec: TaskSpec, size: Any) -> tuple[GrootFlowPolicy, str]:
+def meta_groot(cfg: Mapping[str, Any], spec: TaskSpec, size: Any) -> tuple[GrootFlowPolicy, str]:
     """The policy of a config on the meta device (shapes without numbers), and the statistics that data must have.
 
     Of a checkpoint only its configuration and statistics are read. Raises ValueError in the user's words.
@@ -135,7 +129,11 @@ def meta_groot(cfg: Any, spec: TaskSpec, size: Any) -> tuple[GrootFlowPolicy, st
         found = Checkpoint.find(cfg["checkpoint"])
         core = build_core(found)
         assets = read_assets(
-            found, cfg.get("embodiment_tag") or TAG, spec, dict(cfg.get("cameras") or {}), cfg.get("statistics")
+            found,
+            cfg.get("embodiment_tag") or NEW_EMBODIMENT,
+            spec,
+            dict(cfg.get("cameras") or {}),
+            cfg.get("statistics"),
         )
         mode, cameras, valid = assets.mode, assets.cameras, assets.horizon
     else:

@@ -1,6 +1,6 @@
 """The layers of GR00T's action head in one call: the vision-language attention, and the diffusion transformer.
 
-The head (policies.groot_head) calls them with `attention: sdpa`. Against the library's call: keys and values of the
+The head (groot.head) calls them with `attention: sdpa`. Against the library's call: keys and values of the
 cross-attention are computed once an observation instead of once a flow step (`cross_keys`), padding is masked where the
 library lets tokens attend to it (`mask_padding`), and each layer is checkpointed once.
 """

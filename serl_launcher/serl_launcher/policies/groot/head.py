@@ -1,6 +1,6 @@
 """GR00T N1.7 behind the flow-policy interface, over lerobot's own modules with our own forward path.
 
-Built from yaml by `policies.groot.build_groot`. Why not lerobot's `forward`: noise and flow time cannot be
+groot.build makes it. Why not lerobot's `forward`: noise and flow time cannot be
 injected, the language head computes logits that nobody reads, cross-attention keys are made anew at every flow step,
 padding is attended to, and dropout in train mode makes a policy's ratio to itself differ from 1. Time runs as ours does
 (t = 0 is noise); it is bucketed to 1000 steps before the network sees it.
@@ -8,9 +8,10 @@ padding is attended to, and dropout in train mode makes a policy's ratio to itse
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,11 +21,13 @@ from serl_launcher.policies.base import PolicyInput
 from serl_launcher.policies.compiling import CompiledLayer, check_switch
 from serl_launcher.policies.groot.dit import KeysValues, attend_tokens, cross_keys, dit_block, run_dit
 from serl_launcher.policies.groot.qwen import Grid, Layers, run_backbone, text_layer, vision_block
+from serl_launcher.policies.groot.saving import save_groot
 from serl_launcher.policies.normalise import Units, pad_last
 from serl_launcher.policies.precision import check_precision, compute, full
 from serl_launcher.policies.transfer import to_device
 from serl_transport.contract.specs import TaskSpec
 
+NEW_EMBODIMENT = "new_embodiment"  # GR00T's tag for a robot that its release does not know
 Inputs = Callable[[dict[str, np.ndarray], list[str], torch.device], dict[str, Tensor]]
 
 
@@ -60,12 +63,15 @@ class GrootFlowPolicy(nn.Module):
     """lerobot's `GR00TN17` as a flow policy: encode once, then velocity as often as wanted.
 
     core: `GR00TN17`; inputs: images and prompts to the backbone's tensors; embodiment: the slot of the
-    embodiment-specific weights; attention: `eager` calls the library's layers, `sdpa` ours (policies.qwen,
-    policies.dit); mask_padding: tokens do not attend to padding, so that an answer does not depend on whom it shares a
+    embodiment-specific weights; attention: `eager` calls the library's layers, `sdpa` ours (groot.qwen,
+    groot.dit); mask_padding: tokens do not attend to padding, so that an answer does not depend on whom it shares a
     batch with (the library's do); clip: states and labels beyond the statistics' range are clipped, as the checkpoint
     was trained; valid_horizon: ticks of a chunk that the checkpoint was trained on. `train()` switches dropout on only
     when `dropout` is set.
     """
+
+    released_flow_steps: ClassVar[int] = 4
+    embodiment_tag: str = NEW_EMBODIMENT  # whose statistics and weights these are
 
     def __init__(
         self,
@@ -85,6 +91,7 @@ class GrootFlowPolicy(nn.Module):
         compile: str = "off",
     ) -> None:
         super().__init__()
+        core.backbone.model.lm_head = nn.Identity()  # tied to the embedding, and never read
         config = core.config
         if not 0 <= embodiment < config.max_num_embodiments:
             raise ValueError(f"policy.embodiment: expected a slot below {config.max_num_embodiments}, got {embodiment}")
@@ -133,10 +140,12 @@ class GrootFlowPolicy(nn.Module):
                 parameter.requires_grad_(False)
 
     def dead_parameters(self) -> set[str]:
-        """Names of parameters that no flow output depends on: the language head (unless tied to the embedding) and
-        the norm behind the layer that the action head reads."""
-        names = {name for name, _ in self.named_parameters()}
-        return {n for n in names if n.endswith("lm_head.weight") or n.endswith("language_model.norm.weight")}
+        """Names of parameters that no action depends on: the norm behind the layer that the action head reads."""
+        return {name for name, _ in self.named_parameters() if name.endswith("language_model.norm.weight")}
+
+    def save(self, folder: Path, extras: Mapping[str, Any] | None = None) -> Path:
+        """Write it in the layout that it came from, NVIDIA's without one; `extras` as `save_groot`."""
+        return save_groot(self, folder, extras)
 
     @property
     def device(self) -> torch.device:

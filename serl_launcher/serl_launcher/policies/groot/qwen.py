@@ -1,6 +1,6 @@
 """The layers of GR00T's backbone (Qwen3-VL) in one call: images and prompt tokens in, features of every token out.
 
-policies.groot_head calls `run_backbone` with `attention: sdpa`. Against the library's call: images of one size go
+groot.head calls `run_backbone` with `attention: sdpa`. Against the library's call: images of one size go
 through the vision tower as one batch, nothing waits for the device (grids are known on the host, no shape depends on
 values), so that it runs in a CUDA graph and on the meta device, and each layer is checkpointed once.
 """

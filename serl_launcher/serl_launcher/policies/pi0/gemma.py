@@ -1,6 +1,6 @@
 """Gemma layers as PI0 and PI0.5 need them: a prefix that returns its keys and values, a suffix that reads them.
 
-The heads (policies.pi0, policies.pi05) call `run_layers` with `attention: sdpa`. Against the library's call it uses the
+Both heads (pi0.head, pi0.pi05) call `run_layers` with `attention: sdpa`. Against the library's call it uses the
 fused attention, clones no cache at every flow step, and checkpoints each layer once (the library nests two checkpoints,
 so that every layer runs three times).
 """

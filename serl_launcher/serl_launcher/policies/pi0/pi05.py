@@ -1,27 +1,28 @@
 """PI0.5 behind the flow-policy interface, over lerobot's own modules with our own forward path.
 
 Against PI0: the state goes into the prompt as text ("State: 127 30 …", 256 bins over the normalised range), and the
-flow time conditions every layer of the action expert (adaRMS). Built from yaml by `build_pi05`.
+flow time conditions every layer of the action expert (adaRMS). pi0.build makes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
 from serl_launcher.policies.base import Prefix
-from serl_launcher.policies.pi0.build import build_flow_policy
-from serl_launcher.policies.pi0.policy import PI0FlowPolicy
-from serl_transport.contract.specs import TaskSpec
+from serl_launcher.policies.pi0.head import PI0FlowPolicy
 
 BIN_EDGES = np.linspace(-1, 1, 256 + 1)[:-1]  # as openpi and lerobot bin a state; below −1 is bin −1
 
 
 class PI05FlowPolicy(PI0FlowPolicy):
     """lerobot's `PI05Pytorch` as a flow policy."""
+
+    kind: ClassVar[str] = "pi05"
+    statistics_mode: ClassVar[str] = "QUANTILES"
 
     def _prompts(self, prompts: list[str], state: Tensor) -> list[str]:
         shapes_only = state.is_meta  # policies.estimate counts costs without numbers
@@ -41,10 +42,3 @@ def state_prompts(prompts: list[str], state: np.ndarray) -> list[str]:
     bins = np.digitize(state, BIN_EDGES) - 1
     words = [prompt.strip().replace("_", " ").replace("\n", " ") for prompt in prompts]
     return [f"Task: {text}, State: {' '.join(map(str, row))};\nAction: " for text, row in zip(words, bins, strict=True)]
-
-
-def build_pi05(
-    name: str, spec: TaskSpec, init: str, seed: int, action_horizon: int | None, size: Callable, **options
-) -> PI05FlowPolicy:
-    """A PI0.5 policy for one task; arguments as `build_pi0`."""
-    return build_flow_policy(PI05FlowPolicy, "pi05", spec, init, seed, action_horizon, size, **options)

@@ -13,14 +13,13 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from serl_transport.connection.answer import Answer
 from serl_transport.contract.errors import (
     Corrupt,
     HelloRequired,
@@ -32,10 +31,9 @@ from serl_transport.contract.errors import (
 )
 from serl_transport.security import auth
 from serl_transport.security.keys import ClientKeys
-from serl_transport.wire.codec import DEFAULT_LIMITS, SHARED_BYTES, Frames, Limits, nbytes, pack, unpack
+from serl_transport.wire.codec import DEFAULT_LIMITS, Frames, Limits, pack, unpack
 from serl_transport.wire.envelope import PROTOCOL, REPLY, Envelope
 from serl_transport.wire.loop import EventLoop
-from serl_transport.wire.multipart import readable, receive_parts, send_parts
 
 log = logging.getLogger(__name__)
 
@@ -119,29 +117,15 @@ class Link:
         else:
             self._thread.join()
 
-    def call(
-        self, kind: str, body: dict[str, Any] | Frames, *, target: str = "", timeout_ms: float = 5000
-    ) -> dict[str, Any]:
+    def call(self, kind: str, body: dict[str, Any], *, target: str = "", timeout_ms: float = 5000) -> dict[str, Any]:
         """Ask and wait for the reply's body. Raises the server's typed error, or ServerSilent after `timeout_ms`."""
         return self.ask(kind, body, target=target).result(timeout_ms / 1e3)
 
-    def ask(
-        self,
-        kind: str,
-        body: dict[str, Any] | Frames,
-        *,
-        target: str = "",
-        on_answer: Callable[[], None] | None = None,
-        read_at_once: bool = False,
-    ) -> Answer:
-        """Ask without waiting; several questions may be on their way. Thread-safe.
-
-        `on_answer` is called in the loop's thread when the reply, or an error in its place, is here. `read_at_once`:
-        the reply is unpacked there too, for one of several that is not waited for.
-        """
-        frames = body if isinstance(body, list) else pack(body, self.limits)
+    def ask(self, kind: str, body: dict[str, Any], *, target: str = "") -> "Answer":
+        """Ask without waiting; several questions may be on their way. Thread-safe."""
+        frames = pack(body, self.limits)
         envelope = self._envelope(kind, target)
-        answer = Answer(self, _id(envelope), kind, on_answer, read_at_once)
+        answer = Answer(self, _id(envelope), kind)
         self.loop.call_soon(lambda: self._submit(envelope, frames, answer.take))
         return answer
 
@@ -183,15 +167,13 @@ class Link:
             self._finish(_id(envelope), self.refused)
 
     def _send_pending(self, pending: _Pending) -> None:
-        frames: Frames = []
-        envelope = pending.envelope.to_frame(_copied(pending.frames, frames))
-        if self._transmit([envelope, *frames]):
+        if self._transmit([pending.envelope.to_frame(pending.frames), *pending.frames]):
             pending.sent_at = time.monotonic()
 
     def _transmit(self, parts: Frames) -> bool:
         try:
             # Not copied: bodies are packed views that nobody changes, or bytes of the spool.
-            send_parts(self._socket, parts)
+            self._socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return False  # no connection, or a full queue: the tick tries again
         return True
@@ -199,7 +181,6 @@ class Link:
     def _open(self) -> None:
         self._socket = self.context.socket(zmq.DEALER)
         auth.configure(self._socket, self.limits, self._keys)
-        auth.shorten_queue(self._socket, self.endpoint)
         self._watch_handshakes(self._keys is not None)
         # Queue only for a live connection: what was queued for a dead one would be lost or arrive before a hello.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
@@ -288,15 +269,13 @@ class Link:
     def _receive(self) -> None:
         while True:
             try:
-                parts = receive_parts(self._socket)
+                parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
             try:
                 self._handle(Envelope.from_frame(parts[0]), parts[1:])
             except WireError as error:
                 log.error("a bad message from %s: %s", self.endpoint, error.message)
-            if not readable(self._socket):
-                return
 
     def _handle(self, envelope: Envelope, frames: Frames) -> None:
         if envelope.version == PROTOCOL:
@@ -385,13 +364,30 @@ class Link:
         self.context.destroy(linger=0)
 
 
-def _copied(frames: Frames, kept: Frames) -> Iterator[Any]:
-    """Each frame as it will be sent, put into `kept` as well: a copy of a small one is summed while it is cached."""
-    for frame in frames:
-        if type(frame) is not zmq.Frame and nbytes(frame) <= SHARED_BYTES:
-            frame = zmq.Frame(frame, copy=True)
-        kept.append(frame)
-        yield frame
+class Answer:
+    """A reply on its way: made by `Link.ask`, filled in by the link's thread, waited for by whoever asked."""
+
+    def __init__(self, link: Link, request_id: int, kind: str):
+        self._link, self._request_id, self._kind = link, request_id, kind
+        self._arrived = threading.Event()
+        self._reply: Frames | WireError = []
+
+    def take(self, reply: Frames | WireError) -> None:
+        """The reply is here; in the loop's thread."""
+        self._reply = reply
+        self._arrived.set()
+
+    def result(self, timeout_s: float) -> dict[str, Any]:
+        """Wait for the reply's body. Raises the server's typed error, or ServerSilent after `timeout_s`."""
+        link = self._link
+        if not self._arrived.wait(timeout_s):
+            link.loop.call_soon(lambda: link.give_up(self._request_id))
+            raise ServerSilent(
+                f"no reply to {self._kind!r} from {link.endpoint} in {timeout_s * 1e3:g} ms; {link.state()}"
+            )
+        if isinstance(self._reply, WireError):
+            raise self._reply
+        return unpack(self._reply, link.limits) if self._reply else {}
 
 
 def _id(envelope: Envelope) -> int:

@@ -7,7 +7,6 @@
 cost its sender an error, never the loop its life.
 """
 
-import itertools
 import logging
 import time
 from collections import Counter
@@ -18,7 +17,6 @@ from typing import Any
 import msgpack
 import zmq
 
-from serl_transport import bundle
 from serl_transport.connection.replay_guard import ReplayWindow
 from serl_transport.contract.errors import (
     BadFrame,
@@ -26,22 +24,18 @@ from serl_transport.contract.errors import (
     Corrupt,
     HelloRequired,
     Internal,
-    NotReady,
     ProtocolMismatch,
     Refused,
     Unauthorized,
     UnknownKind,
     WireError,
 )
-from serl_transport.delivery.spool import new_boot_id
+from serl_transport.contract.specs import new_boot_id
 from serl_transport.security import auth
 from serl_transport.security.keys import ServerKeys
-from serl_transport.wire.blob import split
 from serl_transport.wire.codec import DEFAULT_LIMITS, Frames, Limits, check_sizes, pack, unpack
 from serl_transport.wire.envelope import PROTOCOL, REPLY, Envelope
 from serl_transport.wire.loop import EventLoop
-from serl_transport.wire.multipart import readable, receive_parts, send_parts
-from serl_transport.wire.packer import packb
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +82,6 @@ class Router:
         self._permit = permit
         self._checked = require_hello  # peers across a network: checksums on everything
         self._handlers: dict[str, tuple[Handler, bool]] = {}
-        # Messages of several items that wait for answers: address -> request id -> answers
-        self._gatherings: dict[bytes, dict[int | bytes, bundle.Gathering]] = {}
-        self._serials = itertools.count()
         self.socket = context.socket(zmq.ROUTER)
         auth.configure(self.socket, limits, keys)
 
@@ -118,14 +109,7 @@ class Router:
 
         Frames are sent as they lie, without a copy: their memory must not change any more.
         """
-        address, request_id, place = _read_token(token)
-        if place is not None:
-            if self._loop.in_loop:
-                self._gather(address, request_id, place, result)
-            else:
-                self._loop.call_soon(lambda: self._gather(address, request_id, place, result))
-            return
-        self._reply(address, request_id, result)
+        self._reply(*_read_token(token), result)
 
     def _reply(self, address: bytes, request_id: int | bytes, result: Reply) -> None:
         error, frames = None, []
@@ -171,22 +155,6 @@ class Router:
     def forget(self, address: bytes) -> None:
         """Let that connection say hello again before anything else."""
         self.peers.pop(address, None)
-        self._gatherings.pop(address, None)
-
-    def admit(self, peer: Peer, envelope: Envelope) -> None:
-        """Check and count a message of that connection's process which came another way (over a line of this host).
-
-        Raises what the router would have answered: HelloRequired, Unauthorized, Refused.
-        """
-        if self.peers.get(peer.address) is not peer:
-            raise HelloRequired("the connection that this line belongs to is gone: say hello again")
-        if self._permit is not None:
-            self._permit(peer.key, envelope)
-        self.counters[envelope.kind] += 1
-        _check_role(peer, envelope.kind)
-        if not _is_fresh(peer, envelope):
-            raise Refused(f"message {envelope.request_id} of this connection was handled before: nothing is replayed")
-        peer.last_seen = time.monotonic()
 
     def close(self) -> None:
         """Close the socket, after the loop has ended."""
@@ -200,7 +168,7 @@ class Router:
 
     def _send(self, parts: Frames, copy: bool) -> None:
         try:
-            send_parts(self.socket, parts, copy)
+            self.socket.send_multipart(parts, zmq.NOBLOCK, copy=copy)
         except zmq.ZMQError as error:
             self.counters["send_failed"] += 1
             log.warning("a reply could not be sent: %s", error)
@@ -208,11 +176,11 @@ class Router:
     def _receive(self) -> None:
         for _ in range(_BURST):
             try:
-                parts = receive_parts(self.socket)
+                parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
             self._dispatch(parts[0].bytes, parts[1:])
-            if self.socket.closed or not readable(self.socket):
+            if self.socket.closed:
                 return
 
     def _dispatch(self, address: bytes, parts: Frames) -> None:
@@ -245,8 +213,7 @@ class Router:
         if self._permit is not None:
             key = frame_key(parts[0])
             self._permit(key, envelope)
-        several = envelope.kind == bundle.ITEMS
-        handler, raw = self._handlers.get("data" if several else envelope.kind, (None, False))
+        handler, raw = self._handlers.get(envelope.kind, (None, False))
         if handler is None:
             raise UnknownKind(f"no handler for {envelope.kind!r}; the kinds are {sorted(self._handlers)}")
         self.counters[envelope.kind] += 1
@@ -254,58 +221,11 @@ class Router:
         peer = self._peer(address, envelope)
         peer.key = key
         _check_role(peer, envelope.kind)
-        if several:
-            return self._take_items(peer, envelope, frames)
         if frames and raw:
             check_sizes(frames, self.limits)
         body = frames if raw else (unpack(frames, self.limits) if frames else {})
         envelope.token = token
         return handler(peer, envelope, body)
-
-    def _take_items(self, peer: Peer, envelope: Envelope, frames: Frames) -> Reply | None:
-        """Give each item to the handler of `data`, as if it had come alone; one reply when all are answered."""
-        address, request_id = peer.address, envelope.request_id
-        items = bundle.read(frames, self.limits)
-        waiting = self._gatherings.setdefault(address, {})
-        if len(waiting) >= bundle.MOST_OPEN and request_id not in waiting:
-            raise NotReady(f"{len(waiting)} messages of this connection wait for their answers already")
-        serial = next(self._serials)
-        waiting[request_id] = bundle.Gathering(serial, len(items))
-        for index, (seq, blob) in enumerate(items):
-            token = packb([address, request_id, serial, index])
-            result = self._take_item(peer, envelope.of_item(seq, token), blob)
-            if result is not None:
-                self._gather(address, request_id, (serial, index), result)
-        return None
-
-    def _take_item(self, peer: Peer, envelope: Envelope, blob: memoryview) -> Reply | None:
-        handler, raw = self._handlers[envelope.kind]
-        self.counters[envelope.kind] += 1
-        try:
-            frames = split(blob)
-            if raw:
-                check_sizes(frames, self.limits)
-            return handler(peer, envelope, frames if raw else unpack(frames, self.limits))
-        except WireError as error:
-            return error
-        except Exception as error:
-            return _failed(error)
-
-    def _gather(self, address: bytes, request_id: int | bytes, place: tuple[int, int], result: Reply) -> None:
-        """An item's answer; its peer may have gone, or repeated the message, meanwhile."""
-        serial, index = place
-        waiting = self._gatherings.get(address, {})
-        gathering = waiting.get(request_id)
-        if gathering is None or gathering.serial != serial:
-            return
-        error = result if isinstance(result, WireError) else None
-        if error is not None:
-            self.counters[error.code] += 1
-        if gathering.put(index, error):
-            del waiting[request_id]
-            if not waiting:
-                del self._gatherings[address]
-            self._reply(address, request_id, gathering.reply())
 
     def _peer(self, address: bytes, envelope: Envelope) -> Peer:
         peer = self.peers.get(address)
@@ -333,15 +253,15 @@ def frame_key(frame: Any) -> bytes:
 
 
 def _check_role(peer: Peer, kind: str) -> None:
-    if peer.role == "operator" and kind in ("data", bundle.ITEMS, "infer"):
+    if peer.role == "operator" and kind in ("data", "infer"):
         raise Unauthorized(f"this connection said hello as an operator's; {kind} is an actor's")
-    if peer.role == "retired" and kind not in ("hello", "heartbeat", "data", bundle.ITEMS):
+    if peer.role == "retired" and kind not in ("hello", "heartbeat", "data"):
         raise Refused("another process has taken over this actor's name; this one may only deliver what it has")
 
 
 def _is_fresh(peer: Peer, envelope: Envelope) -> bool:
     """Data has its own, lasting deduplication, and a link repeats it with the same id."""
-    if envelope.kind in ("data", bundle.ITEMS):
+    if envelope.kind == "data":
         return True
     request_id = envelope.request_id
     return type(request_id) is not int or request_id < 1 or peer.window.accept(request_id)
@@ -349,19 +269,18 @@ def _is_fresh(peer: Peer, envelope: Envelope) -> bool:
 
 def _token(address: bytes, request_id: int | bytes) -> bytes:
     """An opaque return address: it may travel through other processes and come back."""
-    return packb([address, request_id])
+    return msgpack.packb([address, request_id])
 
 
-def _read_token(token: bytes) -> tuple[bytes, int | bytes, tuple[int, int] | None]:
-    """(address, request id, and for one of several items the serial of their message and its place in it)."""
+def _read_token(token: bytes) -> tuple[bytes, int | bytes]:
+    """(address, request id)."""
     try:
-        address, request_id, *place = msgpack.unpackb(token)
+        address, request_id = msgpack.unpackb(token)
     except Exception:
         raise BadFrame("a return token is not one of ours") from None
-    kinds = [type(part) for part in (address, *place)]
-    if kinds not in ([bytes], [bytes, int, int]) or type(request_id) not in (int, bytes):
+    if type(address) is not bytes or type(request_id) not in (int, bytes):
         raise BadFrame("a return token is not one of ours")
-    return address, request_id, (place[0], place[1]) if place else None
+    return address, request_id
 
 
 def _failed(error: Exception) -> Internal:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from serl_transport.contract.errors import BadFrame, SchemaMismatch
-from serl_transport.contract.specs import TaskSpec, all_finite, check_array, check_finite
+from serl_transport.contract.specs import Observation, TaskSpec, all_finite, check_array, check_finite
 
 MODES = ("demo", "online", "eval")
 SUCCESS_SOURCES = ("environment", "human", "classifier")
@@ -30,14 +30,6 @@ PER_TICK = {  # key -> dtype of the arrays with one scalar per tick
     "policy_version": np.int64,
     "time_ns": np.int64,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """What the robot senses at one tick."""
-
-    images: Mapping[str, np.ndarray]  # camera name -> uint8[h, w, 3]
-    state: np.ndarray  # float32[s], physical units
 
 
 @dataclass(frozen=True, slots=True)

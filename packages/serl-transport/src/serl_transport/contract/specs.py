@@ -5,15 +5,27 @@ policies check single observations and actions with it, the gateway checks whole
 """
 
 import difflib
+import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from serl_transport.contract.schema import Observation
+
+def new_boot_id() -> str:
+    """A name for this process that no other process has; names sort by start time."""
+    return f"{time.time_ns():016x}-{os.urandom(4).hex()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What the robot senses at one tick."""
+
+    images: Mapping[str, np.ndarray]  # camera name -> uint8[h, w, 3]
+    state: np.ndarray  # float32[s], physical units
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +102,7 @@ class TaskSpec:
                 lines.append(f"{field.name}: {_plain(left)} {mine}, {_plain(right)} {theirs}")
         return lines
 
-    def check_observation(self, observation: "Observation") -> None:
+    def check_observation(self, observation: Observation) -> None:
         """Raise ValueError unless every camera's image is uint8[h, w, 3] and the state is finite float32[s]."""
         for camera, (height, width) in self.cameras.items():
             image = observation.images.get(camera)

@@ -14,11 +14,9 @@ import logging
 import os
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serl_transport import bundle
 from serl_transport.connection.link import Link
 from serl_transport.contract.errors import (
     Corrupt,
@@ -74,20 +72,6 @@ class Ledger:
         self._file.close()
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """An item of the spool, read to be sent."""
-
-    key: ItemKey
-    store: str  # name of the data store
-    frames: Frames  # of the body
-    size: int  # bytes of the frames
-
-    def joins(self, alone: set[ItemKey]) -> bool:
-        """Whether it may travel with others."""
-        return self.key not in alone
-
-
 class Outbox:
     """Owns the order and the window of one actor's data."""
 
@@ -96,11 +80,8 @@ class Outbox:
         self._link, self._spool, self._ledger = link, spool, ledger
         self._queue: list[ItemKey] = spool.pending()
         heapq.heapify(self._queue)
-        self._in_flight: dict[ItemKey, Frames] = {}
+        self._in_flight: set[ItemKey] = set()
         self._in_flight_bytes = 0
-        self._full = False  # the window; it opens again once there is room for a whole message of several items
-        self._ahead: _Item | None = None  # read from the spool, and did not fit into the last message
-        self._alone: set[ItemKey] = set()  # were in a message that was refused as a whole
         self._acknowledged: list[tuple[ItemKey, Frames]] = []
         self._paused = False
         self._progress = threading.Condition()
@@ -133,111 +114,47 @@ class Outbox:
         self._pump()
 
     def _pump(self) -> None:
-        while self._queue and not self._paused and self._link.ready.is_set() and self._window_open():
-            items = self._next_items()
-            if items:
-                self._send(items)
+        while self._queue and not self._paused and self._link.ready.is_set() and self._window_open:
+            self._send(heapq.heappop(self._queue))
 
+    @property
     def _window_open(self) -> bool:
-        items, size = len(self._in_flight), self._in_flight_bytes
-        if self._full:
-            self._full = items > WINDOW_ITEMS - bundle.MAX_ITEMS or size > WINDOW_BYTES - bundle.MAX_BYTES
-        else:
-            self._full = items >= WINDOW_ITEMS or size >= WINDOW_BYTES
-        return not self._full
+        return len(self._in_flight) < WINDOW_ITEMS and self._in_flight_bytes < WINDOW_BYTES
 
-    def _next_items(self) -> list["_Item"]:
-        """The oldest item, and those behind it that are waiting as well and fit into one message with it."""
-        first = self._read(heapq.heappop(self._queue))
-        if first is None:
-            return []
-        items, size = [first], first.size
-        while self._queue and len(items) < bundle.MAX_ITEMS and size < bundle.MAX_BYTES and first.joins(self._alone):
-            key = self._queue[0]
-            if key.boot_id != first.key.boot_id or key in self._alone:
-                break
-            item = self._read(key)
-            if item is not None and (item.store != first.store or size + item.size > bundle.MAX_BYTES):
-                self._ahead = item
-                break
-            heapq.heappop(self._queue)
-            if item is not None:
-                items.append(item)
-                size += item.size
-        return items
-
-    def _read(self, key: ItemKey) -> "_Item | None":
-        if self._ahead is not None and self._ahead.key == key:
-            item, self._ahead = self._ahead, None
-            return item
+    def _send(self, key: ItemKey) -> None:
         try:
             store, *frames = self._spool.read(key)
         except SpoolError as error:
             log.error("%s; the item is lost", error)
             self.refused += 1
             self._spool.ack(key)
-            return None
-        return _Item(key, bytes(store).decode(), frames, sum(map(nbytes, frames)))
-
-    def _send(self, items: list["_Item"]) -> None:
-        first = items[0]
-        for item in items:
-            self._in_flight[item.key] = item.frames
-            self._in_flight_bytes += item.size
-        if len(items) == 1:
-            kind, seq, frames = "data", first.key.seq, first.frames
-        else:
-            kind, seq, frames = bundle.ITEMS, 0, [bundle.write([(item.key.seq, item.frames) for item in items])]
+            return
+        self._in_flight.add(key)
+        self._in_flight_bytes += sum(map(nbytes, frames))
         self._link.submit(
-            kind,
+            "data",
             frames,
-            lambda result: self._answered(items, result),
-            target=first.store,
-            seq=seq,
-            boot_id=first.key.boot_id,
+            lambda result: self._answered(key, frames, result),
+            target=bytes(store).decode(),
+            seq=key.seq,
+            boot_id=key.boot_id,
         )
 
-    def _answered(self, items: list["_Item"], result: Frames | WireError) -> None:
-        if self._link.loop.stopping:
-            return  # the items stay in the spool for the next boot
-        for item in items:
-            del self._in_flight[item.key]
-            self._in_flight_bytes -= item.size
-        if len(items) == 1:
-            self._settle(items[0], result if isinstance(result, WireError) else None)
-        else:
-            self._settle_all(items, result)
-        self._pump()
-
-    def _settle_all(self, items: list["_Item"], result: Frames | WireError) -> None:
-        if isinstance(result, WireError) and not isinstance(result, _RETRIED):
-            # The message was wrong, not each of its items: whose fault it is shows when they go alone.
-            self._alone.update(item.key for item in items)
-            for item in items:
-                heapq.heappush(self._queue, item.key)
-            return
-        if isinstance(result, WireError):
-            refused = dict.fromkeys(range(len(items)), result)
-        else:
-            try:
-                refused = bundle.refusals(unpack(result) if result else {}, len(items))
-            except WireError as error:
-                refused = dict.fromkeys(range(len(items)), Internal(f"a reply that says nothing: {error.message}"))
-        for index, item in enumerate(items):
-            self._settle(item, refused.get(index))
-
-    def _settle(self, item: "_Item", error: WireError | None) -> None:
+    def _answered(self, key: ItemKey, frames: Frames, result: Frames | WireError) -> None:
         """The learner has the item, or says why not."""
-        if error is None:
+        if self._link.loop.stopping:
+            return  # the item stays in the spool for the next boot
+        self._in_flight.discard(key)
+        self._in_flight_bytes -= sum(map(nbytes, frames))
+        if not isinstance(result, WireError):
             if not self._acknowledged:
                 self._link.loop.call_soon(self._commit)  # one fsync for all replies of this turn
-            self._acknowledged.append((item.key, item.frames))
-            self._alone.discard(item.key)
-        elif isinstance(error, _RETRIED):
-            self._retry(item.key, error)
+            self._acknowledged.append((key, frames))
+        elif isinstance(result, _RETRIED):
+            self._retry(key, result)
         else:
-            self._alone.discard(item.key)
-            self._set_aside(item.key, error)
+            self._set_aside(key, result)
+        self._pump()
 
     def _commit(self) -> None:
         """Make acknowledged items known: ledger first, then the spool forgets them."""

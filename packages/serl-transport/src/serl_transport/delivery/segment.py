@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from serl_transport.contract.errors import SpoolError
-from serl_transport.delivery.files import write_buffers
-from serl_transport.wire.checksum import checksum32
+from serl_transport.wire.blob import checksum32, write_buffers
 
 log = logging.getLogger(__name__)
 

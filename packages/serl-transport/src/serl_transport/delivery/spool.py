@@ -15,13 +15,13 @@ import fcntl
 import logging
 import os
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
 from serl_transport.contract.errors import SpoolBusy, SpoolError, SpoolFull
+from serl_transport.contract.specs import new_boot_id
 from serl_transport.delivery.segment import HEAD_BYTES, Segment, record_bytes
 from serl_transport.wire.blob import join, join_parts, split
 from serl_transport.wire.codec import Frames, copied, nbytes
@@ -36,11 +36,6 @@ class ItemKey(NamedTuple):
 
     boot_id: str  # the actor process that made it; later boots sort after earlier ones
     seq: int  # 1, 2, 3 ... within the boot
-
-
-def new_boot_id() -> str:
-    """A name for this process that no other process has; names sort by start time."""
-    return f"{time.time_ns():016x}-{os.urandom(4).hex()}"
 
 
 class Spool(ABC):

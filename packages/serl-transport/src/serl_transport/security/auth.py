@@ -20,7 +20,6 @@ HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 2000
 HANDSHAKE_MS = 5000  # a connection that has not finished its handshake by then is closed
 BACKLOG = 1024  # connections the kernel keeps while the I/O thread is busy
-LOCAL_SEND_BYTES = 384 << 10  # asked of the kernel, which counts twice that, and may cap it (net.core.wmem_max)
 FILES_WANTED = 65_536  # open files a server asks for: one per connection, half-open ones included
 FILES_NEEDED = 2048
 
@@ -72,17 +71,6 @@ def configure(socket: zmq.Socket, limits: Limits, keys: ServerKeys | ClientKeys 
         socket.setsockopt_string(zmq.ZAP_DOMAIN, DOMAIN)
         # Without a handler libzmq would let everybody in; with this it lets nobody in.
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-
-
-def shorten_queue(socket: zmq.Socket, endpoint: str) -> None:
-    """Before `connect`: let the kernel queue little of what goes to this same host.
-
-    It would queue up to 4 MB, which have left the processor's caches when the receiver reads them; with little, sending
-    15 MB takes two thirds of the time. Elsewhere the queue stays the kernel's choice: on a long way it is what keeps
-    the link full.
-    """
-    if is_loopback(endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")):
-        socket.setsockopt(zmq.SNDBUF, LOCAL_SEND_BYTES)
 
 
 def raise_file_limit() -> int:

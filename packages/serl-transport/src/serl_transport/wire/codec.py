@@ -9,15 +9,13 @@ itself. `blob.py` turns the frames into one blob and back, for files.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgpack
 import numpy as np
 import zmq
 
 from serl_transport.contract.errors import BadFrame, TooLarge
-from serl_transport.wire.packer import packb
 
 Buffer = bytes | bytearray | memoryview
 Frames = list[Any]  # buffers: bytes, memoryview or zmq.Frame
@@ -29,8 +27,6 @@ DTYPES = {
         *("float16", "float32", "float64"),
     )
 }
-_BOOL = DTYPES["bool"]
-_NATIVE = frozenset(dtype for dtype in DTYPES.values() if dtype.isnative)
 _ARRAY = 1  # msgpack extension type of an array's descriptor: [dtype, shape, frame index]
 _INLINE = 2  # of a small array: [dtype, shape, bytes]
 SHARED_BYTES = 512 << 10  # up to this a frame is copied to be sent: pyzmq's hand-over of memory would cost more
@@ -38,20 +34,7 @@ INLINE_BYTES = 1024  # up to this an array travels in the header: a frame of its
 _SCALARS = (bool, int, float, str, bytes)
 _PLAIN = frozenset((*_SCALARS, type(None)))
 _LEAVES = _PLAIN | {np.ndarray}
-_INT = {int}
-_MOST_DIMS = 32  # of numpy
-# What a robot sends has the same few layouts over and over: each is described, and checked, once.
-_LAYOUTS_KEPT = 4096
-# sender: dtype, shape -> packed descriptor, whether the array has the wire's byte order, whether it is small
-_DESCRIPTORS: dict[tuple[np.dtype, tuple[int, ...]], tuple[bytes, bool, bool]] = {}
-_LAYOUTS: dict[tuple[str, tuple[int, ...]], "_Layout"] = {}  # receiver: dtype's name, shape -> checked
-# receiver, small arrays: size of their extension -> (descriptor before the bytes, which names that very size; its
-# length; dtype; shape)
-_INLINE_SEEN: dict[int, tuple[tuple[bytes, int, np.dtype, tuple[int, ...]], ...]] = {}
-_SEEN_PER_SIZE = 8
-_ARRAYS_SEEN: dict[bytes, tuple["_Layout", int]] = {}  # receiver, other arrays: descriptor -> (layout, frame index)
-_NUMBERS = [msgpack.packb(number) for number in range(128)]  # of frames, as a descriptor ends with them
-_extension = partial(tuple.__new__, msgpack.ExtType)  # without ExtType's checks of what is known here
+_MAX_DIMS = 32  # of numpy
 _Path = Any  # "body", or (path of the container, key or index)
 
 
@@ -79,7 +62,7 @@ def pack(body: dict[str, Any], limits: Limits = DEFAULT_LIMITS) -> Frames:
     if not isinstance(body, dict):
         raise TypeError(f"a body is a dict, got {type(body).__name__}")
     arrays: Frames = []
-    header = packb(_encode_map(body, "body", 0, arrays, limits))
+    header = msgpack.packb(_encode_map(body, "body", 0, arrays, limits))
     frames = [header, *arrays]
     check_sizes(frames, limits)
     return frames
@@ -154,56 +137,24 @@ def _encode(value: Any, path: _Path, depth: int, arrays: Frames, limits: Limits)
 def _encode_map(value: Mapping[str, Any], path: _Path, depth: int, arrays: Frames, limits: Limits) -> dict[str, Any]:
     result = {}
     for key, item in value.items():
-        if type(key) is not str and not isinstance(key, str):
+        if not isinstance(key, str):
             raise TypeError(f"{_where(path)}: keys are texts, got {key!r}")
-        kind = type(item)
-        if kind in _PLAIN:
-            result[key] = item
-        elif kind is np.ndarray:
-            result[key] = _encode_array(item, (path, key), arrays, limits)
-        else:
-            result[key] = _encode(item, (path, key), depth + 1, arrays, limits)
+        result[key] = _encode(item, (path, key), depth + 1, arrays, limits)
     return result
 
 
 def _encode_array(array: np.ndarray, path: _Path, arrays: Frames, limits: Limits) -> msgpack.ExtType:
-    dtype, shape = array.dtype, array.shape
-    if len(shape) > limits.rank:
-        raise TooLarge(f"{_where(path)}: {len(shape)} dims, the limit is {limits.rank}")
-    descriptor, native, small = _DESCRIPTORS.get((dtype, shape)) or _describe(array, path)
-    if not native:
-        array = _wire(array)
-    if small:
-        return _extension((_INLINE, descriptor + array.tobytes()))
-    if not array.flags.c_contiguous:
-        array = np.ascontiguousarray(array)
-    arrays.append(array.reshape(-1).view(np.uint8).data)
-    count = len(arrays)
-    return _extension((_ARRAY, descriptor + (_NUMBERS[count] if count < len(_NUMBERS) else msgpack.packb(count))))
-
-
-def _wire(array: np.ndarray) -> np.ndarray:
-    """The same values in little-endian order."""
-    return array if array.dtype in _NATIVE else array.astype(DTYPES[array.dtype.name])
-
-
-def _describe(array: np.ndarray, path: _Path) -> tuple[bytes, bool, bool]:
-    """What `_DESCRIPTORS` keeps: `[dtype, shape, rest]` without the rest, a small array's bytes or a frame's number."""
     name = array.dtype.name
     if name not in DTYPES:
         raise TypeError(f"{_where(path)}: dtype {array.dtype} is not allowed on the wire, use one of {list(DTYPES)}")
-    small = array.nbytes <= INLINE_BYTES
-    rest = array.nbytes if small else 1
-    whole = msgpack.packb([name, list(array.shape), bytes(rest) if small else 0])
-    found = (whole[: len(whole) - rest], array.dtype in _NATIVE, small)
-    return _keep(_DESCRIPTORS, (array.dtype, array.shape), found)
-
-
-def _keep(cache: dict[Any, Any], key: Any, value: Any) -> Any:
-    if len(cache) >= _LAYOUTS_KEPT:  # a peer that names ever new shapes must not fill the memory
-        cache.clear()
-    cache[key] = value
-    return value
+    if array.ndim > limits.rank:
+        raise TooLarge(f"{_where(path)}: {array.ndim} dims, the limit is {limits.rank}")
+    shape = list(array.shape)
+    array = np.ascontiguousarray(array, DTYPES[name])
+    if array.nbytes <= INLINE_BYTES:
+        return msgpack.ExtType(_INLINE, msgpack.packb([name, shape, array.tobytes()]))
+    arrays.append(array.reshape(-1).view(np.uint8).data)
+    return msgpack.ExtType(_ARRAY, msgpack.packb([name, shape, len(arrays)]))
 
 
 def _where(path: _Path) -> str:
@@ -221,9 +172,7 @@ def _unpack_header(header: memoryview, arrays: "_Arrays") -> Any:
         )
     except BadFrame:
         raise
-    except (
-        Exception
-    ) as error:  # msgpack raises a zoo: ValueError, ExtraData, FormatError, StackError, UnicodeDecodeError
+    except Exception as error:  # msgpack raises a zoo: ValueError, ExtraData, FormatError, StackError, UnicodeError
         raise BadFrame(f"the header is not msgpack: {type(error).__name__}: {error}") from None
     arrays.check_all_used()
     return tree
@@ -233,10 +182,8 @@ def _strict_map(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise BadFrame("a map names a key twice")
-    try:
-        "".join(result)
-    except TypeError:
-        raise BadFrame("a map's keys are texts") from None
+    if not all(type(key) is str for key in result):
+        raise BadFrame("a map's keys are texts")
     return result
 
 
@@ -252,14 +199,6 @@ def _check_tree(value: dict | list, depth: int) -> None:
         _check_tree(item, depth - 1)
 
 
-class _Layout(NamedTuple):
-    """dtype and shape of an array, as a descriptor names them, once they are checked."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    nbytes: int
-
-
 class _Arrays:
     """Turns descriptors into views of the frames; every frame must be named exactly once."""
 
@@ -270,46 +209,24 @@ class _Arrays:
 
     def resolve(self, code: int, data: bytes) -> np.ndarray:
         """msgpack's ext_hook: the array that a descriptor names, or that lies in the header itself."""
-        if code == _INLINE:
-            for descriptor, start, dtype, shape in _INLINE_SEEN.get(len(data), ()):
-                if data.startswith(descriptor) and len(shape) <= self._rank:
-                    if dtype is _BOOL and data[start:].translate(None, b"\0\1"):
-                        raise BadFrame("the header: a bool is 0 or 1")
-                    return np.ndarray(shape, dtype, data, start)
-            return self._inline(data)
-        if code != _ARRAY:
+        if code not in (_ARRAY, _INLINE):
             raise BadFrame(f"unknown extension type {code}")
-        seen = _ARRAYS_SEEN.get(data)
-        if seen is not None and seen[1] in self._unused:
-            (dtype, shape, size), number = seen
-            view = buffer_of(self._frames[number])
-            if len(view) == size and dtype is not _BOOL and len(shape) <= self._rank:
-                self._unused.discard(number)
-                return np.ndarray(shape, dtype, view.toreadonly())
-        layout, rest = seen or self._descriptor(data)
-        if len(layout.shape) > self._rank:
-            raise BadFrame(f"a shape is a list of at most {self._rank} sizes")
+        dtype, shape, rest = self._descriptor(data)
+        if code == _INLINE:
+            if type(rest) is not bytes:
+                raise BadFrame("an array in the header is [dtype, shape, bytes]")
+            return _view(dtype, shape, rest, "the header")
         if type(rest) is not int or rest not in self._unused:
             raise BadFrame(f"an array names frame {rest!r}, which does not exist or is taken")
         self._unused.discard(rest)
-        if seen is None and layout.nbytes and layout.dtype in _NATIVE:
-            _keep(_ARRAYS_SEEN, data, (layout, rest))
-        return _view(layout, buffer_of(self._frames[rest]).toreadonly(), f"frame {rest}")
+        return _view(dtype, shape, buffer_of(self._frames[rest]).toreadonly(), f"frame {rest}")
 
-    def _inline(self, data: bytes) -> np.ndarray:
-        layout, rest = self._descriptor(data)
-        if len(layout.shape) > self._rank:
-            raise BadFrame(f"a shape is a list of at most {self._rank} sizes")
-        if type(rest) is not bytes:
-            raise BadFrame("an array in the header is [dtype, shape, bytes]")
-        array = _view(layout, rest, "the header")
-        if 0 < layout.nbytes <= INLINE_BYTES and layout.dtype in _NATIVE:
-            start = len(data) - layout.nbytes
-            seen = ((data[:start], start, layout.dtype, layout.shape), *_INLINE_SEEN.get(len(data), ()))
-            _keep(_INLINE_SEEN, len(data), seen[:_SEEN_PER_SIZE])
-        return array
+    def check_all_used(self) -> None:
+        """Raise BadFrame when a frame belongs to no array."""
+        if self._unused:
+            raise BadFrame(f"frame {min(self._unused)} belongs to no array")
 
-    def _descriptor(self, data: bytes) -> tuple[_Layout, Any]:
+    def _descriptor(self, data: bytes) -> tuple[np.dtype, tuple[int, ...], Any]:
         try:
             fields = msgpack.unpackb(data, use_list=False)
         except Exception as error:  # the same zoo as above
@@ -317,40 +234,24 @@ class _Arrays:
         if type(fields) is not tuple or len(fields) != 3:
             raise BadFrame("an array's descriptor is [dtype, shape, frame]")
         name, shape, rest = fields
-        if type(name) is not str or type(shape) is not tuple or set(map(type, shape)) - _INT:
+        if type(name) is not str or type(shape) is not tuple or not all(type(size) is int for size in shape):
             raise BadFrame(f"a descriptor names a dtype and a list of sizes, got {fields[:2]!r:.200}")
-        return _LAYOUTS.get((name, shape)) or _read_layout(name, shape), rest
-
-    def check_all_used(self) -> None:
-        """Raise BadFrame when a frame belongs to no array."""
-        if self._unused:
-            raise BadFrame(f"frame {min(self._unused)} belongs to no array")
-
-
-def _read_layout(name: str, shape: tuple[int, ...]) -> _Layout:
-    dtype = DTYPES.get(name)
-    if dtype is None:
-        raise BadFrame(f"dtype {name!r} is not allowed")
-    if len(shape) > _MOST_DIMS:
-        raise BadFrame(f"a shape is a list of at most {_MOST_DIMS} sizes")
-    if not all(0 <= size < 1 << 40 for size in shape):
-        raise BadFrame(f"a shape's sizes are whole numbers, got {shape}")
-    return _keep(_LAYOUTS, (name, shape), _Layout(dtype, shape, math.prod(shape) * dtype.itemsize))
+        if name not in DTYPES:
+            raise BadFrame(f"dtype {name!r} is not allowed")
+        if len(shape) > min(self._rank, _MAX_DIMS):
+            raise BadFrame(f"a shape is a list of at most {min(self._rank, _MAX_DIMS)} sizes")
+        if not all(0 <= size < 1 << 40 for size in shape):
+            raise BadFrame(f"a shape's sizes are whole numbers, got {shape}")
+        return DTYPES[name], shape, rest
 
 
-def _view(layout: _Layout, frame: bytes | memoryview, where: str) -> np.ndarray:
-    """The frame as a read-only array. BadFrame unless it has exactly the layout's bytes."""
-    dtype, shape, expected = layout
-    if len(frame) != expected:
-        raise BadFrame(f"{dtype.name}{list(shape)} is {expected} bytes, {where} has {len(frame)}")
-    array = np.ndarray(shape, dtype, frame if expected else bytes(1))
-    if dtype is _BOOL and expected and _has_more_than_bits(frame):
+def _view(dtype: np.dtype, shape: tuple[int, ...], data: bytes | memoryview, where: str) -> np.ndarray:
+    """The bytes as a read-only array. BadFrame unless there are exactly as many as dtype and shape need."""
+    expected = math.prod(shape) * dtype.itemsize
+    if len(data) != expected:
+        raise BadFrame(f"{dtype.name}{list(shape)} is {expected} bytes, {where} has {len(data)}")
+    array = np.ndarray(shape, dtype, data if expected else bytes(1))
+    # A bool array made of other bytes would make numpy misbehave.
+    if dtype == np.bool_ and expected and int(np.frombuffer(data, np.uint8).max()) > 1:
         raise BadFrame(f"{where}: a bool is 0 or 1")
-    return array if dtype in _NATIVE else array.astype(dtype.newbyteorder("="))
-
-
-def _has_more_than_bits(frame: bytes | memoryview) -> bool:
-    """Whether a byte is neither 0 nor 1: a bool array made of such would make numpy misbehave."""
-    if type(frame) is bytes:
-        return bool(frame.translate(None, b"\0\1"))
-    return int(np.frombuffer(frame, np.uint8).max()) > 1
+    return array if dtype.isnative else array.astype(dtype.newbyteorder("="))

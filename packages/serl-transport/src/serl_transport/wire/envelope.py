@@ -13,14 +13,12 @@ from typing import Any
 import msgpack
 
 from serl_transport.contract.errors import BadFrame, Corrupt, WireError
-from serl_transport.wire.checksum import checksum64
-from serl_transport.wire.codec import buffer_of, nbytes
-from serl_transport.wire.packer import packb
+from serl_transport.wire.blob import checksum64
+from serl_transport.wire.codec import buffer_of
 
-PROTOCOL = 5
+PROTOCOL = 6
 MAX_ENVELOPE_BYTES = 64 << 10
 REPLY = "reply"
-INFER_CHECKED_BYTES = 16 << 10
 _NO_SUM = bytes(8)
 
 
@@ -28,7 +26,7 @@ _NO_SUM = bytes(8)
 class Envelope:
     """One message's address label. Not frozen, because that makes it three times as slow; nobody changes one."""
 
-    kind: str  # hello | data | items | infer | request | heartbeat | reply | ...
+    kind: str  # hello | data | infer | request | heartbeat | reply | ...
     actor_id: str = ""  # the sender's unique_identifier
     boot_id: str = ""  # actor: the boot that made the item; in a reply: the server's boot
     seq: int = 0  # of a data item, from 1; else 0
@@ -41,7 +39,7 @@ class Envelope:
     token: bytes = field(default=b"", compare=False)  # receiver side: the return address for `reply`; not on the wire
 
     def to_frame(self, frames: Iterable[Any] | None = None) -> bytes:
-        """The envelope as msgpack; with the body's `frames` it ends with the checksum of both. Reads `frames` once."""
+        """The envelope as msgpack; with the body's `frames` it ends with the checksum of both."""
         wire: dict[str, Any] = {
             "v": self.version,
             "k": self.kind,
@@ -54,9 +52,9 @@ class Envelope:
         if self.error is not None:
             wire["error"] = {"code": self.error[0], "message": self.error[1]}
         if frames is None:
-            return packb(wire)
+            return msgpack.packb(wire)
         wire["c"] = _NO_SUM
-        stem = packb(wire)[: -len(_NO_SUM)]
+        stem = msgpack.packb(wire)[: -len(_NO_SUM)]
         return stem + self._sum(stem, frames)
 
     @classmethod
@@ -83,19 +81,12 @@ class Envelope:
                 raise BadFrame(f"an envelope ends with c: {len(_NO_SUM)} bytes")
         return cls(kind, actor_id, boot_id, seq, request_id, target, error, version, stem, wire.get("c", b""))  # type: ignore[arg-type]
 
-    def of_item(self, seq: int, token: bytes) -> "Envelope":
-        """What the envelope of item `seq` would have been, had it come alone; `token` answers that item."""
-        return Envelope("data", self.actor_id, self.boot_id, seq, self.request_id, self.target, token=token)
-
     def check(self, frames: Sequence[Any]) -> None:
         """Raise Corrupt when envelope or frames are not what the sender summed up."""
         if self.stem and self.sum != self._sum(self.stem, frames):
             raise Corrupt("the message was changed on its way (checksum): send it again")
 
     def _sum(self, stem: bytes, frames: Iterable[Any]) -> bytes:
-        if self.kind == "infer":
-            # A flipped pixel of a question does no harm, and its images are most of the round trip's bytes.
-            frames = [frame for frame in frames if nbytes(frame) <= INFER_CHECKED_BYTES]
         return checksum64(chain((stem,), frames)).to_bytes(len(_NO_SUM), "little")
 
     def raise_error(self) -> None:

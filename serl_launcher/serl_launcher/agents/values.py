@@ -1,0 +1,162 @@
+"""What SAC and DSRL share: the settings, an ensemble of critics with its target, a temperature, and the backup.
+
+agents.sac and agents.dsrl extend `ValueSettings` and `ValueAgent`; batches are of replay.learning.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from serl_launcher.agents.base import Diverged
+from serl_launcher.agents.encoded import Encoded
+from serl_launcher.critics.ensemble import ChunkCritic, track
+from serl_launcher.critics.losses import chunk_target
+from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix, trainable
+from serl_launcher.replay.transitions import TransitionBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueSettings:
+    """Settings of every agent that learns values; config/algo/_values.yaml has the values."""
+
+    flow_steps: int  # K, Euler steps of the flow where a chunk is sampled for a critic
+    noise_samples: int  # noises and flow times for each encoded observation, in imitation
+    critics: int  # members of the ensemble
+    widths: Sequence[int]  # hidden layers of a critic, units each
+    tau: float  # rate at which the target critics follow, share per step
+    target_members: int  # critics in the target's minimum, drawn anew each step (REDQ)
+    warmup_steps: int  # critic steps of the online stage before the actor moves
+    init_temperature: float  # α to begin with, return per nat of entropy
+    return_bound: bool  # is a target at least the return that followed in the episode (1611.01606)?
+    q_limit: float  # |Q| beyond it stops training, in units of the return
+
+
+class ValueAgent(nn.Module):
+    """A flow policy beside an ensemble of critics, its target, and a temperature.
+
+    horizon: ticks of a chunk that are executed, what a critic sees. feature_dim: of `policy.features`. ValueError: the
+    settings do not fit each other or the policy.
+    """
+
+    def __init__(
+        self, policy: FlowPolicy, prompt: str, settings: ValueSettings, *, feature_dim: int, horizon: int
+    ) -> None:
+        super().__init__()
+        _check_horizon(horizon, policy)
+        _check_members(settings)
+        self.policy, self.prompt, self.settings, self.horizon = policy, prompt, settings, horizon
+        self.critic = ChunkCritic(feature_dim, horizon, policy.robot_dim, settings.critics, settings.widths)
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(settings.init_temperature)))
+        self.online = False  # is the stage an online one?
+        self.register_buffer("online_steps", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def begin_stage(self, mode: str) -> None:
+        self.online = mode == "online"
+
+    def after_step(self) -> None:
+        """The target critics follow, and online steps are counted."""
+        track(self.target, self.critic, self.settings.tau)
+        if self.online:
+            self.online_steps += 1
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        return trainable(self.policy)
+
+    def auxiliary_state(self) -> dict[str, Tensor]:
+        target = {f"target.{name}": p.detach() for name, p in self.target.named_parameters()}
+        return target | {"online_steps": self.online_steps}
+
+    @property
+    def warm(self) -> bool:
+        """Has the critic learned long enough online for the actor to follow it?"""
+        return self.online and bool(self.online_steps >= self.settings.warmup_steps)
+
+    def observe(self, images: dict[str, np.ndarray], state: np.ndarray) -> Prefix:
+        """The prefix of a batch of observations, without gradient."""
+        with torch.no_grad():
+            return self.policy.encode(PolicyInput(images, state, [self.prompt] * len(state)))
+
+    def executed(self, chunk: Tensor) -> Tensor:
+        """The ticks and dims of a sampled chunk that reach the robot, as `sent`: float32[b, h, robot dims].
+
+        The gradient passes the clip, or an action beyond the limit could never come back.
+        """
+        part = chunk[:, : self.horizon, : self.policy.robot_dim]
+        return part + (self.sent(part) - part).detach()
+
+    @torch.no_grad()
+    def sent(self, chunk: Tensor) -> Tensor:
+        """What the robot is sent for a chunk, both in the model's units: float32[..., robot dims].
+
+        The limits are the task's; only units that span the task's ranges have them at ±1.
+        """
+        return self.policy.normalise_actions(self.policy.physical_actions(chunk))[..., : self.policy.robot_dim]
+
+    def labels(self, action: np.ndarray, device: torch.device) -> Tensor:
+        """Executed physical actions in the model's units: float32[b, h, robot dims]."""
+        chunk = self.policy.normalise_actions(torch.as_tensor(action, device=device))
+        return chunk[..., : self.policy.robot_dim]
+
+    def target_of(self, batch: TransitionBatch | Encoded, next_value: Tensor) -> Tensor:
+        """The chunked backup of each transition from its next state's value float32[b]: float32[b]."""
+        device = next_value.device
+        reward, discount, bootstrap, lower_bound = (
+            torch.as_tensor(x, device=device)
+            for x in (batch.reward, batch.discount, batch.bootstrap, batch.value_lower_bound)
+        )
+        target = chunk_target(reward, discount, bootstrap, next_value)
+        return torch.maximum(target, lower_bound) if self.settings.return_bound else target
+
+    def check_values(self, q: Tensor) -> None:
+        """Raise Diverged when any |Q| passes `q_limit` or is not a number."""
+        worst, limit = q.detach().abs().max().item(), self.settings.q_limit
+        if not worst <= limit:
+            raise Diverged(
+                f"the critic diverges: |Q| = {worst:.3g}, beyond q_limit {limit:g}; "
+                "lower the critic's learning rate, or raise q_limit where returns are that large"
+            )
+
+
+def named_parameters(prefix: str, module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's parameters under `prefix.`: names are unique within an agent."""
+    return {f"{prefix}.{name}": p for name, p in module.named_parameters()}
+
+
+def frozen_copy(module: nn.Module) -> dict[str, Tensor]:
+    """The module's parameters without gradient, for torch.func.functional_call."""
+    return {name: p.detach() for name, p in module.named_parameters()}
+
+
+def critic_metrics(loss: Tensor, q: Tensor, target: Tensor, bootstrap: np.ndarray | Tensor) -> dict[str, Tensor]:
+    """What every agent logs of its critic. q float32[e, b], target float32[b], bootstrap bool[b]."""
+    q = q.detach()
+    return {
+        "losses/critic": loss.detach(),
+        "critic/q": q.mean(),
+        "critic/q_max": q.max(),
+        "critic/target": target.mean(),
+        "critic/spread": q.std(dim=0).mean() if len(q) > 1 else torch.zeros(()),
+        "batch/terminal_share": 1 - torch.as_tensor(bootstrap).float().mean(),
+    }
+
+
+def _check_horizon(horizon: int, policy: FlowPolicy) -> None:
+    """A critic judges executed ticks; a chunk has no more of them than the policy makes."""
+    if not 1 <= horizon <= policy.action_horizon:
+        longest = policy.action_horizon
+        raise ValueError(f"rollout.execute_horizon: expected 1 to action_horizon {longest}, got {horizon}")
+
+
+def _check_members(settings: ValueSettings) -> None:
+    """The target's minimum is over some of the critics."""
+    members, critics = settings.target_members, settings.critics
+    if not 1 <= members <= critics:
+        raise ValueError(f"algo.agent.target_members: expected 1 to algo.agent.critics {critics}, got {members}")

@@ -1,0 +1,119 @@
+"""What comes of an item once it is on disk: acknowledge ─▶ assemble ─▶ ring and ledger; and its rebuild at the start.
+
+Everything derived (ring, ledger, what was seen) is a function of the journal: `recover` reads it once, before the
+sockets are served. Owned by the loop's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from serl_launcher.gateway.actors import Actors
+from serl_launcher.gateway.ledger import Ledger, LedgerRow
+from serl_launcher.gateway.settings import GatewaySettings
+from serl_launcher.replay.assembler import ClosedEpisode
+from serl_launcher.replay.entries import DataEntry, Entry
+from serl_launcher.replay.episodes import EpisodeStream
+from serl_launcher.replay.journal import JournalReader
+from serl_launcher.replay.relabelled import Relabelled
+from serl_launcher.replay.ring import RingError, RingWriter
+from serl_launcher.run.paths import RunPaths
+from serl_transport.connection.router import Reply
+from serl_transport.contract.errors import WireError
+
+log = logging.getLogger("gateway")
+RATE_WINDOW_S = 10.0
+
+
+class Journalled:
+    """reply: answers an actor by token; on_closed: told of each new ledger row."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        paths: RunPaths,
+        actors: Actors,
+        reply: Callable[[bytes, Reply], None],
+        on_closed: Callable[[LedgerRow], None],
+    ) -> None:
+        self._relabelled = Relabelled(paths.root)  # read once: labels given later count from the next start on
+        self.ledger = Ledger(paths.episodes)
+        self.ring = RingWriter(settings.spec, settings.capacity_frames, paths.root)
+        self._actors, self._reply, self._on_closed = actors, reply, on_closed
+        self._ticks: deque[tuple[float, int]] = deque()  # (time.monotonic(), ticks) journalled lately
+        self._ledger_late = False
+        self._stream = EpisodeStream(paths.root, settings.spec)
+        self.assembler = self._stream.assembler
+
+    def recover(self) -> JournalReader:
+        """Read the journal from its beginning; the reader stands at its end."""
+        started, reader = time.monotonic(), self._stream.reader
+        for closed in self._stream.poll():
+            self._add(closed)
+        self.write_ledger()
+        if reader.next_sequence:
+            log.info(
+                "recovered %d records: %d episodes, %d still open (%.1f s)",
+                reader.next_sequence,
+                self.ledger.rows,
+                len(self.assembler.open),
+                time.monotonic() - started,
+            )
+        self._stream.close()
+        return reader
+
+    def take(self, entry: DataEntry, tokens: Sequence[bytes], error: WireError | None, time_ns: int) -> None:
+        """An item is on disk, or `error` says why not: tell those who wait for it, then use it."""
+        for token in tokens:
+            self._reply(token, error or {"duplicate": False})
+        if error is not None:
+            return
+        versions = entry.batch.arrays["policy_version"]
+        if len(versions):
+            self._actors.delivered(entry.actor_id, entry.boot_id, int(versions[-1]))
+        self._ticks.append((time.monotonic(), entry.batch.n))
+        self.apply(entry, time_ns)
+
+    def apply(self, entry: Entry, time_ns: int) -> None:
+        """A record of the journal, which may close episodes."""
+        for closed in self.assembler.apply(entry, time_ns):
+            row = self._add(closed)
+            self.write_ledger()
+            self._on_closed(row)
+
+    def transitions_per_s(self) -> float:
+        """Ticks journalled per second, over the last RATE_WINDOW_S."""
+        now = time.monotonic()
+        while self._ticks and self._ticks[0][0] < now - RATE_WINDOW_S:
+            self._ticks.popleft()
+        return round(sum(n for _, n in self._ticks) / RATE_WINDOW_S, 2)
+
+    def write_ledger(self) -> None:
+        """Bring episodes.jsonl up to date; a full disk is reported once and tried again, call once a second."""
+        try:
+            self.ledger.write()
+            self._ledger_late = False
+        except OSError as error:
+            if not self._ledger_late:
+                log.error("cannot write episodes.jsonl (%s): it lags behind the journal until there is space", error)
+            self._ledger_late = True
+
+    def close(self) -> None:
+        """Drop the ring."""
+        self.ring.close()
+
+    def _add(self, closed: ClosedEpisode) -> LedgerRow:
+        """A closed episode into the ledger as it was recorded, and into the ring as people corrected it."""
+        episode = closed.build()
+        row = LedgerRow.of(closed, episode)
+        if row.mode != "eval":
+            corrected = self._relabelled.correct(episode)
+            try:
+                self.ring.append(closed.ordinal, row.mode, corrected.outcome.success, corrected.arrays)
+            except RingError as error:
+                log.error("episode %s is recorded but cannot be trained on: %s", row.episode_id, error)
+        self.ledger.add(row)
+        return row

@@ -1,0 +1,44 @@
+"""`python -m serl_launcher.learner <run_dir>`: the trainer as a process, until every stage is done or SIGTERM.
+
+Exit 0: done or stopped. Exit 2: a mistake in config or checkpoint, said in one line.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from hydra.errors import InstantiationException
+
+from serl_config.mistakes import is_config_mistake, mistake_message
+from serl_launcher.learner.wiring import build_trainer
+from serl_launcher.run.config import read_config
+from serl_launcher.run.internal import InternalClient
+from serl_launcher.run.paths import RunPaths
+
+log = logging.getLogger("trainer")
+
+
+def main(run_dir: str) -> int:
+    """Run the role; returns its exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    paths = RunPaths(Path(run_dir))
+    with closing(InternalClient(paths.root, "trainer")) as gateway:
+        try:
+            trainer = build_trainer(read_config(paths.config), paths, gateway)
+        except (ValueError, FileNotFoundError, InstantiationException) as mistake:
+            if not is_config_mistake(mistake):
+                raise
+            log.debug("where it came from", exc_info=True)
+            print(f"trainer: {mistake_message(mistake)}", file=sys.stderr)
+            return 2
+        signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
+        trainer.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,66 @@
+"""The averaged parameters as numbered policy versions in runs/<name>/params/. Called by the trainer.
+
+The policy server and actors with a local policy load them by name, on top of the same frozen rest (`base`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from serl_launcher.learner.learner import Learner
+from serl_launcher.policies.base import FlowPolicy
+from serl_launcher.run.parameters import PublishedVersion, base_sha256, publish, tensor_names
+
+log = logging.getLogger("trainer")
+
+
+class Publisher:
+    """folder: params/ of the run; name: of the policy, for the file; keep: versions that stay on disk."""
+
+    def __init__(self, folder: Path, learner: Learner, policy: FlowPolicy, *, name: str, keep: int) -> None:
+        self._folder, self._learner, self._policy, self._name, self._keep = folder, learner, policy, name, keep
+        self._base = base_sha256(policy)
+        self._requests = 0  # of operators, that were obeyed
+        self.version = 0  # the newest one; the first one published is 1
+
+    def publish(self) -> None:
+        """The next version, whole or not at all."""
+        self.version += 1
+        publish(
+            self._folder,
+            self._learner.averaged,
+            version=self.version,
+            step=self._learner.step_count,
+            base=self._base,
+            policy=self._name,
+            now=time.time(),
+            keep=self._keep,
+        )
+
+    def publish_on_request(self, status: Mapping[str, Any]) -> None:
+        """An operator may ask for a version out of turn; a count that falls belongs to a restarted gateway."""
+        asked = status.get("operator", {}).get("publish_requests", 0)
+        if asked > self._requests:
+            log.info("publishing on an operator's request")
+            self.publish()
+        self._requests = asked
+
+    def continue_after(self, version: int) -> None:
+        """Number on from this version (a checkpoint's), or from the newest on disk: actors have used that one."""
+        newest = PublishedVersion.read(self._folder)
+        self.version = max(version, newest.version if newest else 0)
+
+    def newest_can_be_served(self) -> bool:
+        """Has the newest version the parts that this algorithm's policy server expects? Another one's may not."""
+        newest = PublishedVersion.read(self._folder)
+        path = self._folder / newest.file if newest else None
+        return path is not None and path.exists() and tensor_names(path) == set(self._learner.averaged)
+
+    def check_frozen(self) -> None:
+        """RuntimeError when training moved what is not published: the versions do not fit their base then."""
+        if base_sha256(self._policy) != self._base:
+            raise RuntimeError("frozen parameters changed while training: published versions do not fit their base")

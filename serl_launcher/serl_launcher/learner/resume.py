@@ -1,0 +1,111 @@
+"""The trainer's state across starts: what a checkpoint holds of it, and what a start finds in a run folder.
+
+    save ─▶ checkpoints/step_…/ ─▶ resume: own checkpoint? all of it
+                                           another algorithm's? its policy, the counters and the stages' progress
+                                   none: checkpoint_path? its parameters; else from scratch
+
+learner.checkpoint knows the files; the trainer calls `save`, learner.faults `go_back_to`, learner.wiring `resume`.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from serl_launcher.learner import checkpoint
+from serl_launcher.learner.learner import Learner
+from serl_launcher.learner.publisher import Publisher
+from serl_launcher.learner.stage import StageProgress
+from serl_launcher.run.parameters import find_parameters, read_tensors
+
+log = logging.getLogger("trainer")
+
+
+class TrainerCheckpoints:
+    """folder: checkpoints/ of the run; rng: draws the batches; keep: checkpoints that stay on disk."""
+
+    def __init__(
+        self,
+        folder: Path,
+        learner: Learner,
+        stages: StageProgress,
+        publisher: Publisher,
+        rng: np.random.Generator,
+        keep: int,
+    ) -> None:
+        self._folder, self._learner, self._stages = folder, learner, stages
+        self._publisher, self._rng, self._keep = publisher, rng, keep
+
+    def save(self) -> None:
+        """A checkpoint of everything that `resume` reads."""
+        learner = self._learner
+        state = {
+            "counters": learner.counters(),
+            **self._stages.counts(),
+            "version": self._publisher.version,
+            "rng": self._rng.bit_generator.state,
+            "torch_rng": torch.get_rng_state().tolist(),
+            "agent": self._agent,
+        }
+        optimizer = learner.optimizer_state()
+        checkpoint.save(self._folder, learner.step_count, learner.tensors(), optimizer, state, self._keep)
+
+    def resume(self, checkpoint_path: str | None) -> None:
+        """From the newest whole checkpoint of this run; else from checkpoint_path; else from scratch."""
+        folders = checkpoint.complete(self._folder)
+        version = 0
+        if folders:
+            version = self._continue_from(folders[-1])
+            if checkpoint_path:
+                log.warning("checkpoint_path is for a new run: this one goes on from %s", folders[-1].name)
+        elif checkpoint_path:
+            path = find_parameters(checkpoint_path)
+            self._learner.start_from(read_tensors(path)[0])
+            log.info("starting from %s", path)
+        self._publisher.continue_after(version)
+
+    def last_own(self) -> Path | None:
+        """The newest checkpoint of the agent that trains now."""
+        return next((f for f in reversed(checkpoint.complete(self._folder)) if self._is_own(f)), None)
+
+    def go_back_to(self, folder: Path) -> None:
+        """Parameters and optimizers of an own checkpoint; steps, and so metrics and versions, count on."""
+        steps = self._learner.step_count
+        self._restore(folder)
+        self._learner.step_count = steps
+
+    @property
+    def _agent(self) -> str:
+        return type(self._learner.agent).__name__
+
+    def _is_own(self, folder: Path) -> bool:
+        return checkpoint.read_state(folder).get("agent", self._agent) == self._agent
+
+    def _restore(self, folder: Path) -> None:
+        tensors, optimizer, state = checkpoint.load(folder)
+        self._learner.load_tensors(tensors)
+        self._learner.load_optimizer_state(optimizer)
+        self._learner.load_counters(state["counters"])
+
+    def _continue_from(self, folder: Path) -> int:
+        """Take a checkpoint over, of another algorithm what both have; returns its policy version."""
+        state = checkpoint.read_state(folder)
+        if self._is_own(folder):
+            self._restore(folder)
+            self._rng.bit_generator.state = state["rng"]
+            torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
+        else:
+            self._learner.continue_from(checkpoint.load(folder)[0])
+            self._learner.step_count = state["counters"]["step"]
+            log.warning(
+                "%s was trained by %s: %s goes on from its policy and the run's data, values and optimizers start anew",
+                folder.name, state["agent"], self._agent,
+            )  # fmt: skip
+        self._stages.load(state)
+        log.info(
+            "resumed from %s at step %d, policy version %d", folder.name, state["counters"]["step"], state["version"]
+        )
+        return state["version"]

@@ -1,0 +1,91 @@
+"""The trainer of a run's config: the one place where the learner's room reads `cfg`. Called by the role's entry.
+
+policy ─▶ agent ─▶ learner ─┬─▶ publisher ─▶ checkpoints ─▶ faults, rollback guard ─▶ Trainer
+ring ─▶ view ─▶ data ───────┴────────────────────────────────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from serl_launcher.agents.build import build_agent, build_policy
+from serl_launcher.learner.data import TrainingData
+from serl_launcher.learner.faults import Faults
+from serl_launcher.learner.guard import EvaluationWatch, RollbackGuard, evaluation_goals
+from serl_launcher.learner.learner import Learner
+from serl_launcher.learner.publisher import Publisher
+from serl_launcher.learner.resume import TrainerCheckpoints
+from serl_launcher.learner.stage import StageProgress, StageSettings
+from serl_launcher.learner.step_log import StepLog
+from serl_launcher.learner.trainer import Trainer, TrainerSettings
+from serl_launcher.policies.base import FlowPolicy
+from serl_launcher.policies.parameter_table import parameter_table
+from serl_launcher.replay.build import build_view
+from serl_launcher.run.internal import InternalClient
+from serl_launcher.run.paths import RunPaths
+from serl_launcher.telemetry.metrics import MetricsWriter
+from serl_transport.contract.specs import TaskSpec
+
+log = logging.getLogger("trainer")
+
+
+def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient) -> Trainer:
+    """A trainer that goes on from what it finds in the run folder.
+
+    Raises ValueError, FileNotFoundError or Hydra's InstantiationException for a mistake in config or checkpoint.
+    """
+    settings = cfg.trainer
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(cfg.seed)
+    rng = np.random.default_rng(cfg.seed)
+    spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
+    policy = build_policy(cfg, spec)
+    learner = build_learner(cfg, policy, spec)
+    view, verdicts = build_view(cfg, paths, spec, policy.action_horizon)
+    stages = StageProgress(StageSettings(**_only(settings, StageSettings)))
+    publisher = Publisher(paths.params, learner, policy, name=cfg.policy.name, keep=settings.keep_params)
+    checkpoints = TrainerCheckpoints(paths.checkpoints, learner, stages, publisher, rng, settings.keep_checkpoints)
+    log.info("parameters of %s\n%s", cfg.policy.name, parameter_table(policy))
+    checkpoints.resume(cfg.checkpoint_path)
+    watch = EvaluationWatch(paths.params, evaluation_goals(cfg.schedule.stages), settings.rollback_margin)
+    return Trainer(
+        gateway,
+        learner,
+        TrainingData(view, verdicts, rng, cfg.algo.min_accepted),
+        stages,
+        publisher,
+        checkpoints,
+        Faults(checkpoints, publisher),
+        RollbackGuard(watch, learner, publisher, checkpoints),
+        StepLog(MetricsWriter(paths, cfg), settings.log_period),
+        TrainerSettings(**_only(settings, TrainerSettings)),
+    )
+
+
+def build_learner(cfg: DictConfig, policy: FlowPolicy, spec: TaskSpec) -> Learner:
+    """The agent of `algo` on `trainer.device`, with the optimizers that `trainer` and `algo` name."""
+    accelerator = Accelerator(cpu=cfg.trainer.device == "cpu")
+    optimizer = partial(instantiate, _partial_=True)
+    return Learner(
+        build_agent(cfg, policy, spec).to(accelerator.device),
+        optimizer(cfg.trainer.optimizer),
+        accelerator,
+        max_grad_norm=cfg.trainer.max_grad_norm,
+        ema_decay=cfg.trainer.ema_decay,
+        optimizers={name: optimizer(row) for name, row in (cfg.algo.get("optimizers") or {}).items()},
+    )
+
+
+def _only(settings: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The values of a dataclass's fields."""
+    return {field.name: settings[field.name] for field in fields(kind)}

@@ -1,0 +1,64 @@
+"""What a PI0 or PI0.5 checkpoint says of itself, checked against the task: configuration, cameras, tokenizer.
+
+pi0.build reads it, pi0.saving writes under the same names.
+"""
+
+from __future__ import annotations
+
+import json
+
+from serl_launcher.policies.checkpoint import PREPROCESSOR, Checkpoint, CheckpointError
+from serl_transport.contract.specs import TaskSpec
+
+EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+ALIASES = {EMBEDDING: "paligemma_with_expert.paligemma.lm_head.weight"}  # a file may keep either name
+EXPERT_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"
+
+
+def read_config(checkpoint: Checkpoint, spec: TaskSpec, action_horizon: int | None):
+    """The checkpoint's lerobot config, checked against the task."""
+    import lerobot.policies.pi0.configuration_pi0
+    import lerobot.policies.pi05.configuration_pi05  # noqa: F401  registers the type
+    from lerobot.configs import PreTrainedConfig
+
+    config = PreTrainedConfig.from_pretrained(checkpoint.folder)
+    if config.use_relative_actions:
+        raise CheckpointError(f"{checkpoint.folder}: use_relative_actions checkpoints are not supported")
+    if action_horizon is not None and action_horizon != config.chunk_size:
+        raise CheckpointError(f"policy.action_horizon={action_horizon}: the checkpoint's chunk is {config.chunk_size}")
+    for what, dims, limit in (
+        ("state", len(spec.state_names), config.max_state_dim),
+        ("action", len(spec.action_names), config.max_action_dim),
+    ):
+        if dims > limit:
+            raise CheckpointError(f"{checkpoint.folder}: holds {what}s of at most {limit} dims, the task has {dims}")
+    config.dtype, config.compile_model, config.gradient_checkpointing = "float32", False, False
+    return config
+
+
+def camera_order(checkpoint: Checkpoint, spec: TaskSpec, mapping: dict[str, str]) -> tuple[str, ...]:
+    """The task's cameras in the checkpoint's order. Raises CheckpointError naming cameras without a counterpart."""
+    features = checkpoint.config.get("input_features") or {}
+    visual = [key for key, feature in features.items() if feature.get("type") == "VISUAL"]
+    unknown = [camera for camera in mapping if camera not in spec.cameras]
+    if unknown:
+        raise ValueError(f"policy.cameras: the task has no camera {unknown[0]!r}; it has {sorted(spec.cameras)}")
+    of = {mapping.get(camera, camera): camera for camera in spec.cameras}
+    of = {key if key.startswith("observation.") else f"observation.images.{key}": camera for key, camera in of.items()}
+    wanted = [key for key in visual if ".empty_camera_" not in key]
+    if set(of) != set(wanted):
+        raise CheckpointError(
+            f"cameras: the checkpoint has {wanted}, the task gives {sorted(of)}; map them with policy.cameras"
+        )
+    return tuple(of[key] for key in wanted)
+
+
+def tokenizer_name(checkpoint: Checkpoint) -> str:
+    """The tokenizer that the checkpoint's preprocessor names; a folder of that name inside the checkpoint wins."""
+    path = checkpoint.folder / PREPROCESSOR
+    for step in json.loads(path.read_text())["steps"]:
+        name = step.get("config", {}).get("tokenizer_name")
+        if name:
+            inside = checkpoint.folder / "tokenizer"
+            return str(inside) if inside.is_dir() else name
+    raise CheckpointError(f"{path}: names no tokenizer; set policy.tokenizer to a folder")
