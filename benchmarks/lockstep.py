@@ -37,7 +37,7 @@ from serl_robot_infra.estop import EmergencyStop
 from serl_robot_infra.evaluation import wilson
 from serl_robot_infra.link import Run
 from serl_robot_infra.observers.base import EpisodeReport, Observer
-from serl_robot_infra.pacing import Pace, PoliteStop
+from serl_robot_infra.pacing import Pace, StopSignal
 from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.rewards.environment import EnvironmentReward
 from serl_robot_infra.safety import SafetyChain
@@ -169,7 +169,7 @@ class Lockstep:
         return EpisodeRunner(
             stack,
             Observer(),
-            PoliteStop(),
+            StopSignal(),
             actor_id="lockstep",
             boot_id="lockstep",
             may_take_over=rollout.operator,

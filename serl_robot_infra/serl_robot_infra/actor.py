@@ -15,7 +15,7 @@ from serl_robot_infra.estop import EmergencyStop
 from serl_robot_infra.evaluation import EvaluationSummary
 from serl_robot_infra.link import LearnerLink, Run, Stop, Ticket, Wait, parse_ticket
 from serl_robot_infra.observers.base import Observer
-from serl_robot_infra.pacing import PoliteStop
+from serl_robot_infra.pacing import StopSignal
 from serl_transport.contract.errors import Internal, NotReady, ServerSilent, StorageFull
 
 _RETRY_S = 1.0
@@ -51,7 +51,7 @@ class Actor:
         runner: EpisodeRunner,
         link: LearnerLink,
         observer: Observer,
-        stop: PoliteStop,
+        stop: StopSignal,
         mode: str = "follow",
         episodes: int | None = None,
         estop: EmergencyStop | None = None,

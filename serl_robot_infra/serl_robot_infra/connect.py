@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from serl_robot_infra.link import LearnerLink
 from serl_robot_infra.observers.base import Observer
-from serl_robot_infra.pacing import PoliteStop
+from serl_robot_infra.pacing import StopSignal
 from serl_robot_infra.standalone import StandaloneLink
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
@@ -28,7 +28,7 @@ class StoppedError(Exception):
     """A signal came while a server was waited for."""
 
 
-def connect_learner(cfg: DictConfig, spec: TaskSpec, stream: TextIO, stop: PoliteStop) -> TrainerClient:
+def connect_learner(cfg: DictConfig, spec: TaskSpec, stream: TextIO, stop: StopSignal) -> TrainerClient:
     """The link to the learner at ip:port, once that is there; its spool lies in the run's folder.
 
     Raises StoppedError on a signal while waiting, WireError when the learner refuses (another run, task or version).
@@ -61,7 +61,7 @@ def standalone(cfg: DictConfig) -> StandaloneLink:
     return StandaloneLink()
 
 
-def waiting(stream: TextIO, stop: PoliteStop) -> Callable[[str], None]:
+def waiting(stream: TextIO, stop: StopSignal) -> Callable[[str], None]:
     """What a client calls while it waits for its server: a line now and then; raises StoppedError on a signal."""
     next_line = 0.0
 
@@ -76,7 +76,7 @@ def waiting(stream: TextIO, stop: PoliteStop) -> Callable[[str], None]:
     return on_wait
 
 
-def keeper(link: LearnerLink, observer: Observer, stop: PoliteStop) -> Callable[[dict[str, Any]], None]:
+def keeper(link: LearnerLink, observer: Observer, stop: StopSignal) -> Callable[[dict[str, Any]], None]:
     """`send` of the adder: spool the batch; while the spool is full the robot holds and people are told."""
 
     def keep(body: dict[str, Any]) -> None:

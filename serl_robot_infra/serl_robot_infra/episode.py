@@ -23,7 +23,7 @@ from serl_robot_infra.interventions.base import Intervention
 from serl_robot_infra.interventions.none import NoIntervention
 from serl_robot_infra.link import Run
 from serl_robot_infra.observers.base import EpisodeReport, Observer
-from serl_robot_infra.pacing import Pace, PoliteStop
+from serl_robot_infra.pacing import Pace, StopSignal
 from serl_robot_infra.policy_client import infer_body
 from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.safety import SafetyChain, UnsafeTickError
@@ -88,7 +88,7 @@ class EpisodeRunner:
         self,
         stack: ControlStack,
         observer: Observer,
-        stop: PoliteStop,
+        stop: StopSignal,
         actor_id: str,
         boot_id: str,
         may_take_over: bool = True,

@@ -20,7 +20,7 @@ from serl_config.mistakes import mistake_message
 from serl_robot_infra.connect import StoppedError, connect_learner, flush, standalone
 from serl_robot_infra.episode import EnvironmentFailedError
 from serl_robot_infra.estop import EmergencyStop
-from serl_robot_infra.pacing import PoliteStop
+from serl_robot_infra.pacing import StopSignal
 from serl_robot_infra.safety import describe
 from serl_robot_infra.task_yaml import check_task
 from serl_robot_infra.wiring import build_actor, build_env, build_guard, describe_guard, listen_for_estop, plain
@@ -66,7 +66,7 @@ def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
         port, broadcast_port, unique_identifier, runs_dir, run; rollout.ledger; security.keys_dir
     """
     stream = stream or sys.stdout
-    stop = PoliteStop()
+    stop = StopSignal()
     try:
         with stop.installed():
             _run(cfg, stream, stop)
@@ -93,7 +93,7 @@ def _refuse(message: str, stream: TextIO) -> int:
     return USER_MISTAKE
 
 
-def _run(cfg: DictConfig, stream: TextIO, stop: PoliteStop) -> None:
+def _run(cfg: DictConfig, stream: TextIO, stop: StopSignal) -> None:
     check_task(plain(cfg.task), f"config/task/{cfg.task.get('name') or '<yours>'}.yaml")
     spec = TaskSpec.from_dict(plain(cfg.task.spec))
     with ExitStack() as resources:

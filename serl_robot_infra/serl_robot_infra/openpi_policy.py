@@ -195,19 +195,19 @@ class OpenpiPolicy(BasePolicy):
 
     def _judge(self, error: AnswerError) -> None:
         """Raise what an error in words means: ask again, or a mistake in the layout."""
-        match = _WORDS.fullmatch(error.said)
+        match = _WORDS.fullmatch(error.reason)
         if self._is_flowserl and match and match[1] in _RETRIED:
             raise WireError.from_code(match[1], f"{match[2]} ({_KEY})") from error
         self.close()  # a stock server hangs up after its traceback
-        lines = [line for line in error.said.strip().splitlines() if line.strip()]
-        said = lines[-1].strip() if lines else "without a word"
+        lines = [line for line in error.reason.strip().splitlines() if line.strip()]
+        reason = lines[-1].strip() if lines else "without a word"
         where = f"{self._settings.host}:{self._settings.port}"
         if self._is_flowserl or not self._has_answered:  # it never understood us
             raise ValueError(
-                f"the openpi server at {where} failed on the observation: {said}. It was sent {self._layout.keys()}; "
+                f"the openpi server at {where} failed on the observation: {reason}. It was sent {self._layout.keys()}; "
                 f"map what it wants in {_KEY}.observation"
             ) from error
-        raise Internal(f"the openpi server at {where} failed: {said}") from error
+        raise Internal(f"the openpi server at {where} failed: {reason}") from error
 
     def _actions(self, answer: Mapping[str, Any]) -> np.ndarray:
         actions, names = answer.get("actions"), self._spec.action_names

@@ -1,4 +1,4 @@
-"""The control loop's clock and its polite end. Both are asked by the actor loop between ticks."""
+"""The control loop's clock and its stop signal. Both are asked by the actor loop between ticks."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class PoliteStop:
+class StopSignal:
     """Set by SIGINT or SIGTERM: the loop ends its episode, flushes and leaves. A second signal interrupts at once."""
 
     def __init__(self) -> None:

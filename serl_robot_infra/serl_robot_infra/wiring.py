@@ -32,7 +32,7 @@ from serl_robot_infra.observers.base import Observer, ObserverGroup
 from serl_robot_infra.observers.console import ConsoleObserver, Vitals
 from serl_robot_infra.observers.status import StatusObserver
 from serl_robot_infra.openpi_policy import OpenpiPolicy, OpenpiSettings
-from serl_robot_infra.pacing import Pace, PoliteStop
+from serl_robot_infra.pacing import Pace, StopSignal
 from serl_robot_infra.policy_client import MeasuredPolicy, RemotePolicy
 from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.rewards.environment import EnvironmentReward
@@ -116,7 +116,7 @@ def build_broker(cfg: DictConfig, policy: BasePolicy | None) -> ActionChunkBroke
 
 
 def build_actor(
-    cfg: DictConfig, env: Environment, link: LearnerLink, stream: TextIO, stop: PoliteStop, guard: RobotGuard
+    cfg: DictConfig, env: Environment, link: LearnerLink, stream: TextIO, stop: StopSignal, guard: RobotGuard
 ) -> tuple[Actor, Observer]:
     """The actor and its observers, on an environment and a link."""
     rollout = cfg.rollout

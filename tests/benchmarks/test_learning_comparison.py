@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-TINY = ["demos=2", "clone_steps=6", "env_steps=150", "eval_episodes=2", "curve_every=70", "curve_episodes=2"]
+TINY = ["demos=2", "clone_steps=6", "env_steps=150", "eval_episodes=1", "curve_every=70", "curve_episodes=1"]
 
 
 @pytest.mark.parametrize("variant", ["rejection", "sac", "sft"])
 def test_a_tiny_run_trains_at_the_asked_ratio(variant, tmp_path, capsys):
     import learning
 
-    words = [f"budget.{word}" for word in TINY]
+    words = [*(f"budget.{word}" for word in TINY), "trainer.batch_size=8"]
     learning.one(variant, "pick", "pi0_tiny", 0, [*words, "budget.offline_steps=5"] if variant == "sft" else words)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert rows[0]["point"] == "before"

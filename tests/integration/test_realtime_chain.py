@@ -31,6 +31,7 @@ def free_port():
 def cfg(tmp_path):
     words = ["run=t", f"runs_dir={tmp_path}", "schedule=eval", "rollout.mode=eval", "rollout.episodes=2"]
     words += [f"port={free_port()}", f"broadcast_port={free_port()}", "rollout.realtime=rtc", "rollout.rate_hz=20"]
+    words += ["task.spec.max_ticks=30", "task.env.max_ticks=30"]
     words += ["serving.device=cpu", "rollout.video_every=0", "replay.capacity_frames=400"]
     return load_config(words)
 
@@ -61,5 +62,5 @@ def test_an_actor_with_rtc_is_driven_by_the_policy_server(cfg, tmp_path):
     assert not any(thread.is_alive() for thread in threads)
     assert sum(guided) > 2 * guided.count(False)  # the first chunk of an episode alone has nothing to agree with
     rows = [json.loads(line) for line in paths.episodes.read_text().splitlines()]
-    assert [row["n_ticks"] for row in rows] == [60, 60], rows
+    assert [row["n_ticks"] for row in rows] == [30, 30], rows
     assert "no action for" not in stream.getvalue()

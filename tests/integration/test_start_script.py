@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from flowserl_cli.registry import Registry
 from serl_launcher.supervisor.children import process_stat
 
 PATIENCE_S = 60.0
@@ -69,6 +70,11 @@ class Checkout:
         done = subprocess.run(self.command(*words), capture_output=True, text=True, timeout=PATIENCE_S, cwd=self.root)
         return done.returncode, done.stdout + done.stderr
 
+    def clean_up(self) -> None:
+        """Stop what a failed test left behind."""
+        if list(Registry(self.root).alive()):
+            self.run("--stop")
+
     def pid(self, name: str) -> int:
         path = self.root / f"{name}.pid"
         deadline = time.monotonic() + PATIENCE_S
@@ -83,7 +89,7 @@ class Checkout:
 def checkout(repo_root, tmp_path, free_ports):
     checkout = Checkout(tmp_path / "clone", free_ports)
     yield checkout
-    checkout.run("--stop")
+    checkout.clean_up()
 
 
 def alive(pid: int) -> bool:
@@ -193,7 +199,7 @@ def test_stop_ends_what_start_started_and_nothing_else(checkout, repo_root, tmp_
     finally:
         stranger.kill()
         stranger.wait()
-        neighbour.run("--stop")
+        neighbour.clean_up()
         for launcher in launchers:
             launcher.communicate(timeout=PATIENCE_S)
 
@@ -283,6 +289,12 @@ class Terminal:
     def type(self, keys: bytes) -> None:
         os.write(self._master, keys)
 
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while text not in self.text:
+            assert time.monotonic() < deadline, f"never shown: {text}"
+            time.sleep(0.02)
+
     def wait(self) -> int:
         code = self.process.wait(PATIENCE_S)
         self._reader.join(PATIENCE_S)
@@ -340,7 +352,7 @@ def test_panes_are_ended_by_the_user(checkout, how):
     if how == "stop":
         assert checkout.run("--stop")[0] == 0
     else:
-        time.sleep(0.5)  # tmux reads keys once it has drawn
+        terminal.wait_for("is up")  # tmux reads keys once it has drawn
         terminal.type(b"\x03")
     assert terminal.wait() in (130, 143)
     assert not any(map(alive, pids))

@@ -22,8 +22,7 @@ class Stepped(BasePolicy):
         self.asked.release()
         assert self.free.acquire(timeout=20)
         if self.fail is not None:
-            problem, self.fail = self.fail, None
-            raise problem
+            raise self.fail
         actions = np.arange(self.horizon, dtype=np.float32)[:, None] + obs["tick"]
         return {"actions": actions, "policy_version": len(self.questions)}
 
@@ -105,15 +104,17 @@ def test_a_failure_is_raised_only_when_an_action_is_missed_and_asked_again_befor
     policy.free.release()
     while broker._answers.empty():
         pass
+    policy.fail = None
     assert float(broker.infer({"tick": 2})["actions"][0]) == 2  # the running chunk goes on
     assert policy.asked.acquire(timeout=10)  # and the next question is out
     assert policy.questions[-1]["tick"] == 2
     for tick in range(3, 8):
         broker.infer({"tick": tick})
     policy.fail = ConnectionError("still cut")
-    policy.free.release()
+    policy.free.release(2)  # it asks once more where the failure is there before the tick
     with pytest.raises(ConnectionError, match="still cut"):
         broker.infer({"tick": 8})
+    policy.fail = None
     policy.free.release()
     assert float(broker.infer({"tick": 8})["actions"][0]) == 8
     broker.close()

@@ -3,6 +3,7 @@
 It validates and keeps what arrives, so a test asks `episodes()` for what a journal would hold.
 """
 
+import io
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -87,6 +88,16 @@ class ScriptedLearner:
     def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
         self.infer_bodies.append(body)
         return self._infer(body)
+
+
+class Screen(io.StringIO):
+    """What the actor prints; others wait for its words."""
+
+    def wait_for(self, text, seconds=30.0):
+        deadline = time.monotonic() + seconds
+        while text not in self.getvalue():
+            assert time.monotonic() < deadline, f"never said: {text}; {self.getvalue()[-2000:]}"
+            time.sleep(0.01)
 
 
 def actor_config(learner: ScriptedLearner | None, runs_dir: Any, **rollout: Any) -> DictConfig:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -10,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import scripted_learner
-from scripted_learner import ScriptedLearner, actor_config, still_policy, ticket
+from scripted_learner import Screen, ScriptedLearner, actor_config, still_policy, ticket
 
 from serl_robot_infra.envs.pick import PickEnv
 from serl_robot_infra.main import main
@@ -24,8 +25,15 @@ def spec():
     env.close()
 
 
-def run(learner, tmp_path, **rollout):
-    stream = io.StringIO()
+def press(signum, screen, text):
+    """Signal this process once the actor has said so."""
+    thread = threading.Thread(target=lambda: (screen.wait_for(text), os.kill(os.getpid(), signum)))
+    thread.start()
+    return thread
+
+
+def run(learner, tmp_path, stream=None, **rollout):
+    stream = stream or io.StringIO()
     code = main(actor_config(learner, tmp_path, **rollout), stream)
     return code, stream.getvalue()
 
@@ -280,11 +288,10 @@ def test_a_learner_that_comes_late_is_waited_for_and_sigterm_ends_the_waiting(sp
     with ScriptedLearner(spec, []) as learner:
         config = actor_config(learner, tmp_path)
     # The learner is gone now; its port is free.
-    timer = threading.Timer(2.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    timer.start()
-    stream = io.StringIO()
-    assert main(config, stream) == 0
-    assert "waiting for learner at 127.0.0.1" in stream.getvalue()
+    screen = Screen()
+    pressing = press(signal.SIGTERM, screen, "waiting for learner at 127.0.0.1")
+    assert main(config, screen) == 0
+    pressing.join()
 
 
 def test_an_absent_reward_server_is_named_with_its_address_and_the_first_ctrl_c_ends_the_waiting(
@@ -296,17 +303,18 @@ def test_an_absent_reward_server_is_named_with_its_address_and_the_first_ctrl_c_
         config = actor_config(learner, tmp_path)
         config.reward = OmegaConf.load(repo_root / "config" / "reward" / "classifier.yaml")
         config.reward.update({"port": free_ports[0], "keys_dir": None})
-        threading.Timer(2.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-        stream = io.StringIO()
-        assert main(config, stream) == 130
-    out = stream.getvalue()
-    assert f"waiting for the reward server at 127.0.0.1:{free_ports[0]}" in out
+        screen = Screen()
+        pressing = press(signal.SIGINT, screen, f"waiting for the reward server at 127.0.0.1:{free_ports[0]}")
+        assert main(config, screen) == 130
+        pressing.join()
+    out = screen.getvalue()
     assert "reward.model=<folder>" in out
     assert "waiting for learner" not in out
 
 
 def test_a_learner_that_restarts_in_mid_episode_gets_the_whole_episode(spec, tmp_path):
     asked = threading.Event()
+    screen = Screen()
 
     def slow(body):
         asked.set()
@@ -320,17 +328,17 @@ def test_a_learner_that_restarts_in_mid_episode_gets_the_whole_episode(spec, tmp
     def restart():
         asked.wait(20)
         first.__exit__()
-        time.sleep(3.5)
+        screen.wait_for("learner silent for")
         box.append(ScriptedLearner(spec, [], ports=ports).__enter__())
 
     first.__enter__()
     thread = threading.Thread(target=restart)
     thread.start()
-    code, out = run(first, tmp_path, hold_limit_s=30.0)
+    code, out = run(first, tmp_path, screen, hold_limit_s=30.0)
     thread.join()
     box[0].__exit__()
     assert code == 0, out
-    assert "learner silent for 3 s; holding" in out
+    assert re.search(r"learner silent for \d+ s; holding", out)
     # What the first learner acknowledged it has; the second got the rest, and what was not acknowledged once more.
     batches = {batch.first_tick: batch for batch in [*first.batches, *box[0].batches]}
     assert sorted(batches) == [0, 10, 20, 30, 40, 50]
@@ -339,18 +347,21 @@ def test_a_learner_that_restarts_in_mid_episode_gets_the_whole_episode(spec, tmp
 
 
 def test_a_full_spool_holds_the_robot_and_loses_nothing(spec, tmp_path):
-    # 20 demonstrations of 32 px are some 2.5 MB; the learner takes its time, the spool has room for one.
-    class Slow(ScriptedLearner):
+    # A demonstration of 96 px is some 1.5 MB, the spool has room for 1 MB: the learner takes nothing before it is full.
+    large, screen = PickEnv(image_size=96, renderer="ray"), Screen()
+
+    class Late(ScriptedLearner):
         def _data(self, store, payload):
-            time.sleep(0.15)  # 80 batches; even an actor on a busy machine makes one faster
+            screen.wait_for("the robot holds until the learner has taken some")
             super()._data(store, payload)
 
-    with Slow(spec, [ticket("demo", seed) for seed in range(20)]) as learner:
-        code, out = run(learner, tmp_path, spool_mb=1, batch_ticks=5)
+    with Late(large.spec, [ticket("demo", 1), ticket("demo", 2)]) as learner:
+        config = actor_config(learner, tmp_path, spool_mb=1, batch_ticks=5)
+        config.task.env.image_size = 96
+        assert main(config, screen) == 0, screen.getvalue()
         episodes = learner.episodes()
-    assert code == 0, out
-    assert "the robot holds until the learner has taken some" in out
-    assert [episode.outcome.success for episode in episodes] == [True] * 20
+    large.close()
+    assert [episode.outcome.success for episode in episodes] == [True] * 2
 
 
 def test_evaluation_without_a_learner(tmp_path):

@@ -21,7 +21,8 @@ def test_a_key_stops_the_robot_within_one_period_and_it_stays_stopped(tmp_path):
         rig.wait_moving()
         pressed = rig.press(b" ")
         rig.wait(lambda: rig.of("s", pressed), "the robot is stopped")
-        time.sleep(1.5)
+        rig.wait(lambda: "e-stop pressed: the key space" in rig.log.read_text(), "it would have begun the next episode")
+        time.sleep(5 * PERIOD_S)
         assert rig.of("s", pressed)[0] - pressed <= PERIOD_S
         assert all(at - pressed <= PERIOD_S for at in rig.of("a", pressed))
         assert rig.of("r", pressed) == []
@@ -29,7 +30,7 @@ def test_a_key_stops_the_robot_within_one_period_and_it_stays_stopped(tmp_path):
         rig.kill_actor()  # latched: an actor that is started again does not move either
         rig.start_actor()
         rig.wait(lambda: rig.log.read_text().count("e-stop pressed: the key space") >= 2, "the second says so")
-        time.sleep(1.0)
+        time.sleep(5 * PERIOD_S)
         assert rig.of("r", pressed) == []
         rig.latch.unlink()
         rig.wait_moving()

@@ -11,7 +11,7 @@ import time
 
 import pytest
 from omegaconf import OmegaConf
-from scripted_learner import RobotPick, ScriptedLearner, actor_config, still_policy, ticket
+from scripted_learner import RobotPick, Screen, ScriptedLearner, actor_config, still_policy, ticket
 
 from serl_robot_infra.estop import EmergencyStop
 from serl_robot_infra.guard import RobotGuard
@@ -123,11 +123,11 @@ def test_a_stop_that_fails_is_tried_again(guard, robot, caplog):
     assert "trying again" in caplog.text
 
 
-def run(learner, tmp_path, **rollout):
+def run(learner, tmp_path, stream=None, **rollout):
     watchdog = {"enabled": "auto", "hold_after_chunks": 2, "stop_ms": 300}
     config = actor_config(learner, tmp_path, rate_hz=20, watchdog=watchdog, **rollout)
     config.task.env = {"_target_": "scripted_learner.RobotPick"}
-    stream = io.StringIO()
+    stream = stream or io.StringIO()
     code = main(config, stream)
     return code, stream.getvalue()
 
@@ -160,23 +160,23 @@ def test_an_estop_acts_within_one_period_and_holds_until_the_file_is_gone(spec, 
     press = (lambda: os.kill(os.getpid(), signal.SIGUSR1)) if by == "signal" else latch.touch
     with ScriptedLearner(spec, [ticket("eval", 1), ticket("eval", 2)]) as learner:
         thread, pressed = when_moving(5, press)
-        released = []
+        released, screen = [], Screen()
 
         def release():
             thread.join()
-            time.sleep(1.6)
+            screen.wait_for("When it is safe, remove")  # it would have begun the next episode
+            time.sleep(5 * PERIOD_S)
             released.append((time.monotonic(), len(RobotPick.last.resets)))
             latch.unlink()
 
         releasing = threading.Thread(target=release)
         releasing.start()
-        code, out = run(learner, tmp_path)
+        code, out = run(learner, tmp_path, screen)
         releasing.join()
         first, second = learner.episodes()
     robot = RobotPick.last
     assert code == 0, out
     assert "e-stop pressed" in out
-    assert "remove" in out
     at, resets = released[0]
     after = [t for t, _ in robot.sent if pressed[0] < t < at]
     assert all(t - pressed[0] <= PERIOD_S for t in after)

@@ -17,7 +17,7 @@ from serl_robot_infra.connect import connect_learner
 from serl_robot_infra.estop import EmergencyStop
 from serl_robot_infra.main import main
 from serl_robot_infra.openpi_policy import NO_VERSION, OpenpiPolicy, OpenpiSettings
-from serl_robot_infra.pacing import PoliteStop
+from serl_robot_infra.pacing import StopSignal
 from serl_robot_infra.policy_client import infer_body
 from serl_robot_infra.wiring import build_actor, build_env, build_guard
 from serl_transport.contract.errors import Internal, NotReady
@@ -146,7 +146,7 @@ def main_in_thread(cfg, out):
     """`main` without the signal handlers, which belong to the main thread."""
     link = None
     spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec))
-    stop = PoliteStop()
+    stop = StopSignal()
     env = build_env(cfg, spec)
     guard = build_guard(cfg, env, EmergencyStop(Path(cfg.runs_dir) / cfg.run / "estop"))
     try:

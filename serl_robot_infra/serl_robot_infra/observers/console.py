@@ -41,7 +41,7 @@ class ConsoleObserver(Observer):
         self._ticks = 0
         self._started = 0.0
         self._next_live = 0.0
-        self._said: dict[str, float] = {}
+        self._told_at: dict[str, float] = {}
 
     def episode_started(self, info: EpisodeInfo) -> None:
         """Remember what runs."""
@@ -68,8 +68,8 @@ class ConsoleObserver(Observer):
     def message(self, text: str) -> None:
         """Print once, and again each 15 s while only its numbers change; on a terminal the live line shows it anew."""
         kind, now = re.sub(r"[\d.]+", "#", text), time.monotonic()
-        if now - self._said.get(kind, -_REPEAT_PERIOD_S) >= _REPEAT_PERIOD_S:
-            self._said[kind] = now
+        if now - self._told_at.get(kind, -_REPEAT_PERIOD_S) >= _REPEAT_PERIOD_S:
+            self._told_at[kind] = now
             self._print(text)
         elif self._is_terminal:
             self._live(text)

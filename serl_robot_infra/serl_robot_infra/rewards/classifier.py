@@ -66,9 +66,9 @@ class ClassifierReward:
         return float(success), success
 
     def _process(self, answer: Mapping[str, Any]) -> tuple[float, bool]:
-        said = np.asarray(answer["probabilities"])
-        last, before = len(said) - 1, self._stage
-        self._stage = stage_after(before, said)
+        probabilities = np.asarray(answer["probabilities"])
+        last, before = len(probabilities) - 1, self._stage
+        self._stage = stage_after(before, probabilities)
         return (self._stage - before) / last, self._stage == last
 
     def _ask(self, result: StepResult) -> dict[str, Any] | None:

@@ -60,12 +60,13 @@ def load_config(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> Dict
     for word in selections:
         _check_option(word, options)
     # Additions come first: a later word may set a key that an earlier one added.
-    base = _compose(config_dir, [w.text for w in words if w in selections or w.kind != "set"])
+    added = [w.text for w in words if w in selections or w.kind != "set"]
+    base = _compose(config_dir, added)
     for word in words:
         if word not in selections and word.kind == "set":
             _check_key(word, base, options)
             _check_value(word, OmegaConf.select(base, word.key))
-    config = _compose(config_dir, [w.text for w in words])
+    config = base if len(added) == len(words) else _compose(config_dir, [w.text for w in words])
     for word in words:  # run=7 and run=1e3 are names, not numbers
         if word.kind == "set" and _is_plain_text(base, word) and not isinstance(word.value, str | None):
             OmegaConf.update(config, word.key, word.text.partition("=")[2])

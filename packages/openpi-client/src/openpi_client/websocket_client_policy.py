@@ -23,11 +23,11 @@ class AccessDeniedError(PolicyServerError):
 
 
 class AnswerError(PolicyServerError):
-    """The policy server answered with an error in words, `said`: a stock one with its traceback, and hangs up."""
+    """The policy server answered with an error, `reason`: a stock one with its traceback, and hangs up."""
 
-    def __init__(self, uri: str, said: str):
-        super().__init__(f"the policy server at {uri} failed: {said}")
-        self.said = said
+    def __init__(self, uri: str, reason: str):
+        super().__init__(f"the policy server at {uri} failed: {reason}")
+        self.reason = reason
 
 
 class WebsocketClientPolicy(BasePolicy):

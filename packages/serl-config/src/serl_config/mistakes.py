@@ -6,15 +6,15 @@ Called by the entry points of both sides (actor, trainer, policy server) and by 
 import re
 
 # What a constructor raises about what it was given. Anything else (a device out of memory) is no mistake of the user.
-_OF_THE_USER = (ValueError, TypeError, ImportError, AttributeError, FileNotFoundError)
-_IN_OUR_WORDS = (ValueError, OSError)
+_USER_ERRORS = (ValueError, TypeError, ImportError, AttributeError, FileNotFoundError)
+_WORDED_FOR_USERS = (ValueError, OSError)
 _KEY = re.compile(r"^full_key: (\S+)$", re.MULTILINE)
 
 
 def is_config_mistake(error: BaseException) -> bool:
     """Is this about the config: a refusal of a constructor, a wrong argument, a `_target_` that is not there?"""
     culprit = beneath(error)
-    return isinstance(culprit, _OF_THE_USER) or culprit is error  # without a cause Hydra itself refuses the node
+    return isinstance(culprit, _USER_ERRORS) or culprit is error  # without a cause Hydra itself refuses the node
 
 
 def mistake_message(error: BaseException) -> str:
@@ -25,7 +25,7 @@ def mistake_message(error: BaseException) -> str:
     """
     culprit = beneath(error)
     text = str(culprit) or type(culprit).__name__
-    if isinstance(culprit, _IN_OUR_WORDS):
+    if isinstance(culprit, _WORDED_FOR_USERS):
         return text
     keys = [key for link in _chain(error) for key in _KEY.findall(str(link))]
     missing = "._target_" if "Error locating target" in str(error) else ""
@@ -35,7 +35,7 @@ def mistake_message(error: BaseException) -> str:
 def beneath(error: BaseException) -> BaseException:
     """The first of the causes that was raised with words for the user, else the very first cause."""
     links = _chain(error)
-    return next((link for link in links if isinstance(link, _IN_OUR_WORDS)), links[-1])
+    return next((link for link in links if isinstance(link, _WORDED_FOR_USERS)), links[-1])
 
 
 def _chain(error: BaseException) -> list[BaseException]:
