@@ -156,7 +156,7 @@ class SACAgent(ValueAgent):
         if self.settings.behaviour_weight:
             own = prefix if reference_prefix is None else reference_prefix
             reference = self.reference_path(own, noise, step_noise, log_std.detach())
-            drift = behaviour_loss(self._robots(path.chunk), self._robots(reference.chunk))
+            drift = behaviour_loss(self._robot_dims(path.chunk), self._robot_dims(reference.chunk))
             loss = loss + self.settings.behaviour_weight * drift
             metrics["actor/drift"] = drift.detach()
         surplus = entropy_surplus(path.log_prob, self.target_entropy)
@@ -193,7 +193,7 @@ class SACAgent(ValueAgent):
     def _path_of(self, velocity: Velocity, noise: Tensor, step_noise: Tensor, log_std: Tensor) -> FlowPath:
         return sample_path(velocity, noise, step_noise, log_std, self.policy.robot_dim, self.settings.squash)
 
-    def _robots(self, chunk: Tensor) -> Tensor:
+    def _robot_dims(self, chunk: Tensor) -> Tensor:
         """The robot's dims of a chunk."""
         return chunk[..., : self.policy.robot_dim]
 

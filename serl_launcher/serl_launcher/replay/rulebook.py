@@ -1,4 +1,4 @@
-"""A rule, its threshold schedule, and what they said so far: the judge of a run's episodes, in ordinal order.
+"""A rule with its threshold schedule: judges a run's episodes one after another, in ordinal order.
 
 The chunk view (replay.views) asks it about the ring's episodes, tools/reaccept.py about the journal's; the same
 episodes in the same order get the same verdicts.
@@ -21,7 +21,10 @@ COLUMNS = ("action", "next.reward", "intervention", "policy_version")
 
 
 class RuleBook:
-    """threshold: a schedule of m; None leaves the rule its own. ValueError: the rule does not fit the task."""
+    """The rule applied episode by episode; it remembers what a risen threshold may overturn.
+
+    threshold: a schedule of m; None leaves the rule its own. ValueError: the rule does not fit the task.
+    """
 
     def __init__(
         self, rule: Callable[[EpisodeColumns], Selection], spec: TaskSpec, threshold: Threshold | None = None
@@ -34,7 +37,7 @@ class RuleBook:
 
     def clear(self) -> None:
         """Forget every episode."""
-        self._standing: dict[int, Verdict] = {}  # accepted online episodes, which a risen m may still reject
+        self._accepted_online: dict[int, Verdict] = {}  # by ordinal; a risen m may still reject them
         if self.threshold is not None:
             self.threshold.reset()
 
@@ -66,12 +69,12 @@ class RuleBook:
         if self.threshold is None or not finite:
             return selection, [verdict]
         if selection.accepted and mode == "online":
-            self._standing[ordinal] = verdict
+            self._accepted_online[ordinal] = verdict
         self.threshold.observe(mode, verdict.return_)
         return selection, [verdict, *self._overturn(self.threshold.value)]
 
     def _overturn(self, m: float) -> list[Verdict]:
-        fallen = [self._standing.pop(o) for o, v in list(self._standing.items()) if v.return_ < m]
+        fallen = [self._accepted_online.pop(o) for o, v in list(self._accepted_online.items()) if v.return_ < m]
         return [replace(v, accepted=False, reason="threshold_rose", starts=0, labels=0, threshold=m) for v in fallen]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a rule said of one episode."""
+    """A rule's decision on one episode, and what it was made from."""
 
     ordinal: int  # of the journal
     mode: str  # demo or online
@@ -44,7 +44,7 @@ def _settings(thing: Any) -> str:
 
 
 class VerdictLedger:
-    """Appends verdicts that are new: a rebuilt view repeats what it said before a restart.
+    """Appends verdicts that are new: a view that is rebuilt after a restart repeats the earlier ones.
 
     It outlives the ring: `returns` are those of every episode that was ever judged, in ordinal order.
     """
@@ -52,13 +52,13 @@ class VerdictLedger:
     def __init__(self, path: Path, rule: str) -> None:
         self._path, self._rule = path, rule
         rows = read(path)
-        self._told: dict[int, set[tuple[bool, str]]] = {}  # by this rule, since another one spoke last
+        self._written: dict[int, set[tuple[bool, str]]] = {}  # ordinal -> verdicts of this rule since another rule's
         for row in rows:
-            told = self._told.setdefault(row["ordinal"], set())
+            written = self._written.setdefault(row["ordinal"], set())
             if row["rule"] == rule:
-                told.add((row["accepted"], row["reason"]))
+                written.add((row["accepted"], row["reason"]))
             else:
-                told.clear()
+                written.clear()
         self._newest = newest(rows)
         self._returns = {row["ordinal"]: (row["mode"], row["return"]) for row in rows}
         _drop_torn_line(path)
@@ -73,12 +73,12 @@ class VerdictLedger:
         return sum(self._newest.values())
 
     def note(self, verdict: Verdict) -> None:
-        """One line, unless this rule said the same before."""
+        """Append one line, unless this rule's verdict on the episode is written already."""
         self._returns[verdict.ordinal] = (verdict.mode, verdict.return_)
-        key, told = (verdict.accepted, verdict.reason), self._told.setdefault(verdict.ordinal, set())
-        if key in told:
+        key, written = (verdict.accepted, verdict.reason), self._written.setdefault(verdict.ordinal, set())
+        if key in written:
             return
-        told.add(key)
+        written.add(key)
         self._newest[verdict.ordinal] = verdict.accepted
         row = asdict(verdict)
         row["return"] = row.pop("return_")

@@ -21,7 +21,7 @@ from serl_launcher.replay.threshold import Threshold
 from serl_launcher.replay.verdicts import Verdict
 from serl_transport.contract.specs import TaskSpec
 
-PATIENCE_EPISODES = 5  # rejected in a row before anybody is told
+PATIENCE_EPISODES = 5  # online episodes, all rejected, before the trainer warns
 SOURCES = ("demo", "autonomous", "operator")
 
 
@@ -73,8 +73,8 @@ class ChunkView:
     """The accepted ticks of a ring, as chunk starts.
 
     threshold: schedule of m; weights: loss weight of `demo`, `autonomous` and `operator` chunks (1 where not named);
-    on_verdict: told of each episode, in ordinal order, again from the first after `clear`. history: mode and return of
-    the episodes between two ordinals, for the threshold: the ring may have lost them.
+    on_verdict: called with each episode's verdict, in ordinal order, again from the first after `clear`. history: mode
+    and return of the episodes between two ordinals, for the threshold: the ring may have lost them.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class ViewSources:
     """What a view is made of: the first argument of the class or function that `algo.view` names."""
 
     spec: TaskSpec
-    accepted: ChunkView  # what the acceptance rule lets through; a view that is attached and refreshed does it the same
+    accepted: ChunkView  # what the acceptance rule lets through; attach and refresh it where it is sampled
     action_horizon: int  # ticks of a policy's chunk
     execute_horizon: int  # ticks of it that the actor executes before it asks again
 
