@@ -44,6 +44,13 @@ class ToyFlow(nn.Module):
         return chunk.clamp(-1, 1)
 
 
+@torch.no_grad()
+def take_average(learner) -> None:
+    """The averaged parameters, which are what is served, in the place of the trained ones."""
+    for name, parameter in learner.agent.trainable_state().items():
+        parameter.copy_(learner.averaged[name])
+
+
 def transitions(state, action, reward, next_state, discount, bootstrap) -> TransitionBatch:
     """A batch without images from float arrays [b, s], [b, h, ad], [b], [b, s], [b], [b]."""
     b, h = action.shape[:2]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from configured import agent_settings
-from toy_flow import ToyFlow, chunks, transitions
+from toy_flow import ToyFlow, chunks, take_average, transitions
 
 from serl_launcher.agents.base import Diverged
 from serl_launcher.agents.flow_path import path_log_prob
@@ -45,9 +45,9 @@ def make_agent(policy=None, horizon=None, **settings):
     return SACAgent(policy, "", settings, feature_dim=feature_dim, horizon=horizon)
 
 
-def make_learner(agent, lr=3e-3):
+def make_learner(agent, lr=3e-3, ema_decay=0.9):
     return Learner(
-        agent, lambda p: torch.optim.Adam(p, lr=lr), Accelerator(cpu=True), max_grad_norm=10.0, ema_decay=0.9
+        agent, lambda p: torch.optim.Adam(p, lr=lr), Accelerator(cpu=True), max_grad_norm=10.0, ema_decay=ema_decay
     )
 
 
@@ -178,10 +178,11 @@ def test_a_critic_beyond_its_limit_stops_the_step_and_says_so():
 def test_the_bandits_optimum_is_reached():
     agent = make_agent(target_std=0.05)
     agent.begin_stage("online")
-    learner, rng = make_learner(agent), np.random.default_rng(0)
+    learner, rng = make_learner(agent, lr=1e-2, ema_decay=0.98), np.random.default_rng(0)
     torch.manual_seed(1)
-    for _ in range(900):
+    for _ in range(450):
         metrics = learner.step(LearningBatch(None, bandit_batch(rng)), 1.0)
+    take_average(learner)
     for state, target in ((0, 0.5), (1, -0.4)):
         assert act(agent.policy, state).mean().item() == pytest.approx(target, abs=0.08)
         value = agent.critic(torch.full((1, 1), float(state)), torch.full((1, 1, 1), target))
@@ -207,7 +208,7 @@ def test_the_chains_optimum_is_reached():
     agent.begin_stage("online")
     learner, rng = make_learner(agent), np.random.default_rng(0)
     torch.manual_seed(1)
-    for _ in range(1000):
+    for _ in range(1000):  # at twice the learning rate and fewer steps its values were not stable
         learner.step(LearningBatch(None, chain_batch(rng)), 1.0)
     for state in range(3):
         assert (act(agent.policy, 0.5 * state) > 0).float().mean() > 0.95
@@ -251,9 +252,9 @@ def test_cal_ql_lowers_values_of_unseen_actions():
     def gap(weight):
         agent = make_agent(cal_ql_weight=weight)
         agent.begin_stage("online")
-        learner, rng = make_learner(agent), np.random.default_rng(0)
+        learner, rng = make_learner(agent, lr=1e-2), np.random.default_rng(0)
         torch.manual_seed(1)
-        for _ in range(300):  # the data holds actions around 0.5 only, all worth 1
+        for _ in range(120):  # the data holds actions around 0.5 only, all worth 1
             action = rng.normal(0.5, 0.05, (32, 1, 1))
             zeros = np.zeros((32, 1))
             data = transitions(zeros, action, np.ones(32), zeros, np.ones(32), np.zeros(32))

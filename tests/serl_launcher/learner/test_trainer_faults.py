@@ -4,7 +4,6 @@ The real trainer, agent and ring; only the gateway's answers are scripted.
 """
 
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
@@ -79,8 +78,8 @@ def test_a_diverging_critic_goes_back_then_holds_and_nothing_of_it_is_published(
     trainer.run()  # a good start: a checkpoint and a published version
     good, published = {n: t.clone() for n, t in trainer.learner.averaged.items()}, version(tmp_path)
 
-    trainer, gateway = make(tmp_path, ring, "sac_pi0", mode="online", steps=50, limit=60)
-    trainer.learner.agent.settings = replace(trainer.learner.agent.settings, q_limit=1e-9)
+    changes = {"steps": 50, "limit": 60, "algo__agent__q_limit": 1e-9}
+    trainer, gateway = make(tmp_path, ring, "sac_pi0", mode="online", **changes)
     with caplog.at_level(logging.WARNING):
         trainer.run()
     assert "the critic diverges: |Q| =" in caplog.text
