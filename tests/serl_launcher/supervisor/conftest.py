@@ -1,6 +1,0 @@
-"""The supervisor's tests share the replay's sample batches."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "replay"))
