@@ -11,7 +11,7 @@ import grimp
 import pytest
 
 SOURCES = (
-    "packages/flowserl-cli/src",
+    "flowserl_cli",
     "packages/serl-config/src",
     "packages/serl-transport/src",
     "packages/openpi-client/src",

@@ -10,14 +10,14 @@ kind=${1:-learner}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 uv_version=0.13.8
-members=(packages/serl-config packages/serl-transport packages/openpi-client serl_robot_infra packages/flowserl-cli)
+members=(packages/serl-config packages/serl-transport packages/openpi-client serl_robot_infra flowserl_cli)
 
 say() { printf '[bootstrap] %s\n' "$*" >&2; }
 die() { printf 'bootstrap: %s\n' "$*" >&2; exit 2; }
 
 fingerprint() { # fingerprint KIND: changes whenever the environment of KIND must be installed anew
   { printf '%s\n' "$root" "$1"
-    cat "$root/requirements/$1.txt" "$root"/packages/*/pyproject.toml "$root"/serl_*/pyproject.toml "$root/tools/bootstrap.sh"
+    cat "$root/requirements/$1.txt" "$root"/packages/*/pyproject.toml "$root"/serl_*/pyproject.toml "$root"/flowserl_cli/pyproject.toml "$root/tools/bootstrap.sh"
   } | sha256sum | cut -d' ' -f1
 }
 

@@ -12,7 +12,7 @@ compile() { # compile OUT SOURCE...
     --universal --python-version 3.12 "${skip[@]}" --group pyproject.toml:dev -o "$out" "$@"
 }
 compile requirements/learner.txt --all-extras serl_launcher/pyproject.toml serl_robot_infra/pyproject.toml packages/serl-config/pyproject.toml packages/openpi-client/pyproject.toml packages/serl-transport/pyproject.toml
-compile requirements/actor.txt --extra sim serl_robot_infra/pyproject.toml packages/flowserl-cli/pyproject.toml packages/openpi-client/pyproject.toml packages/serl-transport/pyproject.toml packages/serl-config/pyproject.toml -c requirements/learner.txt
+compile requirements/actor.txt --extra sim serl_robot_infra/pyproject.toml flowserl_cli/pyproject.toml packages/openpi-client/pyproject.toml packages/serl-transport/pyproject.toml packages/serl-config/pyproject.toml -c requirements/learner.txt
 if grep -nE 'https?://|file://|--(extra-)?index-url|--find-links' requirements/*.txt; then
   echo "lock.sh: the lines above record an address; remove their cause" >&2; exit 1
 fi

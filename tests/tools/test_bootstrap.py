@@ -32,7 +32,7 @@ class Clone:
     def __init__(self, source: Path, root: Path) -> None:
         self.root, self.venv = root, root / ".venv"
         packages = (
-            "packages/flowserl-cli",
+            "flowserl_cli",
             "packages/serl-config",
             "packages/serl-transport",
             "packages/openpi-client",

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from serl_config.nearest import nearest
 from serl_robot_infra.task_yaml import check_keys, check_task
 
-CONFIG_DIR = Path(__file__).resolve().parents[4] / "config"
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
 
 # Keys that take one word of a few. Group choices are the files of the group's folder and need no entry here.
 CHOICES: dict[str, tuple[str, ...]] = {
