@@ -130,7 +130,7 @@ def drive(pipe: Any, ports: tuple[int, int], spec_dict: dict[str, Any], first: i
             body = bodies[client.name][place]
             info = body["episode"] | {"episode_id": f"{client.boot_id}-{episode}", "actor_id": client.name}
             try:
-                client.send_item(body | {"episode": info}, copy=False)
+                client.send_item(body | {"episode": info})
             except SpoolFull:
                 full += 1
                 break

@@ -85,13 +85,12 @@ class TrainerClient:
 
     # Data.
 
-    def send_item(self, body: dict[str, Any], store: str = "", *, copy: bool = True) -> int:
+    def send_item(self, body: dict[str, Any], store: str = "") -> int:
         """Keep one item (a `StepBatch.to_body()`) in the spool and return its seq at once; it is sent by itself.
 
-        Without `copy` a spool in memory keeps the arrays themselves: they must not change any more. Raises SpoolFull
-        when the learner has been away for too long, TooLarge for a body above the limits.
+        Raises SpoolFull when the learner has been away for too long, TooLarge for a body above the limits.
         """
-        seq = self._spool.append([store.encode(), *pack(body, self.config.limits)], copy=copy)
+        seq = self._spool.append([store.encode(), *pack(body, self.config.limits)])
         self._outbox.offer(ItemKey(self.boot_id, seq))
         return seq
 
@@ -105,9 +104,9 @@ class TrainerClient:
         """Items that the learner will never take; they are in the spool's `refused` folder, with the reason."""
         return self._outbox.refused
 
-    def flush(self, timeout_s: float, at_most: int = 0) -> bool:
-        """Wait until at most `at_most` items are unacknowledged; False after `timeout_s`."""
-        return self._outbox.wait(timeout_s, at_most)
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until every item is acknowledged (or set aside); False after `timeout_s`."""
+        return self._outbox.wait(timeout_s)
 
     def update(self) -> bool:
         """Send what is new in the data stores and wait for its acknowledgement; True when all of it was taken."""

@@ -85,7 +85,6 @@ class Outbox:
         self._acknowledged: list[tuple[ItemKey, Frames]] = []
         self._paused = False
         self._progress = threading.Condition()
-        self._awaited: list[int] = []  # what each waiting thread waits for: so many items or fewer
         if self._queue:
             log.info("re-sending %d items that earlier runs of this actor left in the spool", len(self._queue))
         link.on_ready(self._pump)
@@ -94,20 +93,14 @@ class Outbox:
         """A new item is in the spool. Thread-safe."""
         self._link.loop.call_soon(lambda: self._enqueue(key))
 
-    def wait(self, timeout_s: float, at_most: int) -> bool:
-        """Wait until all items but `at_most` are acknowledged (or set aside); False after `timeout_s`. Thread-safe."""
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until every item is acknowledged (or set aside); False after `timeout_s`. Thread-safe."""
         with self._progress:
-            self._awaited.append(at_most)
-            try:
-                return self._progress.wait_for(lambda: len(self._spool) <= at_most, timeout_s)
-            finally:
-                self._awaited.remove(at_most)
+            return self._progress.wait_for(lambda: not len(self._spool), timeout_s)
 
     def _tell(self) -> None:
-        """Wake those for whom enough is acknowledged."""
         with self._progress:
-            if self._awaited and len(self._spool) <= max(self._awaited):
-                self._progress.notify_all()
+            self._progress.notify_all()
 
     def _enqueue(self, key: ItemKey) -> None:
         heapq.heappush(self._queue, key)

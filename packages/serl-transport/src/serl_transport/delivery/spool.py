@@ -24,7 +24,7 @@ from serl_transport.contract.errors import SpoolBusy, SpoolError, SpoolFull
 from serl_transport.contract.specs import new_boot_id
 from serl_transport.delivery.segment import HEAD_BYTES, Segment, record_bytes
 from serl_transport.wire.blob import join, join_parts, split
-from serl_transport.wire.codec import Frames, copied, nbytes
+from serl_transport.wire.codec import Frames, buffer_of, nbytes
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +45,8 @@ class Spool(ABC):
     session: str  # names the spool over all its boots: two living processes never share it
 
     @abstractmethod
-    def append(self, item: Frames, *, copy: bool = True) -> int:
-        """Keep these frames and return the item's seq. Raises SpoolFull when it does not fit.
-
-        Without `copy` they will never change, and a spool in memory keeps them as they are.
-        """
+    def append(self, item: Frames) -> int:
+        """Keep a copy of these frames and return the item's seq. Raises SpoolFull when it does not fit."""
 
     @abstractmethod
     def pending(self) -> list[ItemKey]:
@@ -92,11 +89,11 @@ class MemorySpool(Spool):
         self._last_seq = 0
         self._lock = threading.Lock()
 
-    def append(self, item: Frames, *, copy: bool = True) -> int:
+    def append(self, item: Frames) -> int:
         size = sum(map(nbytes, item))
         if self._nbytes + size > self._max_bytes:
             raise SpoolFull(_full_message("memory", len(self._items), self._nbytes, self._max_bytes))
-        kept = list(map(copied, item)) if copy else list(item)
+        kept = [bytes(buffer_of(frame)) for frame in item]
         with self._lock:
             self._last_seq += 1
             self._items[ItemKey(self.boot_id, self._last_seq)] = kept
@@ -154,7 +151,7 @@ class DiskSpool(Spool):
         self._current: Segment | None = None
         self._count = sum(len(segment.pending) for segment in self._segments)
 
-    def append(self, item: Frames, *, copy: bool = True) -> int:
+    def append(self, item: Frames) -> int:
         blob = join_parts(item)
         size = record_bytes(blob)
         with self._lock:

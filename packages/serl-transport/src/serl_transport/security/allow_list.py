@@ -22,7 +22,7 @@ from serl_transport.wire.envelope import Envelope
 log = logging.getLogger(__name__)
 
 ROLES = ("actor", "operator")
-ACTOR_KINDS = frozenset({"hello", "heartbeat", "data", "items", "infer", "request"})
+ACTOR_KINDS = frozenset({"hello", "heartbeat", "data", "infer", "request"})
 OPERATOR_REQUESTS = frozenset({"pause", "resume", "publish", "stop"})
 CHECK_S = 1.0
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import msgpack
 import numpy as np
-import zmq
 
 from serl_transport.contract.errors import BadFrame, TooLarge
 
@@ -91,16 +90,6 @@ def check_sizes(frames: Sequence[Any], limits: Limits = DEFAULT_LIMITS) -> None:
         raise TooLarge(f"a frame of {max(sizes)} bytes, the limit is {limits.frame_bytes}")
     if sum(sizes) > limits.total_bytes:
         raise TooLarge(f"a message of {sum(sizes)} bytes, the limit is {limits.total_bytes}")
-
-
-def copied(frame: Any) -> Any:
-    """A copy of `frame` that can be sent any number of times without another one.
-
-    ZeroMQ's own memory for a small frame: it is freed without a word to Python. A large one is copied by numpy, which
-    lets other threads run meanwhile.
-    """
-    view = buffer_of(frame)
-    return zmq.Frame(view, copy=True) if view.nbytes <= SHARED_BYTES else np.array(view).data
 
 
 def buffer_of(frame: Any) -> memoryview:
