@@ -21,10 +21,9 @@ from serl_launcher.exporter.layout import (
     STATS_PATH,
     TASKS_PATH,
     VIDEO_PATH,
-    write_json,
-    write_whole,
 )
 from serl_launcher.exporter.statistics import Stats, merge
+from serl_launcher.run.files import write_json, write_whole
 from serl_transport.contract.specs import TaskSpec
 
 CODEBASE_VERSION = "v3.0"
@@ -63,8 +62,8 @@ class DatasetState:
 def write_derived(root: Path, spec: TaskSpec, video: bool, state: DatasetState) -> None:
     """stats.json, then info.json: the counts a reader starts from come last when a dataset grows."""
     stats = {key: {name: value.tolist() for name, value in values.items()} for key, values in state.stats.items()}
-    write_json(root / STATS_PATH, stats)
-    write_json(root / INFO_PATH, _info(spec, video, state))
+    write_json(root / STATS_PATH, stats, indent=2, durable=True)
+    write_json(root / INFO_PATH, _info(spec, video, state), indent=2, durable=True)
 
 
 def write_tasks(root: Path, tasks: list[str]) -> None:
@@ -76,7 +75,7 @@ def write_tasks(root: Path, tasks: list[str]) -> None:
     pandas = {"index_columns": ["task"], "column_indexes": [], "columns": columns, "pandas_version": "2.3.3"}
     schema = pa.schema([("task_index", pa.int64()), ("task", pa.string())], metadata={"pandas": json.dumps(pandas)})
     table = pa.table({"task_index": list(range(len(tasks))), "task": tasks}, schema=schema)
-    write_whole(root / TASKS_PATH, lambda path: pq.write_table(table, path))
+    write_whole(root / TASKS_PATH, lambda path: pq.write_table(table, path), durable=True)
 
 
 def _info(spec: TaskSpec, video: bool, state: DatasetState) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from serl_launcher.gateway.tickets import Scope, ScopeCounts
 from serl_launcher.replay.assembler import ClosedEpisode
+from serl_launcher.run.files import write_whole
 from serl_launcher.telemetry.statistics import wilson
 from serl_transport.contract.schema import Episode
 
@@ -102,9 +103,7 @@ class Ledger:
         """Put new lines into the file; the first time the whole file is replaced. OSError leaves it as it was."""
         block = "".join(self._lines).encode()
         if self._file is None:
-            part = self._path.with_suffix(".part")
-            part.write_bytes(block)
-            os.replace(part, self._path)
+            write_whole(self._path, lambda part: part.write_bytes(block))
             self._file = os.open(self._path, os.O_WRONLY)
         elif block:
             try:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
+from serl_launcher.run.files import write_json, write_whole
 from serl_launcher.run.parameters import PublishedVersion, read_tensors
 
 log = logging.getLogger("trainer")
@@ -73,9 +74,7 @@ class EvaluationWatch:
         if rate < best.rate - self._margin and self._kept.exists():
             fall = Fall(stage, rate, best.stage, best.rate, best.version, self._kept)
         elif rate >= best.rate and newest is not None:
-            part = self._kept.with_suffix(".part")
-            shutil.copyfile(self._dir / newest.file, part)
-            os.replace(part, self._kept)
+            write_whole(self._kept, partial(shutil.copyfile, self._dir / newest.file))
             best.stage, best.rate, best.version = stage, rate, newest.version
         if fall is None:
             self.settle(stage)
@@ -84,9 +83,7 @@ class EvaluationWatch:
     def settle(self, stage: str) -> None:
         """This stage's evaluation needs nothing more."""
         self._best.judged.append(stage)
-        part = self._file.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self._best)))
-        os.replace(part, self._file)
+        write_json(self._file, asdict(self._best))
 
     @property
     def _kept(self) -> Path:

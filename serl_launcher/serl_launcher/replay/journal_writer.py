@@ -31,6 +31,7 @@ from serl_launcher.replay.journal import (
     record_header,
     segment_path,
 )
+from serl_launcher.run.files import sync
 from serl_transport.contract.errors import StorageFull
 from serl_transport.wire.blob import write_buffers
 
@@ -188,7 +189,7 @@ class JournalWriter:
             os.ftruncate(file, self._end.offset)
             write_buffers(file, [SEGMENT_MAGIC], 0)
             os.fsync(file)
-            _sync_folder(self._folder)
+            sync(self._folder)
         except OSError:
             os.close(file)
             raise
@@ -208,14 +209,6 @@ class JournalWriter:
 
     def _publish(self) -> None:
         self._mark[:] = encode_mark(self._end)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _explain(failure: OSError, folder: Path) -> str:

@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
+from serl_launcher.run.files import read_json
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.supervisor.children import Child, ChildSpec, Death, RestartBudget
 from serl_launcher.supervisor.roles import STOP_ORDER
-from serl_launcher.supervisor.run_folder import read_status
 from serl_launcher.supervisor.screen import Screen
 from serl_launcher.telemetry.dashboard import render_line, render_status
 
@@ -86,7 +86,7 @@ class Supervisor:
             now = time.monotonic()
             if now >= next_status:
                 next_status = now + 1.0
-                status = read_status(self._paths)
+                status = read_json(self._paths.status)
                 if status and now >= next_dashboard:
                     next_dashboard = now + self._period_s
                     self._show(status)

@@ -13,6 +13,7 @@ import yaml
 
 from serl_launcher.replay.verdicts import newest
 from serl_launcher.replay.verdicts import read as read_verdicts
+from serl_launcher.run.files import read_json
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.metrics import read_metrics
 
@@ -90,8 +91,7 @@ def read_history(run_dir: Path) -> RunHistory:
     config = yaml.safe_load(paths.config.read_text(encoding="utf-8"))
     episodes = tuple(_read_episodes(paths.episodes))
     metrics = tuple(read_metrics(paths.metrics / "trainer.jsonl"))
-    status = json.loads(paths.status.read_text(encoding="utf-8")) if paths.status.exists() else {}
-    progress = json.loads(paths.stage_progress.read_text(encoding="utf-8")) if paths.stage_progress.exists() else {}
+    status, progress = read_json(paths.status) or {}, read_json(paths.stage_progress) or {}
     stages = _stages(config, episodes, metrics, progress.get("stage_steps") or {})
     verdicts = newest(read_verdicts(paths.acceptance))
     accepted = sum(verdicts.values()) if paths.acceptance.exists() else None

@@ -6,11 +6,11 @@
 Stages are shaded behind all three, in minutes since the run began.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from serl_launcher.run.files import write_whole
 from serl_launcher.telemetry.history import EpisodeRecord, RunHistory, StageRecord
 from serl_launcher.telemetry.statistics import sliding, wilson
 
@@ -40,9 +40,7 @@ def draw(history: RunHistory, path: Path) -> None:
     loss.set_xlabel("minutes since the run began")
     loss.set_xlim(0, max((history.end_time - history.start_time) / 60, 0.1))
     figure.suptitle(_title(history), fontsize=13, x=0.01, ha="left")
-    part = path.with_suffix(".tmp")
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    write_whole(path, lambda part: figure.savefig(part, format="png"))
 
 
 def _title(history: RunHistory) -> str:
