@@ -57,13 +57,11 @@ class OpenEpisode:
     ended: bool = False  # the final batch is there
 
     def add(self, batch: StepBatch) -> None:
-        """Keep a batch."""
         self.batches[batch.first_tick] = batch
         self.end = max(self.end, batch.first_tick + batch.n)
         self.ended = self.ended or batch.final
 
     def ordered(self) -> list[StepBatch]:
-        """By first tick."""
         return [self.batches[tick] for tick in sorted(self.batches)]
 
     def overlaps(self, batch: StepBatch) -> bool:

@@ -6,7 +6,7 @@ head, and for a step batch the very frames the actor sent, so that a checksum of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,6 @@ class SpecEntry:
     spec: TaskSpec
 
     def payload(self) -> bytes:
-        """The record's bytes."""
         return _blob({"kind": "spec", "spec": self.spec.to_dict()})
 
 
@@ -77,7 +76,6 @@ class CloseEntry:
     reason: str  # an Outcome.truncated_by: dead_actor
 
     def payload(self) -> bytes:
-        """The record's bytes."""
         return _blob({"kind": "close", "episode_id": self.episode_id, "reason": self.reason})
 
 
@@ -110,5 +108,5 @@ def _decode(head: Mapping[str, Any], frames: codec.Frames, spec: TaskSpec) -> En
     raise KeyError(f"kind {kind!r}")
 
 
-def _blob(head: dict[str, Any], frames: Sequence[Any] = ()) -> bytes:
-    return blob.join([msgpack.packb(head), *frames])
+def _blob(head: dict[str, Any]) -> bytes:
+    return blob.join([msgpack.packb(head)])

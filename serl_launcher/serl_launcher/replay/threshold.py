@@ -18,17 +18,11 @@ class Threshold(Protocol):
     """m, non-decreasing."""
 
     @property
-    def value(self) -> float:
-        """m for the next episode."""
-        ...
+    def value(self) -> float: ...  # m for the next episode
 
-    def observe(self, mode: str, return_: float) -> None:
-        """An episode is over, accepted or not."""
-        ...
+    def observe(self, mode: str, return_: float) -> None: ...  # an episode is over, accepted or not
 
-    def reset(self) -> None:
-        """Forget every episode."""
-        ...
+    def reset(self) -> None: ...  # forget every episode
 
 
 class SteppedThreshold:

@@ -59,11 +59,9 @@ class ChunkIndex:
         return len(self.start)
 
     def take(self, rows: np.ndarray) -> ChunkIndex:
-        """Some of the rows (indices or a mask)."""
         return ChunkIndex(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     def join(self, other: ChunkIndex) -> ChunkIndex:
-        """These rows, then the other's."""
         return ChunkIndex(*(np.concatenate([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
 
     @classmethod
@@ -104,7 +102,7 @@ def index_episode(first_frame: int, reward: np.ndarray, done: np.ndarray, horizo
 
 
 class TransitionView:
-    """Chunk transitions of a ring, demonstrations and online episodes apart.
+    """Chunk transitions of a ring, demonstrations and online episodes apart; used as a View (replay.views).
 
     horizon: ticks of a chunk that the actor executes before it asks again. demo_share: of each batch, while both
     sources hold something.
@@ -128,7 +126,6 @@ class TransitionView:
         self.reward_range = (float("inf"), float("-inf"))  # lowest and highest reward of a tick
 
     def attach(self, ring: RingReader) -> None:
-        """Read from this ring; a new one starts the view over."""
         if ring is not self._ring:
             self._ring = ring
             self.clear()
@@ -141,7 +138,6 @@ class TransitionView:
         return len(self._index[source])
 
     def refresh(self) -> int:
-        """Take in the episodes committed since the last call; returns how many."""
         rows = self._ring.episodes(self._next_row)
         for row in rows:  # a demonstration that moved comes again, and what it left is dropped below
             self._next_row = row.row + 1
@@ -186,9 +182,7 @@ class TransitionView:
         demo, online = self.count("demo"), self.count("online")
         if not demo and not online:
             raise ValueError("the view holds no transition yet")
-        if not demo or not online:
-            return b if demo else 0
-        return round(b * self.demo_share)
+        return round(b * self.demo_share) if demo and online else b if demo else 0
 
     def _bounds(self, index: ChunkIndex) -> np.ndarray:
         """bool[n]: is the return that followed a lower bound of the best value?

@@ -8,6 +8,7 @@ newly committed episodes from the ring (replay.ring) and asks the acceptance rul
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -105,11 +106,10 @@ class ChunkView:
         self._ordinal = np.zeros(0, np.int64)
         self.accepted: dict[str, int] = {"demo": 0, "online": 0}
         self.seen: dict[str, int] = {"demo": 0, "online": 0}
-        self.reasons: dict[str, int] = {}
+        self.reasons: Counter[str] = Counter()
         self._book.clear()
 
     def attach(self, ring: RingReader) -> None:
-        """Read from this ring; a new one (the gateway restarted) starts the view over."""
         if ring is not self._ring:
             self._ring = ring
             self.clear()
@@ -118,7 +118,6 @@ class ChunkView:
         return len(self._frames)
 
     def refresh(self) -> int:
-        """Take in the episodes committed since the last call; returns how many."""
         rows = self._ring.episodes(self._next_row)
         for row in sorted(rows, key=lambda row: row.ordinal):  # a demonstration that moved comes late
             try:
@@ -127,17 +126,15 @@ class ChunkView:
                 continue
         if rows:
             self._next_row = rows[-1].row + 1
-            self._drop_before(self._ring.first_valid)
+            self._keep(self._frames[:, 0] >= self._ring.first_valid)
         return len(rows)
 
     def ready(self, mode: str, min_accepted: int) -> bool:
-        """Is there enough to train on in a stage of this mode?"""
         return len(self) > 0 and (mode != "online" or self.accepted["online"] >= min_accepted)
 
     def problem(self, mode: str, min_accepted: int) -> str | None:
-        """What is wrong with the data of a stage of this mode, in words; None while nothing is."""
-        seen, accepted = (self.seen, self.accepted)
-        if mode == "online" and seen["online"] >= max(PATIENCE_EPISODES, min_accepted) and not accepted["online"]:
+        seen = self.seen
+        if mode == "online" and seen["online"] >= max(PATIENCE_EPISODES, min_accepted) and not self.accepted["online"]:
             return f"all {seen['online']} online episodes were rejected ({self._rejections()}): nothing to learn from"
         if mode == "train" and not sum(seen.values()):
             return "this run holds no episodes yet: record demonstrations first (run_learner_data_collection.sh)"
@@ -149,7 +146,6 @@ class ChunkView:
         return ", ".join(f"{reason}: {n}" for reason, n in self.reasons.items() if reason != "accepted" and n)
 
     def counts(self) -> dict[str, float]:
-        """For the log."""
         known = {"replay/chunks": float(len(self)), "replay/accepted_online": float(self.accepted["online"])}
         threshold = self._book.threshold
         return known if threshold is None else known | {"replay/threshold": threshold.value}
@@ -163,10 +159,10 @@ class ChunkView:
         self._last_ordinal = row.ordinal
         selection, (verdict, *overturned) = self._book.judge(row.ordinal, row.mode, row.success, columns)
         self._on_verdict(verdict)
-        self.seen[row.mode] = self.seen.get(row.mode, 0) + 1
-        self.reasons[verdict.reason] = self.reasons.get(verdict.reason, 0) + 1
+        self.seen[row.mode] += 1
+        self.reasons[verdict.reason] += 1
         if selection.accepted:
-            self.accepted[row.mode] = self.accepted.get(row.mode, 0) + 1
+            self.accepted[row.mode] += 1
             self._admit(row, selection)
             if row.mode == "demo":
                 self._demonstrations[row.ordinal] = selection
@@ -194,11 +190,8 @@ class ChunkView:
         self._on_verdict(verdict)
         self.accepted[verdict.mode] -= 1
         self.reasons["accepted"] -= 1
-        self.reasons[verdict.reason] = self.reasons.get(verdict.reason, 0) + 1
+        self.reasons[verdict.reason] += 1
         self._keep(self._ordinal != verdict.ordinal)
-
-    def _drop_before(self, first_frame: int) -> None:
-        self._keep(self._frames[:, 0] >= first_frame)
 
     def _keep(self, keep: np.ndarray) -> None:
         if not keep.all():
@@ -214,7 +207,7 @@ class ChunkView:
             try:
                 return self._gather(rows)
             except Evicted:
-                self._drop_before(self._ring.first_valid)
+                self._keep(self._frames[:, 0] >= self._ring.first_valid)
 
     def _gather(self, rows: np.ndarray) -> ChunkBatch:
         frames = self._frames[rows]
