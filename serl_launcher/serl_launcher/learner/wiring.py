@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from serl_launcher.agents.build import build_agent, build_policy
 from serl_launcher.learner.data import TrainingData
@@ -31,6 +31,7 @@ from serl_launcher.learner.trainer import Trainer, TrainerSettings
 from serl_launcher.policies.base import FlowPolicy
 from serl_launcher.policies.parameter_table import parameter_table
 from serl_launcher.replay.build import build_view
+from serl_launcher.run.config import task_spec
 from serl_launcher.run.internal import InternalClient
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.metrics import MetricsWriter
@@ -48,7 +49,7 @@ def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient) -> 
     torch.set_num_threads(settings.threads)
     torch.manual_seed(cfg.seed)
     rng = np.random.default_rng(cfg.seed)
-    spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
+    spec = task_spec(cfg)
     policy = build_policy(cfg, spec)
     learner = build_learner(cfg, policy, spec)
     view, verdicts = build_view(cfg, paths, spec, policy.action_horizon)

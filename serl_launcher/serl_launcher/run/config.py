@@ -9,9 +9,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from serl_transport.contract.specs import TaskSpec
+
 
 def read_config(path: Path, *needed: str) -> DictConfig:
     """The config, with these dotted keys in it. ValueError names the file, and the line or key; OSError: unreadable."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: expected a run's folder, for example runs/quickstart")
     try:
         config = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
@@ -26,3 +30,8 @@ def read_config(path: Path, *needed: str) -> DictConfig:
         if value is None:
             raise ValueError(f"{path}: {key} is missing; is it the config of a run?")
     return config
+
+
+def task_spec(config: DictConfig) -> TaskSpec:
+    """`task.spec` of a config. ValueError names what is wrong with it."""
+    return TaskSpec.from_dict(OmegaConf.to_container(config.task.spec, resolve=True))
