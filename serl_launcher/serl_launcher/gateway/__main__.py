@@ -4,8 +4,6 @@ Exit codes: 0 after a signal, 1 when the authenticator failed (the supervisor st
 user (said in one line).
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 import sys

@@ -8,8 +8,6 @@
 One thread owns all of it; the journal's thread only writes and posts back. Nothing here waits for a disk or a peer.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from typing import Any

@@ -9,8 +9,6 @@ The policy server registers by its `serving` report, once a second. When it fall
 place, whatever is in flight is answered with `not_ready`, so that no actor waits for a dead process.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import time

@@ -5,8 +5,6 @@
 Owned by the loop's thread; the bound is the actors' own windows of unacknowledged items.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import Counter

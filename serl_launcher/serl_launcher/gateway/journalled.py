@@ -4,8 +4,6 @@ Everything derived (ring, ledger, what was seen) is a function of the journal: `
 sockets are served. Owned by the loop's thread.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import deque

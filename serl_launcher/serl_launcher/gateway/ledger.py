@@ -4,8 +4,6 @@ Derived from the journal: rewritten at the gateway's start, appended to while it
 tickets and the status document read it; so do people, with any tool that reads JSON lines.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -49,7 +47,7 @@ class LedgerRow:
     end_time: float  # unix s, journalled by the gateway
 
     @staticmethod
-    def of(closed: ClosedEpisode, episode: Episode) -> LedgerRow:
+    def of(closed: ClosedEpisode, episode: Episode) -> "LedgerRow":
         """The line of a closed episode."""
         arrays, info, outcome = episode.arrays, episode.info, episode.outcome
         versions = arrays["policy_version"]

@@ -4,8 +4,6 @@ The trainer writes params/ (serl_launcher.run.parameters); the gateway only read
 kept mapped, so that the trainer may prune it meanwhile, and sent straight from the page cache.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 from collections import OrderedDict

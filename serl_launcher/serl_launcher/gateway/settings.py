@@ -1,7 +1,5 @@
 """What the gateway reads of config.yaml, validated once, by `__main__`; a mistake becomes one line for the user."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ class GatewaySettings:
     dead_actor_s: float  # gateway.dead_actor_s: an actor silent this long is taken for dead
 
     @staticmethod
-    def load(path: Path) -> GatewaySettings:
+    def load(path: Path) -> "GatewaySettings":
         """Read config.yaml. ValueError names the key or file."""
         try:
             cfg = OmegaConf.to_container(read_config(path), resolve=True)
@@ -42,7 +40,7 @@ class GatewaySettings:
         return GatewaySettings.of(cfg)  # type: ignore[arg-type]
 
     @staticmethod
-    def of(cfg: dict[str, Any]) -> GatewaySettings:
+    def of(cfg: dict[str, Any]) -> "GatewaySettings":
         """From the resolved config as plain dicts."""
         spec = TaskSpec.from_dict(_need(cfg, "task.spec"))
         capacity = _number(cfg, "replay.capacity_frames", 2)

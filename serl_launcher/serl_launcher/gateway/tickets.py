@@ -6,8 +6,6 @@ A ticket lives from its issue until its episode is in the ledger. It is void whe
 the actor has asked for the next one and the episode has not come for `grace_s`; its seed is then issued again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Set

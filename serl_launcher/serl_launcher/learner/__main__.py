@@ -3,8 +3,6 @@
 Exit 0: done or stopped. Exit 2: a mistake in config or checkpoint, said in one line.
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 import sys

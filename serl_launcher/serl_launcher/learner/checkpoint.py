@@ -4,8 +4,6 @@
 (counters, random states, stage progress, policy version) and manifest.json: without it a folder never existed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The replay as the trainer sees it: attached to the gateway's ring, asked for readiness, sampled."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from serl_launcher.replay.learning import LearningBatch

@@ -3,8 +3,6 @@
 tools/preflight.py prints them. Only metadata is read, no image is decoded.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

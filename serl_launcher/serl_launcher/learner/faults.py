@@ -4,8 +4,6 @@ The trainer reports each step to `Faults`. Whatever happens, the policy server g
 published: nothing of a refused step is kept, and a bad step is never published.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 

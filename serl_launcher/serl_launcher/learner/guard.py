@@ -4,8 +4,6 @@ status.eval ─▶ EvaluationWatch.look ─▶ Fall ─▶ RollbackGuard: best p
                      └ a new best: its parameters are kept in params/kept.safetensors
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -4,8 +4,6 @@ Read beside a LeRobot dataset (`meta/modality.json`) by examples/train_sft.py. R
 are dims 0 … 4. A part's name becomes the names of its dims, `arm.0 … arm.4`.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ class Modality:
         )
 
     @classmethod
-    def read(cls, dataset: Path) -> Modality | None:
+    def read(cls, dataset: Path) -> "Modality | None":
         """`meta/modality.json` of a dataset, None where there is none. Raises ValueError naming what is wrong."""
         path = Path(dataset) / "meta" / "modality.json"
         if not path.is_file():

@@ -4,8 +4,6 @@ examples/train_sft.py and the tests call `train`. The agent, its loss and the le
 where batches come from differs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,7 @@ class Columns:
     action: list[tuple[str, slice]]
 
     @classmethod
-    def plain(cls, spec: TaskSpec) -> Columns:
+    def plain(cls, spec: TaskSpec) -> "Columns":
         """LeRobot's own names."""
         whole = slice(None)
         return cls(

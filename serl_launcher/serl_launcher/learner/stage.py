@@ -6,8 +6,6 @@ The bound keeps the trainer from wearing a small replay out. The idea is the rat
 2102.04736), with one side only: actors are never held back by the trainer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ policy ─▶ agent ─▶ learner ─┬─▶ publisher ─▶ checkpoints ─
 ring ─▶ view ─▶ data ───────┴────────────────────────────────────────────────────────┘
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import fields

@@ -6,8 +6,6 @@ back, and get the same episodes with the same ordinals. Nothing here looks at a 
     entry ─▶ seen before? drop ─▶ open episode: batches by first tick ─▶ gapless and final, or closed ─▶ ClosedEpisode
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 

@@ -1,7 +1,5 @@
 """The view that an algorithm samples from, out of a run's config. Called by the trainer when it starts."""
 
-from __future__ import annotations
-
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 

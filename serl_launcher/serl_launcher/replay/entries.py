@@ -4,8 +4,6 @@ The gateway encodes, everyone who replays the journal decodes. A payload is `blo
 head, and for a step batch the very frames the actor sent, so that a checksum of the one is a checksum of the other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +42,7 @@ class DataEntry:
     frames: codec.Frames = field(repr=False, compare=False)  # the item's body as it was sent
 
     @staticmethod
-    def of(actor_id: str, boot_id: str, seq: int, frames: codec.Frames, spec: TaskSpec) -> DataEntry:
+    def of(actor_id: str, boot_id: str, seq: int, frames: codec.Frames, spec: TaskSpec) -> "DataEntry":
         """Validate an item. BadFrame when it is malformed, SchemaMismatch when it breaks the task's spec."""
         body = codec.unpack(frames)
         item = body["item"] if set(body) == {"item"} else body

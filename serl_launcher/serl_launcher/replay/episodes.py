@@ -1,7 +1,5 @@
 """Episodes of a run's journal, in ordinal order: how the gateway, the exporter and whoever learns later read it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

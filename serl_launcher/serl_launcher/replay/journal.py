@@ -7,8 +7,6 @@ writes. A torn tail of the newest segment is what a kill leaves and ends the rea
 front of anything known to have been synced, is corruption and raises JournalCorrupt.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 import zlib

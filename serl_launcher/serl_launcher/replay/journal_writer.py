@@ -7,8 +7,6 @@ The queue is bounded by the actors' windows of unacknowledged items; the thread 
 A group that fails is cut off the file again, so that what follows a full disk is a valid journal.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import logging

@@ -3,8 +3,6 @@
 Both views read one ring. The trainer asks `ready` before a stage's steps and `sample` for each.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -6,8 +6,6 @@ What learns reads episodes through `Relabelled.correct`: the views over the ring
 The journal, and with it the dataset and episodes.jsonl, keeps what was recorded.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace

@@ -11,8 +11,6 @@ An episode of n ticks takes n+1 consecutive absolute frame numbers; slot = frame
 of an episode only the observation means anything. The counters are aligned 8-byte words, written once each.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

@@ -4,8 +4,6 @@
 four committed counters, the frame arrays, the episode table. A reader needs nothing but the file's path.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping
@@ -66,7 +64,7 @@ class RingLayout:
         self.total_bytes = _aligned(offset + self.table.nbytes)
 
     @classmethod
-    def read(cls, path: Path) -> RingLayout:
+    def read(cls, path: Path) -> "RingLayout":
         """Of an existing file; RingError when it is gone, or no ring of this version."""
         try:
             with path.open("rb") as file:

@@ -4,8 +4,6 @@ The chunk view (replay.views) asks it about the ring's episodes, tools/reaccept.
 episodes in the same order get the same verdicts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace

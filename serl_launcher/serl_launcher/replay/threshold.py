@@ -5,8 +5,6 @@ acceptance ledger, so that replaying a run gives the same thresholds again. yaml
 one the rule's own `min_return` holds for ever.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Mapping
 from typing import Protocol

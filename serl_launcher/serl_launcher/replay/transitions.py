@@ -10,8 +10,6 @@ A chunk never runs into the next episode. An episode that ended by a time limit 
 observation (Pardo et al., 1712.00378). Half of a batch comes from demonstrations (RLPD, Ball et al., 2302.02948).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -58,14 +56,14 @@ class ChunkIndex:
     def __len__(self) -> int:
         return len(self.start)
 
-    def take(self, rows: np.ndarray) -> ChunkIndex:
+    def take(self, rows: np.ndarray) -> "ChunkIndex":
         return ChunkIndex(*(getattr(self, f.name)[rows] for f in fields(self)))
 
-    def join(self, other: ChunkIndex) -> ChunkIndex:
+    def join(self, other: "ChunkIndex") -> "ChunkIndex":
         return ChunkIndex(*(np.concatenate([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
 
     @classmethod
-    def empty(cls) -> ChunkIndex:
+    def empty(cls) -> "ChunkIndex":
         dtypes = (np.int64, np.int64, np.int64, np.float32, bool, np.float32, bool)
         return cls(*(np.zeros(0, dtype) for dtype in dtypes))
 

@@ -4,8 +4,6 @@ The chunk view (replay.views) reports verdicts; the trainer keeps them in runs/<
 be made again from the journal, with the run's rule or with another one (tools/reaccept.py).
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path

@@ -6,8 +6,6 @@ A view holds indices and gathers batches by them: nothing is copied or deleted w
 newly committed episodes from the ring (replay.ring) and asks the acceptance rule about each.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

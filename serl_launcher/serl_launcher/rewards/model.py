@@ -4,8 +4,6 @@ Two kinds share it: `outcome` (classes: not yet, success) and `process` (n stage
 rewards.training, served by rewards.server, audited by tools/audit_reward.py.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

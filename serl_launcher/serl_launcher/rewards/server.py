@@ -9,8 +9,6 @@ Same transport, handshake, limits and keys as the gateway. Request `reward`:
 Verdicts over an episode (patience, stages) are the actor's: the server keeps nothing of anybody.
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 from pathlib import Path

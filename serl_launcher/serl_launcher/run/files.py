@@ -1,7 +1,5 @@
 """Files that other processes read while they change: written beside, then renamed. Every role writes them so."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

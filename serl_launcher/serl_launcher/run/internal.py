@@ -7,8 +7,6 @@ A role outlives the gateway: calls are retried on a fresh socket until the patie
 registered again by its next `serving`. Torch-free, like everything here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

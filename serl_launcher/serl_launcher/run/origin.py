@@ -3,8 +3,6 @@
 flowserl_cli.compose calls `settle_policy`, torch-free, before either side starts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ The trainer publishes; the policy server watches `latest.json` and swaps; the ga
 with a local policy. Only trainable tensors travel, with a hash of the frozen rest: both sides know they share a base.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -35,7 +33,7 @@ class PublishedVersion:
     time: float  # unix seconds of publishing
 
     @classmethod
-    def read(cls, params_dir: Path) -> PublishedVersion | None:
+    def read(cls, params_dir: Path) -> "PublishedVersion | None":
         """The newest version, or None before the first."""
         try:
             return cls(**json.loads((params_dir / "latest.json").read_text()))

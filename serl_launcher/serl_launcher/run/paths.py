@@ -3,8 +3,6 @@
 Every role gets the run folder and finds the rest here. `internal_endpoint` names the gateway's socket for the roles.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tempfile

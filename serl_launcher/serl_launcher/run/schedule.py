@@ -3,8 +3,6 @@
 `schedule.stages` in yaml becomes a tuple of Stage; the gateway calls `current_stage` whenever a count changes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
