@@ -98,10 +98,13 @@ class ChunkView:
         """Forget every index; the next `refresh` rebuilds them from the ring."""
         self._next_row, self._last_ordinal = 0, -1
         self._demonstrations: dict[int, Selection] = {}  # accepted ones by ordinal: the ring may move them
-        self._frames = np.zeros((0, self._horizon), np.int64)  # absolute frame of each chunk tick, clipped at the end
-        self._is_pad = np.zeros((0, self._horizon), bool)
-        self._demo = np.zeros(0, bool)
-        self._ordinal = np.zeros(0, np.int64)
+        chunk = [
+            ("frames", np.int64, (self._horizon,)),  # absolute frame of each tick, clipped at the episode's end
+            ("is_pad", bool, (self._horizon,)),
+            ("demo", bool),
+            ("ordinal", np.int64),
+        ]
+        self._chunks = np.zeros(0, chunk)
         self.accepted: dict[str, int] = {"demo": 0, "online": 0}
         self.seen: dict[str, int] = {"demo": 0, "online": 0}
         self.reasons: Counter[str] = Counter()
@@ -113,7 +116,7 @@ class ChunkView:
             self.clear()
 
     def __len__(self) -> int:
-        return len(self._frames)
+        return len(self._chunks)
 
     def refresh(self) -> int:
         rows = self._ring.episodes(self._next_row)
@@ -124,7 +127,7 @@ class ChunkView:
                 continue
         if rows:
             self._next_row = rows[-1].row + 1
-            self._keep(self._frames[:, 0] >= self._ring.first_valid)
+            self._drop_evicted()
         return len(rows)
 
     def ready(self, mode: str, min_accepted: int) -> bool:
@@ -170,7 +173,7 @@ class ChunkView:
     def _follow(self, row: EpisodeRow) -> None:
         """A demonstration that was judged before lies elsewhere now."""
         if selection := self._demonstrations.get(row.ordinal):
-            self._keep(self._ordinal != row.ordinal)
+            self._chunks = self._chunks[self._chunks["ordinal"] != row.ordinal]
             self._admit(row, selection)
 
     def _admit(self, row: EpisodeRow, selection: Selection) -> None:
@@ -178,10 +181,10 @@ class ChunkView:
         starts = np.flatnonzero(selection.starts)
         steps = starts[:, None] + np.arange(self._horizon)
         inside = np.minimum(steps, n - 1)
-        self._frames = np.concatenate([self._frames, row.first_frame + inside])
-        self._is_pad = np.concatenate([self._is_pad, (steps >= n) | ~selection.labels[inside]])
-        self._demo = np.concatenate([self._demo, np.full(len(starts), row.mode == "demo")])
-        self._ordinal = np.concatenate([self._ordinal, np.full(len(starts), row.ordinal)])
+        chunks = np.zeros(len(starts), self._chunks.dtype)
+        chunks["frames"], chunks["is_pad"] = row.first_frame + inside, (steps >= n) | ~selection.labels[inside]
+        chunks["demo"], chunks["ordinal"] = row.mode == "demo", row.ordinal
+        self._chunks = np.concatenate([self._chunks, chunks])
 
     def _expel(self, verdict: Verdict) -> None:
         """An accepted episode is imitated no longer."""
@@ -189,26 +192,23 @@ class ChunkView:
         self.accepted[verdict.mode] -= 1
         self.reasons["accepted"] -= 1
         self.reasons[verdict.reason] += 1
-        self._keep(self._ordinal != verdict.ordinal)
+        self._chunks = self._chunks[self._chunks["ordinal"] != verdict.ordinal]
 
-    def _keep(self, keep: np.ndarray) -> None:
-        if not keep.all():
-            self._frames, self._is_pad = self._frames[keep], self._is_pad[keep]
-            self._demo, self._ordinal = self._demo[keep], self._ordinal[keep]
+    def _drop_evicted(self) -> None:
+        self._chunks = self._chunks[self._chunks["frames"][:, 0] >= self._ring.first_valid]
 
     def sample(self, rng: np.random.Generator, b: int) -> ChunkBatch:
         """b chunks drawn uniformly over the accepted starts. Raises ValueError when there are none."""
         while True:
             if not len(self):
                 raise ValueError("the view holds no accepted tick yet")
-            rows = rng.integers(0, len(self), b)
             try:
-                return self._gather(rows)
+                return self._gather(self._chunks[rng.integers(0, len(self), b)])
             except Evicted:
-                self._keep(self._frames[:, 0] >= self._ring.first_valid)
+                self._drop_evicted()
 
-    def _gather(self, rows: np.ndarray) -> ChunkBatch:
-        frames = self._frames[rows]
+    def _gather(self, chunks: np.ndarray) -> ChunkBatch:
+        frames, demo = chunks["frames"], chunks["demo"].copy()
         images = {camera: f"observation.images.{camera}" for camera in self._cameras}
         first = self._ring.gather(frames[:, 0], [*images.values(), "observation.state", "intervention"])
         chunk = self._ring.gather(frames, ["action"])["action"]
@@ -216,10 +216,10 @@ class ChunkView:
             images={camera: first[key] for camera, key in images.items()},
             state=first["observation.state"],
             action=chunk,
-            is_pad=self._is_pad[rows],
-            demo=self._demo[rows],
+            is_pad=chunks["is_pad"].copy(),
+            demo=demo,
             operator=first["intervention"],
-            weight=self._weights[np.where(self._demo[rows], 0, np.where(first["intervention"], 2, 1))],
+            weight=self._weights[np.where(demo, 0, np.where(first["intervention"], 2, 1))],
         )
 
 
