@@ -69,8 +69,7 @@ class Item:
     first_tick: int
     n: int
     crc32: int  # of the frames as sent, as in the ledger
-    version_first: int  # lowest and highest policy version in it, -1 aside; -1: no policy drove
-    version_last: int
+    versions: np.ndarray  # int64[≤ n], policy versions of the ticks that a policy drove
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +154,10 @@ def read_journal(
             key = (entry.boot_id, entry.seq)
             if key in items:
                 report.problem("journalled twice", f"boot {key[0]} seq {key[1]}")
-            items[key] = describe(entry)
-            ticks += entry.batch.n
+            batch, versions = entry.batch, entry.batch.arrays["policy_version"]
+            where = (entry.actor_id, batch.episode.episode_id, batch.first_tick, batch.n)
+            items[key] = Item(*where, entry.crc32, versions[versions >= 0])
+            ticks += batch.n
         for closed in assembler.apply(entry, record.time_ns):
             episode = closed.build()
             kept[closed.ordinal] = Kept(
@@ -181,17 +182,6 @@ def _check_ticks(ticks: int, kept: dict[int, Kept], assembler: Assembler, report
         report.problem("ticks twice", f"closed and open episodes hold {-waiting} ticks more than the journal")
 
 
-def describe(entry: DataEntry) -> Item:
-    """The item without its arrays."""
-    batch = entry.batch
-    versions = batch.arrays["policy_version"]
-    versions = versions[versions >= 0]
-    first, last = (int(versions[0]), int(versions[-1])) if len(versions) else (-1, -1)
-    if (np.diff(versions) < 0).any():
-        first = int(versions.max()) + 1  # a fall inside the batch: reported by check_versions
-    return Item(entry.actor_id, batch.episode.episode_id, batch.first_tick, batch.n, entry.crc32, first, last)
-
-
 def check_acknowledged(
     acknowledged: dict[tuple[str, int], dict[str, Any]], items: dict[tuple[str, int], Item], report: Report
 ) -> None:
@@ -212,15 +202,11 @@ def check_versions(items: dict[tuple[str, int], Item], report: Report) -> None:
     newest: dict[str, int] = {}
     for boot, seq in sorted(items):
         item = items[boot, seq]
-        if item.version_first < 0:
-            continue
-        if item.version_first > item.version_last or item.version_first < newest.get(boot, -1):
-            report.problem(
-                "policy version fell",
-                f"actor {item.actor} boot {boot} seq {seq}: version {item.version_last} after "
-                f"{max(newest.get(boot, -1), item.version_first)}",
-            )
-        newest[boot] = item.version_last
+        versions = [newest.get(boot, -1), *item.versions.tolist()]
+        if versions != sorted(versions):
+            where = f"actor {item.actor} boot {boot} seq {seq}"
+            report.problem("policy version fell", f"{where}: version {versions[-1]} after {max(versions)}")
+        newest[boot] = versions[-1]
 
 
 def check_dataset(

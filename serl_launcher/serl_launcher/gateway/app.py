@@ -64,6 +64,8 @@ class Gateway:
             spec=settings.spec,
             run=settings.run,
         )
+        bound = self.server.config
+        self.port, self.broadcast_port = bound.port_number, bound.broadcast_port  # of actors, of notifications
         try:
             self._compose()
         except BaseException:
@@ -91,7 +93,7 @@ class Gateway:
         self._announce_params()
         server.loop.every(0.25, self._announce_params)
         server.loop.every(1.0, self._every_second)
-        server.loop.every(60.0, self.ingest.report_problems)
+        server.loop.every(60.0, self.ingest.problems.report)
 
     def _register_handlers(self) -> None:
         server, roles = self.server, self._roles
@@ -106,16 +108,6 @@ class Gateway:
         roles.handle("serving", self._serving)
         roles.handle(INFER, self.forwarder.infer_for_role, raw=True)
         roles.handle(INFER_REPLY, self.forwarder.answered, raw=True)
-
-    @property
-    def port(self) -> int:
-        """Where actors connect."""
-        return self.server.config.port_number
-
-    @property
-    def broadcast_port(self) -> int:
-        """Where notifications come from."""
-        return self.server.config.broadcast_port
 
     def run(self) -> None:
         """Serve until `stop`, then leave a whole journal and a last status behind."""

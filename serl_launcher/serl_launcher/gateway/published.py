@@ -5,7 +5,6 @@ kept mapped, so that the trainer may prune it meanwhile, and sent straight from 
 """
 
 import mmap
-import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -62,17 +61,11 @@ class PublishedParams:
             if version != self.version:
                 raise Refused(f"version {version!r} is not held, the newest is {self.version}")
             try:
-                blob = map_file(self._dir / self._latest["file"])
+                with (self._dir / self._latest["file"]).open("rb") as file:  # only ever replaced, never changed
+                    blob = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
             except FileNotFoundError:
                 raise NotReady(f"version {version} is being replaced, ask again") from None
             self._open[version] = Offer.of(version, blob, self._latest["sha256"])
             while len(self._open) > KEEP_OPEN:
                 self._open.popitem(last=False)
         return self._open[version]
-
-
-def map_file(path: Path) -> memoryview:
-    """The bytes of a file that never changes (it is only ever replaced), straight from the page cache."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b"")

@@ -45,13 +45,8 @@ class TicketOffice:
         self._run_seed = run_seed
         self._grace_s = grace_s
         self._alive = alive
-        self._live: dict[str, Ticket] = {}
+        self._live: dict[str, Ticket] = {}  # whose episode is not in the ledger yet
         self._issued: dict[str, int] = {}  # stage name -> seeds drawn so far
-
-    @property
-    def live(self) -> tuple[Ticket, ...]:
-        """Tickets whose episode is not in the ledger yet."""
-        return tuple(self._live.values())
 
     def restore(self, ticket: Ticket) -> None:
         """An episode that was open when the gateway was killed."""

@@ -62,6 +62,7 @@ class _RingFile:
     def __init__(self, path: Path, layout: RingLayout, access: int) -> None:
         self.path = path
         self.layout = layout
+        self.capacity = layout.capacity  # observation slots
         flags = os.O_RDWR if access == mmap.ACCESS_WRITE else os.O_RDONLY
         fd = os.open(path, flags)
         try:
@@ -71,11 +72,6 @@ class _RingFile:
         self._counters = np.frombuffer(self._map, np.int64, 4, COUNTERS_OFFSET)
         self._arrays = {key: self._view(place) for key, place in layout.arrays.items()}
         self._table = self._view(layout.table)
-
-    @property
-    def capacity(self) -> int:
-        """Observation slots."""
-        return self.layout.capacity
 
     @property
     def head(self) -> int:

@@ -66,7 +66,8 @@ class Supervisor:
         try:
             for child in self._children:
                 child.start()
-            self._screen.event(f"learner of run {self._paths.root.name}: {self._pids()}; logs in {self._paths.logs}")
+            pids = ", ".join(f"{child.spec.name} {child.pid}" for child in self._children)
+            self._screen.event(f"learner of run {self._paths.root.name}: {pids}; logs in {self._paths.logs}")
             code = self._loop()
         finally:
             self._stop_all()
@@ -89,7 +90,8 @@ class Supervisor:
                 status = read_json(self._paths.status)
                 if status and now >= next_dashboard:
                     next_dashboard = now + self._period_s
-                    self._show(status)
+                    lines = render_status(status) if self._screen.is_terminal else [render_line(status)]
+                    self._screen.dashboard(lines)
                 if status and status.get("done") and self._ends:
                     self._screen.event("every stage is done")
                     return DONE
@@ -143,21 +145,14 @@ class Supervisor:
                 child.stop(hurry=lambda: self._signal is not None)
         self._signal = self._signal or first
 
-    def _show(self, status: dict[str, Any]) -> None:
-        self._screen.dashboard(render_status(status) if self._screen.is_terminal else [render_line(status)])
-
     def _sum_up(self) -> None:
         from serl_launcher.telemetry.summary import write_summary
 
-        write_summary(self._paths.root)
-        rows = json.loads(self._paths.summary.read_text(encoding="utf-8"))
-        width = max(map(len, rows), default=0)
+        rows = write_summary(self._paths.root)
+        width = max(map(len, rows))
         table = "\n".join(f"  {key:<{width}}  {_short(value)}" for key, value in rows.items())
         self._screen.plain(f"run {self._paths.root.name} is complete\n{table}")
         self._screen.plain(f"  {self._paths.summary}\n  {self._paths.learning_curve}")
-
-    def _pids(self) -> str:
-        return ", ".join(f"{child.spec.name} {child.pid}" for child in self._children)
 
     def _on_signal(self, signum: int, _frame: object) -> None:
         self._signal = signum

@@ -79,10 +79,6 @@ class RunHistory:
         """Unix s of the last one."""
         return max((stage.end_time for stage in self.stages), default=0.0)
 
-    def stage(self, name: str) -> StageRecord | None:
-        """The stage of that name, if it took place."""
-        return next((stage for stage in self.stages if stage.name == name), None)
-
 
 def read_history(run_dir: Path) -> RunHistory:
     """Read a run folder. ValueError when it holds no config.yaml or a line cannot be understood."""

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from serl_launcher.run.files import write_text
 from serl_launcher.run.paths import RunPaths
 
@@ -40,7 +42,6 @@ class MetricsWriter:
         row = {key: value if isinstance(value, str) else float(value) for key, value in metrics.items()}
         if self._file is None:
             self._open(step)
-        assert self._file is not None
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
@@ -109,7 +110,7 @@ def _start_wandb(paths: RunPaths, cfg: Mapping[str, Any]) -> Any:
             resume="allow",
             dir=str(paths.metrics),
             mode=mode,  # type: ignore[arg-type]
-            config=_plain(cfg),
+            config=OmegaConf.to_container(OmegaConf.create(cfg), resolve=True),
             settings=wandb.Settings(console="off"),
         )
     except (wandb.Error, OSError) as error:
@@ -120,9 +121,3 @@ def _start_wandb(paths: RunPaths, cfg: Mapping[str, Any]) -> Any:
     if mode == "offline":
         _log.info("W&B is offline (no WANDB_API_KEY): `wandb sync %s/wandb/offline-run-*` uploads it", paths.metrics)
     return run
-
-
-def _plain(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    from omegaconf import DictConfig, OmegaConf
-
-    return OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)  # type: ignore[return-value]
