@@ -89,7 +89,6 @@ def judge(said: np.ndarray, card: RewardCard) -> tuple[float, int | None]:
 
 
 def main(argv: list[str]) -> int:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--model", type=Path, help="folder of the classifier; <run>/reward")

@@ -101,7 +101,6 @@ def changes(before: Iterable[Verdict], after: Iterable[Verdict]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("overrides", nargs="*", help="rule=<name>, algo.rule.<key>=<value>, algo.threshold=…")

@@ -66,7 +66,6 @@ def episodes(root: Path) -> list[dict[str, Any]]:
 
 
 def episode_table(root: Path) -> str:
-    """One line per episode."""
     rows = [[str(row.get(name, "")) for name in COLUMNS] for row in episodes(root)]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -4,14 +4,11 @@ The rows of the episodes files are the record. `DatasetState` is their sum: the 
 it, recovery adds up all of them.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from serl_launcher.exporter.features import dataset_features, frame_rate
 from serl_launcher.exporter.layout import (
@@ -28,7 +25,6 @@ from serl_transport.contract.specs import TaskSpec
 
 CODEBASE_VERSION = "v3.0"
 Row = dict[str, Any]  # of an episodes file
-_PANDAS_COLUMNS = (("task_index", "int64", "int64"), ("task", "unicode", "object"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +63,11 @@ def write_derived(root: Path, spec: TaskSpec, video: bool, state: DatasetState) 
 
 
 def write_tasks(root: Path, tasks: list[str]) -> None:
-    """meta/tasks.parquet: a pandas frame indexed by the prompt, written without pandas."""
-    columns = [
-        {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": numpy, "metadata": None}
-        for name, kind, numpy in _PANDAS_COLUMNS
-    ]
-    pandas = {"index_columns": ["task"], "column_indexes": [], "columns": columns, "pandas_version": "2.3.3"}
-    schema = pa.schema([("task_index", pa.int64()), ("task", pa.string())], metadata={"pandas": json.dumps(pandas)})
-    table = pa.table({"task_index": list(range(len(tasks))), "task": tasks}, schema=schema)
-    write_whole(root / TASKS_PATH, lambda path: pq.write_table(table, path), durable=True)
+    """meta/tasks.parquet: a pandas frame indexed by the prompt, as LeRobot writes it."""
+    import pandas
+
+    frame = pandas.DataFrame({"task_index": range(len(tasks))}, index=pandas.Index(tasks, name="task", dtype=object))
+    write_whole(root / TASKS_PATH, frame.to_parquet, durable=True)
 
 
 def _info(spec: TaskSpec, video: bool, state: DatasetState) -> dict[str, Any]:

@@ -32,7 +32,6 @@ MISTAKES = (
 
 
 def main(argv: list[str]) -> int:
-    """Run the role."""
     if len(argv) != 1:
         print("usage: python -m serl_launcher.gateway <run_dir>", file=sys.stderr)
         return 2

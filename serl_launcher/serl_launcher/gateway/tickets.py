@@ -109,10 +109,8 @@ def training_seed(run_seed: int, stage: str, index: int) -> int:
 
 
 def wait(seconds: float, reason: str) -> dict[str, Any]:
-    """Ask again in a moment."""
     return {"action": "wait", "seconds": seconds, "reason": reason}
 
 
 def stop(reason: str) -> dict[str, Any]:
-    """Nothing left to do."""
     return {"action": "stop", "reason": reason}

@@ -24,7 +24,6 @@ class FaultBudget:
         self._in_a_row = self._taken_back = 0
 
     def good(self) -> None:
-        """A step was taken."""
         self._in_a_row = 0
 
     def after(self, can_go_back: bool) -> str:
@@ -61,7 +60,6 @@ class Faults:
             self.held = f"training holds: {fault}"
 
     def metrics(self) -> dict[str, float]:
-        """For the status."""
         return {"trainer/held": 1.0} if self.held else {}
 
 

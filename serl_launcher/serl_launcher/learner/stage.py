@@ -56,15 +56,12 @@ class StageProgress:
         return begins
 
     def finished(self, stage: TrainingStage) -> bool:
-        """Has the stage taken its steps?"""
         return self.taken(stage) >= stage.steps
 
     def taken(self, stage: TrainingStage) -> int:
-        """Steps so far."""
         return self.steps.get(stage.name, 0)
 
     def count(self, stage: TrainingStage) -> None:
-        """A step was taken."""
         self.steps[stage.name] = self.taken(stage) + 1
 
     def allows(self, stage: TrainingStage, experience: int) -> bool:
@@ -80,7 +77,6 @@ class StageProgress:
         return schedule.scale(self.taken(stage))
 
     def metrics(self, stage: TrainingStage, experience: int) -> dict[str, float]:
-        """For the log."""
         if stage.mode != "online":
             return {}
         return {"replay/updates_per_transition": self.taken(stage) / max(1, self._new(stage, experience))}
@@ -90,7 +86,6 @@ class StageProgress:
         return {"stage_steps": self.steps, "stage_start": self.began}
 
     def load(self, counts: Mapping[str, Any]) -> None:
-        """Inverse of `counts`."""
         self.steps, self.began = counts["stage_steps"], counts["stage_start"]
 
     def _new(self, stage: TrainingStage, experience: int) -> int:

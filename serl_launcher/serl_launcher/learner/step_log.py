@@ -30,7 +30,6 @@ class StepLog:
             self._pending = dict(metrics)
 
     def close(self) -> None:
-        """Flush."""
         self._writer.close()
 
 

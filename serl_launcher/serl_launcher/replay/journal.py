@@ -122,7 +122,6 @@ class JournalReader:
         return 0 if self._sequence is None else self._sequence + 1
 
     def close(self) -> None:
-        """Close the open segment."""
         if self._file is not None:
             os.close(self._file)
             self._file = None

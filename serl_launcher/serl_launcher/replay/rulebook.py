@@ -34,7 +34,6 @@ class RuleBook:
         self.clear()
 
     def clear(self) -> None:
-        """Forget every episode."""
         self._accepted_online: dict[int, Verdict] = {}  # by ordinal; a risen m may still reject them
         if self.threshold is not None:
             self.threshold.reset()

@@ -45,7 +45,6 @@ class RewardCard:
 
     @property
     def spec(self) -> TaskSpec:
-        """The task."""
         return TaskSpec.from_dict(self.task)
 
 

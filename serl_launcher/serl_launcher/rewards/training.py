@@ -57,7 +57,6 @@ class Labelled:
 
     @classmethod
     def of(cls, episodes: Sequence[LabelledEpisode]) -> "Labelled":
-        """Of the episodes' observations with a label."""
         keep = [e.label >= 0 for e in episodes]
         images = {
             camera: np.concatenate([e.images[camera][k] for e, k in zip(episodes, keep, strict=True)])
@@ -68,7 +67,6 @@ class Labelled:
         return cls(images, state, label, np.repeat([e.success for e in episodes], [k.sum() for k in keep]))
 
     def take(self, rows: np.ndarray) -> "Labelled":
-        """Those rows."""
         images = {c: x[rows] for c, x in self.images.items()}
         return Labelled(images, self.state[rows], self.label[rows], self.succeeds[rows])
 

@@ -41,7 +41,6 @@ class _Link:
         self._socket = self._connect()
 
     def close(self) -> None:
-        """Close the socket."""
         self._finish()
 
     def _connect(self) -> zmq.Socket:
@@ -80,7 +79,6 @@ class InternalClient(_Link):
         return self.call("role_hello", {"role": self.role, "pid": os.getpid()})
 
     def status(self) -> dict[str, Any]:
-        """The status document."""
         return self.call("status", {})
 
     def progress(

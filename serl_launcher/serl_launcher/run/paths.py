@@ -36,7 +36,6 @@ class RunPaths:
         return self.root / "spool" / unique_identifier
 
     def log(self, role: str) -> Path:
-        """Log of one role."""
         return self.logs / f"{role}.log"
 
     def starting(self, role: str) -> Path:
