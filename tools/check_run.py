@@ -115,12 +115,8 @@ def check(run_dir: Path, ledgers: list[Path] | None = None, live: bool = False, 
 
 def find_ledgers(run_dir: Path) -> list[Path]:
     """The ledgers of actors that ran in this folder."""
-    found = {
-        path
-        for pattern in ("**/*acknowledged*.jsonl", "**/ledger*.jsonl")
-        for path in (run_dir / "spool").glob(pattern)
-    }
-    return sorted(found)
+    spool = run_dir / "spool"
+    return sorted({*spool.rglob("*acknowledged*.jsonl"), *spool.rglob("ledger*.jsonl")})
 
 
 def read_ledger(path: Path) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:

@@ -10,6 +10,7 @@ One thread owns all of it; the journal's thread only writes and posts back. Noth
 
 import logging
 import time
+from functools import partial
 from typing import Any
 
 from serl_launcher.gateway.actors import Actors
@@ -84,7 +85,7 @@ class Gateway:
         self.ingest = Ingest(settings, paths, self.actors, self.journalled, reader, server.call_soon)
         self._restore_tickets()
         self._roles = server.add_router(internal_endpoint(paths.root))
-        self.forwarder = InferForwarder(self._roles, server.reply)
+        self.forwarder = InferForwarder(self._roles)
         self._stage = self._current_stage()
         self.operator = OperatorState(paths.root / "operator.json")
         self._exported: dict[str, Any] = {}
@@ -100,13 +101,13 @@ class Gateway:
         server.on_hello(self._hello)
         server.handle("heartbeat", self._heartbeat)
         server.handle("data", self.ingest.data, raw=True)
-        server.handle("infer", self.forwarder.infer, raw=True)
+        server.handle("infer", partial(self.forwarder.infer, server.reply), raw=True)
         server.handle("request", self._request)
         roles.handle("role_hello", self._role_hello)
         roles.handle("progress", self._progress)
         roles.handle("status", lambda peer, envelope, body: self.status())
         roles.handle("serving", self._serving)
-        roles.handle(INFER, self.forwarder.infer_for_role, raw=True)
+        roles.handle(INFER, partial(self.forwarder.infer, roles.reply), raw=True)
         roles.handle(INFER_REPLY, self.forwarder.answered, raw=True)
 
     def run(self) -> None:
@@ -118,7 +119,7 @@ class Gateway:
             self.server.start()
         finally:
             self.ingest.close()
-            self.journalled.close()
+            self.journalled.ring.close()
             self._write_status()
             self._lock.release()
 

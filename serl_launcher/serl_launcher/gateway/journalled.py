@@ -99,10 +99,6 @@ class Journalled:
                 log.error("cannot write episodes.jsonl (%s): it lags behind the journal until there is space", error)
             self._ledger_late = True
 
-    def close(self) -> None:
-        """Drop the ring."""
-        self.ring.close()
-
     def _add(self, closed: ClosedEpisode) -> LedgerRow:
         """A closed episode into the ledger as it was recorded, and into the ring as people corrected it."""
         episode = closed.build()

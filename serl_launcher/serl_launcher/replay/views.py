@@ -45,27 +45,21 @@ class View(Protocol):
 
     def attach(self, ring: RingReader) -> None:
         """Read from this ring; a new one (the gateway restarted) starts the view over."""
-        ...
 
     def refresh(self) -> int:
         """Take in the episodes committed since the last call; returns how many."""
-        ...
 
     def ready(self, mode: str, min_accepted: int) -> bool:
         """Is there enough to train on in a stage of this mode (`train` or `online`)?"""
-        ...
 
     def problem(self, mode: str, min_accepted: int) -> str | None:
         """What is wrong with the data of a stage of this mode, in words; None while nothing is."""
-        ...
 
     def sample(self, rng: np.random.Generator, b: int) -> Any:
         """A batch of b samples, of the kind that the algorithm's agent takes; it has a length."""
-        ...
 
     def counts(self) -> dict[str, float]:
         """For the log, under `replay/`."""
-        ...
 
 
 class ChunkView:

@@ -4,6 +4,7 @@ The file may have been edited by hand or torn by a full disk: a ValueError then 
 """
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -32,6 +33,12 @@ def read_config(path: Path, *needed: str) -> DictConfig:
     return config
 
 
+def plain(config: DictConfig, key: str, default: Any = None) -> Any:
+    """The value of a dotted key, a section as plain containers; `default` when absent."""
+    value = OmegaConf.select(config, key, default=default)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
 def task_spec(config: DictConfig) -> TaskSpec:
     """`task.spec` of a config. ValueError names what is wrong with it."""
-    return TaskSpec.from_dict(OmegaConf.to_container(config.task.spec, resolve=True))
+    return TaskSpec.from_dict(plain(config, "task.spec"))

@@ -18,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.replay.journal import JournalCorrupt, JournalReader
 from serl_launcher.run import config as run_config
+from serl_launcher.run.config import plain, task_spec
 from serl_launcher.run.files import read_json, write_text
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.schedule import Stage, read_stages
-from serl_transport.contract.specs import TaskSpec
 from serl_transport.security.auth import is_loopback
 
 MIN_FREE_MB = 500
@@ -63,7 +63,7 @@ def prepare(cfg: DictConfig) -> RunFolder:
     except ValueError as error:
         raise RunError(str(error)) from None
     try:
-        TaskSpec.from_dict(plain(cfg, "task.spec"))
+        task_spec(cfg)
     except ValueError as error:
         raise RunError(f"config/task/{cfg.task.get('name')}.yaml: {error}") from None
     check_network(cfg)
@@ -265,12 +265,6 @@ def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]
             yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
     elif old != new:
         yield key, old, new
-
-
-def plain(cfg: DictConfig, key: str) -> Any:
-    """One section as plain containers; None when absent."""
-    value = OmegaConf.select(cfg, key)
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def _archive_summary(paths: RunPaths) -> None:

@@ -27,7 +27,8 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
     from serl_launcher.telemetry.learning_curve import draw
 
     paths, history = RunPaths(Path(run_dir)), read_history(Path(run_dir))
-    summary = summarise(history) | {"run": paths.root.name, "config_sha256": _digest(paths.config)}
+    digest = hashlib.sha256(paths.config.read_bytes()).hexdigest()
+    summary = summarise(history) | {"run": paths.root.name, "config_sha256": digest}
     write_json(paths.summary, summary, indent=2)
     draw(history, paths.learning_curve)
     return summary
@@ -112,10 +113,6 @@ def _stage_row(stage: StageRecord) -> dict[str, Any]:
         "steps": stage.steps,
         "minutes": round((stage.end_time - stage.start_time) / 60, 2),
     }
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _git_revision() -> str | None:
