@@ -1,6 +1,6 @@
 """Views over the replay ring: the contract, and the view of accepted ticks, at which a training chunk may start.
 
-    algo.view ──▶ replay.build ──▶ View ── sample ──▶ batch ──▶ Agent.forward
+    algo.view ──▶ learner.wiring ──▶ View ── sample ──▶ batch ──▶ Agent.forward
 
 A view holds indices and gathers batches by them: nothing is copied or deleted when a rule changes. `ChunkView` reads
 newly committed episodes from the ring (replay.ring) and asks the acceptance rule about each.
