@@ -27,7 +27,7 @@ from serl_launcher.exporter.__main__ import read_run
 from serl_launcher.exporter.columns import episode_columns
 from serl_launcher.exporter.features import SCALARS, image_keys
 from serl_launcher.replay.assembler import Assembler
-from serl_launcher.replay.entries import DataEntry, SpecChangedError, decode_entry
+from serl_launcher.replay.entries import DataEntry, decode_entry
 from serl_launcher.replay.journal import JournalCorrupt, JournalReader
 from serl_launcher.run.paths import RunPaths
 from serl_transport.contract.schema import Episode
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         report = check(args.run_dir, args.ledger, args.live, args.images)
-    except (JournalCorrupt, SpecChangedError, OSError, ValueError) as error:
+    except (JournalCorrupt, OSError, ValueError) as error:
         print(f"check_run: {error}", file=sys.stderr)
         return 2
     print(f"{args.run_dir}\n{report.text()}")

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from serl_launcher.exporter.role import Exporter, ExporterOptions
 from serl_launcher.exporter.video import wants_video
-from serl_launcher.replay.entries import SpecChangedError
 from serl_launcher.replay.journal import JournalCorrupt
 from serl_launcher.run.config import read_config, task_spec
 from serl_launcher.run.ready import say_ready
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _only_one(args.run_dir):
             _export(args.run_dir, args.once)
-    except (JournalCorrupt, SpecChangedError, ValueError) as error:
+    except (JournalCorrupt, ValueError) as error:
         print(f"exporter: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:

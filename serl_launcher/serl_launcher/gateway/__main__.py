@@ -11,7 +11,6 @@ from pathlib import Path
 
 from serl_launcher.gateway.app import Gateway
 from serl_launcher.gateway.settings import GatewaySettings
-from serl_launcher.replay.entries import SpecChangedError
 from serl_launcher.replay.journal import JournalCorrupt
 from serl_launcher.replay.journal_writer import RunFolderBusyError
 from serl_launcher.replay.ring import RingError
@@ -19,16 +18,7 @@ from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.ready import say_ready
 from serl_transport.contract.errors import CannotListen, StorageFull
 
-MISTAKES = (
-    ValueError,
-    OSError,
-    RunFolderBusyError,
-    CannotListen,
-    JournalCorrupt,
-    SpecChangedError,
-    RingError,
-    StorageFull,
-)
+MISTAKES = (ValueError, OSError, RunFolderBusyError, CannotListen, JournalCorrupt, RingError, StorageFull)
 
 
 def main(argv: list[str]) -> int:

@@ -4,7 +4,6 @@ status.eval ─▶ EvaluationWatch.look ─▶ a fall ─▶ RollbackGuard: best
                      └ a new best: its parameters are kept in params/kept.safetensors
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
-from serl_launcher.run.files import write_json, write_whole
+from serl_launcher.run.files import read_json, write_json, write_whole
 from serl_launcher.run.parameters import PublishedVersion, read_tensors
 
 log = logging.getLogger("trainer")
@@ -43,7 +42,7 @@ class EvaluationWatch:
         self._dir, self._goals, self._margin = params_dir, goals, margin
         self._file = params_dir / "kept.json"
         self.kept = params_dir / "kept.safetensors"  # parameters of the best version
-        self.best = Best(**json.loads(self._file.read_text())) if self._file.exists() else Best()
+        self.best = Best(**(read_json(self._file) or {}))
 
     def look(self, results: Mapping[str, Mapping[str, int]]) -> tuple[str, float] | None:
         """results: stage -> {episodes, successes}. Stage and rate of one that has just ended below best − margin."""

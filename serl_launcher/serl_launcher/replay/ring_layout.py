@@ -6,12 +6,14 @@ four committed counters, the frame arrays, the episode table. A reader needs not
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from serl_transport.contract.schema import IMAGE_PREFIX
 
@@ -100,7 +102,7 @@ def choose_folder(total_bytes: int, capacity_frames: int, run_dir: Path, shared:
     for folder in (shared, run_dir):
         free = _free_bytes(folder)
         if free is not None and folder == SHARED_MEMORY:
-            free = min(free, _available_memory())
+            free = min(free, psutil.virtual_memory().available)
         if free is None:
             tried.append(f"{folder}: missing or not writable")
         elif total_bytes > free * 0.9:
@@ -117,17 +119,7 @@ def choose_folder(total_bytes: int, capacity_frames: int, run_dir: Path, shared:
 def _free_bytes(folder: Path) -> float | None:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return None
-    stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize
-
-
-def _available_memory() -> float:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return float("inf")
-    kilobytes = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return next((1024 * kb for kb in kilobytes), float("inf"))
+    return shutil.disk_usage(folder).free
 
 
 def _aligned(offset: int) -> int:
