@@ -38,9 +38,8 @@ from serl_transport.wire.envelope import Envelope
 
 log = logging.getLogger("gateway")
 WANTS = ("follow", "demo", "online", "eval")
-TRAIN_WAIT_S = 0.5
+WAIT_S = 0.5  # until an actor asks again, while the learner trains or an operator paused the run
 TICKET_GRACE_S = 5.0  # an actor that asks for the next episode has this long to deliver the last one
-PAUSE_WAIT_S = 0.5
 
 
 class Gateway:
@@ -194,7 +193,7 @@ class Gateway:
         if self.operator.stopped:
             return stop("an operator stopped the run")
         if self.operator.paused:
-            return wait(PAUSE_WAIT_S, "an operator paused the run")
+            return wait(WAIT_S, "an operator paused the run")
         state = self._stage
         current = None if state.done else state.stage
         if current is not None and (want == "follow" or (want == current.mode and limit is None)):
@@ -210,7 +209,7 @@ class Gateway:
     def _ticket(self, stage: Stage, actor: str, boot: str, min_version: int) -> dict[str, Any]:
         if stage.mode == "train":
             state = self._stage
-            return wait(TRAIN_WAIT_S, f"stage {stage.name}: the learner trains, step {state.steps} of {stage.steps}")
+            return wait(WAIT_S, f"stage {stage.name}: the learner trains, step {state.steps} of {stage.steps}")
         scope = scope_of(stage.name, actor, boot)
         counts = self.journalled.ledger.scope(scope)
         if stage.name.startswith(ADHOC) and stage.episodes and counts.counted >= stage.episodes:

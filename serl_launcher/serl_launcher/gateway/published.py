@@ -21,7 +21,6 @@ class PublishedParams:
 
     def __init__(self, params_dir: Path) -> None:
         self._dir = params_dir
-        self._stamp: tuple[int, int] | None = None
         self._latest: dict[str, Any] | None = None
         self._open: OrderedDict[int, Offer] = OrderedDict()  # by version
         self.times: dict[int, float] = {}  # version -> unix time of publishing
@@ -33,17 +32,10 @@ class PublishedParams:
 
     def refresh(self) -> bool:
         """Look at the pointer; True when there is another newest version."""
-        try:
-            stat = (self._dir / "latest.json").stat()
-        except FileNotFoundError:
-            return False
-        stamp = (stat.st_mtime_ns, stat.st_ino)
-        if stamp == self._stamp:
-            return False
         entry = read_json(self._dir / "latest.json")
-        if entry is None:
+        if entry is None or entry == self._latest:
             return False
-        before, self._stamp, self._latest = self.version, stamp, entry
+        before, self._latest = self.version, entry
         self.times[int(entry["version"])] = float(entry["time"])
         return before != self.version
 

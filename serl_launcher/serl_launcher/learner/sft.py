@@ -29,12 +29,8 @@ class Columns:
     @classmethod
     def plain(cls, spec: TaskSpec) -> "Columns":
         """LeRobot's own names."""
-        whole = slice(None)
-        return cls(
-            {camera: f"observation.images.{camera}" for camera in spec.cameras},
-            [("observation.state", whole)],
-            [("action", whole)],
-        )
+        images = {camera: f"observation.images.{camera}" for camera in spec.cameras}
+        return cls(images, [("observation.state", slice(None))], [("action", slice(None))])
 
 
 def open_dataset(folder: Path, **options: Any) -> Any:

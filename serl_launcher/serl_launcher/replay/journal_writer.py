@@ -198,9 +198,8 @@ class JournalWriter:
         fd = os.open(self._folder / MARK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
         try:
             if os.fstat(fd).st_size != 8:
-                os.pwrite(
-                    fd, encode_mark(Position()), 0
-                )  # real bytes: a mapped hole could not be filled on a full disk
+                # Real bytes: a mapped hole could not be filled on a full disk.
+                os.pwrite(fd, encode_mark(Position()), 0)
             return mmap.mmap(fd, 8)
         finally:
             os.close(fd)

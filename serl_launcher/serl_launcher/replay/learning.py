@@ -42,9 +42,6 @@ class LearningView:
         self.imitation.refresh()
         return self.transitions.refresh()
 
-    def __len__(self) -> int:
-        return len(self.transitions)
-
     def ready(self, mode: str, min_accepted: int) -> bool:
         if mode == "online":
             enough = self.imitation.accepted["online"] >= min_accepted

@@ -119,10 +119,9 @@ class Supervisor:
         budget = self._budgets[death.name]
         wait_s = budget.died(death)
         if wait_s is None:
-            log = child.spec.log
             self._screen.event(
                 f"{death.name} keeps dying before it is ready ({death.cause}); giving up. "
-                f"Its last lines, from {log}:{lines}"
+                f"Its last lines, from {child.spec.log}:{lines}"
             )
             return GAVE_UP
         if death.code == 0:  # most likely it has seen the end of the schedule a moment before us
