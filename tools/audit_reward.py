@@ -21,15 +21,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from serl_launcher.replay.episodes import journal_episodes
 from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.rewards.judging import balanced_accuracy, confusion, episode_score, stages_reached, verdict_at
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, load
-from serl_launcher.run.config import read_config
+from serl_launcher.run.config import read_config, task_spec
 from serl_transport.contract.schema import Episode
-from serl_transport.contract.specs import TaskSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +53,7 @@ def audit(
     run: Path, model: RewardClassifier, relabelled: Relabelled, words: Mapping[str, bool], mode: str | None
 ) -> Iterator[Row]:
     """Every judged episode of the run. ValueError when one that `words` relabel is not there."""
-    config = read_config(run / "config.yaml", "task.spec")
-    spec = TaskSpec.from_dict(OmegaConf.to_container(config.task.spec, resolve=True))
+    spec = task_spec(read_config(run / "config.yaml", "task.spec"))
     unknown = set(words)
     for ordinal, episode in journal_episodes(run, spec, relabelled=relabelled):
         unknown.discard(episode.info.episode_id)
@@ -92,7 +89,6 @@ def judge(said: np.ndarray, card: RewardCard) -> tuple[float, int | None]:
 
 
 def main(argv: list[str]) -> int:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--model", type=Path, help="folder of the classifier; <run>/reward")
@@ -100,8 +96,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--mode", choices=["demo", "online", "eval"])
     args = parser.parse_args(argv)
     try:
-        if not (args.run / "config.yaml").exists():
-            raise FileNotFoundError(f"{args.run}: expected a run folder with config.yaml and a journal")
         words, relabelled = read_words(args.relabel) if args.relabel else {}, Relabelled(args.run)
         relabelled.add(words, _login(), datetime.now(UTC).isoformat(timespec="seconds"))
         rows = list(audit(args.run, load(args.model or args.run / "reward"), relabelled, words, args.mode))

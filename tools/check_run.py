@@ -27,7 +27,7 @@ from serl_launcher.exporter.__main__ import read_run
 from serl_launcher.exporter.columns import episode_columns
 from serl_launcher.exporter.features import SCALARS, image_keys
 from serl_launcher.replay.assembler import Assembler
-from serl_launcher.replay.entries import DataEntry, SpecChangedError, decode_entry
+from serl_launcher.replay.entries import DataEntry, decode_entry
 from serl_launcher.replay.journal import JournalCorrupt, JournalReader
 from serl_launcher.run.paths import RunPaths
 from serl_transport.contract.schema import Episode
@@ -69,8 +69,7 @@ class Item:
     first_tick: int
     n: int
     crc32: int  # of the frames as sent, as in the ledger
-    version_first: int  # lowest and highest policy version in it, -1 aside; -1: no policy drove
-    version_last: int
+    versions: np.ndarray  # int64[≤ n], policy versions of the ticks that a policy drove
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         report = check(args.run_dir, args.ledger, args.live, args.images)
-    except (JournalCorrupt, SpecChangedError, OSError, ValueError) as error:
+    except (JournalCorrupt, OSError, ValueError) as error:
         print(f"check_run: {error}", file=sys.stderr)
         return 2
     print(f"{args.run_dir}\n{report.text()}")
@@ -116,12 +115,8 @@ def check(run_dir: Path, ledgers: list[Path] | None = None, live: bool = False, 
 
 def find_ledgers(run_dir: Path) -> list[Path]:
     """The ledgers of actors that ran in this folder."""
-    found = {
-        path
-        for pattern in ("**/*acknowledged*.jsonl", "**/ledger*.jsonl")
-        for path in (run_dir / "spool").glob(pattern)
-    }
-    return sorted(found)
+    spool = run_dir / "spool"
+    return sorted({*spool.rglob("*acknowledged*.jsonl"), *spool.rglob("ledger*.jsonl")})
 
 
 def read_ledger(path: Path) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
@@ -155,8 +150,10 @@ def read_journal(
             key = (entry.boot_id, entry.seq)
             if key in items:
                 report.problem("journalled twice", f"boot {key[0]} seq {key[1]}")
-            items[key] = describe(entry)
-            ticks += entry.batch.n
+            batch, versions = entry.batch, entry.batch.arrays["policy_version"]
+            where = (entry.actor_id, batch.episode.episode_id, batch.first_tick, batch.n)
+            items[key] = Item(*where, entry.crc32, versions[versions >= 0])
+            ticks += batch.n
         for closed in assembler.apply(entry, record.time_ns):
             episode = closed.build()
             kept[closed.ordinal] = Kept(
@@ -181,17 +178,6 @@ def _check_ticks(ticks: int, kept: dict[int, Kept], assembler: Assembler, report
         report.problem("ticks twice", f"closed and open episodes hold {-waiting} ticks more than the journal")
 
 
-def describe(entry: DataEntry) -> Item:
-    """The item without its arrays."""
-    batch = entry.batch
-    versions = batch.arrays["policy_version"]
-    versions = versions[versions >= 0]
-    first, last = (int(versions[0]), int(versions[-1])) if len(versions) else (-1, -1)
-    if (np.diff(versions) < 0).any():
-        first = int(versions.max()) + 1  # a fall inside the batch: reported by check_versions
-    return Item(entry.actor_id, batch.episode.episode_id, batch.first_tick, batch.n, entry.crc32, first, last)
-
-
 def check_acknowledged(
     acknowledged: dict[tuple[str, int], dict[str, Any]], items: dict[tuple[str, int], Item], report: Report
 ) -> None:
@@ -212,15 +198,11 @@ def check_versions(items: dict[tuple[str, int], Item], report: Report) -> None:
     newest: dict[str, int] = {}
     for boot, seq in sorted(items):
         item = items[boot, seq]
-        if item.version_first < 0:
-            continue
-        if item.version_first > item.version_last or item.version_first < newest.get(boot, -1):
-            report.problem(
-                "policy version fell",
-                f"actor {item.actor} boot {boot} seq {seq}: version {item.version_last} after "
-                f"{max(newest.get(boot, -1), item.version_first)}",
-            )
-        newest[boot] = item.version_last
+        versions = [newest.get(boot, -1), *item.versions.tolist()]
+        if versions != sorted(versions):
+            where = f"actor {item.actor} boot {boot} seq {seq}"
+            report.problem("policy version fell", f"{where}: version {versions[-1]} after {max(versions)}")
+        newest[boot] = versions[-1]
 
 
 def check_dataset(
@@ -228,10 +210,8 @@ def check_dataset(
 ) -> None:
     """Each closed episode is in the dataset exactly once, with the same rows."""
     found: Counter[int] = Counter()
-    newest = -1
     for ordinal, n, crc in read_dataset(RunPaths(run_dir).dataset, spec, images):
         found[ordinal] += 1
-        newest = max(newest, ordinal)
         mine = kept.get(ordinal)
         if mine is None:
             report.problem("in the dataset only", f"ordinal {ordinal}")
@@ -243,15 +223,12 @@ def check_dataset(
     for ordinal, count in found.items():
         if count > 1:
             report.problem("twice in the dataset", f"ordinal {ordinal}: {count} times")
-    pending = 0
-    for ordinal, episode in kept.items():
-        if episode.n and ordinal not in found:
-            if live and ordinal > newest:
-                pending += 1
-            else:
-                report.problem("missing in the dataset", f"ordinal {ordinal}, episode {episode.episode_id}")
+    missing = [ordinal for ordinal, episode in kept.items() if episode.n and ordinal not in found]
+    pending = [ordinal for ordinal in missing if live and ordinal > max(found, default=-1)]
+    for ordinal in missing[: len(missing) - len(pending)]:  # in ascending order, as the journal closed them
+        report.problem("missing in the dataset", f"ordinal {ordinal}, episode {kept[ordinal].episode_id}")
     if live:
-        report.counts["episodes not exported yet"] = pending
+        report.counts["episodes not exported yet"] = len(pending)
 
 
 def read_dataset(root: Path, spec: TaskSpec, images: bool) -> Iterator[tuple[int, int, int]]:

@@ -11,6 +11,7 @@ With `--dataset` the clips are the dataset's episodes (PNG or mp4 inside), their
 
 import argparse
 import io
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -78,8 +79,6 @@ def file_clips(sources: Sequence[str]) -> list[Clip]:
 
 def dataset_clips(source: str, mode: str | None, stage: str | None) -> list[Clip]:
     """The dataset's episodes, cameras side by side. ValueError when none fits."""
-    import json
-
     root = find_dataset(source)
     info = json.loads((root / "meta/info.json").read_text(encoding="utf-8"))
     rows = [r for r in episodes(root) if mode in (None, r.get("mode")) and stage in (None, r.get("stage"))]

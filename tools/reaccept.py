@@ -32,8 +32,7 @@ from serl_config.mistakes import mistake_message
 from serl_launcher.replay.episodes import journal_episodes
 from serl_launcher.replay.rulebook import RuleBook
 from serl_launcher.replay.verdicts import Verdict, rule_text
-from serl_launcher.run.config import read_config
-from serl_transport.contract.specs import TaskSpec
+from serl_launcher.run.config import read_config, task_spec
 
 KEYS = re.compile(r"rule|algo\.(rule|threshold)(\..+)?")
 
@@ -75,7 +74,7 @@ def part(algo: DictConfig, name: str) -> Any:
 
 def judge(run: Path, cfg: DictConfig) -> list[Verdict]:
     """The last verdict on every demonstration and online episode of the run, by `cfg.algo`."""
-    spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
+    spec = task_spec(cfg)
     threshold = part(cfg.algo, "threshold") if cfg.algo.get("threshold") else None
     book = RuleBook(part(cfg.algo, "rule"), spec, threshold)
     last: dict[int, Verdict] = {}
@@ -102,19 +101,16 @@ def changes(before: Iterable[Verdict], after: Iterable[Verdict]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("overrides", nargs="*", help="rule=<name>, algo.rule.<key>=<value>, algo.threshold=…")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     try:
-        if not (args.run / "config.yaml").exists():
-            raise FileNotFoundError(f"{args.run}: expected a run folder with config.yaml and a journal")
         cfg = read_config(args.run / "config.yaml", "task.spec", "algo.rule")
         other = by(cfg, args.overrides)
         before, after = judge(args.run, cfg), judge(args.run, other)
-    except (FileNotFoundError, ValueError, HydraException, OmegaConfBaseException) as error:
+    except (OSError, ValueError, HydraException, OmegaConfBaseException) as error:
         print(f"reaccept: {mistake_message(error)}", file=sys.stderr)
         return 2
     print("\n".join(changes(before, after)) or "  no verdict changes")

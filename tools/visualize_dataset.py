@@ -66,7 +66,6 @@ def episodes(root: Path) -> list[dict[str, Any]]:
 
 
 def episode_table(root: Path) -> str:
-    """One line per episode."""
     rows = [[str(row.get(name, "")) for name in COLUMNS] for row in episodes(root)]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -83,11 +82,8 @@ def pick(root: Path, index: int) -> int:
 
 def show(root: Path, episode: int, save: Path | None) -> int:
     """Run lerobot-dataset-viz on one episode; its exit status."""
-    if (
-        save is None
-        and sys.platform == "linux"
-        and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-    ):
+    display = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if save is None and not display:
         raise ValueError("there is no display here: use --save FILE.rrd and open it with `rerun FILE.rrd` elsewhere")
     with tempfile.TemporaryDirectory() as folder:
         command = [

@@ -16,13 +16,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from serl_launcher.exporter.role import Exporter, ExporterOptions
 from serl_launcher.exporter.video import wants_video
-from serl_launcher.replay.entries import SpecChangedError
 from serl_launcher.replay.journal import JournalCorrupt
-from serl_launcher.run.config import read_config
+from serl_launcher.run.config import read_config, task_spec
 from serl_launcher.run.ready import say_ready
 from serl_transport.contract.specs import TaskSpec
 
@@ -40,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _only_one(args.run_dir):
             _export(args.run_dir, args.once)
-    except (JournalCorrupt, SpecChangedError, ValueError) as error:
+    except (JournalCorrupt, ValueError) as error:
         print(f"exporter: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
@@ -52,12 +49,9 @@ def main(argv: list[str] | None = None) -> int:
 def read_run(run_dir: Path) -> tuple[TaskSpec, ExporterOptions]:
     """Task and exporter options of a run's config.yaml. ValueError: no such file, or a key is missing or unknown."""
     path = run_dir / "config.yaml"
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: expected a run's folder, for example runs/quickstart")
     config = read_config(path, "task.spec")
-    plain = OmegaConf.to_container(config, resolve=True)
     try:
-        return TaskSpec.from_dict(plain["task"]["spec"]), ExporterOptions(**(plain.get("exporter") or {}))
+        return task_spec(config), ExporterOptions(**(config.get("exporter") or {}))
     except TypeError as error:
         raise ValueError(f"{path}: exporter: {error}") from None
 

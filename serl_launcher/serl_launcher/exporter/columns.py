@@ -65,7 +65,6 @@ def episode_table(columns: dict[str, np.ndarray], episode: Episode, spec: TaskSp
 
 
 def episode_stats(columns: dict[str, np.ndarray], episode: Episode, spec: TaskSpec) -> dict[str, Stats]:
-    """Statistics of every column of the episode."""
     stats = {key: image_stats(episode.arrays[key][: episode.n]) for key in image_keys(spec)}
     return stats | {key: vector_stats(values) for key, values in columns.items()}
 

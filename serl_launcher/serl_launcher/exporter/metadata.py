@@ -4,14 +4,11 @@ The rows of the episodes files are the record. `DatasetState` is their sum: the 
 it, recovery adds up all of them.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from serl_launcher.exporter.features import dataset_features, frame_rate
 from serl_launcher.exporter.layout import (
@@ -21,15 +18,13 @@ from serl_launcher.exporter.layout import (
     STATS_PATH,
     TASKS_PATH,
     VIDEO_PATH,
-    write_json,
-    write_whole,
 )
 from serl_launcher.exporter.statistics import Stats, merge
+from serl_launcher.run.files import write_json, write_whole
 from serl_transport.contract.specs import TaskSpec
 
 CODEBASE_VERSION = "v3.0"
 Row = dict[str, Any]  # of an episodes file
-_PANDAS_COLUMNS = (("task_index", "int64", "int64"), ("task", "unicode", "object"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +58,16 @@ class DatasetState:
 def write_derived(root: Path, spec: TaskSpec, video: bool, state: DatasetState) -> None:
     """stats.json, then info.json: the counts a reader starts from come last when a dataset grows."""
     stats = {key: {name: value.tolist() for name, value in values.items()} for key, values in state.stats.items()}
-    write_json(root / STATS_PATH, stats)
-    write_json(root / INFO_PATH, _info(spec, video, state))
+    write_json(root / STATS_PATH, stats, indent=2, durable=True)
+    write_json(root / INFO_PATH, _info(spec, video, state), indent=2, durable=True)
 
 
 def write_tasks(root: Path, tasks: list[str]) -> None:
-    """meta/tasks.parquet: a pandas frame indexed by the prompt, written without pandas."""
-    columns = [
-        {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": numpy, "metadata": None}
-        for name, kind, numpy in _PANDAS_COLUMNS
-    ]
-    pandas = {"index_columns": ["task"], "column_indexes": [], "columns": columns, "pandas_version": "2.3.3"}
-    schema = pa.schema([("task_index", pa.int64()), ("task", pa.string())], metadata={"pandas": json.dumps(pandas)})
-    table = pa.table({"task_index": list(range(len(tasks))), "task": tasks}, schema=schema)
-    write_whole(root / TASKS_PATH, lambda path: pq.write_table(table, path))
+    """meta/tasks.parquet: a pandas frame indexed by the prompt, as LeRobot writes it."""
+    import pandas
+
+    frame = pandas.DataFrame({"task_index": range(len(tasks))}, index=pandas.Index(tasks, name="task", dtype=object))
+    write_whole(root / TASKS_PATH, frame.to_parquet, durable=True)
 
 
 def _info(spec: TaskSpec, video: bool, state: DatasetState) -> dict[str, Any]:

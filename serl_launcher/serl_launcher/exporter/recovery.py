@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from serl_launcher.exporter.features import ORDINAL, dataset_features, image_keys
-from serl_launcher.exporter.layout import DATA_PATH, INFO_PATH, TEMPORARY, VIDEO_PATH, commit_of, place
+from serl_launcher.exporter.layout import DATA_PATH, INFO_PATH, VIDEO_PATH, commit_of, place
 from serl_launcher.exporter.metadata import DatasetState, Row, write_derived, write_tasks
-from serl_launcher.run.files import read_json
+from serl_launcher.run.files import PART, read_json
 from serl_transport.contract.specs import TaskSpec
 
 _log = logging.getLogger(__name__)
@@ -94,5 +94,5 @@ def _remove_from(root: Path, commit: int) -> None:
     """Delete the files of `commit` and later ones, episodes files first, and everything temporary."""
     for folder in ("meta", "data", "videos"):
         for path in sorted((root / folder).rglob("*")):
-            if path.name.endswith(TEMPORARY) or (path.name.startswith("file-") and commit_of(path) >= commit):
+            if path.name.endswith(PART) or (path.name.startswith("file-") and commit_of(path) >= commit):
                 path.unlink()

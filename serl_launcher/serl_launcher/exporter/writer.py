@@ -16,19 +16,11 @@ import pyarrow.parquet as pq
 
 from serl_launcher.exporter.columns import episode_columns, episode_row, episode_stats, episode_table
 from serl_launcher.exporter.features import frame_rate, image_keys
-from serl_launcher.exporter.layout import (
-    DATA_PATH,
-    EPISODES_PATH,
-    TEMPORARY,
-    VIDEO_PATH,
-    address,
-    place,
-    publish,
-    write_whole,
-)
+from serl_launcher.exporter.layout import DATA_PATH, EPISODES_PATH, VIDEO_PATH, address, place
 from serl_launcher.exporter.metadata import DatasetState, Row, write_derived, write_tasks
 from serl_launcher.exporter.recovery import recover
 from serl_launcher.exporter.video import CameraVideo
+from serl_launcher.run.files import PART, publish, write_whole
 from serl_transport.contract.schema import Episode
 from serl_transport.contract.specs import TaskSpec
 
@@ -82,14 +74,14 @@ class DatasetWriter:
         if not self._rows:
             return
         commit, before, state = self.state.commits, self.state, self.state.after(self._rows)
-        write_whole(self.root / place(DATA_PATH, commit), self._write_data)
+        write_whole(self.root / place(DATA_PATH, commit), self._write_data, durable=True)
         for key, video in self._videos.items():
             video.finish()
-            publish(self._video_path(key, TEMPORARY), self._video_path(key))
+            publish(self._video_path(key, PART), self._video_path(key), durable=True)
         if state.tasks != before.tasks:
             write_tasks(self.root, state.tasks)
         table = pa.Table.from_pylist(self._rows)
-        write_whole(self.root / place(EPISODES_PATH, commit), lambda path: pq.write_table(table, path))
+        write_whole(self.root / place(EPISODES_PATH, commit), lambda path: pq.write_table(table, path), durable=True)
         write_derived(self.root, self._spec, self._video, state)
         self.state, self._tables, self._rows, self._videos = state, [], [], {}
 
@@ -103,7 +95,7 @@ class DatasetWriter:
         fps = frame_rate(self._spec)
         for key, (height, width) in zip(image_keys(self._spec), self._spec.cameras.values(), strict=True):
             if key not in self._videos:
-                self._videos[key] = CameraVideo(self._video_path(key, TEMPORARY), height, width, fps)
+                self._videos[key] = CameraVideo(self._video_path(key, PART), height, width, fps)
             video = self._videos[key]
             start = video.frames
             video.add(episode.arrays[key][: episode.n])

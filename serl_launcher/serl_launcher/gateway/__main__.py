@@ -4,8 +4,6 @@ Exit codes: 0 after a signal, 1 when the authenticator failed (the supervisor st
 user (said in one line).
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 import sys
@@ -13,7 +11,6 @@ from pathlib import Path
 
 from serl_launcher.gateway.app import Gateway
 from serl_launcher.gateway.settings import GatewaySettings
-from serl_launcher.replay.entries import SpecChangedError
 from serl_launcher.replay.journal import JournalCorrupt
 from serl_launcher.replay.journal_writer import RunFolderBusyError
 from serl_launcher.replay.ring import RingError
@@ -21,20 +18,10 @@ from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.ready import say_ready
 from serl_transport.contract.errors import CannotListen, StorageFull
 
-MISTAKES = (
-    ValueError,
-    OSError,
-    RunFolderBusyError,
-    CannotListen,
-    JournalCorrupt,
-    SpecChangedError,
-    RingError,
-    StorageFull,
-)
+MISTAKES = (ValueError, OSError, RunFolderBusyError, CannotListen, JournalCorrupt, RingError, StorageFull)
 
 
 def main(argv: list[str]) -> int:
-    """Run the role."""
     if len(argv) != 1:
         print("usage: python -m serl_launcher.gateway <run_dir>", file=sys.stderr)
         return 2

@@ -1,7 +1,5 @@
 """Who is connected: the gateway's memory of each actor, fed by every message, read by tickets, closing and status."""
 
-from __future__ import annotations
-
 import logging
 import time
 from dataclasses import dataclass

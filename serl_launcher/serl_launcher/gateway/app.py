@@ -8,10 +8,9 @@
 One thread owns all of it; the journal's thread only writes and posts back. Nothing here waits for a disk or a peer.
 """
 
-from __future__ import annotations
-
 import logging
 import time
+from functools import partial
 from typing import Any
 
 from serl_launcher.gateway.actors import Actors
@@ -39,9 +38,8 @@ from serl_transport.wire.envelope import Envelope
 
 log = logging.getLogger("gateway")
 WANTS = ("follow", "demo", "online", "eval")
-TRAIN_WAIT_S = 0.5
+WAIT_S = 0.5  # until an actor asks again, while the learner trains or an operator paused the run
 TICKET_GRACE_S = 5.0  # an actor that asks for the next episode has this long to deliver the last one
-PAUSE_WAIT_S = 0.5
 
 
 class Gateway:
@@ -66,6 +64,8 @@ class Gateway:
             spec=settings.spec,
             run=settings.run,
         )
+        bound = self.server.config
+        self.port, self.broadcast_port = bound.port_number, bound.broadcast_port  # of actors, of notifications
         try:
             self._compose()
         except BaseException:
@@ -84,7 +84,7 @@ class Gateway:
         self.ingest = Ingest(settings, paths, self.actors, self.journalled, reader, server.call_soon)
         self._restore_tickets()
         self._roles = server.add_router(internal_endpoint(paths.root))
-        self.forwarder = InferForwarder(self._roles, server.reply)
+        self.forwarder = InferForwarder(self._roles)
         self._stage = self._current_stage()
         self.operator = OperatorState(paths.root / "operator.json")
         self._exported: dict[str, Any] = {}
@@ -93,31 +93,21 @@ class Gateway:
         self._announce_params()
         server.loop.every(0.25, self._announce_params)
         server.loop.every(1.0, self._every_second)
-        server.loop.every(60.0, self.ingest.report_problems)
+        server.loop.every(60.0, self.ingest.problems.report)
 
     def _register_handlers(self) -> None:
         server, roles = self.server, self._roles
         server.on_hello(self._hello)
         server.handle("heartbeat", self._heartbeat)
         server.handle("data", self.ingest.data, raw=True)
-        server.handle("infer", self.forwarder.infer, raw=True)
+        server.handle("infer", partial(self.forwarder.infer, server.reply), raw=True)
         server.handle("request", self._request)
         roles.handle("role_hello", self._role_hello)
         roles.handle("progress", self._progress)
         roles.handle("status", lambda peer, envelope, body: self.status())
         roles.handle("serving", self._serving)
-        roles.handle(INFER, self.forwarder.infer_for_role, raw=True)
+        roles.handle(INFER, partial(self.forwarder.infer, roles.reply), raw=True)
         roles.handle(INFER_REPLY, self.forwarder.answered, raw=True)
-
-    @property
-    def port(self) -> int:
-        """Where actors connect."""
-        return self.server.config.port_number
-
-    @property
-    def broadcast_port(self) -> int:
-        """Where notifications come from."""
-        return self.server.config.broadcast_port
 
     def run(self) -> None:
         """Serve until `stop`, then leave a whole journal and a last status behind."""
@@ -128,7 +118,7 @@ class Gateway:
             self.server.start()
         finally:
             self.ingest.close()
-            self.journalled.close()
+            self.journalled.ring.close()
             self._write_status()
             self._lock.release()
 
@@ -203,7 +193,7 @@ class Gateway:
         if self.operator.stopped:
             return stop("an operator stopped the run")
         if self.operator.paused:
-            return wait(PAUSE_WAIT_S, "an operator paused the run")
+            return wait(WAIT_S, "an operator paused the run")
         state = self._stage
         current = None if state.done else state.stage
         if current is not None and (want == "follow" or (want == current.mode and limit is None)):
@@ -219,7 +209,7 @@ class Gateway:
     def _ticket(self, stage: Stage, actor: str, boot: str, min_version: int) -> dict[str, Any]:
         if stage.mode == "train":
             state = self._stage
-            return wait(TRAIN_WAIT_S, f"stage {stage.name}: the learner trains, step {state.steps} of {stage.steps}")
+            return wait(WAIT_S, f"stage {stage.name}: the learner trains, step {state.steps} of {stage.steps}")
         scope = scope_of(stage.name, actor, boot)
         counts = self.journalled.ledger.scope(scope)
         if stage.name.startswith(ADHOC) and stage.episodes and counts.counted >= stage.episodes:

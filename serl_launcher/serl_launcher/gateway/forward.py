@@ -9,8 +9,6 @@ The policy server registers by its `serving` report, once a second. When it fall
 place, whatever is in flight is answered with `not_ready`, so that no actor waits for a dead process.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import time
@@ -29,11 +27,10 @@ SILENT_S = 5.0
 
 
 class InferForwarder:
-    """roles: the internal router; reply: answers an actor by token."""
+    """roles: the internal router."""
 
-    def __init__(self, roles: Router, reply: Answer) -> None:
+    def __init__(self, roles: Router) -> None:
         self._roles = roles
-        self._reply = reply
         self._server: bytes | None = None  # the policy server's address
         self._pid: Any = None
         self._last = 0.0
@@ -41,15 +38,8 @@ class InferForwarder:
         self._ids = itertools.count(1)
         self._serving: dict[str, Any] = {}
 
-    def infer(self, peer: Peer, envelope: Envelope, frames: Frames) -> None:
-        """An actor asks. Raises NotReady when nobody serves."""
-        self._forward(envelope, frames, self._reply)
-
-    def infer_for_role(self, peer: Peer, envelope: Envelope, frames: Frames) -> None:
-        """A role asks for somebody behind it (the openpi server). Raises NotReady when nobody serves."""
-        self._forward(envelope, frames, self._roles.reply)
-
-    def _forward(self, envelope: Envelope, frames: Frames, answer: Answer) -> None:
+    def infer(self, answer: Answer, peer: Peer, envelope: Envelope, frames: Frames) -> None:
+        """An actor asks, or a role for somebody behind it (the openpi server). NotReady when nobody serves."""
         if self._server is None:
             raise NotReady("no policy server is running yet (or it is restarting); ask again")
         token = next(self._ids).to_bytes(8)

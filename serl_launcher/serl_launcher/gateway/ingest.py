@@ -5,8 +5,6 @@
 Owned by the loop's thread; the bound is the actors' own windows of unacknowledged items.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import Counter
@@ -44,7 +42,7 @@ class Ingest:
         self._in_flight: dict[tuple[str, str, int], list[bytes]] = {}  # item -> who waits for its acknowledgement
         self._closing: set[str] = set()  # episodes whose CloseEntry is on its way to the journal
         self._newest: dict[tuple[str, str], str] = {}  # (actor, boot) -> episode of its last item
-        self._problems = Problems()
+        self.problems = Problems()
         self._started_ns = time.time_ns()
         first = SpecEntry(settings.spec).payload()
         self._writer = JournalWriter(paths.journal, reader, post, settings.segment_mb << 20, first)
@@ -65,7 +63,7 @@ class Ingest:
             entry = DataEntry.of(*key, frames, self._settings.spec)
             assembler.check(entry)
         except WireError as error:
-            self._problems.note(peer.actor_id, error)
+            self.problems.note(peer.actor_id, error)
             raise
         self._in_flight[key] = [envelope.token]
 
@@ -73,7 +71,7 @@ class Ingest:
             if error is None:
                 self._newest[entry.actor_id, entry.boot_id] = entry.batch.episode.episode_id
             else:
-                self._problems.note(entry.actor_id, error)
+                self.problems.note(entry.actor_id, error)
             self._journalled.take(entry, self._in_flight.pop(key), error, time_ns)
 
         self._writer.append(entry.payload(), done)
@@ -96,10 +94,6 @@ class Ingest:
                 log.error("episode %s stays open: %s", entry.episode_id, error.message)
 
         self._writer.append(entry.payload(), done)
-
-    def report_problems(self) -> None:
-        """Log how often known problems came again; call once a minute."""
-        self._problems.report()
 
     def close(self) -> None:
         """Put what is queued on disk."""
@@ -133,7 +127,7 @@ class Problems:
             log.warning("refused an item of actor %s (%s): %s", actor, error.code, error.message)
 
     def report(self) -> None:
-        """The counts that have grown since they were last told."""
+        """Log the counts that have grown since they were last told; call once a minute."""
         for key, count in self._counts.items():
             if count > self._told[key]:
                 log.warning("refused %d items of actor %s so far (%s)", count, *key)

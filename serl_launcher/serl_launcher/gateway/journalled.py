@@ -4,8 +4,6 @@ Everything derived (ring, ledger, what was seen) is a function of the journal: `
 sockets are served. Owned by the loop's thread.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import deque
@@ -100,10 +98,6 @@ class Journalled:
             if not self._ledger_late:
                 log.error("cannot write episodes.jsonl (%s): it lags behind the journal until there is space", error)
             self._ledger_late = True
-
-    def close(self) -> None:
-        """Drop the ring."""
-        self.ring.close()
 
     def _add(self, closed: ClosedEpisode) -> LedgerRow:
         """A closed episode into the ledger as it was recorded, and into the ring as people corrected it."""

@@ -4,8 +4,6 @@ Derived from the journal: rewritten at the gateway's start, appended to while it
 tickets and the status document read it; so do people, with any tool that reads JSON lines.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -18,6 +16,7 @@ import numpy as np
 
 from serl_launcher.gateway.tickets import Scope, ScopeCounts
 from serl_launcher.replay.assembler import ClosedEpisode
+from serl_launcher.run.files import write_whole
 from serl_launcher.telemetry.statistics import wilson
 from serl_transport.contract.schema import Episode
 
@@ -48,7 +47,7 @@ class LedgerRow:
     end_time: float  # unix s, journalled by the gateway
 
     @staticmethod
-    def of(closed: ClosedEpisode, episode: Episode) -> LedgerRow:
+    def of(closed: ClosedEpisode, episode: Episode) -> "LedgerRow":
         """The line of a closed episode."""
         arrays, info, outcome = episode.arrays, episode.info, episode.outcome
         versions = arrays["policy_version"]
@@ -102,9 +101,7 @@ class Ledger:
         """Put new lines into the file; the first time the whole file is replaced. OSError leaves it as it was."""
         block = "".join(self._lines).encode()
         if self._file is None:
-            part = self._path.with_suffix(".part")
-            part.write_bytes(block)
-            os.replace(part, self._path)
+            write_whole(self._path, lambda part: part.write_bytes(block))
             self._file = os.open(self._path, os.O_WRONLY)
         elif block:
             try:

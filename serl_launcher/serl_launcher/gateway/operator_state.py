@@ -3,8 +3,6 @@
 A pause outlives a restart of the gateway (operator.json); a stop does not, so that the next start of the run goes on.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

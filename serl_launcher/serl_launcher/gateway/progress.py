@@ -1,7 +1,5 @@
 """What the trainer has reported, kept in stage_progress.json so that the stage survives a gateway without a trainer."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Mapping, Sequence

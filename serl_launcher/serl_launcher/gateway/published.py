@@ -4,10 +4,7 @@ The trainer writes params/ (serl_launcher.run.parameters); the gateway only read
 kept mapped, so that the trainer may prune it meanwhile, and sent straight from the page cache.
 """
 
-from __future__ import annotations
-
 import mmap
-import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,6 @@ class PublishedParams:
 
     def __init__(self, params_dir: Path) -> None:
         self._dir = params_dir
-        self._stamp: tuple[int, int] | None = None
         self._latest: dict[str, Any] | None = None
         self._open: OrderedDict[int, Offer] = OrderedDict()  # by version
         self.times: dict[int, float] = {}  # version -> unix time of publishing
@@ -36,17 +32,10 @@ class PublishedParams:
 
     def refresh(self) -> bool:
         """Look at the pointer; True when there is another newest version."""
-        try:
-            stat = (self._dir / "latest.json").stat()
-        except FileNotFoundError:
-            return False
-        stamp = (stat.st_mtime_ns, stat.st_ino)
-        if stamp == self._stamp:
-            return False
         entry = read_json(self._dir / "latest.json")
-        if entry is None:
+        if entry is None or entry == self._latest:
             return False
-        before, self._stamp, self._latest = self.version, stamp, entry
+        before, self._latest = self.version, entry
         self.times[int(entry["version"])] = float(entry["time"])
         return before != self.version
 
@@ -64,17 +53,11 @@ class PublishedParams:
             if version != self.version:
                 raise Refused(f"version {version!r} is not held, the newest is {self.version}")
             try:
-                blob = map_file(self._dir / self._latest["file"])
+                with (self._dir / self._latest["file"]).open("rb") as file:  # only ever replaced, never changed
+                    blob = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
             except FileNotFoundError:
                 raise NotReady(f"version {version} is being replaced, ask again") from None
             self._open[version] = Offer.of(version, blob, self._latest["sha256"])
             while len(self._open) > KEEP_OPEN:
                 self._open.popitem(last=False)
         return self._open[version]
-
-
-def map_file(path: Path) -> memoryview:
-    """The bytes of a file that never changes (it is only ever replaced), straight from the page cache."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b"")

@@ -6,8 +6,6 @@ A ticket lives from its issue until its episode is in the ledger. It is void whe
 the actor has asked for the next one and the episode has not come for `grace_s`; its seed is then issued again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Set
@@ -47,13 +45,8 @@ class TicketOffice:
         self._run_seed = run_seed
         self._grace_s = grace_s
         self._alive = alive
-        self._live: dict[str, Ticket] = {}
+        self._live: dict[str, Ticket] = {}  # whose episode is not in the ledger yet
         self._issued: dict[str, int] = {}  # stage name -> seeds drawn so far
-
-    @property
-    def live(self) -> tuple[Ticket, ...]:
-        """Tickets whose episode is not in the ledger yet."""
-        return tuple(self._live.values())
 
     def restore(self, ticket: Ticket) -> None:
         """An episode that was open when the gateway was killed."""
@@ -116,10 +109,8 @@ def training_seed(run_seed: int, stage: str, index: int) -> int:
 
 
 def wait(seconds: float, reason: str) -> dict[str, Any]:
-    """Ask again in a moment."""
     return {"action": "wait", "seconds": seconds, "reason": reason}
 
 
 def stop(reason: str) -> dict[str, Any]:
-    """Nothing left to do."""
     return {"action": "stop", "reason": reason}

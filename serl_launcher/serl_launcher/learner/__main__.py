@@ -3,8 +3,6 @@
 Exit 0: done or stopped. Exit 2: a mistake in config or checkpoint, said in one line.
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 import sys
@@ -23,7 +21,6 @@ log = logging.getLogger("trainer")
 
 
 def main(run_dir: str) -> int:
-    """Run the role; returns its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     paths = RunPaths(Path(run_dir))
     with closing(InternalClient(paths.root, "trainer")) as gateway:

@@ -4,8 +4,6 @@
 (counters, random states, stage progress, policy version) and manifest.json: without it a folder never existed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -16,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from serl_launcher.run.files import sync
 from serl_launcher.run.parameters import CHECKPOINT_TENSORS
 
 FILES = (CHECKPOINT_TENSORS, "optimizer.pt", "state.json")
@@ -35,9 +34,9 @@ def save(
     (part / FILES[2]).write_text(json.dumps(state))
     manifest = {"step": step, "files": {name: (part / name).stat().st_size for name in FILES}}
     for name in FILES:
-        _sync(part / name)
+        sync(part / name)
     (part / "manifest.json").write_text(json.dumps(manifest))
-    _sync(part / "manifest.json")
+    sync(part / "manifest.json")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     for old in complete(root)[:-keep]:
@@ -66,8 +65,3 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any
 def read_state(folder: Path) -> dict[str, Any]:
     """The state alone."""
     return json.loads((folder / FILES[2]).read_text())
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as f:
-        os.fsync(f.fileno())

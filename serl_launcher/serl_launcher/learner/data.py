@@ -1,7 +1,5 @@
 """The replay as the trainer sees it: attached to the gateway's ring, asked for readiness, sampled."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from serl_launcher.replay.learning import LearningBatch
@@ -40,17 +38,13 @@ class TrainingData:
         return True
 
     def problem(self, mode: str) -> str | None:
-        """What is wrong with the data of a stage of this mode, in words; None while nothing is."""
         return self._view.problem(mode, self._min_accepted)
 
     def ready(self, mode: str) -> bool:
-        """Is there enough to train on in a stage of this mode?"""
         return self._view.ready(mode, self._min_accepted)
 
     def sample(self, size: int) -> ChunkBatch | LearningBatch:
-        """A batch."""
         return self._view.sample(self._rng, size)
 
     def metrics(self) -> dict[str, float]:
-        """For the log."""
         return self._view.counts()

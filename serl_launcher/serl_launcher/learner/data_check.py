@@ -3,15 +3,13 @@
 tools/preflight.py prints them. Only metadata is read, no image is decoded.
 """
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from serl_launcher.learner.sft import Columns
+from serl_launcher.run.files import read_json
 from serl_transport.contract.specs import TaskSpec
 
 NEEDED = {"MEAN_STD": ("mean", "std"), "QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max")}
@@ -19,10 +17,10 @@ NEEDED = {"MEAN_STD": ("mean", "std"), "QUANTILES": ("q01", "q99"), "MIN_MAX": (
 
 def findings(folder: Path, spec: TaskSpec, columns: Columns, mode: str = "MEAN_STD") -> list[str]:
     """Everything that keeps the dataset from training a policy for `spec`; empty when nothing is wrong."""
-    info = _json(folder / "meta" / "info.json")
+    info = read_json(folder / "meta" / "info.json")
     if info is None:
         return [f"{folder}: no meta/info.json, so no LeRobot dataset"]
-    features, stats = info["features"], _json(folder / "meta" / "stats.json") or {}
+    features, stats = info["features"], read_json(folder / "meta" / "stats.json") or {}
     found = [*_images(features, spec, columns), *_vectors(features, stats, spec, columns, NEEDED[mode])]
     if abs(float(info["fps"]) - spec.control_hz) > 1e-6:
         found.append(
@@ -77,11 +75,9 @@ def _statistics(key: str, stats: dict[str, Any] | None, needed: tuple[str, str])
         return [f"statistics: {key} holds NaN or Inf"]
     spread = second if needed[0] == "mean" else second - first
     flat = np.flatnonzero(spread <= 1e-6)
-    return (
-        [f"statistics: {key} dims {flat.tolist()} never move: any deviation is divided by almost zero"]
-        if len(flat)
-        else []
-    )
+    if len(flat):
+        return [f"statistics: {key} dims {flat.tolist()} never move: any deviation is divided by almost zero"]
+    return []
 
 
 def _prompts(folder: Path, spec: TaskSpec) -> list[str]:
@@ -96,7 +92,3 @@ def _prompts(folder: Path, spec: TaskSpec) -> list[str]:
     if spec.prompt not in texts:
         return [f"prompt: the task says {spec.prompt!r}, the dataset {texts[:3]}"]
     return []
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None

@@ -4,8 +4,6 @@ The trainer reports each step to `Faults`. Whatever happens, the policy server g
 published: nothing of a refused step is kept, and a bad step is never published.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 
@@ -26,7 +24,6 @@ class FaultBudget:
         self._in_a_row = self._taken_back = 0
 
     def good(self) -> None:
-        """A step was taken."""
         self._in_a_row = 0
 
     def after(self, can_go_back: bool) -> str:
@@ -63,7 +60,6 @@ class Faults:
             self.held = f"training holds: {fault}"
 
     def metrics(self) -> dict[str, float]:
-        """For the status."""
         return {"trainer/held": 1.0} if self.held else {}
 
 

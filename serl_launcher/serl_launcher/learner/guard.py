@@ -1,48 +1,34 @@
 """Rolls the policy back when an evaluation ends far below the best one. The trainer shows it each status.
 
-status.eval ─▶ EvaluationWatch.look ─▶ Fall ─▶ RollbackGuard: best parameters ─▶ published again ─▶ checkpoint
+status.eval ─▶ EvaluationWatch.look ─▶ a fall ─▶ RollbackGuard: best parameters ─▶ published again ─▶ checkpoint
                      └ a new best: its parameters are kept in params/kept.safetensors
 """
 
-from __future__ import annotations
-
-import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
+from serl_launcher.run.files import read_json, write_json, write_whole
 from serl_launcher.run.parameters import PublishedVersion, read_tensors
 
 log = logging.getLogger("trainer")
 
 
 @dataclass(slots=True)
-class _Best:
+class Best:
     """The best evaluation so far, and which stages were judged; kept in params/kept.json."""
 
     stage: str = ""
     rate: float = -1.0
     version: int = -1
     judged: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Fall:
-    """An evaluation that ended too far below the best."""
-
-    stage: str
-    rate: float
-    best_stage: str
-    best_rate: float
-    best_version: int
-    parameters: Path  # of the best version
 
 
 class EvaluationWatch:
@@ -55,42 +41,33 @@ class EvaluationWatch:
     def __init__(self, params_dir: Path, goals: Mapping[str, int], margin: float | None) -> None:
         self._dir, self._goals, self._margin = params_dir, goals, margin
         self._file = params_dir / "kept.json"
-        self._best = _Best(**json.loads(self._file.read_text())) if self._file.exists() else _Best()
+        self.kept = params_dir / "kept.safetensors"  # parameters of the best version
+        self.best = Best(**(read_json(self._file) or {}))
 
-    def look(self, results: Mapping[str, Mapping[str, int]]) -> Fall | None:
-        """results: stage -> {episodes, successes}. A Fall when a stage has just ended below best − margin."""
+    def look(self, results: Mapping[str, Mapping[str, int]]) -> tuple[str, float] | None:
+        """results: stage -> {episodes, successes}. Stage and rate of one that has just ended below best − margin."""
         if self._margin is None:
             return None
         for stage, goal in self._goals.items():
             row = results.get(stage)
-            if row and row["episodes"] >= goal and stage not in self._best.judged:
+            if row and row["episodes"] >= goal and stage not in self.best.judged:
                 return self._judge(stage, row["successes"] / row["episodes"])
         return None
 
-    def _judge(self, stage: str, rate: float) -> Fall | None:
-        best, newest = self._best, PublishedVersion.read(self._dir)
-        fall = None
-        if rate < best.rate - self._margin and self._kept.exists():
-            fall = Fall(stage, rate, best.stage, best.rate, best.version, self._kept)
-        elif rate >= best.rate and newest is not None:
-            part = self._kept.with_suffix(".part")
-            shutil.copyfile(self._dir / newest.file, part)
-            os.replace(part, self._kept)
+    def _judge(self, stage: str, rate: float) -> tuple[str, float] | None:
+        best, newest = self.best, PublishedVersion.read(self._dir)
+        if rate < best.rate - self._margin and self.kept.exists():
+            return stage, rate
+        if rate >= best.rate and newest is not None:
+            write_whole(self.kept, partial(shutil.copyfile, self._dir / newest.file))
             best.stage, best.rate, best.version = stage, rate, newest.version
-        if fall is None:
-            self.settle(stage)
-        return fall
+        self.settle(stage)
+        return None
 
     def settle(self, stage: str) -> None:
         """This stage's evaluation needs nothing more."""
-        self._best.judged.append(stage)
-        part = self._file.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self._best)))
-        os.replace(part, self._file)
-
-    @property
-    def _kept(self) -> Path:
-        return self._dir / "kept.safetensors"
+        self.best.judged.append(stage)
+        write_json(self._file, asdict(self.best))
 
 
 class RollbackGuard:
@@ -106,17 +83,18 @@ class RollbackGuard:
         fall = self._watch.look(status.get("eval") or {})
         if fall is None:
             return
-        best = read_tensors(fall.parameters)[0]  # perhaps of another algorithm, with parts unknown to this one
+        (stage, rate), best = fall, self._watch.best
+        tensors = read_tensors(self._watch.kept)[0]  # perhaps of another algorithm, with parts unknown to this one
         averaged = self._learner.averaged
-        self._learner.start_from({name: tensor for name, tensor in best.items() if name in averaged})
+        self._learner.start_from({name: tensor for name, tensor in tensors.items() if name in averaged})
         self._publisher.publish()
         self._checkpoints.save()  # or the next start would go on from the policy that fell
-        self._watch.settle(fall.stage)
+        self._watch.settle(stage)
         version = self._publisher.version
         log.error(
             "evaluation %s fell to %.2f, more than rollback_margin below the %.2f of %s: version %d is rolled back to "
             "version %d, published again as version %d",
-            fall.stage, fall.rate, fall.best_rate, fall.best_stage, version - 1, fall.best_version, version,
+            stage, rate, best.rate, best.stage, version - 1, best.version, version,
         )  # fmt: skip
 
 

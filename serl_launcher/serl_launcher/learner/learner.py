@@ -4,8 +4,6 @@ The trainer (learner.trainer) calls `step` with a batch and reads `averaged` whe
 losses, one a parameter group (agents.base); everything that persists between steps is here.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

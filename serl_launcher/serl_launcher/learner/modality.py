@@ -1,10 +1,8 @@
-"""modality.json of GR00T's data format: which slices of which columns are state, action, video and language.
+"""modality.json of GR00T's data format: which slices of which columns are state, action and video.
 
 Read beside a LeRobot dataset (`meta/modality.json`) by examples/train_sft.py. Ranges are half-open: start 0 and end 5
 are dims 0 … 4. A part's name becomes the names of its dims, `arm.0 … arm.4`.
 """
-
-from __future__ import annotations
 
 import json
 from pathlib import Path
@@ -30,7 +28,7 @@ class Modality:
         )
 
     @classmethod
-    def read(cls, dataset: Path) -> Modality | None:
+    def read(cls, dataset: Path) -> "Modality | None":
         """`meta/modality.json` of a dataset, None where there is none. Raises ValueError naming what is wrong."""
         path = Path(dataset) / "meta" / "modality.json"
         if not path.is_file():
@@ -54,8 +52,3 @@ class Modality:
         return [
             f"{name}.{k}" for name, entry in self.content[section].items() for k in range(entry["end"] - entry["start"])
         ]
-
-    def annotation(self) -> str | None:
-        """Column that holds the task's text or index, None for LeRobot's own `task`."""
-        entries = self.content.get("annotation") or {}
-        return next((entry.get("original_key", f"annotation.{name}") for name, entry in entries.items()), None)

@@ -4,8 +4,6 @@ On a GPU one fused kernel updates all parameters of a group, where the optimizer
 say otherwise (`fused`, `foreach`).
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from functools import partial

@@ -3,8 +3,6 @@
 The policy server and actors with a local policy load them by name, on top of the same frozen rest (`base`).
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Mapping

@@ -7,8 +7,6 @@
 learner.checkpoint knows the files; the trainer calls `save`, learner.faults `go_back_to`, learner.wiring `resume`.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

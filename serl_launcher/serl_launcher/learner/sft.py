@@ -4,8 +4,6 @@ examples/train_sft.py and the tests call `train`. The agent, its loss and the le
 where batches come from differs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from serl_launcher.learner.learner import Learner, Schedule
-from serl_launcher.policies.normalise import Affine, Units
 from serl_launcher.replay.views import ChunkBatch
 from serl_transport.contract.specs import TaskSpec
-
-QUANTILES = (0.01, 0.99)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +27,10 @@ class Columns:
     action: list[tuple[str, slice]]
 
     @classmethod
-    def plain(cls, spec: TaskSpec) -> Columns:
+    def plain(cls, spec: TaskSpec) -> "Columns":
         """LeRobot's own names."""
-        whole = slice(None)
-        return cls(
-            {camera: f"observation.images.{camera}" for camera in spec.cameras},
-            [("observation.state", whole)],
-            [("action", whole)],
-        )
+        images = {camera: f"observation.images.{camera}" for camera in spec.cameras}
+        return cls(images, [("observation.state", slice(None))], [("action", slice(None))])
 
 
 def open_dataset(folder: Path, **options: Any) -> Any:
@@ -73,7 +64,6 @@ class Chunks(torch.utils.data.Dataset):
         self.rows = open_dataset(folder, delta_timestamps={key: offsets for key in keys})
         self.spec, self.columns, self.padding = spec, columns, f"{keys[0]}_is_pad"
         self.length = len(self.rows) if max_samples is None else min(max_samples, len(self.rows))
-        check_columns(meta.features, columns, spec)
 
     def __len__(self) -> int:
         return self.length
@@ -105,35 +95,21 @@ class Chunks(torch.utils.data.Dataset):
         )
 
 
-def check_columns(features: dict[str, Any], columns: Columns, spec: TaskSpec) -> None:
-    """Raise ValueError naming a column that the dataset lacks or whose size is not the task's."""
-    for camera, key in columns.images.items():
-        if key not in features:
-            raise ValueError(f"dataset: camera {camera!r}: no column {key!r}; it has {_images(features)}")
-    for what, parts, names in (
-        ("state", columns.state, spec.state_names),
-        ("action", columns.action, spec.action_names),
-    ):
-        size = 0
-        for key, part in parts:
-            if key not in features:
-                raise ValueError(f"dataset: {what}: no column {key!r}")
-            size += len(range(*part.indices(features[key]["shape"][0])))
-        if size != len(names):
-            raise ValueError(f"dataset: {what}: expected {len(names)} dims as the task, got {size}")
-
-
-def _images(features: dict[str, Any]) -> list[str]:
-    return sorted(key for key, feature in features.items() if feature["dtype"] in ("image", "video"))
-
-
 def spec_of(meta: Any, columns: Columns, state_names: list[str] | None, action_names: list[str] | None) -> TaskSpec:
-    """The task that a dataset describes: its cameras and sizes, its first prompt, the range of its values."""
+    """The task that a dataset describes: its cameras and sizes, its first prompt, the range of its values.
+
+    Names of the dims, such as modality.json gives, or None. Raises ValueError naming a column that the dataset lacks or
+    whose size is another.
+    """
     state_low, state_high = _range(meta, columns.state)
     action_low, action_high = _range(meta, columns.action)
     for camera, key in columns.images.items():
         if key not in meta.features:
-            raise ValueError(f"dataset: camera {camera!r}: no column {key!r}; it has {_images(meta.features)}")
+            images = sorted(k for k, feature in meta.features.items() if feature["dtype"] in ("image", "video"))
+            raise ValueError(f"dataset: camera {camera!r}: no column {key!r}; it has {images}")
+    for what, names, low in (("state", state_names, state_low), ("action", action_names, action_low)):
+        if names and len(names) != len(low):
+            raise ValueError(f"dataset: {what}: expected {len(names)} dims as in modality.json, got {len(low)}")
     return TaskSpec.from_dict(
         {
             "name": "dataset",
@@ -159,25 +135,6 @@ def _range(meta: Any, parts: list[tuple[str, slice]]) -> tuple[list[float], list
     low, high = (np.concatenate([np.asarray(meta.stats[k][n])[part] for k, part in parts]) for n in ("min", "max"))
     flat = high <= low
     return np.where(flat, low - 1, low).tolist(), np.where(flat, high + 1, high).tolist()
-
-
-def dataset_units(chunks: Chunks, mode: str) -> Units:
-    """Units from the dataset's own statistics, for a policy that starts at random: `mean_std` or `quantiles`."""
-    stats = chunks.rows.meta.stats
-    return Units(_affine(stats, chunks.columns.state, mode), _affine(stats, chunks.columns.action, mode))
-
-
-def _affine(stats: dict[str, Any], parts: list[tuple[str, slice]], mode: str) -> Affine:
-    wanted = {"mean_std": ("mean", "std"), "quantiles": ("q01", "q99")}[mode]
-    for key, _ in parts:
-        missing = [name for name in wanted if name not in stats.get(key, {})]
-        if missing:
-            raise ValueError(f"dataset: no statistics {missing} of {key!r}; recompute meta/stats.json with LeRobot")
-    first, second = (np.concatenate([np.asarray(stats[k][name])[part] for k, part in parts]) for name in wanted)
-    if mode == "mean_std":
-        return Affine(first.tolist(), (second + 1e-8).tolist())
-    width = np.where(second > first, second - first, 1e-8)
-    return Affine(((first + second) / 2).tolist(), (width / 2).tolist())
 
 
 def check_batch(chunks: Chunks, batch_size: int) -> None:

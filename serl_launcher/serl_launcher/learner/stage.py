@@ -6,8 +6,6 @@ The bound keeps the trainer from wearing a small replay out. The idea is the rat
 2102.04736), with one side only: actors are never held back by the trainer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,15 +56,12 @@ class StageProgress:
         return begins
 
     def finished(self, stage: TrainingStage) -> bool:
-        """Has the stage taken its steps?"""
         return self.taken(stage) >= stage.steps
 
     def taken(self, stage: TrainingStage) -> int:
-        """Steps so far."""
         return self.steps.get(stage.name, 0)
 
     def count(self, stage: TrainingStage) -> None:
-        """A step was taken."""
         self.steps[stage.name] = self.taken(stage) + 1
 
     def allows(self, stage: TrainingStage, experience: int) -> bool:
@@ -82,7 +77,6 @@ class StageProgress:
         return schedule.scale(self.taken(stage))
 
     def metrics(self, stage: TrainingStage, experience: int) -> dict[str, float]:
-        """For the log."""
         if stage.mode != "online":
             return {}
         return {"replay/updates_per_transition": self.taken(stage) / max(1, self._new(stage, experience))}
@@ -92,7 +86,6 @@ class StageProgress:
         return {"stage_steps": self.steps, "stage_start": self.began}
 
     def load(self, counts: Mapping[str, Any]) -> None:
-        """Inverse of `counts`."""
         self.steps, self.began = counts["stage_steps"], counts["stage_start"]
 
     def _new(self, stage: TrainingStage, experience: int) -> int:

@@ -5,8 +5,6 @@
 Reading a value back makes the host wait for the device: that happens on logged steps only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +30,6 @@ class StepLog:
             self._pending = dict(metrics)
 
     def close(self) -> None:
-        """Flush."""
         self._writer.close()
 
 

@@ -10,8 +10,6 @@ learner.wiring builds it from the run's config.
 Blocks on: the gateway's answer (bounded by a timeout, retried), and the limiter (until new transitions arrive).
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ policy ─▶ agent ─▶ learner ─┬─▶ publisher ─▶ checkpoints ─
 ring ─▶ view ─▶ data ───────┴────────────────────────────────────────────────────────┘
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import fields
@@ -16,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from serl_launcher.agents.build import build_agent, build_policy
 from serl_launcher.learner.data import TrainingData
@@ -30,7 +28,9 @@ from serl_launcher.learner.step_log import StepLog
 from serl_launcher.learner.trainer import Trainer, TrainerSettings
 from serl_launcher.policies.base import FlowPolicy
 from serl_launcher.policies.parameter_table import parameter_table
-from serl_launcher.replay.build import build_view
+from serl_launcher.replay.verdicts import VerdictLedger, rule_text
+from serl_launcher.replay.views import ChunkView, View, ViewSources
+from serl_launcher.run.config import task_spec
 from serl_launcher.run.internal import InternalClient
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.metrics import MetricsWriter
@@ -48,7 +48,7 @@ def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient) -> 
     torch.set_num_threads(settings.threads)
     torch.manual_seed(cfg.seed)
     rng = np.random.default_rng(cfg.seed)
-    spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
+    spec = task_spec(cfg)
     policy = build_policy(cfg, spec)
     learner = build_learner(cfg, policy, spec)
     view, verdicts = build_view(cfg, paths, spec, policy.action_horizon)
@@ -70,6 +70,24 @@ def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient) -> 
         StepLog(MetricsWriter(paths, cfg), settings.log_period),
         TrainerSettings(**_only(settings, TrainerSettings)),
     )
+
+
+def build_view(cfg: DictConfig, paths: RunPaths, spec: TaskSpec, action_horizon: int) -> tuple[View, VerdictLedger]:
+    """The view that `algo.view` names, over what `algo.rule` accepts, and the ledger of the rule's verdicts."""
+    algo = cfg.algo
+    rule, threshold = instantiate(algo.rule), instantiate(algo.threshold)
+    ledger = VerdictLedger(paths.acceptance, rule_text(rule, threshold))
+    accepted = ChunkView(
+        rule,
+        spec,
+        action_horizon,
+        threshold=threshold,
+        weights=algo.source_weights,
+        on_verdict=ledger.note,
+        history=ledger.returns,
+    )
+    sources = ViewSources(spec, accepted, action_horizon, cfg.rollout.execute_horizon)
+    return instantiate(algo.view, sources), ledger
 
 
 def build_learner(cfg: DictConfig, policy: FlowPolicy, spec: TaskSpec) -> Learner:

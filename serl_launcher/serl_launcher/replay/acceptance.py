@@ -5,8 +5,6 @@ The trainer's view (replay.views) calls a rule once per finished episode; config
 views rebuilt. Torch-free.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,7 +36,7 @@ class Selection:
     labels: np.ndarray  # bool[n], ticks whose executed action is a label; the others are masked out of the loss
 
     @classmethod
-    def rejected(cls, n: int, reason: str) -> Selection:
+    def rejected(cls, n: int, reason: str) -> "Selection":
         return cls(False, reason, np.zeros(n, bool), np.zeros(n, bool))
 
 

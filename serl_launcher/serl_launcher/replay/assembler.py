@@ -6,8 +6,6 @@ back, and get the same episodes with the same ordinals. Nothing here looks at a 
     entry ─▶ seen before? drop ─▶ open episode: batches by first tick ─▶ gapless and final, or closed ─▶ ClosedEpisode
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -57,13 +55,11 @@ class OpenEpisode:
     ended: bool = False  # the final batch is there
 
     def add(self, batch: StepBatch) -> None:
-        """Keep a batch."""
         self.batches[batch.first_tick] = batch
         self.end = max(self.end, batch.first_tick + batch.n)
         self.ended = self.ended or batch.final
 
     def ordered(self) -> list[StepBatch]:
-        """By first tick."""
         return [self.batches[tick] for tick in sorted(self.batches)]
 
     def overlaps(self, batch: StepBatch) -> bool:

@@ -4,9 +4,7 @@ The gateway encodes, everyone who replays the journal decodes. A payload is `blo
 head, and for a step batch the very frames the actor sent, so that a checksum of the one is a checksum of the other.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +28,6 @@ class SpecEntry:
     spec: TaskSpec
 
     def payload(self) -> bytes:
-        """The record's bytes."""
         return _blob({"kind": "spec", "spec": self.spec.to_dict()})
 
 
@@ -45,7 +42,7 @@ class DataEntry:
     frames: codec.Frames = field(repr=False, compare=False)  # the item's body as it was sent
 
     @staticmethod
-    def of(actor_id: str, boot_id: str, seq: int, frames: codec.Frames, spec: TaskSpec) -> DataEntry:
+    def of(actor_id: str, boot_id: str, seq: int, frames: codec.Frames, spec: TaskSpec) -> "DataEntry":
         """Validate an item. BadFrame when it is malformed, SchemaMismatch when it breaks the task's spec."""
         body = codec.unpack(frames)
         item = body["item"] if set(body) == {"item"} else body
@@ -77,7 +74,6 @@ class CloseEntry:
     reason: str  # an Outcome.truncated_by: dead_actor
 
     def payload(self) -> bytes:
-        """The record's bytes."""
         return _blob({"kind": "close", "episode_id": self.episode_id, "reason": self.reason})
 
 
@@ -110,5 +106,5 @@ def _decode(head: Mapping[str, Any], frames: codec.Frames, spec: TaskSpec) -> En
     raise KeyError(f"kind {kind!r}")
 
 
-def _blob(head: dict[str, Any], frames: Sequence[Any] = ()) -> bytes:
-    return blob.join([msgpack.packb(head), *frames])
+def _blob(head: dict[str, Any]) -> bytes:
+    return blob.join([msgpack.packb(head)])

@@ -7,8 +7,6 @@ writes. A torn tail of the newest segment is what a kill leaves and ends the rea
 front of anything known to have been synced, is corruption and raises JournalCorrupt.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 import zlib
@@ -124,7 +122,6 @@ class JournalReader:
         return 0 if self._sequence is None else self._sequence + 1
 
     def close(self) -> None:
-        """Close the open segment."""
         if self._file is not None:
             os.close(self._file)
             self._file = None

@@ -7,8 +7,6 @@ The queue is bounded by the actors' windows of unacknowledged items; the thread 
 A group that fails is cut off the file again, so that what follows a full disk is a valid journal.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import logging
@@ -31,6 +29,7 @@ from serl_launcher.replay.journal import (
     record_header,
     segment_path,
 )
+from serl_launcher.run.files import sync
 from serl_transport.contract.errors import StorageFull
 from serl_transport.wire.blob import write_buffers
 
@@ -188,7 +187,7 @@ class JournalWriter:
             os.ftruncate(file, self._end.offset)
             write_buffers(file, [SEGMENT_MAGIC], 0)
             os.fsync(file)
-            _sync_folder(self._folder)
+            sync(self._folder)
         except OSError:
             os.close(file)
             raise
@@ -199,23 +198,14 @@ class JournalWriter:
         fd = os.open(self._folder / MARK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
         try:
             if os.fstat(fd).st_size != 8:
-                os.pwrite(
-                    fd, encode_mark(Position()), 0
-                )  # real bytes: a mapped hole could not be filled on a full disk
+                # Real bytes: a mapped hole could not be filled on a full disk.
+                os.pwrite(fd, encode_mark(Position()), 0)
             return mmap.mmap(fd, 8)
         finally:
             os.close(fd)
 
     def _publish(self) -> None:
         self._mark[:] = encode_mark(self._end)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _explain(failure: OSError, folder: Path) -> str:

@@ -3,8 +3,6 @@
 Both views read one ring. The trainer asks `ready` before a stage's steps and `sample` for each.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +24,7 @@ class LearningBatch:
 
 
 class LearningView:
-    """The accepted chunks and a transition view over one ring (`algo.view`).
+    """A View (replay.views): the accepted chunks and a transition view over one ring (`algo.view`).
 
     gamma: discount per tick. demo_share: of the transitions of a batch, those from demonstrations. min_online: online
     transitions before training may begin in an online stage.
@@ -36,38 +34,21 @@ class LearningView:
         self.imitation, self._min_online = sources.accepted, min_online
         self.transitions = TransitionView(sources.spec, sources.execute_horizon, gamma, demo_share)
 
-    @property
-    def accepted(self) -> dict[str, int]:
-        """Accepted episodes by mode."""
-        return self.imitation.accepted
-
-    @property
-    def reasons(self) -> dict[str, int]:
-        """Episodes by verdict."""
-        return self.imitation.reasons
-
     def attach(self, ring: RingReader) -> None:
-        """Read from this ring."""
         self.imitation.attach(ring)
         self.transitions.attach(ring)
 
     def refresh(self) -> int:
-        """Take in new episodes; returns how many."""
         self.imitation.refresh()
         return self.transitions.refresh()
 
-    def __len__(self) -> int:
-        return len(self.transitions)
-
     def ready(self, mode: str, min_accepted: int) -> bool:
-        """Is there enough to train on in a stage of this mode?"""
         if mode == "online":
-            enough = self.accepted["online"] >= min_accepted
+            enough = self.imitation.accepted["online"] >= min_accepted
             return enough and self.transitions.count("online") >= max(1, self._min_online)
         return len(self.imitation) > 0 and len(self.transitions) > 0
 
     def problem(self, mode: str, min_accepted: int) -> str | None:
-        """What is wrong with the data of a stage of this mode, in words; None while nothing is."""
         low, high = self.transitions.reward_range
         if mode == "online" and self.transitions.count("online") and low == high:
             return f"every transition has the same reward, {low:g}: a critic cannot tell good from bad"
@@ -79,7 +60,6 @@ class LearningView:
         return LearningBatch(imitation, self.transitions.sample(rng, b))
 
     def counts(self) -> dict[str, float]:
-        """For the log."""
         return self.imitation.counts() | {
             "replay/transitions_demo": float(self.transitions.count("demo")),
             "replay/transitions_online": float(self.transitions.count("online")),

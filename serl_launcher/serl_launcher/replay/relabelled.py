@@ -6,16 +6,14 @@ What learns reads episodes through `Relabelled.correct`: the views over the ring
 The journal, and with it the dataset and episodes.jsonl, keeps what was recorded.
 """
 
-from __future__ import annotations
-
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from serl_launcher.run.files import write_json
 from serl_launcher.run.paths import RunPaths
 from serl_transport.contract.schema import Episode, Outcome
 
@@ -44,17 +42,8 @@ class Relabelled:
 
     def save(self) -> None:
         """Replace the file in one step, on disk when this returns."""
-        part = self.path.with_name(self.path.name + ".part")
-        with part.open("w", encoding="utf-8") as file:
-            json.dump({episode_id: asdict(label) for episode_id, label in self.labels.items()}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        labels = {episode_id: asdict(label) for episode_id, label in self.labels.items()}
+        write_json(self.path, labels, indent=1, durable=True)
 
     def correct(self, episode: Episode) -> Episode:
         """The episode as if the person had pressed the key for success or failure at its last tick.

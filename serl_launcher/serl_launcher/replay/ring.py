@@ -11,8 +11,6 @@ An episode of n ticks takes n+1 consecutive absolute frame numbers; slot = frame
 of an episode only the observation means anything. The counters are aligned 8-byte words, written once each.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
@@ -22,22 +20,18 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from serl_launcher.replay.ring_layout import (
     COUNTERS_OFFSET,
-    EPISODE_COLUMNS,
-    HEADER_BYTES,
-    IMAGE_PREFIX,
-    MODES,
     ArrayPlace,
     RingError,
     RingLayout,
     choose_folder,
-    plan_layout,
 )
+from serl_transport.contract.schema import MODES
+from serl_transport.contract.specs import TaskSpec
 
 log = logging.getLogger("replay")
 
@@ -50,25 +44,6 @@ class Evicted(RuntimeError):  # noqa: N818  (the architecture's name: it is an e
     """The writer overtook the reader: the frames are gone; list the episodes again and sample anew."""
 
 
-class HasShapes(Protocol):
-    """What the ring needs of a TaskSpec."""
-
-    @property
-    def cameras(self) -> Mapping[str, tuple[int, int]]:
-        """Camera -> (height, width)."""
-        ...
-
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        """Names of the state's dims."""
-        ...
-
-    @property
-    def action_names(self) -> tuple[str, ...]:
-        """Names of the action's dims."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class EpisodeRow:
     """One committed episode."""
@@ -78,7 +53,6 @@ class EpisodeRow:
     n_ticks: int  # ticks; the observations are first_frame .. first_frame + n_ticks
     mode: str  # demo | online
     success: bool
-    interventions: int  # ticks the operator drove
     row: int  # absolute row number of the table: grows with every commit, anew for a demonstration that moved
 
 
@@ -88,6 +62,7 @@ class _RingFile:
     def __init__(self, path: Path, layout: RingLayout, access: int) -> None:
         self.path = path
         self.layout = layout
+        self.capacity = layout.capacity  # observation slots
         flags = os.O_RDWR if access == mmap.ACCESS_WRITE else os.O_RDONLY
         fd = os.open(path, flags)
         try:
@@ -97,16 +72,6 @@ class _RingFile:
         self._counters = np.frombuffer(self._map, np.int64, 4, COUNTERS_OFFSET)
         self._arrays = {key: self._view(place) for key, place in layout.arrays.items()}
         self._table = self._view(layout.table)
-
-    @property
-    def capacity(self) -> int:
-        """Observation slots."""
-        return self.layout.capacity
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Keys a frame holds."""
-        return tuple(self._arrays)
 
     @property
     def head(self) -> int:
@@ -119,18 +84,17 @@ class _RingFile:
         return int(self._counters[FIRST_VALID])
 
     def _view(self, place: ArrayPlace) -> np.ndarray:
-        count = int(np.prod(place.shape))
-        return np.frombuffer(self._map, place.dtype, count, place.offset).reshape(place.shape)
+        return np.ndarray(place.shape, place.dtype, self._map, place.offset)
 
 
 class RingWriter(_RingFile):
     """Appends whole episodes. One per ring file; the file is new each time the gateway starts.
 
-    spec: task spec (cameras, state_names, action_names). Raises RingError when no folder has room.
+    Raises RingError when no folder has room.
     """
 
-    def __init__(self, spec: HasShapes, capacity_frames: int, run_dir: Path, shared: Path = Path("/dev/shm")) -> None:
-        layout = plan_layout(spec.cameras, len(spec.state_names), len(spec.action_names), capacity_frames)
+    def __init__(self, spec: TaskSpec, capacity_frames: int, run_dir: Path, shared: Path = Path("/dev/shm")) -> None:
+        layout = RingLayout(spec.cameras, len(spec.state_names), len(spec.action_names), capacity_frames)
         remove_rings(run_dir, shared)
         folder = choose_folder(layout.total_bytes, capacity_frames, run_dir, shared)
         path = folder / f"{_ring_stem(run_dir)}-{os.getpid()}-{os.urandom(3).hex()}.ring"
@@ -162,13 +126,10 @@ class RingWriter(_RingFile):
         for key, array in self._arrays.items():
             rows = slots if key.startswith("observation.") else slots[:n]
             array[rows] = arrays[key]
-        interventions = int(np.count_nonzero(arrays["intervention"]))
-        self._table[index % self.layout.episode_rows] = (
-            ordinal, first, n, MODES.index(mode), int(success), interventions,
-        )  # fmt: skip
+        self._table[index % self.layout.episode_rows] = (ordinal, first, n, MODES.index(mode), int(success))
         self._counters[HEAD] = first + n + 1
         self._counters[ROWS] = index + 1  # last: this publishes the episode
-        return EpisodeRow(ordinal, first, n, mode, success, interventions, index)
+        return EpisodeRow(ordinal, first, n, mode, success, index)
 
     def close(self, unlink: bool = True) -> None:
         """Forget the file. Readers that mapped it keep their view until they let go."""
@@ -183,7 +144,7 @@ class RingWriter(_RingFile):
         """
         while self.head + frames > self.first_valid + self.capacity:
             index = int(self._counters[FIRST_ROW])
-            ordinal, first, n, mode, success, _ = self._table[index % self.layout.episode_rows].tolist()
+            ordinal, first, n, mode, success = self._table[index % self.layout.episode_rows].tolist()
             demo, moved = MODES[mode] == "demo", None
             if demo and self._demo_frames <= self.capacity // 2 and self._demo_frames + frames <= self.capacity:
                 moved = self._copy(first, n)
@@ -216,12 +177,7 @@ class RingReader(_RingFile):
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        try:
-            with path.open("rb") as file:
-                header = file.read(HEADER_BYTES)
-        except FileNotFoundError:
-            raise RingError(f"no replay ring at {path}: the gateway has replaced it; ask its status again") from None
-        super().__init__(path, RingLayout.from_header(header, path), mmap.ACCESS_READ)
+        super().__init__(path, RingLayout.read(path), mmap.ACCESS_READ)
 
     def episodes(self, since_row: int = 0) -> list[EpisodeRow]:
         """Committed episodes whose row number is at least since_row, oldest commit first."""
@@ -230,40 +186,24 @@ class RingReader(_RingFile):
         table = self._table[indices % self.layout.episode_rows].copy()
         still = indices >= int(self._counters[FIRST_ROW])  # read after the copy: older rows may be half overwritten
         return [
-            EpisodeRow(int(o), int(first), int(n), MODES[m], bool(s), int(i), int(index))
-            for index, (o, first, n, m, s, i) in zip(indices[still], table[still], strict=True)
+            EpisodeRow(int(o), int(first), int(n), MODES[m], bool(s), int(index))
+            for index, (o, first, n, m, s) in zip(indices[still], table[still], strict=True)
         ]
 
-    def gather(
-        self, frames: np.ndarray, keys: Iterable[str] | None = None, out: Mapping[str, np.ndarray] | None = None
-    ) -> dict[str, np.ndarray]:
+    def gather(self, frames: np.ndarray, keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """Copy slots: key -> array[len(frames), ...] (or frames' own shape in place of len(frames)).
 
-        frames: int64[...] absolute frame numbers; keys: all when None; out: buffers to fill instead of new ones.
-        Raises Evicted when any of the frames was overwritten before or during the copy; IndexError when one was
-        never written.
+        frames: int64[...] absolute frame numbers; keys: all when None. Raises Evicted when any of the frames was
+        overwritten before or during the copy; IndexError when one was never written.
         """
         frames = np.asarray(frames, np.int64)
-        keys = self.keys if keys is None else tuple(keys)
         if frames.size:
             self._check_live(frames)
         slots = frames % self.capacity
-        result: dict[str, np.ndarray] = {}
-        for key in keys:
-            source = self._array(key)
-            target = out[key] if out is not None else np.empty((*frames.shape, *source.shape[1:]), source.dtype)
-            # mode="clip" lets take write straight into the buffer ("raise" would copy twice); slots are in range.
-            np.take(source, slots, axis=0, out=target, mode="clip")
-            result[key] = target
+        result = {key: np.take(self._array(key), slots, axis=0) for key in (self._arrays if keys is None else keys)}
         if frames.size and int(frames.min()) < self.first_valid:
             raise Evicted(f"frame {int(frames.min())} was overwritten during the copy (oldest is {self.first_valid})")
         return result
-
-    def close(self) -> None:
-        """Let go of the mapping (arrays returned by gather are copies and stay valid)."""
-        self._arrays = {}
-        del self._table, self._counters  # views of the map, which cannot be closed while they live
-        self._map.close()
 
     def _check_live(self, frames: np.ndarray) -> None:
         low, high = int(frames.min()), int(frames.max())
@@ -312,7 +252,7 @@ def _reserve(path: Path, layout: RingLayout) -> int:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         os.posix_fallocate(fd, 0, layout.total_bytes)
-        os.pwrite(fd, layout.to_header(), 0)
+        os.pwrite(fd, layout.header, 0)
     except OSError as error:
         os.close(fd)
         path.unlink(missing_ok=True)
@@ -321,8 +261,3 @@ def _reserve(path: Path, layout: RingLayout) -> int:
             "Lower replay.capacity_frames or free some space."
         ) from None
     return fd
-
-
-__all__ = [
-    "EPISODE_COLUMNS", "IMAGE_PREFIX", "EpisodeRow", "Evicted", "RingError", "RingReader", "RingWriter", "remove_rings",
-]  # fmt: skip

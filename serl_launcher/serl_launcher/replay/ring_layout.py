@@ -1,30 +1,29 @@
 """Where everything lies inside a replay ring file, and where the file itself may lie.
 
-`ring.py` is the only caller. A ring file is one fully reserved block: a header (magic, the layout as JSON), four
-committed counters, the frame arrays, the episode table. A reader needs nothing but the file's path.
+`ring.py` is the only caller. A ring file is one fully reserved block: a header (magic, what the layout follows from),
+four committed counters, the frame arrays, the episode table. A reader needs nothing but the file's path.
 """
-
-from __future__ import annotations
 
 import json
 import os
-import struct
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import numpy as np
+import psutil
 
-MAGIC = b"FSRING01"
+from serl_transport.contract.schema import IMAGE_PREFIX
+
+MAGIC = b"FSRING02"
 HEADER_BYTES = 65536
 COUNTERS_OFFSET = HEADER_BYTES
 ALIGN = 4096
 SHARED_MEMORY = Path("/dev/shm")
 
-MODES = ("demo", "online", "eval")
-EPISODE_COLUMNS = ("ordinal", "first_frame", "n_ticks", "mode", "success", "interventions")
-IMAGE_PREFIX = "observation.images."
+EPISODE_COLUMNS = ("ordinal", "first_frame", "n_ticks", "mode", "success")
 
 
 class RingError(RuntimeError):
@@ -39,84 +38,59 @@ class ArrayPlace:
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * np.dtype(self.dtype).itemsize
 
-@dataclass(frozen=True, slots=True)
+
 class RingLayout:
-    """The whole map of a ring file, stored as JSON in its header."""
+    """The whole map of a ring file: a function of four values, which the file's header holds as JSON.
 
-    capacity: int  # frames (observation slots)
-    episode_rows: int  # rows of the episode table
-    arrays: dict[str, ArrayPlace]  # key -> place; shapes start with `capacity`
-    table: ArrayPlace  # int64[episode_rows, 6], columns EPISODE_COLUMNS
-    total_bytes: int
+    capacity: frames (observation slots). Raises RingError when that is less than 2, or the header does not fit.
+    """
 
-    def to_header(self) -> bytes:
-        """Magic, JSON length, JSON."""
-        body = {
-            "capacity": self.capacity,
-            "episode_rows": self.episode_rows,
-            "arrays": {k: [p.dtype, list(p.shape), p.offset] for k, p in self.arrays.items()},
-            "table": [self.table.dtype, list(self.table.shape), self.table.offset],
-            "total_bytes": self.total_bytes,
-        }
-        text = json.dumps(body).encode()
-        if len(text) + 16 > HEADER_BYTES:
-            raise RingError(f"the ring header needs {len(text)} bytes, {HEADER_BYTES - 16} fit: too many cameras")
-        return MAGIC + struct.pack("<Q", len(text)) + text
+    def __init__(self, cameras: Mapping[str, tuple[int, int]], state_dim: int, action_dim: int, capacity: int) -> None:
+        if capacity < 2:
+            raise RingError(f"replay.capacity_frames must be at least 2 (one tick, two observations), got {capacity}")
+        self.capacity = capacity
+        self.header = MAGIC + json.dumps([dict(cameras), state_dim, action_dim, capacity]).encode()
+        if len(self.header) > HEADER_BYTES:
+            raise RingError(f"the ring header needs {len(self.header)} bytes, {HEADER_BYTES} fit: too many cameras")
+        offset = COUNTERS_OFFSET + ALIGN
+        self.arrays: dict[str, ArrayPlace] = {}  # shapes start with `capacity`
+        for key, (dtype, shape) in frame_arrays(cameras, state_dim, action_dim).items():
+            self.arrays[key] = ArrayPlace(dtype, (capacity, *shape), offset)
+            offset = _aligned(offset + self.arrays[key].nbytes)
+        self.episode_rows = capacity // 2 + 1  # the shortest episode takes two frames: never the bottleneck
+        self.table = ArrayPlace("int64", (self.episode_rows, len(EPISODE_COLUMNS)), offset)
+        self.total_bytes = _aligned(offset + self.table.nbytes)
 
-    @staticmethod
-    def from_header(raw: bytes, path: Path) -> RingLayout:
-        """Parse a header; RingError when the file is not a ring of this version."""
-        if raw[:8] != MAGIC:
+    @classmethod
+    def read(cls, path: Path) -> "RingLayout":
+        """Of an existing file; RingError when it is gone, or no ring of this version."""
+        try:
+            with path.open("rb") as file:
+                raw = file.read(HEADER_BYTES)
+        except FileNotFoundError:
+            raise RingError(f"no replay ring at {path}: the gateway has replaced it; ask its status again") from None
+        if not raw.startswith(MAGIC):
             raise RingError(f"{path} is no replay ring: expected magic {MAGIC!r}, got {raw[:8]!r}")
-        (length,) = struct.unpack("<Q", raw[8:16])
-        body = json.loads(raw[16 : 16 + length])
-
-        def place(row: list) -> ArrayPlace:
-            return ArrayPlace(row[0], tuple(row[1]), row[2])
-
-        return RingLayout(
-            body["capacity"],
-            body["episode_rows"],
-            {k: place(row) for k, row in body["arrays"].items()},
-            place(body["table"]),
-            body["total_bytes"],
-        )
+        return cls(*json.loads(raw[len(MAGIC) :].rstrip(b"\0")))
 
 
 def frame_arrays(
     cameras: Mapping[str, tuple[int, int]], state_dim: int, action_dim: int
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Key -> (dtype, per-frame shape) of everything a frame holds; the keys are those of a StepBatch."""
-    arrays: dict[str, tuple[str, tuple[int, ...]]] = {
-        f"{IMAGE_PREFIX}{camera}": ("uint8", (h, w, 3)) for camera, (h, w) in cameras.items()
+    flags = ("next.done", "next.truncated", "next.success", "intervention")
+    return {
+        **{f"{IMAGE_PREFIX}{camera}": ("uint8", (h, w, 3)) for camera, (h, w) in cameras.items()},
+        "observation.state": ("float32", (state_dim,)),
+        "action": ("float32", (action_dim,)),
+        "next.reward": ("float32", ()),
+        **{flag: ("bool", ()) for flag in flags},
+        "policy_version": ("int64", ()),
     }
-    arrays["observation.state"] = ("float32", (state_dim,))
-    arrays["action"] = ("float32", (action_dim,))
-    arrays["next.reward"] = ("float32", ())
-    for flag in ("next.done", "next.truncated", "next.success", "intervention"):
-        arrays[flag] = ("bool", ())
-    arrays["policy_version"] = ("int64", ())
-    return arrays
-
-
-def plan_layout(
-    cameras: Mapping[str, tuple[int, int]], state_dim: int, action_dim: int, capacity_frames: int
-) -> RingLayout:
-    """Lay out a ring of `capacity_frames` observation slots."""
-    if capacity_frames < 2:
-        raise RingError(
-            f"replay.capacity_frames must be at least 2 (one tick, two observations), got {capacity_frames}"
-        )
-    offset = COUNTERS_OFFSET + ALIGN
-    places: dict[str, ArrayPlace] = {}
-    for key, (dtype, shape) in frame_arrays(cameras, state_dim, action_dim).items():
-        full = (capacity_frames, *shape)
-        places[key] = ArrayPlace(dtype, full, offset)
-        offset = _aligned(offset + prod(full) * np.dtype(dtype).itemsize)
-    rows = capacity_frames // 2 + 1  # the shortest episode takes two frames: the table can never be the bottleneck
-    table = ArrayPlace("int64", (rows, len(EPISODE_COLUMNS)), offset)
-    return RingLayout(capacity_frames, rows, places, table, _aligned(offset + rows * len(EPISODE_COLUMNS) * 8))
 
 
 def choose_folder(total_bytes: int, capacity_frames: int, run_dir: Path, shared: Path = SHARED_MEMORY) -> Path:
@@ -128,7 +102,7 @@ def choose_folder(total_bytes: int, capacity_frames: int, run_dir: Path, shared:
     for folder in (shared, run_dir):
         free = _free_bytes(folder)
         if free is not None and folder == SHARED_MEMORY:
-            free = min(free, _available_memory())
+            free = min(free, psutil.virtual_memory().available)
         if free is None:
             tried.append(f"{folder}: missing or not writable")
         elif total_bytes > free * 0.9:
@@ -145,17 +119,7 @@ def choose_folder(total_bytes: int, capacity_frames: int, run_dir: Path, shared:
 def _free_bytes(folder: Path) -> float | None:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return None
-    stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize
-
-
-def _available_memory() -> float:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return float("inf")
-    kilobytes = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return next((1024 * kb for kb in kilobytes), float("inf"))
+    return shutil.disk_usage(folder).free
 
 
 def _aligned(offset: int) -> int:

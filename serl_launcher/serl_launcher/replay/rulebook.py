@@ -4,8 +4,6 @@ The chunk view (replay.views) asks it about the ring's episodes, tools/reaccept.
 episodes in the same order get the same verdicts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -36,7 +34,6 @@ class RuleBook:
         self.clear()
 
     def clear(self) -> None:
-        """Forget every episode."""
         self._accepted_online: dict[int, Verdict] = {}  # by ordinal; a risen m may still reject them
         if self.threshold is not None:
             self.threshold.reset()

@@ -5,8 +5,6 @@ acceptance ledger, so that replaying a run gives the same thresholds again. yaml
 one the rule's own `min_return` holds for ever.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Mapping
 from typing import Protocol
@@ -18,17 +16,11 @@ class Threshold(Protocol):
     """m, non-decreasing."""
 
     @property
-    def value(self) -> float:
-        """m for the next episode."""
-        ...
+    def value(self) -> float: ...  # m for the next episode
 
-    def observe(self, mode: str, return_: float) -> None:
-        """An episode is over, accepted or not."""
-        ...
+    def observe(self, mode: str, return_: float) -> None: ...  # an episode is over, accepted or not
 
-    def reset(self) -> None:
-        """Forget every episode."""
-        ...
+    def reset(self) -> None: ...  # forget every episode
 
 
 class SteppedThreshold:

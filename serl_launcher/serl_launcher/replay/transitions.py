@@ -10,9 +10,7 @@ A chunk never runs into the next episode. An episode that ended by a time limit 
 observation (Pardo et al., 1712.00378). Half of a batch comes from demonstrations (RLPD, Ball et al., 2302.02948).
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -43,68 +41,47 @@ class TransitionBatch:
         return len(self.state)
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkIndex:
-    """Chunk starts of some episodes, n rows."""
-
-    start: np.ndarray  # int64[n], absolute frame of the first tick
-    last: np.ndarray  # int64[n], absolute frame of the episode's last tick
-    length: np.ndarray  # int64[n], real ticks k
-    reward: np.ndarray  # float32[n]
-    bootstrap: np.ndarray  # bool[n]
-    return_to_go: np.ndarray  # float32[n]
-    terminated: np.ndarray  # bool[n], the episode did, at its last tick; False where a time limit or a cut ended it
-
-    def __len__(self) -> int:
-        return len(self.start)
-
-    def take(self, rows: np.ndarray) -> ChunkIndex:
-        """Some of the rows (indices or a mask)."""
-        return ChunkIndex(*(getattr(self, f.name)[rows] for f in fields(self)))
-
-    def join(self, other: ChunkIndex) -> ChunkIndex:
-        """These rows, then the other's."""
-        return ChunkIndex(*(np.concatenate([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
-
-    @classmethod
-    def empty(cls) -> ChunkIndex:
-        dtypes = (np.int64, np.int64, np.int64, np.float32, bool, np.float32, bool)
-        return cls(*(np.zeros(0, dtype) for dtype in dtypes))
+CHUNK_STARTS = np.dtype(  # a row for each tick of an episode as the first of a chunk
+    [
+        ("start", np.int64),  # absolute frame of the first tick
+        ("last", np.int64),  # absolute frame of the episode's last tick
+        ("length", np.int64),  # real ticks k
+        ("reward", np.float32),
+        ("return_to_go", np.float32),
+        ("bootstrap", bool),
+        ("terminated", bool),  # the episode did, at its last tick; False where a time limit or a cut ended it
+    ]
+)
 
 
-def index_episode(first_frame: int, reward: np.ndarray, done: np.ndarray, horizon: int, gamma: float) -> ChunkIndex:
-    """Every tick of an episode as a chunk start.
+def index_episode(first_frame: int, reward: np.ndarray, done: np.ndarray, horizon: int, gamma: float) -> np.ndarray:
+    """Every tick of an episode as a chunk start: CHUNK_STARTS[n].
 
     reward: float32[n]; done: bool[n], terminated. The tick that terminates ends the episode, so at most the last is.
 
     >>> index = index_episode(0, np.array([0, 0, 1.0]), np.array([0, 0, 1], bool), horizon=2, gamma=0.5)
-    >>> index.length.tolist(), index.reward.tolist(), index.bootstrap.tolist()
+    >>> index["length"].tolist(), index["reward"].tolist(), index["bootstrap"].tolist()
     ([2, 2, 1], [0.0, 0.5, 1.0], [True, False, False])
     """
     n = len(reward)
     ticks = np.arange(n)
-    length = np.minimum(horizon, n - ticks)
+    index = np.zeros(n, CHUNK_STARTS)
+    index["start"], index["last"] = first_frame + ticks, first_frame + n - 1
+    index["length"] = np.minimum(horizon, n - ticks)
+    index["bootstrap"] = ~done[ticks + index["length"] - 1]
+    index["terminated"] = done.any()
     discounted = np.zeros(n)
-    for i in range(horizon):
-        inside = ticks + i < n
-        discounted[inside] += gamma**i * reward[ticks[inside] + i]
-    return_to_go = np.zeros(n)
+    for i in range(min(horizon, n)):
+        discounted[: n - i] += gamma**i * reward[i:]
+    index["reward"] = discounted
     tail = 0.0
     for t in reversed(ticks):
-        tail = return_to_go[t] = reward[t] + gamma * tail
-    return ChunkIndex(
-        start=first_frame + ticks,
-        last=np.full(n, first_frame + n - 1),
-        length=length,
-        reward=discounted.astype(np.float32),
-        bootstrap=~done[ticks + length - 1],
-        return_to_go=return_to_go.astype(np.float32),
-        terminated=np.full(n, done.any()),
-    )
+        index["return_to_go"][t] = tail = reward[t] + gamma * tail
+    return index
 
 
 class TransitionView:
-    """Chunk transitions of a ring, demonstrations and online episodes apart.
+    """Chunk transitions of a ring, demonstrations and online episodes apart; used as a View (replay.views).
 
     horizon: ticks of a chunk that the actor executes before it asks again. demo_share: of each batch, while both
     sources hold something.
@@ -122,13 +99,11 @@ class TransitionView:
         self.clear()
 
     def clear(self) -> None:
-        """Forget every index; the next `refresh` rebuilds them from the ring."""
         self._next_row = 0
-        self._index = {"demo": ChunkIndex.empty(), "online": ChunkIndex.empty()}
+        self._index = {mode: np.zeros(0, CHUNK_STARTS) for mode in ("demo", "online")}
         self.reward_range = (float("inf"), float("-inf"))  # lowest and highest reward of a tick
 
     def attach(self, ring: RingReader) -> None:
-        """Read from this ring; a new one starts the view over."""
         if ring is not self._ring:
             self._ring = ring
             self.clear()
@@ -141,7 +116,6 @@ class TransitionView:
         return len(self._index[source])
 
     def refresh(self) -> int:
-        """Take in the episodes committed since the last call; returns how many."""
         rows = self._ring.episodes(self._next_row)
         for row in rows:  # a demonstration that moved comes again, and what it left is dropped below
             self._next_row = row.row + 1
@@ -160,25 +134,22 @@ class TransitionView:
             low, high = self.reward_range
             self.reward_range = min(low, float(reward.min())), max(high, float(reward.max()))
             starts = index_episode(row.first_frame, reward, columns["next.done"], self.horizon, self.gamma)
-            self._index[row.mode] = self._index[row.mode].join(starts)
+            self._index[row.mode] = np.concatenate([self._index[row.mode], starts])
 
     def _drop_before(self, first_frame: int) -> None:
-        for source, index in self._index.items():
-            keep = index.start >= first_frame
-            if not keep.all():
-                self._index[source] = index.take(keep)
+        self._index = {source: index[index["start"] >= first_frame] for source, index in self._index.items()}
 
     def sample(self, rng: np.random.Generator, b: int) -> TransitionBatch:
         """b transitions, `demo_share` of them from demonstrations. Raises ValueError when the view is empty."""
         while True:
             n_demo = self._demo_count(b)
             parts = [
-                index.take(rng.integers(0, len(index), n))
+                index[rng.integers(0, len(index), n)]
                 for index, n in zip(self._index.values(), (n_demo, b - n_demo), strict=True)
                 if n
             ]
             try:
-                return self._gather(parts[0] if len(parts) == 1 else parts[0].join(parts[1]), n_demo)
+                return self._gather(np.concatenate(parts), n_demo)
             except Evicted:
                 self._drop_before(self._ring.first_valid)
 
@@ -186,36 +157,30 @@ class TransitionView:
         demo, online = self.count("demo"), self.count("online")
         if not demo and not online:
             raise ValueError("the view holds no transition yet")
-        if not demo or not online:
-            return b if demo else 0
-        return round(b * self.demo_share)
+        return round(b * self.demo_share) if demo and online else b if demo else 0
 
-    def _bounds(self, index: ChunkIndex) -> np.ndarray:
-        """bool[n]: is the return that followed a lower bound of the best value?
-
-        What came after a cut is not known, and is worth less than nothing only where a reward can be negative.
-        """
-        return index.terminated | (self.reward_range[0] >= 0)
-
-    def _gather(self, index: ChunkIndex, n_demo: int) -> TransitionBatch:
+    def _gather(self, index: np.ndarray, n_demo: int) -> TransitionBatch:
         steps = np.arange(self.horizon)
-        frames = np.minimum(index.start[:, None] + steps, index.last[:, None])
+        frames = np.minimum(index["start"][:, None] + steps, index["last"][:, None])
         keys = [*self._cameras.values(), "observation.state"]
         chunk = self._ring.gather(frames, ["action"])["action"]
-        after = self._ring.gather(index.start + index.length, keys)
+        after = self._ring.gather(index["start"] + index["length"], keys)
         # Oldest frames last: a writer that overtakes this batch is noticed here.
-        first = self._ring.gather(index.start, keys)
+        first = self._ring.gather(index["start"], keys)
+        # What came after a cut is not known, and is worth less than nothing only where a reward can be negative.
+        bounds = index["terminated"] | (self.reward_range[0] >= 0)
+        return_to_go = index["return_to_go"].copy()
         return TransitionBatch(
             images={camera: first[key] for camera, key in self._cameras.items()},
             state=first["observation.state"],
             action=chunk,
-            is_pad=steps >= index.length[:, None],
-            reward=index.reward,
-            discount=np.power(self.gamma, index.length).astype(np.float32),
-            bootstrap=index.bootstrap,
+            is_pad=steps >= index["length"][:, None],
+            reward=index["reward"].copy(),
+            discount=np.power(self.gamma, index["length"]).astype(np.float32),
+            bootstrap=index["bootstrap"].copy(),
             next_images={camera: after[key] for camera, key in self._cameras.items()},
             next_state=after["observation.state"],
-            return_to_go=index.return_to_go,
-            value_lower_bound=np.where(self._bounds(index), index.return_to_go, np.float32(-np.inf)),
+            return_to_go=return_to_go,
+            value_lower_bound=np.where(bounds, return_to_go, np.float32(-np.inf)),
             demo=np.arange(len(index)) < n_demo,
         )

@@ -4,9 +4,8 @@ The chunk view (replay.views) reports verdicts; the trainer keeps them in runs/<
 be made again from the journal, with the run's rule or with another one (tools/reaccept.py).
 """
 
-from __future__ import annotations
-
 import json
+import os
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,8 @@ class VerdictLedger:
                 written.clear()
         self._newest = newest(rows)
         self._returns = {row["ordinal"]: (row["mode"], row["return"]) for row in rows}
-        _drop_torn_line(path)
+        if path.exists():
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill may have torn the last line
 
     def returns(self, after: int, before: int) -> list[tuple[str, float]]:
         """Mode and return of the episodes whose ordinals lie between these, oldest first."""
@@ -97,10 +97,3 @@ def read(path: Path) -> list[dict[str, Any]]:
 def newest(rows: list[dict[str, Any]]) -> dict[int, bool]:
     """Ordinal -> accepted, by the last line on each episode."""
     return {row["ordinal"]: row["accepted"] for row in rows}
-
-
-def _drop_torn_line(path: Path) -> None:
-    if path.exists():
-        data = path.read_bytes()
-        if not data.endswith(b"\n") and data:
-            path.write_bytes(data[: data.rfind(b"\n") + 1])

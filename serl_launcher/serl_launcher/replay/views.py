@@ -1,13 +1,12 @@
 """Views over the replay ring: the contract, and the view of accepted ticks, at which a training chunk may start.
 
-    algo.view ──▶ replay.build ──▶ View ── sample ──▶ batch ──▶ Agent.forward
+    algo.view ──▶ learner.wiring ──▶ View ── sample ──▶ batch ──▶ Agent.forward
 
 A view holds indices and gathers batches by them: nothing is copied or deleted when a rule changes. `ChunkView` reads
 newly committed episodes from the ring (replay.ring) and asks the acceptance rule about each.
 """
 
-from __future__ import annotations
-
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -46,27 +45,21 @@ class View(Protocol):
 
     def attach(self, ring: RingReader) -> None:
         """Read from this ring; a new one (the gateway restarted) starts the view over."""
-        ...
 
     def refresh(self) -> int:
         """Take in the episodes committed since the last call; returns how many."""
-        ...
 
     def ready(self, mode: str, min_accepted: int) -> bool:
         """Is there enough to train on in a stage of this mode (`train` or `online`)?"""
-        ...
 
     def problem(self, mode: str, min_accepted: int) -> str | None:
         """What is wrong with the data of a stage of this mode, in words; None while nothing is."""
-        ...
 
     def sample(self, rng: np.random.Generator, b: int) -> Any:
         """A batch of b samples, of the kind that the algorithm's agent takes; it has a length."""
-        ...
 
     def counts(self) -> dict[str, float]:
         """For the log, under `replay/`."""
-        ...
 
 
 class ChunkView:
@@ -99,26 +92,27 @@ class ChunkView:
         """Forget every index; the next `refresh` rebuilds them from the ring."""
         self._next_row, self._last_ordinal = 0, -1
         self._demonstrations: dict[int, Selection] = {}  # accepted ones by ordinal: the ring may move them
-        self._frames = np.zeros((0, self._horizon), np.int64)  # absolute frame of each chunk tick, clipped at the end
-        self._is_pad = np.zeros((0, self._horizon), bool)
-        self._demo = np.zeros(0, bool)
-        self._ordinal = np.zeros(0, np.int64)
+        chunk = [
+            ("frames", np.int64, (self._horizon,)),  # absolute frame of each tick, clipped at the episode's end
+            ("is_pad", bool, (self._horizon,)),
+            ("demo", bool),
+            ("ordinal", np.int64),
+        ]
+        self._chunks = np.zeros(0, chunk)
         self.accepted: dict[str, int] = {"demo": 0, "online": 0}
         self.seen: dict[str, int] = {"demo": 0, "online": 0}
-        self.reasons: dict[str, int] = {}
+        self.reasons: Counter[str] = Counter()
         self._book.clear()
 
     def attach(self, ring: RingReader) -> None:
-        """Read from this ring; a new one (the gateway restarted) starts the view over."""
         if ring is not self._ring:
             self._ring = ring
             self.clear()
 
     def __len__(self) -> int:
-        return len(self._frames)
+        return len(self._chunks)
 
     def refresh(self) -> int:
-        """Take in the episodes committed since the last call; returns how many."""
         rows = self._ring.episodes(self._next_row)
         for row in sorted(rows, key=lambda row: row.ordinal):  # a demonstration that moved comes late
             try:
@@ -127,17 +121,15 @@ class ChunkView:
                 continue
         if rows:
             self._next_row = rows[-1].row + 1
-            self._drop_before(self._ring.first_valid)
+            self._drop_evicted()
         return len(rows)
 
     def ready(self, mode: str, min_accepted: int) -> bool:
-        """Is there enough to train on in a stage of this mode?"""
         return len(self) > 0 and (mode != "online" or self.accepted["online"] >= min_accepted)
 
     def problem(self, mode: str, min_accepted: int) -> str | None:
-        """What is wrong with the data of a stage of this mode, in words; None while nothing is."""
-        seen, accepted = (self.seen, self.accepted)
-        if mode == "online" and seen["online"] >= max(PATIENCE_EPISODES, min_accepted) and not accepted["online"]:
+        seen = self.seen
+        if mode == "online" and seen["online"] >= max(PATIENCE_EPISODES, min_accepted) and not self.accepted["online"]:
             return f"all {seen['online']} online episodes were rejected ({self._rejections()}): nothing to learn from"
         if mode == "train" and not sum(seen.values()):
             return "this run holds no episodes yet: record demonstrations first (run_learner_data_collection.sh)"
@@ -149,7 +141,6 @@ class ChunkView:
         return ", ".join(f"{reason}: {n}" for reason, n in self.reasons.items() if reason != "accepted" and n)
 
     def counts(self) -> dict[str, float]:
-        """For the log."""
         known = {"replay/chunks": float(len(self)), "replay/accepted_online": float(self.accepted["online"])}
         threshold = self._book.threshold
         return known if threshold is None else known | {"replay/threshold": threshold.value}
@@ -163,10 +154,10 @@ class ChunkView:
         self._last_ordinal = row.ordinal
         selection, (verdict, *overturned) = self._book.judge(row.ordinal, row.mode, row.success, columns)
         self._on_verdict(verdict)
-        self.seen[row.mode] = self.seen.get(row.mode, 0) + 1
-        self.reasons[verdict.reason] = self.reasons.get(verdict.reason, 0) + 1
+        self.seen[row.mode] += 1
+        self.reasons[verdict.reason] += 1
         if selection.accepted:
-            self.accepted[row.mode] = self.accepted.get(row.mode, 0) + 1
+            self.accepted[row.mode] += 1
             self._admit(row, selection)
             if row.mode == "demo":
                 self._demonstrations[row.ordinal] = selection
@@ -176,7 +167,7 @@ class ChunkView:
     def _follow(self, row: EpisodeRow) -> None:
         """A demonstration that was judged before lies elsewhere now."""
         if selection := self._demonstrations.get(row.ordinal):
-            self._keep(self._ordinal != row.ordinal)
+            self._chunks = self._chunks[self._chunks["ordinal"] != row.ordinal]
             self._admit(row, selection)
 
     def _admit(self, row: EpisodeRow, selection: Selection) -> None:
@@ -184,40 +175,34 @@ class ChunkView:
         starts = np.flatnonzero(selection.starts)
         steps = starts[:, None] + np.arange(self._horizon)
         inside = np.minimum(steps, n - 1)
-        self._frames = np.concatenate([self._frames, row.first_frame + inside])
-        self._is_pad = np.concatenate([self._is_pad, (steps >= n) | ~selection.labels[inside]])
-        self._demo = np.concatenate([self._demo, np.full(len(starts), row.mode == "demo")])
-        self._ordinal = np.concatenate([self._ordinal, np.full(len(starts), row.ordinal)])
+        chunks = np.zeros(len(starts), self._chunks.dtype)
+        chunks["frames"], chunks["is_pad"] = row.first_frame + inside, (steps >= n) | ~selection.labels[inside]
+        chunks["demo"], chunks["ordinal"] = row.mode == "demo", row.ordinal
+        self._chunks = np.concatenate([self._chunks, chunks])
 
     def _expel(self, verdict: Verdict) -> None:
         """An accepted episode is imitated no longer."""
         self._on_verdict(verdict)
         self.accepted[verdict.mode] -= 1
         self.reasons["accepted"] -= 1
-        self.reasons[verdict.reason] = self.reasons.get(verdict.reason, 0) + 1
-        self._keep(self._ordinal != verdict.ordinal)
+        self.reasons[verdict.reason] += 1
+        self._chunks = self._chunks[self._chunks["ordinal"] != verdict.ordinal]
 
-    def _drop_before(self, first_frame: int) -> None:
-        self._keep(self._frames[:, 0] >= first_frame)
-
-    def _keep(self, keep: np.ndarray) -> None:
-        if not keep.all():
-            self._frames, self._is_pad = self._frames[keep], self._is_pad[keep]
-            self._demo, self._ordinal = self._demo[keep], self._ordinal[keep]
+    def _drop_evicted(self) -> None:
+        self._chunks = self._chunks[self._chunks["frames"][:, 0] >= self._ring.first_valid]
 
     def sample(self, rng: np.random.Generator, b: int) -> ChunkBatch:
         """b chunks drawn uniformly over the accepted starts. Raises ValueError when there are none."""
         while True:
             if not len(self):
                 raise ValueError("the view holds no accepted tick yet")
-            rows = rng.integers(0, len(self), b)
             try:
-                return self._gather(rows)
+                return self._gather(self._chunks[rng.integers(0, len(self), b)])
             except Evicted:
-                self._drop_before(self._ring.first_valid)
+                self._drop_evicted()
 
-    def _gather(self, rows: np.ndarray) -> ChunkBatch:
-        frames = self._frames[rows]
+    def _gather(self, chunks: np.ndarray) -> ChunkBatch:
+        frames, demo = chunks["frames"], chunks["demo"].copy()
         images = {camera: f"observation.images.{camera}" for camera in self._cameras}
         first = self._ring.gather(frames[:, 0], [*images.values(), "observation.state", "intervention"])
         chunk = self._ring.gather(frames, ["action"])["action"]
@@ -225,10 +210,10 @@ class ChunkView:
             images={camera: first[key] for camera, key in images.items()},
             state=first["observation.state"],
             action=chunk,
-            is_pad=self._is_pad[rows],
-            demo=self._demo[rows],
+            is_pad=chunks["is_pad"].copy(),
+            demo=demo,
             operator=first["intervention"],
-            weight=self._weights[np.where(self._demo[rows], 0, np.where(first["intervention"], 2, 1))],
+            weight=self._weights[np.where(demo, 0, np.where(first["intervention"], 2, 1))],
         )
 
 

@@ -1,7 +1,5 @@
 """From probabilities of observations to a verdict on an episode, and how good such verdicts are. Pure functions."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from serl_config.reward_stages import stage_after

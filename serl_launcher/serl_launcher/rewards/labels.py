@@ -7,8 +7,6 @@ process   class k of n: the k-th n-th of a successful episode's length. Failed e
 A label is an index into an episode, so that an episode is never on both sides of a split.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

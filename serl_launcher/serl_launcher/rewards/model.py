@@ -4,10 +4,7 @@ Two kinds share it: `outcome` (classes: not yet, success) and `process` (n stage
 rewards.training, served by rewards.server, audited by tools/audit_reward.py.
 """
 
-from __future__ import annotations
-
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -19,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from serl_launcher.policies.normalise import Affine
+from serl_launcher.run.files import write_json
 from serl_transport.contract.specs import TaskSpec
 
 KINDS = ("outcome", "process")
@@ -47,7 +45,6 @@ class RewardCard:
 
     @property
     def spec(self) -> TaskSpec:
-        """The task."""
         return TaskSpec.from_dict(self.task)
 
 
@@ -98,9 +95,7 @@ def save(folder: Path, model: RewardClassifier, card: RewardCard, report: dict) 
     """Weights, card and the training's report; the card last, so that a folder without one never existed."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / MODEL)
-    part = folder / f"{CARD}.part"
-    part.write_text(json.dumps(asdict(card) | {"report": report}, indent=2))
-    os.replace(part, folder / CARD)
+    write_json(folder / CARD, asdict(card) | {"report": report}, indent=2)
 
 
 def load(folder: str | Path) -> RewardClassifier:

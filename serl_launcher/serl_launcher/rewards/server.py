@@ -9,8 +9,6 @@ Same transport, handshake, limits and keys as the gateway. Request `reward`:
 Verdicts over an episode (patience, stages) are the actor's: the server keeps nothing of anybody.
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.rewards.model import RewardClassifier, load
+from serl_launcher.run.config import read_config, task_spec
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.ready import say_ready
 from serl_transport.config import TrainerConfig
@@ -60,7 +59,6 @@ class RewardServer:
 
 def build(cfg: DictConfig) -> RewardServer:
     """The server of a run's config. Raises ValueError, FileNotFoundError or CannotListen in the user's words."""
-    spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
     config = TrainerConfig(
         port_number=cfg.reward.port,
         broadcast_port=cfg.reward.port + 1 if cfg.reward.port else 0,
@@ -70,15 +68,15 @@ def build(cfg: DictConfig) -> RewardServer:
         keys_dir=OmegaConf.select(cfg, "security.keys_dir"),
         allow_list=OmegaConf.select(cfg, "security.allow_list"),
     )
-    return RewardServer(load(cfg.reward.model), spec, config)
+    return RewardServer(load(cfg.reward.model), task_spec(cfg), config)
 
 
 def main(run_dir: str) -> int:
     """Entry of the role. Returns 2 on a mistake in the config, said in one line."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
-    cfg = OmegaConf.load(RunPaths(Path(run_dir)).config)
-    torch.set_num_threads(cfg.serving.threads)
     try:
+        cfg = read_config(RunPaths(Path(run_dir)).config)
+        torch.set_num_threads(cfg.serving.threads)
         reward = build(cfg)
     except (ValueError, OSError, CannotListen) as mistake:
         log.error("%s", mistake)

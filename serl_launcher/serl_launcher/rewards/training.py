@@ -6,8 +6,6 @@
 Called by examples/train_reward_classifier.py.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -58,8 +56,7 @@ class Labelled:
     succeeds: np.ndarray  # bool[n], the episode it is of ends in success
 
     @classmethod
-    def of(cls, episodes: Sequence[LabelledEpisode]) -> Labelled:
-        """Of the episodes' observations with a label."""
+    def of(cls, episodes: Sequence[LabelledEpisode]) -> "Labelled":
         keep = [e.label >= 0 for e in episodes]
         images = {
             camera: np.concatenate([e.images[camera][k] for e, k in zip(episodes, keep, strict=True)])
@@ -69,8 +66,7 @@ class Labelled:
         label = np.concatenate([e.label[k] for e, k in zip(episodes, keep, strict=True)])
         return cls(images, state, label, np.repeat([e.success for e in episodes], [k.sum() for k in keep]))
 
-    def take(self, rows: np.ndarray) -> Labelled:
-        """Those rows."""
+    def take(self, rows: np.ndarray) -> "Labelled":
         images = {c: x[rows] for c, x in self.images.items()}
         return Labelled(images, self.state[rows], self.label[rows], self.succeeds[rows])
 

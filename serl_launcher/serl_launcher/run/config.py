@@ -4,14 +4,19 @@ The file may have been edited by hand or torn by a full disk: a ValueError then 
 """
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from serl_transport.contract.specs import TaskSpec
+
 
 def read_config(path: Path, *needed: str) -> DictConfig:
     """The config, with these dotted keys in it. ValueError names the file, and the line or key; OSError: unreadable."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: expected a run's folder, for example runs/quickstart")
     try:
         config = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
@@ -26,3 +31,14 @@ def read_config(path: Path, *needed: str) -> DictConfig:
         if value is None:
             raise ValueError(f"{path}: {key} is missing; is it the config of a run?")
     return config
+
+
+def plain(config: DictConfig, key: str, default: Any = None) -> Any:
+    """The value of a dotted key, a section as plain containers; `default` when absent."""
+    value = OmegaConf.select(config, key, default=default)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def task_spec(config: DictConfig) -> TaskSpec:
+    """`task.spec` of a config. ValueError names what is wrong with it."""
+    return TaskSpec.from_dict(plain(config, "task.spec"))

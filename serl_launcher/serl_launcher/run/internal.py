@@ -7,8 +7,6 @@ A role outlives the gateway: calls are retried on a fresh socket until the patie
 registered again by its next `serving`. Torch-free, like everything here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os
@@ -40,10 +38,9 @@ class _Link:
         # A context that is collected with an open socket would wait for it for ever.
         self._finish = weakref.finalize(self, self._context.destroy, linger=0)
         self._ids = itertools.count(1)
-        self._socket = self._connect()
+        self.socket = self._connect()
 
     def close(self) -> None:
-        """Close the socket."""
         self._finish()
 
     def _connect(self) -> zmq.Socket:
@@ -57,12 +54,12 @@ class _Link:
     def _send(self, envelope: Envelope, frames: codec.Frames) -> None:
         # A full queue means a gateway that has been away for long: what it missed is asked again or out of date.
         with contextlib.suppress(zmq.Again):
-            self._socket.send_multipart([envelope.to_frame(), *frames], zmq.NOBLOCK)
+            self.socket.send_multipart([envelope.to_frame(), *frames], zmq.NOBLOCK)
 
     def _receive(self, timeout_s: float) -> tuple[Envelope, codec.Frames] | None:
-        if not self._socket.poll(max(0, int(timeout_s * 1e3))):
+        if not self.socket.poll(max(0, int(timeout_s * 1e3))):
             return None
-        parts = self._socket.recv_multipart(copy=False)
+        parts = self.socket.recv_multipart(copy=False)
         return Envelope.from_frame(parts[0]), parts[1:]
 
 
@@ -82,7 +79,6 @@ class InternalClient(_Link):
         return self.call("role_hello", {"role": self.role, "pid": os.getpid()})
 
     def status(self) -> dict[str, Any]:
-        """The status document."""
         return self.call("status", {})
 
     def progress(
@@ -106,8 +102,8 @@ class InternalClient(_Link):
                     f"the gateway did not answer {kind} for {self._patience_s:.0f} s at {self._endpoint}: "
                     "is it running?"
                 )
-            self._socket.close()
-            self._socket = self._connect()
+            self.socket.close()
+            self.socket = self._connect()
 
     def _wait_for(self, request_id: int, timeout_s: float) -> dict[str, Any] | None:
         deadline = time.monotonic() + timeout_s
@@ -134,11 +130,6 @@ class PolicyLink(_Link):
 
     def __init__(self, run_dir: str | Path) -> None:
         super().__init__(run_dir, "policy")
-
-    @property
-    def socket(self) -> zmq.Socket:
-        """To poll beside other sockets."""
-        return self._socket
 
     def receive(self, timeout_s: float) -> InferRequest | None:
         """The next question, or None after `timeout_s` (0: only what is there). Malformed ones are answered here."""

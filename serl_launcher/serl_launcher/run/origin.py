@@ -3,15 +3,13 @@
 flowserl_cli.compose calls `settle_policy`, torch-free, before either side starts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
-from serl_launcher.run.config import read_config
+from serl_launcher.run.config import plain, read_config
 
 # What decides which of a policy's tensors are published, and what a yaml without the key means.
 WHAT_TRAINS = {"policy.train": "full", "policy.lora_rank": None, "policy.tune": None}
@@ -45,7 +43,7 @@ def settle_policy(config: DictConfig, chosen: Sequence[str]) -> None:
                 with open_dict(config):
                     config[section] = theirs[section]
     for key, unsaid in WHAT_TRAINS.items():
-        ours, of_the_run = (_plain(cfg, key, unsaid) for cfg in (config, theirs))
+        ours, of_the_run = (plain(cfg, key, unsaid) for cfg in (config, theirs))
         if None not in (ours, of_the_run) and ours != of_the_run:
             raise ValueError(
                 f"{key} is {ours}, but the run of checkpoint_path={config.checkpoint_path} had {of_the_run}: its "
@@ -59,11 +57,6 @@ def evaluates(config: DictConfig) -> bool:
     if config.learner:
         return not any(stage.get("steps") for stage in config.schedule.stages)
     return bool(config.actor) and config.rollout.policy == "local"
-
-
-def _plain(cfg: DictConfig, key: str, unsaid: Any) -> Any:
-    value = OmegaConf.select(cfg, key, default=unsaid)
-    return OmegaConf.to_container(value, resolve=True) if isinstance(value, DictConfig) else value
 
 
 def _typed(value: Any) -> str:

@@ -4,11 +4,8 @@ The trainer publishes; the policy server watches `latest.json` and swaps; the ga
 with a local policy. Only trainable tensors travel, with a hash of the frozen rest: both sides know they share a base.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from serl_launcher.run.files import write_json, write_whole
 
 # Of a trainer's checkpoint (learner.checkpoint), which `checkpoint_path` may name as well.
 CHECKPOINT_TENSORS = "tensors.safetensors"
@@ -34,7 +33,7 @@ class PublishedVersion:
     time: float  # unix seconds of publishing
 
     @classmethod
-    def read(cls, params_dir: Path) -> PublishedVersion | None:
+    def read(cls, params_dir: Path) -> "PublishedVersion | None":
         """The newest version, or None before the first."""
         try:
             return cls(**json.loads((params_dir / "latest.json").read_text()))
@@ -71,15 +70,11 @@ def publish(
     keep: int,
 ) -> PublishedVersion:
     """Write version `version` whole or not at all, then point at it; files older than the newest `keep` go."""
-    params_dir.mkdir(parents=True, exist_ok=True)
-    name = f"v{version:06d}.safetensors"
+    path = params_dir / f"v{version:06d}.safetensors"
     metadata = {"version": str(version), "step": str(step), "base_sha256": base, "policy": policy}
-    part = params_dir / f"{name}.part"
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=metadata)
-    data = part.read_bytes()
-    os.replace(part, params_dir / name)
-    entry = PublishedVersion(version, step, name, len(data), hashlib.sha256(data).hexdigest(), now)
-    _point_at(params_dir, entry)
+    on_host = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    write_whole(path, lambda part: save_file(on_host, part, metadata=metadata))
+    entry = _point_at(path, version, step, now)
     for old in sorted(params_dir.glob("v*.safetensors"))[:-keep]:
         old.unlink()
     return entry
@@ -87,19 +82,17 @@ def publish(
 
 def store(params_dir: Path, version: int, blob: bytes, now: float) -> PublishedVersion:
     """Keep a published file that came over the wire (its hash was checked there), and point at it."""
-    name = f"v{version:06d}.safetensors"
-    part = params_dir / f"{name}.part"
-    part.write_bytes(blob)
-    os.replace(part, params_dir / name)
-    entry = PublishedVersion(version, -1, name, len(blob), hashlib.sha256(blob).hexdigest(), now)
-    _point_at(params_dir, entry)
+    path = params_dir / f"v{version:06d}.safetensors"
+    write_whole(path, lambda part: part.write_bytes(blob))
+    return _point_at(path, version, -1, now)
+
+
+def _point_at(path: Path, version: int, step: int, now: float) -> PublishedVersion:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    entry = PublishedVersion(version, step, path.name, path.stat().st_size, digest, now)
+    write_json(path.with_name("latest.json"), asdict(entry))
     return entry
-
-
-def _point_at(params_dir: Path, entry: PublishedVersion) -> None:
-    pointer = params_dir / "latest.json.part"
-    pointer.write_text(json.dumps(asdict(entry)))
-    os.replace(pointer, params_dir / "latest.json")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

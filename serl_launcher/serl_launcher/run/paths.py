@@ -3,107 +3,39 @@
 Every role gets the run folder and finds the rest here. `internal_endpoint` names the gateway's socket for the roles.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 
-@dataclass(frozen=True, slots=True)
 class RunPaths:
     """Paths inside one run folder; nothing is created."""
 
-    root: Path  # runs/<name>
-
-    @property
-    def config(self) -> Path:
-        """The resolved config."""
-        return self.root / "config.yaml"
-
-    @property
-    def journal(self) -> Path:
-        """Segments of everything that was acknowledged; the source of truth."""
-        return self.root / "journal"
-
-    @property
-    def episodes(self) -> Path:
-        """The ledger, one line per finished episode (derived)."""
-        return self.root / "episodes.jsonl"
-
-    @property
-    def acceptance(self) -> Path:
-        """Which episodes are imitated, and why, one line per verdict (derived)."""
-        return self.root / "acceptance.jsonl"
-
-    @property
-    def relabelled(self) -> Path:
-        """What a person said of episodes afterwards."""
-        return self.root / "relabelled.json"
-
-    @property
-    def dataset(self) -> Path:
-        """LeRobotDataset v3 (derived)."""
-        return self.root / "dataset"
-
-    @property
-    def params(self) -> Path:
-        """Published parameters and latest.json."""
-        return self.root / "params"
-
-    @property
-    def latest_params(self) -> Path:
-        """Pointer to the newest published parameters."""
-        return self.params / "latest.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Trainer checkpoints, manifest written last."""
-        return self.root / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """trainer.jsonl and TensorBoard files."""
-        return self.root / "metrics"
-
-    @property
-    def videos(self) -> Path:
-        """Evaluation and online episodes, mp4."""
-        return self.root / "videos"
-
-    @property
-    def logs(self) -> Path:
-        """One log per role."""
-        return self.root / "logs"
-
-    @property
-    def status(self) -> Path:
-        """The last status document."""
-        return self.root / "status.json"
-
-    @property
-    def stage_progress(self) -> Path:
-        """What the trainer last reported of each stage, kept by the gateway."""
-        return self.root / "stage_progress.json"
-
-    @property
-    def summary(self) -> Path:
-        """Figures of a finished run."""
-        return self.root / "summary.json"
-
-    @property
-    def learning_curve(self) -> Path:
-        """Its picture."""
-        return self.root / "learning_curve.png"
+    def __init__(self, root: Path) -> None:
+        self.root = root  # runs/<name>
+        self.config = root / "config.yaml"  # resolved
+        self.journal = root / "journal"  # segments of everything that was acknowledged; the source of truth
+        self.episodes = root / "episodes.jsonl"  # the ledger, one line per finished episode (derived)
+        self.acceptance = root / "acceptance.jsonl"  # which episodes are imitated, and why (derived)
+        self.relabelled = root / "relabelled.json"  # what a person said of episodes afterwards
+        self.dataset = root / "dataset"  # LeRobotDataset v3 (derived)
+        self.params = root / "params"  # published parameters
+        self.latest_params = self.params / "latest.json"  # pointer to the newest ones
+        self.checkpoints = root / "checkpoints"  # the trainer's, manifest written last
+        self.metrics = root / "metrics"  # trainer.jsonl and TensorBoard files
+        self.videos = root / "videos"  # evaluation and online episodes, mp4
+        self.logs = root / "logs"  # one a role
+        self.status = root / "status.json"  # the last status document
+        self.stage_progress = root / "stage_progress.json"  # what the trainer last reported of each stage
+        self.summary = root / "summary.json"  # figures of a finished run
+        self.learning_curve = root / "learning_curve.png"  # its picture
 
     def spool(self, unique_identifier: str) -> Path:
         """Unacknowledged items of an actor that runs in this folder."""
         return self.root / "spool" / unique_identifier
 
     def log(self, role: str) -> Path:
-        """Log of one role."""
         return self.logs / f"{role}.log"
 
     def starting(self, role: str) -> Path:

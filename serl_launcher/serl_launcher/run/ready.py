@@ -5,8 +5,6 @@
 Removing needs no space, so a full disk makes no role look as if it had never come up. Torch-free.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

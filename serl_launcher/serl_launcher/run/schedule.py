@@ -3,8 +3,6 @@
 `schedule.stages` in yaml becomes a tuple of Stage; the gateway calls `current_stage` whenever a count changes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +20,7 @@ class Stage:
 
     name: str
     mode: str  # demo | train | eval | online
-    episodes: int | None = (
-        None  # demo: successful ones; eval: distinct seeds; online: finished ones. None: no condition
-    )
+    episodes: int | None = None  # demo: successes; eval: distinct seeds; online: finished ones. None: no condition
     steps: int | None = None  # trainer steps within this stage. None: the trainer takes none
     first_seed: int = FIRST_EVAL_SEED  # eval only: seeds first_seed + i
     takeover: bool = True  # may the operator take over (never in eval)

@@ -145,11 +145,6 @@ class Child:
             return time.monotonic() - self._started >= READY_AFTER_S
         return not self.spec.starting_file.exists()
 
-    def terminate(self) -> None:
-        """SIGTERM to the whole group."""
-        if self._process:
-            signal_group(self._process.pid, signal.SIGTERM)
-
     def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
         """End the whole group: SIGTERM, wait (not when `hurry` says so), SIGKILL. Returns when no member is left."""
         if self._process is None:
@@ -192,12 +187,6 @@ def process_stat(pid: int) -> Sequence[str]:
         return ()
 
 
-def signal_group(group: int, signum: signal.Signals) -> None:
-    """Signal every member; an empty group is fine."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signum)
-
-
 def end_group(
     group: int,
     grace_s: float,
@@ -208,7 +197,8 @@ def end_group(
     for signum, seconds in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5.0)):
         if not group_members(group):
             return
-        signal_group(group, signum)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signum)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not (signum == signal.SIGTERM and hurry()):
             if leader:

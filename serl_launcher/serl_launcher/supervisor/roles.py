@@ -10,6 +10,7 @@ trainer    a stage names steps, or there is nothing to serve yet and it must pub
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -54,16 +55,9 @@ def _role(paths: RunPaths, name: str, module: str, grace_s: float = 10.0) -> Chi
 
 def _trainer(cfg: DictConfig, paths: RunPaths) -> ChildSpec:
     exit_file = paths.logs / "trainer.exit"
-    module = ("-m", "serl_launcher.supervisor.lifeline", "serl_launcher.learner")
-    return ChildSpec(
-        "trainer",
-        (*accelerate_command(cfg), *module, str(paths.root)),
-        log=paths.log("trainer"),
-        env={"PYTHONUNBUFFERED": "1", EXIT_FILE: str(exit_file)},
-        grace_s=60.0,
-        exit_file=exit_file,
-        starting_file=paths.starting("trainer"),
-    )
+    role = _role(paths, "trainer", "serl_launcher.learner", grace_s=60.0)
+    argv = (*accelerate_command(cfg), "-m", "serl_launcher.supervisor.lifeline", *role.argv[2:])
+    return replace(role, argv=argv, env={**role.env, EXIT_FILE: str(exit_file)}, exit_file=exit_file)
 
 
 def accelerate_command(cfg: DictConfig) -> tuple[str, ...]:

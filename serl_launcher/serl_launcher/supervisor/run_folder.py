@@ -5,8 +5,6 @@ the roles would trip over later (ports, disk, a missing checkpoint) is found her
 """
 
 import fcntl
-import json
-import os
 import shutil
 import socket
 import time
@@ -20,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.replay.journal import JournalCorrupt, JournalReader
 from serl_launcher.run import config as run_config
-from serl_launcher.run.files import read_json
+from serl_launcher.run.config import plain, task_spec
+from serl_launcher.run.files import read_json, write_text
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.schedule import Stage, read_stages
-from serl_transport.contract.specs import TaskSpec
 from serl_transport.security.auth import is_loopback
 
 MIN_FREE_MB = 500
@@ -65,7 +63,7 @@ def prepare(cfg: DictConfig) -> RunFolder:
     except ValueError as error:
         raise RunError(str(error)) from None
     try:
-        TaskSpec.from_dict(plain(cfg, "task.spec"))
+        task_spec(cfg)
     except ValueError as error:
         raise RunError(f"config/task/{cfg.task.get('name')}.yaml: {error}") from None
     check_network(cfg)
@@ -85,7 +83,7 @@ def prepare(cfg: DictConfig) -> RunFolder:
         wait_for_ports(cfg)
         _archive_summary(paths)
         paths.status.unlink(missing_ok=True)  # the last start's "done" is not ours
-        _write_config(paths, cfg)
+        write_text(paths.config, OmegaConf.to_yaml(cfg, resolve=True), durable=True)
     return RunFolder(paths, stages, state, lock)
 
 
@@ -269,32 +267,9 @@ def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]
         yield key, old, new
 
 
-def plain(cfg: DictConfig, key: str) -> Any:
-    """One section as plain containers; None when absent."""
-    value = OmegaConf.select(cfg, key)
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
 def _archive_summary(paths: RunPaths) -> None:
     """A summary of an earlier schedule (data collection before training) keeps its figures under its own time."""
     if paths.summary.exists():
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(paths.summary.stat().st_mtime))
         kept = paths.summary.rename(paths.root / f"summary.{stamp}.json")
         print(f"another schedule finished here before; its figures are kept in {kept}", flush=True)
-
-
-def _write_config(paths: RunPaths, cfg: DictConfig) -> None:
-    temporary = paths.root / "config.yaml.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(OmegaConf.to_yaml(cfg, resolve=True))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(paths.config)
-
-
-def read_status(paths: RunPaths) -> dict[str, Any] | None:
-    """The gateway's last status document; None before the first one."""
-    try:
-        return json.loads(paths.status.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):  # a torn file is as good as none: the next one is a second away
-        return None

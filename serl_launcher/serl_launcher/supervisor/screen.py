@@ -19,8 +19,7 @@ class Screen:
 
     def event(self, text: str) -> None:
         """One thing that happened; stays on the screen."""
-        self._erase()
-        print(f"{time.strftime('%H:%M:%S')} {text}", file=self._out, flush=True)
+        self.plain(f"{time.strftime('%H:%M:%S')} {text}")
 
     def plain(self, text: str) -> None:
         """Text without a time, such as the final table."""

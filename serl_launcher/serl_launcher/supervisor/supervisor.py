@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
+from serl_launcher.run.files import read_json
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.supervisor.children import Child, ChildSpec, Death, RestartBudget
 from serl_launcher.supervisor.roles import STOP_ORDER
-from serl_launcher.supervisor.run_folder import read_status
 from serl_launcher.supervisor.screen import Screen
 from serl_launcher.telemetry.dashboard import render_line, render_status
 
@@ -66,7 +66,8 @@ class Supervisor:
         try:
             for child in self._children:
                 child.start()
-            self._screen.event(f"learner of run {self._paths.root.name}: {self._pids()}; logs in {self._paths.logs}")
+            pids = ", ".join(f"{child.spec.name} {child.pid}" for child in self._children)
+            self._screen.event(f"learner of run {self._paths.root.name}: {pids}; logs in {self._paths.logs}")
             code = self._loop()
         finally:
             self._stop_all()
@@ -86,10 +87,11 @@ class Supervisor:
             now = time.monotonic()
             if now >= next_status:
                 next_status = now + 1.0
-                status = read_status(self._paths)
+                status = read_json(self._paths.status)
                 if status and now >= next_dashboard:
                     next_dashboard = now + self._period_s
-                    self._show(status)
+                    lines = render_status(status) if self._screen.is_terminal else [render_line(status)]
+                    self._screen.dashboard(lines)
                 if status and status.get("done") and self._ends:
                     self._screen.event("every stage is done")
                     return DONE
@@ -117,10 +119,9 @@ class Supervisor:
         budget = self._budgets[death.name]
         wait_s = budget.died(death)
         if wait_s is None:
-            log = child.spec.log
             self._screen.event(
                 f"{death.name} keeps dying before it is ready ({death.cause}); giving up. "
-                f"Its last lines, from {log}:{lines}"
+                f"Its last lines, from {child.spec.log}:{lines}"
             )
             return GAVE_UP
         if death.code == 0:  # most likely it has seen the end of the schedule a moment before us
@@ -143,21 +144,14 @@ class Supervisor:
                 child.stop(hurry=lambda: self._signal is not None)
         self._signal = self._signal or first
 
-    def _show(self, status: dict[str, Any]) -> None:
-        self._screen.dashboard(render_status(status) if self._screen.is_terminal else [render_line(status)])
-
     def _sum_up(self) -> None:
         from serl_launcher.telemetry.summary import write_summary
 
-        write_summary(self._paths.root)
-        rows = json.loads(self._paths.summary.read_text(encoding="utf-8"))
-        width = max(map(len, rows), default=0)
+        rows = write_summary(self._paths.root)
+        width = max(map(len, rows))
         table = "\n".join(f"  {key:<{width}}  {_short(value)}" for key, value in rows.items())
         self._screen.plain(f"run {self._paths.root.name} is complete\n{table}")
         self._screen.plain(f"  {self._paths.summary}\n  {self._paths.learning_curve}")
-
-    def _pids(self) -> str:
-        return ", ".join(f"{child.spec.name} {child.pid}" for child in self._children)
 
     def _on_signal(self, signum: int, _frame: object) -> None:
         self._signal = signum

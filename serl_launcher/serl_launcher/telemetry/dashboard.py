@@ -9,6 +9,8 @@ Metrics are explained in docs/data.md.
 from collections.abc import Mapping
 from typing import Any
 
+from serl_launcher.telemetry.statistics import wilson
+
 WIDTH = 100
 BAR = 24  # cells of the progress bar
 SILENT_S = 10.0  # an actor that was not heard for so long brings no episodes
@@ -104,8 +106,6 @@ def _episodes_line(status: Mapping[str, Any]) -> str:
 
 
 def _evaluation_line(status: Mapping[str, Any]) -> str | None:
-    from serl_launcher.telemetry.statistics import wilson
-
     parts = []
     for stage, result in (status.get("eval") or {}).items():
         n, successes = result.get("episodes", 0), result.get("successes", 0)

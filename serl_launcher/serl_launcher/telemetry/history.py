@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 from serl_launcher.replay.verdicts import newest
 from serl_launcher.replay.verdicts import read as read_verdicts
+from serl_launcher.run.config import read_config
+from serl_launcher.run.files import read_json
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.metrics import read_metrics
 
@@ -77,21 +79,14 @@ class RunHistory:
         """Unix s of the last one."""
         return max((stage.end_time for stage in self.stages), default=0.0)
 
-    def stage(self, name: str) -> StageRecord | None:
-        """The stage of that name, if it took place."""
-        return next((stage for stage in self.stages if stage.name == name), None)
-
 
 def read_history(run_dir: Path) -> RunHistory:
     """Read a run folder. ValueError when it holds no config.yaml or a line cannot be understood."""
     paths = RunPaths(run_dir)
-    if not paths.config.exists():
-        raise ValueError(f"{paths.config} does not exist: expected a run's folder, for example runs/quickstart")
-    config = yaml.safe_load(paths.config.read_text(encoding="utf-8"))
+    config = OmegaConf.to_container(read_config(paths.config))
     episodes = tuple(_read_episodes(paths.episodes))
     metrics = tuple(read_metrics(paths.metrics / "trainer.jsonl"))
-    status = json.loads(paths.status.read_text(encoding="utf-8")) if paths.status.exists() else {}
-    progress = json.loads(paths.stage_progress.read_text(encoding="utf-8")) if paths.stage_progress.exists() else {}
+    status, progress = read_json(paths.status) or {}, read_json(paths.stage_progress) or {}
     stages = _stages(config, episodes, metrics, progress.get("stage_steps") or {})
     verdicts = newest(read_verdicts(paths.acceptance))
     accepted = sum(verdicts.values()) if paths.acceptance.exists() else None

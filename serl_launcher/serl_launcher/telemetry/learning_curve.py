@@ -6,11 +6,11 @@
 Stages are shaded behind all three, in minutes since the run began.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from serl_launcher.run.files import write_whole
 from serl_launcher.telemetry.history import EpisodeRecord, RunHistory, StageRecord
 from serl_launcher.telemetry.statistics import sliding, wilson
 
@@ -40,9 +40,7 @@ def draw(history: RunHistory, path: Path) -> None:
     loss.set_xlabel("minutes since the run began")
     loss.set_xlim(0, max((history.end_time - history.start_time) / 60, 0.1))
     figure.suptitle(_title(history), fontsize=13, x=0.01, ha="left")
-    part = path.with_suffix(".tmp")
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    write_whole(path, lambda part: figure.savefig(part, format="png"))
 
 
 def _title(history: RunHistory) -> str:
@@ -55,15 +53,19 @@ def _minutes(history: RunHistory, time: float) -> float:
     return (time - history.start_time) / 60
 
 
+def _windows(
+    history: RunHistory, online: Sequence[EpisodeRecord], outcomes: Sequence[bool]
+) -> list[tuple[float, int, int]]:
+    """(minute, how many true, of how many) over the last WINDOW episodes; fewer than ten say nothing."""
+    rows = zip(online, sliding(outcomes, WINDOW), strict=True)
+    return [(_minutes(history, e.end_time), k, n) for e, (k, n) in rows if n >= min(10, len(online))]
+
+
 def _draw_success(axis: Any, history: RunHistory, online: Sequence[EpisodeRecord]) -> None:
     if online:
-        windows = sliding([episode.autonomous for episode in online], WINDOW)
-        points = [
-            (_minutes(history, episode.end_time), wins / n, *wilson(wins, n))
-            for episode, (wins, n) in zip(online, windows, strict=True)
-            if n >= min(10, len(online))  # fewer say nothing
-        ]
-        minutes, rate, low, high = zip(*points, strict=True)
+        points = _windows(history, online, [episode.autonomous for episode in online])
+        curve = [(minute, wins / n, *wilson(wins, n)) for minute, wins, n in points]
+        minutes, rate, low, high = zip(*curve, strict=True)
         axis.fill_between(minutes, low, high, color=BLUE, alpha=0.18, linewidth=0)
         axis.plot(minutes, rate, color=BLUE, linewidth=2, label=f"online without help, last {WINDOW} episodes")
     for stage in history.stages:
@@ -98,13 +100,8 @@ def _draw_help(axis: Any, history: RunHistory, online: Sequence[EpisodeRecord]) 
     axis.set_ylim(0, 1.04)
     if not online:
         return
-    windows = sliding([episode.interventions > 0 for episode in online], WINDOW)
-    points = [
-        (_minutes(history, episode.end_time), helped / n)
-        for episode, (helped, n) in zip(online, windows, strict=True)
-        if n >= min(10, len(online))
-    ]
-    axis.plot(*zip(*points, strict=True), color=GREEN, linewidth=2)
+    points = _windows(history, online, [episode.interventions > 0 for episode in online])
+    axis.plot([minute for minute, _, _ in points], [helped / n for _, helped, n in points], color=GREEN, linewidth=2)
 
 
 def _draw_loss(axis: Any, history: RunHistory) -> None:

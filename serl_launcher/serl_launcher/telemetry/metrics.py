@@ -16,6 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from serl_launcher.run.files import write_text
 from serl_launcher.run.paths import RunPaths
 
 _log = logging.getLogger(__name__)
@@ -39,7 +42,6 @@ class MetricsWriter:
         row = {key: value if isinstance(value, str) else float(value) for key, value in metrics.items()}
         if self._file is None:
             self._open(step)
-        assert self._file is not None
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
@@ -67,9 +69,7 @@ class MetricsWriter:
     def _open(self, step: int) -> None:
         """Open the file and TensorBoard at the first step that is written, dropping what it is about to repeat."""
         kept = [row for row in read_metrics(self._path) if row["step"] < step]
-        part = self._path.with_suffix(".tmp")
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(part, self._path)
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         if self._tensorboard_dir is not None:
             from torch.utils.tensorboard.writer import SummaryWriter
@@ -101,9 +101,7 @@ def _start_wandb(paths: RunPaths, cfg: Mapping[str, Any]) -> Any:
     mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     id_path = paths.metrics / "wandb_run_id"
     if not id_path.exists():
-        part = id_path.with_suffix(".tmp")
-        part.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-        os.replace(part, id_path)
+        write_text(id_path, uuid.uuid4().hex[:12])
     try:
         run = wandb.init(
             project=(cfg.get("telemetry") or {}).get("project") or "flowserl",
@@ -112,7 +110,7 @@ def _start_wandb(paths: RunPaths, cfg: Mapping[str, Any]) -> Any:
             resume="allow",
             dir=str(paths.metrics),
             mode=mode,  # type: ignore[arg-type]
-            config=_plain(cfg),
+            config=OmegaConf.to_container(OmegaConf.create(cfg), resolve=True),
             settings=wandb.Settings(console="off"),
         )
     except (wandb.Error, OSError) as error:
@@ -123,9 +121,3 @@ def _start_wandb(paths: RunPaths, cfg: Mapping[str, Any]) -> Any:
     if mode == "offline":
         _log.info("W&B is offline (no WANDB_API_KEY): `wandb sync %s/wandb/offline-run-*` uploads it", paths.metrics)
     return run
-
-
-def _plain(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    from omegaconf import DictConfig, OmegaConf
-
-    return OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)  # type: ignore[return-value]

@@ -5,13 +5,13 @@ Also `python -m serl_launcher.telemetry.summary <run_dir>`, at any time. docs/da
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from serl_launcher.run.files import write_json
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.history import EpisodeRecord, RunHistory, StageRecord, read_history
 from serl_launcher.telemetry.statistics import wilson
@@ -27,10 +27,9 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
     from serl_launcher.telemetry.learning_curve import draw
 
     paths, history = RunPaths(Path(run_dir)), read_history(Path(run_dir))
-    summary = summarise(history) | {"run": paths.root.name, "config_sha256": _digest(paths.config)}
-    part = paths.summary.with_suffix(".tmp")
-    part.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, paths.summary)
+    digest = hashlib.sha256(paths.config.read_bytes()).hexdigest()
+    summary = summarise(history) | {"run": paths.root.name, "config_sha256": digest}
+    write_json(paths.summary, summary, indent=2)
     draw(history, paths.learning_curve)
     return summary
 
@@ -114,10 +113,6 @@ def _stage_row(stage: StageRecord) -> dict[str, Any]:
         "steps": stage.steps,
         "minutes": round((stage.end_time - stage.start_time) / 60, 2),
     }
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _git_revision() -> str | None:

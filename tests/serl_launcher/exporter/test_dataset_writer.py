@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from run_samples import SPEC, episode
 
-from serl_launcher.exporter import layout
 from serl_launcher.exporter.recovery import UnusableDataset
 from serl_launcher.exporter.video import wants_video
 from serl_launcher.exporter.writer import DatasetWriter
+from serl_launcher.run import files
 from serl_transport.contract.specs import TaskSpec
 
 
@@ -39,15 +39,15 @@ def flushes(monkeypatch) -> list[str]:
     """What is flushed and renamed, in order. Nothing here cuts the power, so the disk is not waited for."""
     calls: list[str] = []
     replace = os.replace
-    monkeypatch.setattr(layout.os, "fsync", lambda descriptor: calls.append(os.readlink(f"/proc/self/fd/{descriptor}")))
-    monkeypatch.setattr(layout.os, "replace", lambda a, b: (calls.append(f"{b} is named"), replace(a, b)))
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: calls.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (calls.append(f"{b} is named"), replace(a, b)))
     return calls
 
 
 def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, flushes):
-    layout.write_json(tmp_path / "info.json", {})
+    files.write_json(tmp_path / "info.json", {}, durable=True)
     path = tmp_path / "info.json"
-    assert flushes == [f"{path}.tmp", f"{path} is named", str(tmp_path)]
+    assert flushes == [f"{path}.part", f"{path} is named", str(tmp_path)]
 
 
 def test_rows_hold_the_episode(tmp_path):
@@ -130,13 +130,13 @@ def test_a_kill_at_any_rename_loses_and_repeats_nothing(tmp_path, monkeypatch, v
         writer = DatasetWriter(root, SPEC, video)
         writer.add(1, episode(1))
         writer.add(2, episode(2, prompt="another"))
-        monkeypatch.setattr(layout.os, "replace", crash_at(count))
+        monkeypatch.setattr(files.os, "replace", crash_at(count))
         try:
             writer.commit()
             finished = True
         except KeyboardInterrupt:
             finished, crashes = False, crashes + 1
-        monkeypatch.setattr(layout.os, "replace", replace)
+        monkeypatch.setattr(files.os, "replace", replace)
         if (root / "meta/info.json").exists():
             read_as_lerobot(root)
         again = DatasetWriter(root, SPEC, video)
@@ -144,7 +144,7 @@ def test_a_kill_at_any_rename_loses_and_repeats_nothing(tmp_path, monkeypatch, v
             again.add(ordinal, episode(ordinal, prompt="another" if ordinal == 2 else None))
         again.commit()
         assert read_as_lerobot(root)["ordinals"] == [0, 1, 2, 3]
-        assert not list(root.rglob("*.tmp"))
+        assert not list(root.rglob("*.part"))
         tasks = pq.read_table(root / "meta/tasks.parquet").to_pydict()
         assert dict(zip(tasks["task"], tasks["task_index"], strict=True)) == {SPEC.prompt: 0, "another": 1}
         if finished:

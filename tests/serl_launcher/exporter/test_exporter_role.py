@@ -228,4 +228,4 @@ def test_a_full_disk_is_waited_for(tmp_path):
     assert "Traceback" not in full.stderr
     assert main([str(tmp_path), "--once"]) == 0
     assert exported(tmp_path) == list(range(8))
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.part"))

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from configured import rule as accepting
 from gateway_samples import connected, serving
-from replay_samples import SPEC, batches, info, wait_for
+from replay_samples import SPEC, batches, info, journal_items, wait_for
 
-from serl_launcher.replay.episodes import EpisodeStream, journal_episodes, journal_items
+from serl_launcher.replay.episodes import EpisodeStream, journal_episodes
 from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.replay.ring import RingReader
 from serl_launcher.replay.transitions import TransitionView

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import yaml
 from gateway_samples import config
-from replay_samples import SPEC, batches, info, wait_for
+from replay_samples import SPEC, batches, info, journal_items, wait_for
 
-from serl_launcher.replay.episodes import journal_episodes, journal_items
+from serl_launcher.replay.episodes import journal_episodes
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
 

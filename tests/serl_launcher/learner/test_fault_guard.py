@@ -38,14 +38,9 @@ def test_a_fall_beyond_the_margin_names_the_best_version_and_its_parameters(tmp_
         put(tmp_path, version, float(version))
     watch = EvaluationWatch(tmp_path, {"before": 10, "after": 10}, 0.2)  # a restarted trainer knows
     fall = watch.look(results(before=0.7, after=0.4))
-    assert (fall.stage, fall.rate, fall.best_stage, fall.best_rate, fall.best_version) == (
-        "after",
-        0.4,
-        "before",
-        0.7,
-        1,
-    )
-    assert read_tensors(fall.parameters)[0]["p"].item() == 1.0
+    assert fall == ("after", 0.4)
+    assert (watch.best.stage, watch.best.rate, watch.best.version) == ("before", 0.7, 1)
+    assert read_tensors(watch.kept)[0]["p"].item() == 1.0
     assert watch.look(results(before=0.7, after=0.4)) == fall  # until its rollback is safe
     watch.settle("after")
     assert watch.look(results(before=0.7, after=0.4)) is None

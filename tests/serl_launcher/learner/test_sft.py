@@ -15,7 +15,7 @@ from sft_samples import EPISODES, TICKS, add_modality, make_dataset
 from serl_launcher.agents.flow_matching import FlowMatchingAgent
 from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.modality import Modality
-from serl_launcher.learner.sft import Chunks, Columns, batches, dataset_units, open_dataset, spec_of, train
+from serl_launcher.learner.sft import Chunks, Columns, batches, open_dataset, spec_of, train
 from serl_launcher.policies.base import frozen_hash
 from serl_launcher.policies.groot.build import build_groot
 from serl_launcher.policies.groot.tiny import TinyGrootSize
@@ -91,13 +91,14 @@ def test_modality_json_selects_half_open_ranges(tmp_path):
     assert chunks.spec.state_names == ("tail.0", "tail.1", "head.0")
     assert list(chunks.spec.cameras) == ["ego"]
     np.testing.assert_allclose(chunks[3]["state"], [0, np.sin(9 / TICKS), 3 / TICKS], atol=1e-6)
-    units = dataset_units(chunks, "mean_std")
-    assert units.state.offset[2] == pytest.approx(np.mean(np.arange(TICKS) / TICKS), abs=1e-5)
     path = folder / "meta" / "modality.json"
     path.write_text(path.read_text().replace('"end": 3', '"end": 1'))
     with pytest.raises(ValueError, match=r"state\.tail: expected 0 <= start < end, got 1 and 1"):
         Modality.read(folder)
-    path.write_text(path.read_text().replace('"end": 1}, "head"', '"end": 9}, "head"').replace("front", "top"))
+    path.write_text(path.read_text().replace('"end": 1}', '"end": 9}'))
+    with pytest.raises(ValueError, match=r"dataset: state: expected \d+ dims as in modality\.json, got \d"):
+        chunks_of(folder)
+    path.write_text(path.read_text().replace("front", "top"))
     with pytest.raises(ValueError, match=r"no column 'observation\.images\.top'"):
         chunks_of(folder)
 

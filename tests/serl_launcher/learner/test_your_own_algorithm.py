@@ -55,14 +55,13 @@ def test_it_learns_from_successes_and_failures_and_is_published(config_dir, tmp_
         tmp_path / "run", ring, "return_weighted_pi0", "online", steps=60, trainer__batch_size=16,
         trainer__optimizer__lr=3e-3, trainer__warmup_steps=5, trainer__checkpoint_period=100,
     )  # fmt: skip
-    assert type(trainer.view).__name__ == "EveryChunk"
     trainer.run()
     ring.close()
-    rows = read_metrics(trainer.paths.metrics / "trainer.jsonl")
+    rows = read_metrics(tmp_path / "run/metrics/trainer.jsonl")
     losses = [row["losses/flow"] for row in rows]
     assert len(losses) == 60
     assert np.mean(losses[-15:]) < 0.75 * np.mean(losses[:15]), losses
     assert {row["replay/chunks"] for row in rows} == {64.0}  # all eight ticks of all eight episodes
     # Half of each batch comes from the two demonstrations, of which one failed: some rewards, some none.
     assert all(0 < row["batch/return_to_go"] < 1 for row in rows)
-    assert PublishedVersion.read(trainer.paths.params).step == 60
+    assert PublishedVersion.read(tmp_path / "run/params").step == 60

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from serl_launcher.replay.entries import DataEntry, Entry, SpecEntry
+from serl_launcher.replay.entries import DataEntry, Entry, SpecEntry, decode_entry
 from serl_launcher.replay.journal import JournalReader
 from serl_launcher.replay.journal_writer import JournalWriter
 from serl_transport.contract.schema import EpisodeInfo, Outcome, StepBatch
@@ -109,3 +109,13 @@ def write_journal(run_dir: Path, items: list[Entry]) -> None:
     for item in [SpecEntry(SPEC), *items]:
         writer.append(item.payload(), lambda error, time_ns: None)
     writer.close()
+
+
+def journal_items(run_dir: Path, spec: TaskSpec) -> Iterator[DataEntry]:
+    """Every item the journal holds, in order, repeats included."""
+    reader = JournalReader(run_dir / "journal")
+    for record in reader.poll():
+        entry = decode_entry(record.payload, spec)
+        if isinstance(entry, DataEntry):
+            yield entry
+    reader.close()

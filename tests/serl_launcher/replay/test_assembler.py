@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from replay_samples import SPEC, batches, entries, entry, info, open_writer, write_journal
+from replay_samples import SPEC, batches, entries, entry, info, journal_items, open_writer, write_journal
 
 from serl_launcher.replay.assembler import Assembler, ClosedEpisode
 from serl_launcher.replay.entries import CloseEntry, DataEntry, Entry, SpecChangedError
-from serl_launcher.replay.episodes import EpisodeStream, journal_episodes, journal_items
+from serl_launcher.replay.episodes import EpisodeStream, journal_episodes
 from serl_launcher.replay.journal import JournalCorrupt
 from serl_transport.contract.errors import Refused
 from serl_transport.contract.specs import TaskSpec

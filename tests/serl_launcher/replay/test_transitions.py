@@ -103,7 +103,7 @@ def test_a_truncated_episode_bootstraps_from_its_last_observation(ring):
 def test_returns_to_go_by_hand():
     index = index_episode(0, np.array([0.0, 2.0, 0.0, 4.0]), np.array([0, 0, 0, 1], bool), 2, 0.5)
     # 0 + 0.5·(2 + 0.5·(0 + 0.5·4)) = 1.5, 2 + 0.25·4 = 3, 0.5·4 = 2, 4
-    assert index.return_to_go.tolist() == [1.5, 3.0, 2.0, 4.0]
+    assert index["return_to_go"].tolist() == [1.5, 3.0, 2.0, 4.0]
 
 
 def test_a_cut_episode_bounds_nothing_once_a_reward_was_negative(ring):

@@ -109,7 +109,7 @@ def test_a_curve_is_drawn_for_every_kind_of_run(tmp_path, kind, request):
     with Image.open(root / "learning_curve.png") as picture:
         assert picture.size == (1200, 960)
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
-    assert not list(root.glob("*.tmp"))
+    assert not list(root.glob("*.part"))
 
 
 def test_a_folder_that_is_no_run(tmp_path):
