@@ -8,10 +8,10 @@ modules. One flow convention for all: t runs from 0 (noise) to 1 (action), x_t =
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class PolicyInput:
 class Prefix:
     """What the backbone says of an observation: computed once, then read by every flow step, sample and critic."""
 
-    keys_values: list[tuple[Tensor, Tensor]]  # per layer, float[b, heads, l, head_dim] each
+    keys_values: Any  # per layer that is attended to, a pair of float[b, heads, l, head_dim]; None: made when needed
     pad_mask: Tensor  # bool[b, l], True where a token counts
     hidden: Tensor  # float[b, l, width], last hidden states
     state: Tensor  # float32[b, s], normalised
@@ -42,16 +42,24 @@ class Prefix:
     def __len__(self) -> int:
         return len(self.state)
 
-    def repeat(self, n: int) -> Prefix:
+    def repeat(self, n: int) -> Self:
         """The same prefix n times per sample (b -> b·n, samples of one observation adjacent), without re-encoding."""
-        if n == 1:
+        return self if n == 1 else self._each(lambda x: x.repeat_interleave(n, 0))
+
+    def take(self, index: Tensor) -> Self:
+        """The prefix of rows `index` int64[n], repeats allowed, without re-encoding."""
+        if len(index) == len(self) and torch.equal(index, torch.arange(len(self), device=index.device)):
             return self
-        return Prefix(
-            keys_values=[(k.repeat_interleave(n, 0), v.repeat_interleave(n, 0)) for k, v in self.keys_values],
-            pad_mask=self.pad_mask.repeat_interleave(n, 0),
-            hidden=self.hidden.repeat_interleave(n, 0),
-            state=self.state.repeat_interleave(n, 0),
-        )
+        return self._each(lambda x: x.index_select(0, index))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, **{f.name: _changed(getattr(self, f.name), change) for f in fields(self)})
+
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else change(value)
+    return type(value)(_changed(item, change) for item in value)
 
 
 class FlowPolicy(Protocol):
@@ -159,12 +167,11 @@ def trainable(policy: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
-def frozen_hash(policy: nn.Module, names: Iterable[str] | None = None) -> str:
-    """SHA-256 over the values of the parameters that do not train (or of the named ones)."""
-    wanted = None if names is None else set(names)
+def frozen_hash(policy: nn.Module) -> str:
+    """SHA-256 over the values of the parameters that do not train."""
     digest = hashlib.sha256()
     for name, parameter in sorted(policy.named_parameters()):
-        if (name in wanted) if wanted is not None else not parameter.requires_grad:
+        if not parameter.requires_grad:
             raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(name.encode() + raw.numpy().tobytes())
     return digest.hexdigest()

@@ -53,21 +53,18 @@ def build_groot(
     options: attention, checkpointing, mask_padding, compile of the head. Raises ValueError in the user's words.
     """
     require_diffusers()
-    flags, options = tune_flags(tune), {**options, "precision": precision}
+    flags, options = tune_flags(tune), {**options, "precision": precision, "embodiment_tag": embodiment_tag}
     check_init(init, checkpoint, action_horizon)
     if init == "checkpoint":
         found = Checkpoint.find(checkpoint)
         assets = read_assets(found, embodiment_tag, spec, dict(cameras or {}), statistics)
-        policy = _from_checkpoint(found, spec, assets, action_horizon, size, dropout, flags, processor, options)
-        policy.embodiment_tag = embodiment_tag
-        return policy
+        return _from_checkpoint(found, spec, assets, action_horizon, size, dropout, flags, processor, options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         core, inputs = size(spec, action_horizon)
     if processor:
         inputs = QwenInputs(processor, tuple(spec.cameras), size.geometry())
     policy = GrootFlowPolicy(core, spec, inputs, embodiment=embodiment, dropout=dropout, **options)
-    policy.embodiment_tag = embodiment_tag
     policy.tune(**flags)
     hold(policy, precision, masters=True)
     return policy
