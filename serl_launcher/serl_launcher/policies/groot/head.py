@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from serl_launcher.policies.base import PolicyInput, Prefix
 from serl_launcher.policies.compiling import CompiledLayer
 from serl_launcher.policies.groot.dit import attend_tokens, cross_keys, dit_block, run_dit
-from serl_launcher.policies.groot.qwen import Grid, Layers, run_backbone, text_layer, vision_block
+from serl_launcher.policies.groot.qwen import Grid, run_backbone, text_layer, vision_block
 from serl_launcher.policies.groot.saving import save_groot
 from serl_launcher.policies.head import FlowHead
 from serl_launcher.policies.normalise import Units, pad_last
@@ -87,7 +87,7 @@ class GrootFlowPolicy(FlowHead):
         self.train(self.training)
 
     def compile_layers(self, mode: str, backend: str = "inductor") -> None:
-        self._layers = Layers(*(CompiledLayer(f, mode, backend) for f in (vision_block, text_layer)))
+        self._layers = [CompiledLayer(f, mode, backend) for f in (vision_block, text_layer)]
         self._dit_block = CompiledLayer(dit_block, mode, backend)
 
     def train(self, mode: bool = True) -> GrootFlowPolicy:
@@ -148,7 +148,7 @@ class GrootFlowPolicy(FlowHead):
         if self.attention == "sdpa" and bool((grids == grids[0]).all()):
             grid = Grid(*grids[0, 1:].tolist(), merge=self.backbone.visual.spatial_merge_size)
             model, given = self.backbone.model.model, (tensors["input_ids"], keep, tensors["pixel_values"], grid)
-            return run_backbone(model, *given, self.checkpointing, self._layers)
+            return run_backbone(model, *given, self.checkpointing, *self._layers)
         given = {k: tensors[k] for k in ("input_ids", "attention_mask", "pixel_values")}
         return self._run_library(given | {"image_grid_thw": grids.to(self.device)})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -43,32 +44,9 @@ class Size(Protocol):
         ...
 
 
-def build_pi0(
-    name: str, spec: TaskSpec, init: str, seed: int, action_horizon: int | None, size: Size, **options: Any
-) -> PI0FlowPolicy:
-    """A PI0 policy for one task; `options` are those of `build`. Raises ValueError in the user's words."""
-    return build(PI0FlowPolicy, spec, init, seed, action_horizon, size, **options)
-
-
-def build_pi05(
-    name: str, spec: TaskSpec, init: str, seed: int, action_horizon: int | None, size: Size, **options: Any
-) -> PI05FlowPolicy:
-    """A PI0.5 policy for one task; arguments as `build_pi0`."""
-    return build(PI05FlowPolicy, spec, init, seed, action_horizon, size, **options)
-
-
-def meta_pi0(cfg: Mapping[str, Any], spec: TaskSpec, size: Size) -> tuple[nn.Module, str]:
-    """The policy of `config/policy/pi0*.yaml` on the meta device, and the statistics that data must have."""
-    return meta(PI0FlowPolicy, cfg, spec, size)
-
-
-def meta_pi05(cfg: Mapping[str, Any], spec: TaskSpec, size: Size) -> tuple[nn.Module, str]:
-    """As `meta_pi0`, of `config/policy/pi05*.yaml`."""
-    return meta(PI05FlowPolicy, cfg, spec, size)
-
-
 def build[Head: PI0FlowPolicy](
     head: type[Head],
+    name: str,
     spec: TaskSpec,
     init: str,
     seed: int,
@@ -85,14 +63,14 @@ def build[Head: PI0FlowPolicy](
     precision: str = "float32",
     compile: str = "off",
 ) -> Head:
-    """A policy of class `head` for one task.
+    """A policy of class `head` for one task; the arguments are the keys of config/policy/pi0*.yaml.
 
     init: `random` (weights from `seed`) or `checkpoint` (from `checkpoint`, a LeRobot folder or a hub name of the
     head's type); tokenizer: folder or hub name, the checkpoint's own when None; cameras: the task's camera -> the
     checkpoint's image feature, where names differ; train: full, expert or lora. Raises ValueError in the user's words.
     """
     check_init(init, checkpoint, action_horizon)
-    options = {"attention": attention, "checkpointing": checkpointing, "precision": precision, "compile": compile}
+    options = dict(attention=attention, checkpointing=checkpointing, precision=precision, compile=compile)
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -144,3 +122,7 @@ def meta(head: type[PI0FlowPolicy], cfg: Mapping[str, Any], spec: TaskSpec, size
     policy.checkpointing = bool(cfg.get("checkpointing"))
     set_trainable(policy, cfg.get("train") or "full", cfg.get("lora_rank") or 16)
     return policy, mode
+
+
+build_pi0, build_pi05 = partial(build, PI0FlowPolicy), partial(build, PI05FlowPolicy)
+meta_pi0, meta_pi05 = partial(meta, PI0FlowPolicy), partial(meta, PI05FlowPolicy)

@@ -135,8 +135,7 @@ class PI0FlowPolicy(FlowHead):
         if self.attention == "sdpa":
             # Rows of padding attend like the others: nobody reads them, and no row may attend to nothing.
             mask = pad_mask[:, None, None, :]
-            options = {"checkpointing": self.checkpointing, "layer_function": self._layer}
-            return run_layers(language, embeddings, positions, mask, **options)
+            return run_layers(language, embeddings, positions, mask, None, None, self.checkpointing, self._layer)
         from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
 
         language.config._attn_implementation = "eager"
