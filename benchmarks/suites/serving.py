@@ -1,7 +1,7 @@
 """The policy server under eight actors, its hot swap, and what one encoded prefix saves. Tiny policy on CPU.
 
     8 actor processes ─▶ gateway process ─▶ policy server process      against the same with max_batch=1
-    engine, in this process: n samples of one prefix                    against encoding for each sample, each flow step
+    engine, in this process: n samples of one prefix                    against encoding for each sample
 
 Everything is what a run starts, on free ports; the actors ask without pausing, so the server is the bottleneck.
 """
@@ -79,9 +79,7 @@ def hot_swap(lab: Lab, seconds: float) -> Iterator[Row]:
 
 
 def prefix_reuse(cfg: DictConfig, rounds: int) -> Iterator[Row]:
-    """n samples of one observation, and the flow steps of one sample, against encoding the observation again."""
-    import torch
-
+    """n samples of one observation against encoding it again for each, and a guided sample against a plain one."""
     from serl_launcher.serving.engine import PolicyEngine
     from serl_launcher.serving.query import Query
 
@@ -95,14 +93,6 @@ def prefix_reuse(cfg: DictConfig, rounds: int) -> Iterator[Row]:
     many = Query(images, state, spec.prompt, seed=0, samples=n)
     running = np.zeros((engine.policy.action_horizon, len(spec.action_names)), np.float32)
     guided = Query(images, state, spec.prompt, seed=0, prefix_actions=running, inference_delay=2)
-    steps = cfg.serving.flow_steps
-
-    @torch.inference_mode()
-    def encode_each_step() -> None:
-        x = torch.zeros(1, engine.policy.action_horizon, engine.policy.action_dim)
-        for k in range(steps):
-            prefix = engine.policy.encode(engine._observation([one]))
-            x = x + engine.policy.velocity(prefix, x, torch.full((1,), k / steps)) / steps
 
     def timed(work) -> float:
         started = time.perf_counter()
@@ -113,9 +103,7 @@ def prefix_reuse(cfg: DictConfig, rounds: int) -> Iterator[Row]:
     work = {
         "reuse": lambda: engine.act([many]),
         "each": lambda: [engine.act([one]) for _ in range(n)],
-        "batch": lambda: engine.act([one] * n),
         "single": lambda: engine.act([one]),
-        "steps": encode_each_step,
         "guided": lambda: engine.act([guided]),
     }
     for warm_up in work.values():
@@ -123,8 +111,6 @@ def prefix_reuse(cfg: DictConfig, rounds: int) -> Iterator[Row]:
     ms = alternate({name: lambda fn=fn: timed(fn) for name, fn in work.items()}, max(3, rounds))
     yield Row.of(f"serving/prefix/{n} samples, encoded for each", ms["each"], "ms")
     yield Row.of(f"serving/prefix/{n} samples, encoded once", ms["reuse"], "ms", ms["each"], "<= 0.5")
-    yield Row.of(f"serving/prefix/{n} samples, encoded for each in one batch", ms["batch"], "ms", ms["reuse"])
-    yield Row.of(f"serving/prefix/{steps} flow steps, encoded once", ms["single"], "ms", ms["steps"], "<= 0.5")
     yield Row.of("serving/real-time chunking/guided sample", ms["guided"], "ms", ms["single"])
 
 

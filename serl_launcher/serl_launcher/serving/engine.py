@@ -30,10 +30,9 @@ from serl_launcher.policies.precision import hold
 from serl_launcher.policies.realtime import sample_realtime, soft_mask
 from serl_launcher.run.parameters import PublishedVersion, base_sha256, checked_tensors
 from serl_launcher.serving.graphs import GraphRunner, bucket_of, bucket_sizes
-from serl_launcher.serving.query import Query, query_from_body
+from serl_launcher.serving.query import Query
 from serl_transport.contract.specs import TaskSpec
 
-__all__ = ["PolicyEngine", "Query", "query_from_body"]
 log = logging.getLogger("policy")
 
 

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from omegaconf import DictConfig
 
 from serl_launcher.run.parameters import PublishedVersion, find_parameters, store
-from serl_launcher.serving.engine import PolicyEngine, query_from_body
+from serl_launcher.serving.engine import PolicyEngine
+from serl_launcher.serving.query import query_from_body
 from serl_transport.contract.errors import NotReady
 from serl_transport.parameters.params import ParametersBlob
 

@@ -24,9 +24,10 @@ from serl_launcher.run.internal import InferRequest, PolicyLink
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.ready import say_ready
 from serl_launcher.serving.batching import BatchQueue, Waiting
-from serl_launcher.serving.engine import PolicyEngine, query_from_body
+from serl_launcher.serving.engine import PolicyEngine
 from serl_launcher.serving.figures import ServingFigures
 from serl_launcher.serving.loader import ParameterLoader
+from serl_launcher.serving.query import query_from_body
 from serl_transport.contract.errors import DeadlineMissed, Internal, NotReady, SchemaMismatch, WireError
 
 log = logging.getLogger("policy")
@@ -118,14 +119,8 @@ class PolicyServer:
                 return None
             raise NotReady(f"policy version {wanted} was asked for, {version} is served: ask again")
         query = query_from_body(body, self._engine.spec)
-        return Waiting(
-            request,
-            query,
-            request.actor,
-            request.arrived,
-            request.arrived + _deadline_s(body),
-            evaluation=body.get("mode") == "eval",
-        )
+        deadline, evaluation = request.arrived + _deadline_s(body), body.get("mode") == "eval"
+        return Waiting(request, query, request.actor, request.arrived, deadline, evaluation)
 
     def _refuse_late(self) -> None:
         now = time.monotonic()
