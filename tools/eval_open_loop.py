@@ -37,7 +37,8 @@ from serl_launcher.policies.open_loop import (
 from serl_launcher.run.config import read_config
 from serl_launcher.run.parameters import find_parameters
 from serl_launcher.run.paths import RunPaths
-from serl_launcher.serving.engine import PolicyEngine, Query
+from serl_launcher.serving.engine import PolicyEngine
+from serl_launcher.serving.query import Query
 
 COLOURS = {"policy": "tab:blue", "hold_still": "tab:gray", "repeat_last": "tab:orange"}
 SHOWN = 8  # trajectory pictures at most
@@ -54,12 +55,6 @@ def check_features(dataset, spec) -> None:
         got = features.get(f"observation.images.{camera}", {}).get("shape")
         if got is None or tuple(got) != (height, width, 3):
             raise ValueError(f"dataset: camera {camera!r}: expected {(height, width, 3)} as the task, got {got}")
-
-
-def rows_of(dataset, episode: int) -> tuple[int, int]:
-    """First and last + 1 index of an episode."""
-    entry = dataset.meta.episodes[episode]
-    return int(entry["dataset_from_index"]), int(entry["dataset_to_index"])
 
 
 def predictor(engine: PolicyEngine, dataset, first: int) -> Callable[[int], np.ndarray]:
@@ -96,7 +91,8 @@ def evaluate(cfg: DictConfig, run: Path, dataset_dir: Path, episodes: list[int] 
     table = dataset.hf_dataset.select_columns(["observation.state", "action"]).with_format("numpy")
     done = []
     for episode in chosen:
-        first, end = rows_of(dataset, episode)
+        entry = dataset.meta.episodes[episode]
+        first, end = int(entry["dataset_from_index"]), int(entry["dataset_to_index"])
         part = table[first:end]
         recorded, states = (np.stack(part[k]).astype(np.float32) for k in ("action", "observation.state"))
         done.append(run_episode(episode, recorded, states, predictor(engine, dataset, first), still, stride))

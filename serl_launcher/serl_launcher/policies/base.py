@@ -123,8 +123,8 @@ def sample(policy: FlowPolicy, prefix: Prefix, noise: Tensor, steps: int, n: int
     noise: float32[b·n, ah, ad]; the n samples of one observation are adjacent.
     """
     prefix = ready(policy, prefix).repeat(n)
-    if noise.shape != (len(prefix), policy.action_horizon, policy.action_dim):
-        want = (len(prefix), policy.action_horizon, policy.action_dim)
+    want = (len(prefix), policy.action_horizon, policy.action_dim)
+    if noise.shape != want:
         raise ValueError(f"noise: expected shape {want}, got {tuple(noise.shape)}")
     x = noise
     for k in range(steps):

@@ -14,6 +14,7 @@ connection. Dtypes that would need pickle are refused.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import http
 import logging
@@ -21,6 +22,7 @@ import signal
 import ssl
 import sys
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +101,10 @@ class OpenpiServer:
         self._clients = 0
         self._gateway: GatewayClient | None = None
 
-    async def start(self) -> Server:
-        """Listen. Raises OSError when the port cannot be had, ValueError for certificates that do not fit."""
+    @contextlib.asynccontextmanager
+    async def listening(self) -> AsyncIterator[Server]:
+        """Serve clients in here. Raises OSError for a port that cannot be had, ValueError for certificates that do not
+        fit."""
         settings = self._settings
         context = None
         if settings.tls:
@@ -109,24 +113,16 @@ class OpenpiServer:
                 context.load_cert_chain(*settings.tls)
             except ssl.SSLError as error:
                 raise ValueError(f"serving.openpi_tls_cert and _key do not fit: {error.reason}") from None
+        options = {"open_timeout": HANDSHAKE_S, "close_timeout": CLOSE_S, "ping_interval": IDLE_PING_S}
+        # max_queue: a client that asks faster than it is answered is slowed down by its socket.
+        options |= {"max_size": settings.max_bytes, "max_queue": 2, "compression": None}
         self._gateway = GatewayClient(self._paths.root)
-        return await serve(
-            self._serve_client,
-            settings.host,
-            settings.port,
-            ssl=context,
-            process_request=self._admit,
-            compression=None,
-            max_size=settings.max_bytes,
-            max_queue=2,  # a client that asks faster than it is answered is slowed down by its socket
-            open_timeout=HANDSHAKE_S,
-            close_timeout=CLOSE_S,
-            ping_interval=IDLE_PING_S,
-        )
-
-    def close(self) -> None:
-        """Release the link to the gateway."""
-        if self._gateway is not None:
+        try:
+            async with serve(
+                self._serve_client, settings.host, settings.port, ssl=context, process_request=self._admit, **options
+            ) as server:
+                yield server
+        finally:
             self._gateway.close()
 
     def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
@@ -223,16 +219,11 @@ async def run(server: OpenpiServer) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    listening = await server.start()
-    try:
+    async with server.listening() as listening:
         for socket in listening.sockets:
             log.info("openpi clients: %s port %d", *socket.getsockname()[:2])
         say_ready()
         await stop.wait()
-    finally:
-        listening.close()
-        await listening.wait_closed()
-        server.close()
 
 
 def main(run_dir: str) -> int:

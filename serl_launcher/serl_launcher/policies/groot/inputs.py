@@ -115,9 +115,7 @@ class QwenInputs:
         per_camera = [
             list(self.geometry.apply(to_device(images[camera], device).permute(0, 3, 1, 2))) for camera in self.cameras
         ]
-        pictures = [
-            per_camera[v][b] for b in range(len(prompts)) for _ in range(self.frames) for v in range(self.views)
-        ]
+        pictures = [views[b] for b in range(len(prompts)) for _ in range(self.frames) for views in per_camera]
         seen = self.pictures(images=pictures, return_tensors="pt", device=str(device))
         grid = seen["image_grid_thw"].cpu()
         each = (grid.prod(-1) // self.pictures.merge_size**2).view(len(prompts), -1).tolist()
@@ -127,16 +125,8 @@ class QwenInputs:
             pad_to_multiple_of=PAD_TO,
             return_tensors="pt",
         )
-        return {
-            "input_ids": words["input_ids"],
-            "attention_mask": words["attention_mask"],
-            "pixel_values": seen["pixel_values"],
-            "image_grid_thw": grid,
-        }
-
-    @property
-    def views(self) -> int:
-        return len(self.cameras)
+        tokens = {name: words[name] for name in ("input_ids", "attention_mask")}
+        return tokens | {"pixel_values": seen["pixel_values"], "image_grid_thw": grid}
 
     def _text(self, prompt: str, counts: list[int]) -> str:
         """One sample's chat, every picture's token repeated as often as the picture has tokens."""

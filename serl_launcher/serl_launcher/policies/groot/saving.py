@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from serl_launcher.policies.checkpoint import SINGLE, Checkpoint
+from serl_launcher.policies.checkpoint import SINGLE, Checkpoint, copy_beside, expect_new
 from serl_launcher.policies.groot.assets import Described
 from serl_launcher.policies.groot.checkpoint import COSMOS, EMBEDDING, HEAD, prefix_of
 from serl_launcher.policies.groot.inputs import QwenInputs
@@ -30,8 +30,7 @@ def save_groot(policy: nn.Module, folder: Path, extras: Mapping[str, Any] | None
     extras: file name -> JSON content, or a path to copy. Raises ValueError when the folder holds files.
     """
     folder, source, tag = Path(folder), getattr(policy, "checkpoint", None), policy.embodiment_tag
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: holds files already; name a folder that does not exist")
+    expect_new(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = tensors_to_save(policy, source)
     prefix = "" if source is None else prefix_of(source)
@@ -47,7 +46,7 @@ def save_groot(policy: nn.Module, folder: Path, extras: Mapping[str, Any] | None
     if source is None:
         _write_sidecars(policy, folder, tag)
     else:
-        _copy_sidecars(source.folder, folder)
+        copy_beside(source.folder, folder, ("backbone", "processor"))
         if getattr(policy, "described", None) is not None:
             _add_embodiment(policy.described, folder, tag)
     for name, content in (extras or {}).items():
@@ -72,18 +71,6 @@ def tensors_to_save(policy: nn.Module, source: Checkpoint | None) -> dict[str, T
         mine = EMBEDDING if name == HEAD and EMBEDDING not in names.values() else name
         out[stored] = held[mine].detach().cpu().contiguous() if mine in moved else source.tensor(stored)
     return out
-
-
-def _copy_sidecars(source: Path, folder: Path) -> None:
-    """Everything but weights and training states."""
-    for path in source.iterdir():
-        if path.name.startswith(("model.", "model-", "action_head_")):
-            continue
-        if path.is_file() and path.suffix in (".json", ".txt", ".jinja", ".model", ".safetensors"):
-            shutil.copyfile(path, folder / path.name)
-    for name in ("backbone", "processor"):
-        if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
 
 
 def _add_embodiment(described: Described, folder: Path, tag: str) -> None:

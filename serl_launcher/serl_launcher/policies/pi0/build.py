@@ -9,16 +9,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from serl_launcher.policies.checkpoint import PREPROCESSOR, Checkpoint, check_init, read_statistics
+from serl_launcher.policies.checkpoint import (
+    PREPROCESSOR,
+    Checkpoint,
+    camera_order,
+    check_init,
+    read_statistics,
+    visual_features,
+)
 from serl_launcher.policies.loading import load_core
-from serl_launcher.policies.pi0.checkpoint import ALIASES, camera_order, read_config, tokenizer_name
+from serl_launcher.policies.pi0.checkpoint import ALIASES, read_config, tokenizer_name
+from serl_launcher.policies.pi0.full import FullSize
 from serl_launcher.policies.pi0.head import PI0FlowPolicy
 from serl_launcher.policies.pi0.pi05 import PI05FlowPolicy
+from serl_launcher.policies.pi0.tiny import TinySize
 from serl_launcher.policies.pi0.trainable import set_trainable
 from serl_launcher.policies.pi0.units import units_of
 from serl_launcher.policies.precision import hold
@@ -28,22 +37,6 @@ from serl_transport.contract.specs import TaskSpec
 log = logging.getLogger("policy")
 
 
-class Size(Protocol):
-    """Widths and depths of a model: pi0.tiny, pi0.full."""
-
-    def __call__(self, spec: TaskSpec, action_horizon: int) -> tuple[nn.Module, Any]:
-        """A randomly initialised core for a task, and its tokenizer."""
-        ...
-
-    def config(self, spec: TaskSpec, action_horizon: int) -> Any:
-        """lerobot's configuration for a task."""
-        ...
-
-    def build(self, config: Any) -> nn.Module:
-        """The core that a configuration describes."""
-        ...
-
-
 def build[Head: PI0FlowPolicy](
     head: type[Head],
     name: str,
@@ -51,7 +44,7 @@ def build[Head: PI0FlowPolicy](
     init: str,
     seed: int,
     action_horizon: int | None,
-    size: Size,
+    size: FullSize | TinySize,
     *,
     checkpoint: str | None = None,
     tokenizer: str | None = None,
@@ -85,7 +78,8 @@ def build[Head: PI0FlowPolicy](
     found.expect_type(head.kind)
     config = read_config(found, spec, action_horizon)
     units = units_of(found, spec)
-    order = camera_order(found, spec, dict(cameras or {}))
+    wanted = [camera for camera in visual_features(found) if ".empty_camera_" not in camera]
+    order = camera_order(found.folder, wanted, spec, dict(cameras or {}))
     words = HubTokenizer(tokenizer or tokenizer_name(found), config.tokenizer_max_length)
     with torch.device("meta"):
         core = size.build(config)
@@ -103,7 +97,9 @@ def build[Head: PI0FlowPolicy](
     return policy
 
 
-def meta(head: type[PI0FlowPolicy], cfg: Mapping[str, Any], spec: TaskSpec, size: Size) -> tuple[nn.Module, str]:
+def meta(
+    head: type[PI0FlowPolicy], cfg: Mapping[str, Any], spec: TaskSpec, size: FullSize | TinySize
+) -> tuple[nn.Module, str]:
     """The policy of a config on the meta device (shapes without numbers), and its mode of normalisation.
 
     Of a checkpoint only config.json and the processors are read. Raises ValueError in the user's words.

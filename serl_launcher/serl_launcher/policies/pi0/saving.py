@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from serl_launcher.policies.checkpoint import POSTPROCESSOR, PREPROCESSOR, SINGLE, Checkpoint
+from serl_launcher.policies.checkpoint import PREPROCESSOR, SINGLE, Checkpoint, copy_beside, expect_new
 from serl_launcher.policies.normalise import Affine
 from serl_launcher.policies.pi0.checkpoint import ALIASES, EMBEDDING, EXPERT_HEAD
 from serl_launcher.policies.pi0.trainable import merged_state
@@ -27,8 +27,7 @@ PALIGEMMA_TOKENIZER = "google/paligemma-3b-pt-224"
 def save_pi0(policy: nn.Module, folder: Path) -> Path:
     """Write a PI0 or PI0.5 policy; the folder must not exist or be empty. Raises ValueError otherwise."""
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: holds files already; name a folder that does not exist")
+    expect_new(folder)
     source: Checkpoint | None = getattr(policy, "checkpoint", None)
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -37,7 +36,7 @@ def save_pi0(policy: nn.Module, folder: Path) -> Path:
     if source is None:
         _write_config(policy, part)
     else:
-        _copy_config(source.folder, part)
+        copy_beside(source.folder, part, ("tokenizer",))
     if folder.exists():
         folder.rmdir()
     os.replace(part, folder)
@@ -81,16 +80,6 @@ def _language_heads(core: nn.Module) -> dict[str, Tensor]:
     return {ALIASES[EMBEDDING]: embedding.clone(), EXPERT_HEAD: torch.zeros(config.vocab_size, config.hidden_size)}
 
 
-def _copy_config(source: Path, folder: Path) -> None:
-    """config.json, processors, statistics and a tokenizer folder, unchanged."""
-    for path in sorted(source.iterdir()):
-        weights = path.name.startswith("model") and ".safetensors" in path.name
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".model") and not weights:
-            shutil.copyfile(path, folder / path.name)
-    if (source / "tokenizer").is_dir():
-        shutil.copytree(source / "tokenizer", folder / "tokenizer")
-
-
 def _write_config(policy: nn.Module, folder: Path) -> None:
     """config.json and processors of a policy that began at random: its units become the statistics."""
     config = policy.core.config
@@ -106,7 +95,6 @@ def _write_config(policy: nn.Module, folder: Path) -> None:
         if step.get("registry_name") == "tokenizer_processor":
             step["config"]["tokenizer_name"] = tokenizer
     path.write_text(json.dumps(content, indent=2))
-    assert (folder / POSTPROCESSOR).is_file()
 
 
 def _statistics(units: Affine) -> dict[str, Tensor]:

@@ -22,18 +22,16 @@ def set_trainable(policy: nn.Module, mode: str, lora_rank: int = 16) -> None:
         raise ValueError(f"policy.train: expected one of {list(MODES)}, got {mode!r}")
     if mode != "full":
         policy.backbone.requires_grad_(False)
-    if mode == "lora":
-        policy.core.paligemma_with_expert.gemma_expert.requires_grad_(False)
-        add_lora(policy.core.paligemma_with_expert, lora_rank)
-
-
-def add_lora(module: nn.Module, rank: int) -> None:
-    """Low-rank adapters (Hu et al., 2106.09685) in place, by PEFT; they start as no change."""
+    if mode != "lora":
+        return
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ValueError("policy.train=lora needs the package peft: pip install peft") from None
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS), module)
+    policy.core.paligemma_with_expert.gemma_expert.requires_grad_(False)
+    # The adapters (Hu et al., 2106.09685) start as no change.
+    adapters = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=LORA_TARGETS)
+    inject_adapter_in_model(adapters, policy.core.paligemma_with_expert)
 
 
 def merged_state(core: nn.Module) -> dict[str, torch.Tensor]:
