@@ -50,13 +50,10 @@ def under_load(together: Lab, alone: Lab, seconds: float, rounds: int) -> Iterat
         shares.append(min(counts) / statistics.fmean(counts))
         return sum(counts) / seconds
 
-    rates = alternate(
-        {
-            "together": batched,
-            "alone": lambda: sum(len(answer["ms"]) for answer in alone.load(seconds)) / seconds,
-        },
-        rounds,
-    )
+    def single() -> float:
+        return sum(len(answer["ms"]) for answer in alone.load(seconds)) / seconds
+
+    rates = alternate({"together": batched, "alone": single}, rounds)
     name = f"serving/{ACTORS} actors"
     yield Row.of(f"{name}/one at a time", rates["alone"], "requests/s")
     yield Row.of(f"{name}/batched", rates["together"], "requests/s", rates["alone"], ">= 2.5")

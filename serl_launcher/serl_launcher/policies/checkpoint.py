@@ -7,7 +7,6 @@ with an index), policy_preprocessor.json and policy_postprocessor.json with the 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -106,23 +105,6 @@ def visual_features(checkpoint: Checkpoint) -> list[str]:
     """Camera features that a LeRobot config lists, in its order."""
     features = checkpoint.config.get("input_features") or {}
     return [key for key, feature in features.items() if feature.get("type") == "VISUAL"]
-
-
-def expect_new(folder: Path) -> None:
-    """Raise ValueError when a folder to write a checkpoint to holds files."""
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: holds files already; name a folder that does not exist")
-
-
-def copy_beside(source: Path, folder: Path, folders: tuple[str, ...]) -> None:
-    """Everything beside the weights, unchanged: configs, processors, statistics, tokenizer, the named folders."""
-    for path in source.iterdir():
-        weights = path.name.startswith(("model.", "model-", "action_head_"))
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja") and not weights:
-            shutil.copyfile(path, folder / path.name)
-    for name in folders:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
 
 
 def from_hub[T](get: Callable[[], T], where: str) -> T:

@@ -25,7 +25,7 @@ NEVER_MOVED = 1e30  # divisor of a state that has one value: it is 0 to the mode
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """An embodiment that the checkpoint does not know, as its sidecars would say it."""
+    """An embodiment as NVIDIA's sidecars say it."""
 
     statistics: dict[str, Any]  # {state: {part: {min, max, …}}, action: …}
     modality: dict[str, Any]  # {state: {modality_keys, …}, action: …, video: …}
@@ -59,12 +59,13 @@ def read_assets(
     if raw.relative:
         raise CheckpointError(f"{found.folder}: checkpoints with relative actions are not supported")
     ends = ("q01", "q99") if raw.keywords.get("use_percentiles") else ("min", "max")
-    parts, keywords, video = raw.modality, raw.keywords, raw.modality.get("video", {})
+    statistics, parts, keywords = raw.embodiment.statistics, raw.embodiment.modality, raw.keywords
+    video = parts.get("video", {})
     wanted = video.get("modality_keys") or [mapping.get(camera, camera) for camera in spec.cameras]
     return GrootAssets(
         Units(
-            _affine(found, raw.statistics, parts, "state", ends, len(spec.state_names)),
-            _affine(found, raw.statistics, parts, "action", ends, len(spec.action_names)),
+            _affine(found, statistics, parts, "state", ends, len(spec.state_names)),
+            _affine(found, statistics, parts, "action", ends, len(spec.action_names)),
         ),
         raw.slot,
         camera_order(found.folder, wanted, spec, mapping),
@@ -75,7 +76,7 @@ def read_assets(
         bool(keywords.get("formalize_language", True)),
         "QUANTILES" if ends[0] == "q01" else "MIN_MAX",
         raw.processor,
-        raw.described,
+        raw.embodiment if raw.new else None,
     )
 
 
@@ -83,22 +84,21 @@ def read_assets(
 class _Raw:
     """One embodiment's files, in one form."""
 
-    statistics: dict[str, Any]  # {state: {part: {min, max, …}}, action: …}
-    modality: dict[str, Any]  # {state: {modality_keys}, action: …, video: …}
+    embodiment: Described
     keywords: dict[str, Any]
     slot: int
     relative: bool
     processor: str | None = None
-    described: Described | None = None
+    new: bool = False  # the checkpoint does not know the embodiment
 
 
 def _nvidia(found: Checkpoint, tag: str, spec: TaskSpec, dataset: str | None) -> _Raw:
     statistics, processor = (_json(found, name) or {} for name in ("statistics.json", "processor_config.json"))
-    keywords, new = processor.get("processor_kwargs", {}), None
+    keywords = processor.get("processor_kwargs", {})
     if tag in statistics and processor:
         embodiment = Described(statistics[tag], keywords.get("modality_configs", {}).get(tag, {}))
     elif tag not in statistics and dataset:
-        embodiment = new = _described(spec, dataset)
+        embodiment = _described(spec, dataset)
     else:
         raise CheckpointError(
             f"{found.folder}: no normalisation statistics of embodiment {tag!r} (statistics.json has "
@@ -111,7 +111,7 @@ def _nvidia(found: Checkpoint, tag: str, spec: TaskSpec, dataset: str | None) ->
     configs = embodiment.modality.get("action", {}).get("action_configs") or []
     if relative and configs and all(str(c.get("rep", "")).lower() == "absolute" for c in configs):
         relative = False
-    return _Raw(embodiment.statistics, embodiment.modality, keywords, int(slots[tag]), relative, described=new)
+    return _Raw(embodiment, keywords, int(slots[tag]), relative, new=tag not in statistics)
 
 
 def _described(spec: TaskSpec, dataset: str) -> Described:
@@ -166,7 +166,7 @@ def _lerobot(found: Checkpoint) -> _Raw:
         raise CheckpointError(f"{found.folder}: action_decode_transform is not supported")
     slot = int((pack.get("embodiment_mapping") or {}).get(pack.get("embodiment_tag"), 0))
     relative = bool(found.config.get("use_relative_actions"))
-    return _Raw(statistics, modality, {**pack, **encode}, slot, relative, encode.get("model_name"))
+    return _Raw(Described(statistics, modality), {**pack, **encode}, slot, relative, encode.get("model_name"))
 
 
 def _flat_statistics(found: Checkpoint, name: str | None) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from serl_launcher.policies.checkpoint import SINGLE, Checkpoint, copy_beside, expect_new
+from serl_launcher.policies.checkpoint import SINGLE
 from serl_launcher.policies.groot.assets import Described
-from serl_launcher.policies.groot.checkpoint import COSMOS, EMBEDDING, HEAD, prefix_of
+from serl_launcher.policies.groot.checkpoint import ALIASES, COSMOS, prefix_of
 from serl_launcher.policies.groot.inputs import QwenInputs
+from serl_launcher.policies.saving import copy_beside, expect_new, tensors_to_save
 
 SHARD = "5GB"
 
@@ -32,8 +33,8 @@ def save_groot(policy: nn.Module, folder: Path, extras: Mapping[str, Any] | None
     folder, source, tag = Path(folder), getattr(policy, "checkpoint", None), policy.embodiment_tag
     expect_new(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = tensors_to_save(policy, source)
     prefix = "" if source is None else prefix_of(source)
+    tensors = tensors_to_save(policy, prefix, ALIASES)
     if prefix:
         save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     else:
@@ -56,21 +57,6 @@ def save_groot(policy: nn.Module, folder: Path, extras: Mapping[str, Any] | None
         else:
             (folder / name).write_text(json.dumps(content, indent=2))
     return folder
-
-
-def tensors_to_save(policy: nn.Module, source: Checkpoint | None) -> dict[str, Tensor]:
-    """Every tensor under its name in the file: trained ones as they are, the others as the source holds them."""
-    held = policy.core.state_dict()
-    if source is None:
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in held.items()}
-    prefix = prefix_of(source)
-    moved = {name.removeprefix("core.") for name, p in policy.named_parameters() if p.requires_grad}
-    names = {stored: stored.removeprefix(prefix) for stored in source.files}
-    out: dict[str, Tensor] = {}
-    for stored, name in names.items():
-        mine = EMBEDDING if name == HEAD and EMBEDDING not in names.values() else name
-        out[stored] = held[mine].detach().cpu().contiguous() if mine in moved else source.tensor(stored)
-    return out
 
 
 def _add_embodiment(described: Described, folder: Path, tag: str) -> None:

@@ -52,7 +52,9 @@ class PI0FlowPolicy(FlowHead):
         cameras: tuple[str, ...] | None = None,
         compile: str = "off",
     ) -> None:
-        drop_language_heads(core)
+        # What no flow policy reads goes: 790M parameters at full size. pi0.saving writes them from the source.
+        backbone = core.paligemma_with_expert
+        backbone.paligemma.lm_head, backbone.gemma_expert.lm_head = nn.Identity(), nn.Identity()
         if precision != "float32" and attention != "sdpa":
             raise ValueError("policy.precision: bfloat16 needs policy.attention=sdpa")
         if checkpointing and attention != "sdpa":
@@ -63,7 +65,7 @@ class PI0FlowPolicy(FlowHead):
         self.tokenizer = tokenizer
         self.image_size: int = core.config.image_resolution[0]
         if precision == "bfloat16":
-            _keep_float32(core.paligemma_with_expert.paligemma.model.vision_tower.vision_model.embeddings)
+            _keep_float32(backbone.paligemma.model.vision_tower.vision_model.embeddings)
 
     def compile_layers(self, mode: str, backend: str = "inductor") -> None:
         self._layer = CompiledLayer(gemma_layer, mode, backend)
@@ -71,16 +73,11 @@ class PI0FlowPolicy(FlowHead):
     def dead_parameters(self) -> set[str]:
         """Names of parameters that no action depends on: the prefix's hidden states behind the last layer's keys and
         values are read by `features` alone."""
-        layers = self.core.paligemma_with_expert.paligemma.model.language_model.layers
-        last = f"language_model.layers.{len(layers) - 1}."
-        unread = ("self_attn.q_proj", "self_attn.o_proj", "mlp.", "post_attention_layernorm")
-        prefix = "core.paligemma_with_expert.paligemma.model."
-        return {
-            name
-            for name, _ in self.named_parameters()
-            if name.startswith(prefix + "language_model.norm.")
-            or any(name.startswith(prefix + last + part) for part in unread)
-        }
+        language = "core.paligemma_with_expert.paligemma.model.language_model."
+        last = f"{language}layers.{len(self.backbone.model.language_model.layers) - 1}."
+        parts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.", "post_attention_layernorm")
+        unread = (f"{language}norm.", *(last + part for part in parts))
+        return {name for name, _ in self.named_parameters() if name.startswith(unread)}
 
     def save(self, folder: Path, extras: Mapping[str, Any] | None = None) -> Path:
         """Write it as LeRobot's `pi0` or `pi05`, whose folders have no place for `extras`."""
@@ -100,29 +97,22 @@ class PI0FlowPolicy(FlowHead):
         pixels = state.new_empty(b, 0, 3, self.image_size, self.image_size)
         if self.cameras:  # a task may have states alone
             pixels = torch.stack(self._pixels(observation.images).split(b), dim=1)
-        return {
-            "pixels": pixels,
-            "ids": to_device(ids, self.device),
-            "mask": to_device(mask, self.device),
-            "state": state,
-        }
+        ids, mask = (to_device(x, self.device) for x in (ids, mask))
+        return {"pixels": pixels, "ids": ids, "mask": mask, "state": state}
 
     def encode_prepared(self, tensors: dict[str, Tensor]) -> Prefix:
         """One pass of SigLIP over all cameras and of the language model over image and prompt tokens, without gradient
         when nothing of the backbone is trained. `tensors` as `prepare` returns them."""
         trains = any(p.requires_grad for p in self.backbone.parameters())
+        state, pad_mask, embed = tensors["state"], tensors["mask"], self.core.paligemma_with_expert
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains), compute(self.precision, self.device):
-            return self._encode(tensors)
-
-    def _encode(self, tensors: dict[str, Tensor]) -> Prefix:
-        state, pixels = tensors["state"], tensors["pixels"]
-        embeddings, pad_mask = self.core.paligemma_with_expert.embed_language_tokens(tensors["ids"]), tensors["mask"]
-        if self.cameras:
-            images = self.core.paligemma_with_expert.embed_image(pixels.flatten(0, 1))
-            images = images.view(len(state), -1, images.shape[-1])  # b·cameras, l_image, width -> b, all tokens, width
-            seen = torch.ones(images.shape[:2], dtype=torch.bool, device=state.device)
-            embeddings, pad_mask = torch.cat([images, embeddings], dim=1), torch.cat([seen, pad_mask], dim=1)
-        hidden, keys_values = self._run_prefix(embeddings, pad_mask)
+            embeddings = embed.embed_language_tokens(tensors["ids"])
+            if self.cameras:
+                images = embed.embed_image(tensors["pixels"].flatten(0, 1))
+                images = images.view(len(state), -1, images.shape[-1])  # b·cameras, l, width -> b, all tokens, width
+                seen = torch.ones(images.shape[:2], dtype=torch.bool, device=state.device)
+                embeddings, pad_mask = torch.cat([images, embeddings], dim=1), torch.cat([seen, pad_mask], dim=1)
+            hidden, keys_values = self._run_prefix(embeddings, pad_mask)
         return Prefix(keys_values, pad_mask, hidden, pad_last(state, self.core.config.max_state_dim))
 
     def _prompts(self, prompts: list[str], state: Tensor) -> list[str]:
@@ -207,12 +197,6 @@ class PI0FlowPolicy(FlowHead):
         hidden, _ = run_layers(expert, x, positions, mask, past, condition, self.checkpointing, self._layer)
         with full(self.device, self.precision):
             return self.core.action_out_proj(hidden[:, -self.action_horizon :].float())
-
-
-def drop_language_heads(core: nn.Module) -> None:
-    """Let go of what no flow policy reads: 790M parameters at full size. pi0.saving writes them from the source."""
-    core.paligemma_with_expert.paligemma.lm_head = nn.Identity()
-    core.paligemma_with_expert.gemma_expert.lm_head = nn.Identity()
 
 
 def _keep_float32(module: nn.Module) -> None:
