@@ -11,11 +11,16 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from serl_launcher.policies.compiling import check_switch
+from serl_launcher.policies.normalise import Units, pad_last
+from serl_launcher.policies.precision import check_precision
+from serl_transport.contract.specs import TaskSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,53 +67,102 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return type(value)(_changed(item, change) for item in value)
 
 
-class FlowPolicy(Protocol):
-    """A flow-matching policy head; every implementation is an `nn.Module`."""
+class FlowPolicy(nn.Module):
+    """A flow-matching policy head over a library's module `core`; a head adds what raises NotImplementedError here.
+
+    Args:
+        core: the library's module.
+        spec: the task; its ranges are the units where `units` is None, its limits clip every chunk.
+        cameras: the task's, in the order that the weights know.
+        chunk: ticks and dims of the model's chunks.
+        attention: `eager` calls the library's layers, `sdpa` ours (fused attention).
+        checkpointing: one activation checkpoint a layer.
+        precision: float32 or bfloat16 (policies.precision).
+        compile: torch.compile of the layers, auto, on or off (policies.compiling).
+        valid_horizon: ticks of a chunk that the checkpoint was trained on; None: all.
+        clip: states and labels beyond the statistics' range are clipped, as the checkpoint was trained.
+    """
 
     action_horizon: int  # ah
     action_dim: int  # ad, dims of the model's chunks
     robot_dim: int  # the first of them that the robot has; the rest is padding of a wider checkpoint
     released_flow_steps: ClassVar[int]  # Euler steps that its release samples with
 
+    def __init__(
+        self,
+        core: nn.Module,
+        spec: TaskSpec,
+        cameras: tuple[str, ...],
+        units: Units | None,
+        chunk: tuple[int, int],
+        *,
+        attention: str,
+        checkpointing: bool,
+        precision: str,
+        compile: str,
+        valid_horizon: int | None = None,
+        clip: bool = False,
+    ) -> None:
+        super().__init__()
+        if attention not in ("eager", "sdpa"):
+            raise ValueError(f"policy.attention: expected eager or sdpa, got {attention!r}")
+        self.core, self.cameras = core, cameras
+        self.action_horizon, self.action_dim = chunk
+        self.robot_dim = len(spec.action_names)
+        units = units or Units.from_spec(spec)
+        self.state_units, self.action_units = units.state, units.action
+        self.register_buffer("_low", torch.tensor(spec.action_low), persistent=False)
+        self.register_buffer("_high", torch.tensor(spec.action_high), persistent=False)
+        self.attention, self.checkpointing, self.precision = attention, checkpointing, check_precision(precision)
+        self.valid_horizon, self.clip = valid_horizon or self.action_horizon, clip
+        self.compile_layers(check_switch("policy.compile", compile))
+
+    @property
+    def device(self) -> torch.device:
+        return self.state_units.offset.device
+
+    def compile_layers(self, mode: str, backend: str = "inductor") -> None:
+        """Use torch.compile for the layers: auto, on or off."""
+        raise NotImplementedError
+
     def encode(self, observation: PolicyInput) -> Prefix:
-        """Run the backbone once; without gradient when it is frozen. `encode_prepared(prepare(observation))`."""
-        ...
+        """Run the backbone once; without gradient when it is frozen."""
+        return self.encode_prepared(self.prepare(observation))
 
     def prepare(self, observation: PolicyInput) -> dict[str, Tensor]:
         """The host's part of `encode`: tensors whose shapes alone decide what the device will run."""
-        ...
+        raise NotImplementedError
 
     def encode_prepared(self, tensors: dict[str, Tensor]) -> Prefix:
         """The device's part of `encode`: no transfer to or from the host, so that a CUDA graph can hold it."""
-        ...
+        raise NotImplementedError
 
     def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
         """v(x_t, t | prefix): float32[b, ah, ad], differentiable. x_t float32[b, ah, ad], t float32[b]."""
-        ...
+        raise NotImplementedError
 
     def features(self, prefix: Prefix) -> Tensor:
-        """Pooled float32[b, f] for critics and rewards."""
-        ...
+        """For critics and rewards, float32[b, f]: the mean hidden state of the tokens that count, and the state."""
+        keep = prefix.pad_mask.unsqueeze(-1).to(prefix.hidden.dtype)
+        return torch.cat([((prefix.hidden * keep).sum(1) / keep.sum(1)).float(), prefix.state], dim=-1)
 
     def normalise_actions(self, chunk: Tensor) -> Tensor:
-        """Physical float32[..., ad] to the model's units."""
-        ...
+        """Physical float32[..., robot dims] to the model's units, zeros in the dims that the robot lacks."""
+        units = self.action_units.to_model(chunk)
+        return pad_last(units.clamp(-1, 1) if self.clip else units, self.action_dim)
 
     def physical_actions(self, chunk: Tensor) -> Tensor:
-        """The model's units to physical float32[..., ad], clipped to the task's limits."""
-        ...
+        """The model's units to physical float32[..., valid horizon, robot dims], clipped to the task's limits."""
+        chunk = chunk[..., : self.valid_horizon, : self.robot_dim]
+        return self.action_units.to_physical(chunk.clamp(-1, 1) if self.clip else chunk).clamp(self._low, self._high)
 
     def dead_parameters(self) -> set[str]:
         """Names of parameters that no action depends on, though the features of critics may."""
-        ...
+        raise NotImplementedError
 
     def save(self, folder: Path, extras: Mapping[str, Any] | None = None) -> Path:
         """Write a checkpoint that LeRobot loads into a new folder. extras: what GR00T's layout keeps beside it."""
-        ...
-
-    def parameters(self, recurse: bool = True) -> Any: ...
-
-    def named_parameters(self) -> Any: ...
+        raise NotImplementedError
 
 
 def ready(policy: FlowPolicy, prefix: Prefix) -> Prefix:

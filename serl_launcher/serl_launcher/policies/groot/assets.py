@@ -122,17 +122,20 @@ def _described(spec: TaskSpec, dataset: str) -> Described:
     stats = json.loads((meta / "stats.json").read_text())
     parts = json.loads((meta / "modality.json").read_text()) if (meta / "modality.json").is_file() else {}
     statistics: dict[str, Any] = {}
-    modality: dict[str, Any] = {
-        "video": {"modality_keys": list(parts.get("video", spec.cameras)), "delta_indices": [0]}
-    }
     for what, column in (("state", "observation.state"), ("action", "action")):
         entries = parts.get(what) or {"all": {}}
         statistics[what] = {name: _part(stats, entry, column, dataset) for name, entry in entries.items()}
-        modality[what] = {"modality_keys": list(entries), "delta_indices": [0]}
+    cameras = list(parts.get("video", spec.cameras))
+    return Described(statistics, modality_of(cameras, list(statistics["state"]), list(statistics["action"]), []))
+
+
+def modality_of(cameras: list[str], states: list[str], actions: list[str], ticks: list[int]) -> dict[str, Any]:
+    """What NVIDIA's layout says of an embodiment's parts; ticks: that were trained, empty: all."""
     absolute = {"rep": "absolute", "type": "non_eef", "format": "default"}
-    modality["action"] |= {"delta_indices": [], "action_configs": [absolute] * len(statistics["action"])}
-    modality["language"] = {"modality_keys": ["annotation.human.task_description"], "delta_indices": [0]}
-    return Described(statistics, modality)
+    keys = {"video": cameras, "state": states, "action": actions, "language": ["annotation.human.task_description"]}
+    modality = {what: {"modality_keys": names, "delta_indices": [0]} for what, names in keys.items()}
+    modality["action"] |= {"delta_indices": ticks, "action_configs": [absolute] * len(actions)}
+    return modality
 
 
 def _part(stats: dict[str, Any], entry: dict[str, Any], column: str, dataset: str) -> dict[str, list[float]]:

@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from serl_launcher.policies.base import PolicyInput, Prefix
+from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix
 from serl_launcher.policies.compiling import CompiledLayer
 from serl_launcher.policies.groot.dit import attend_tokens, cross_keys, dit_block, run_dit
 from serl_launcher.policies.groot.qwen import Grid, run_backbone, text_layer, vision_block
 from serl_launcher.policies.groot.saving import save_groot
-from serl_launcher.policies.head import FlowHead
 from serl_launcher.policies.normalise import Units, pad_last
 from serl_launcher.policies.precision import compute, full
 from serl_launcher.policies.transfer import to_device
@@ -40,7 +39,7 @@ class GrootPrefix(Prefix):
     state_features: Tensor  # float[b, 1, width of the action head]
 
 
-class GrootFlowPolicy(FlowHead):
+class GrootFlowPolicy(FlowPolicy):
     """lerobot's `GR00TN17` as a flow policy: encode once, then velocity as often as wanted.
 
     core: `GR00TN17`; inputs: images and prompts to the backbone's tensors; embodiment: the slot of the

@@ -19,7 +19,6 @@ from serl_launcher.policies.transfer import to_device
 
 PATCH, MERGE = 16, 2
 PAD_TO = 16  # tokens; padding is masked, so it changes nothing but the number of shapes
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +107,7 @@ class QwenInputs:
         self.source, self.cameras, self.geometry = source, cameras, geometry
         self.formalize, self.frames = formalize, frames
 
-    def __call__(
-        self, images: dict[str, np.ndarray], prompts: list[str], device: torch.device = CPU
-    ) -> dict[str, Tensor]:
+    def __call__(self, images: dict[str, np.ndarray], prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """images: uint8[b, h, w, 3] per camera. `device`: where pictures are worked on."""
         per_camera = [
             list(self.geometry.apply(to_device(images[camera], device).permute(0, 3, 1, 2))) for camera in self.cameras
@@ -160,9 +157,7 @@ class HashInputs:
         self.cameras, self.image_size, self.tokens = cameras, image_size, tokens
         self.tokenizer = WordHashTokenizer(tokens.words, prompt_tokens)
 
-    def __call__(
-        self, images: dict[str, np.ndarray], prompts: list[str], device: torch.device = CPU
-    ) -> dict[str, Tensor]:
+    def __call__(self, images: dict[str, np.ndarray], prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """images: uint8[b, h, w, 3] per camera."""
         pixels = torch.stack([self._resize(to_device(images[c], device)) for c in self.cameras], dim=1).flatten(0, 1)
         grid = self.image_size // PATCH

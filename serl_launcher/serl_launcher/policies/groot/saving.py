@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from serl_launcher.policies.checkpoint import SINGLE
-from serl_launcher.policies.groot.assets import Described
+from serl_launcher.policies.groot.assets import Described, modality_of
 from serl_launcher.policies.groot.checkpoint import ALIASES, COSMOS, prefix_of
 from serl_launcher.policies.groot.inputs import QwenInputs
 from serl_launcher.policies.saving import copy_beside, expect_new, tensors_to_save
@@ -79,15 +79,7 @@ def _write_sidecars(policy: nn.Module, folder: Path, tag: str) -> None:
         config["model_name"] = "backbone"
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str))
     (folder / "embodiment_id.json").write_text(json.dumps({tag: policy.embodiment}))
-    whole = {"modality_keys": ["all"], "delta_indices": [0]}
-    absolute = {"rep": "absolute", "type": "non_eef", "format": "default"}
-    ticks = list(range(policy.valid_horizon))
-    parts = {
-        "video": {"modality_keys": list(policy.cameras), "delta_indices": [0]},
-        "state": whole,
-        "action": {"modality_keys": ["all"], "delta_indices": ticks, "action_configs": [absolute]},
-        "language": {"modality_keys": ["annotation.human.task_description"], "delta_indices": [0]},
-    }
+    parts = modality_of(list(policy.cameras), ["all"], ["all"], list(range(policy.valid_horizon)))
     statistics = {}
     for what, units in (("state", policy.state_units), ("action", policy.action_units)):
         low, high = (units.offset - units.scale).tolist(), (units.offset + units.scale).tolist()

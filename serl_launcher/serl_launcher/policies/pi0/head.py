@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from serl_launcher.policies.base import PolicyInput, Prefix
+from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix
 from serl_launcher.policies.compiling import CompiledLayer
-from serl_launcher.policies.head import FlowHead
 from serl_launcher.policies.normalise import Units, pad_last
 from serl_launcher.policies.pi0.gemma import gemma_layer, run_layers
 from serl_launcher.policies.pi0.saving import save_pi0
@@ -29,7 +28,7 @@ from serl_transport.contract.specs import TaskSpec
 Tokenizer = Callable[[list[str]], tuple[Tensor, Tensor]]
 
 
-class PI0FlowPolicy(FlowHead):
+class PI0FlowPolicy(FlowPolicy):
     """lerobot's `PI0Pytorch` as a flow policy: encode once, then velocity as often as wanted.
 
     core: built by a size (pi0.tiny, pi0.full), on the meta device where a checkpoint or nothing fills it; `attention:
