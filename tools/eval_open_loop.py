@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from serl_launcher.learner.sft import open_dataset
+from serl_launcher.learner.sft import Columns, check_columns, open_dataset
 from serl_launcher.policies.open_loop import (
     METHODS,
     OpenLoop,
@@ -35,9 +35,10 @@ from serl_launcher.policies.open_loop import (
     run_episode,
 )
 from serl_launcher.run.config import read_config
-from serl_launcher.run.parameters import find_parameters
+from serl_launcher.run.parameters import PublishedVersion, find_parameters
 from serl_launcher.run.paths import RunPaths
-from serl_launcher.serving.engine import PolicyEngine, Query
+from serl_launcher.serving.engine import PolicyEngine
+from serl_launcher.serving.query import Query
 
 COLOURS = {"policy": "tab:blue", "hold_still": "tab:gray", "repeat_last": "tab:orange"}
 SHOWN = 8  # trajectory pictures at most
@@ -45,21 +46,11 @@ SHOWN = 8  # trajectory pictures at most
 
 def check_features(dataset, spec) -> None:
     """Raise ValueError naming what the dataset lacks or has in another size."""
-    features = dataset.meta.features
-    for key, size in (("observation.state", len(spec.state_names)), ("action", len(spec.action_names))):
-        got = features.get(key, {}).get("shape")
-        if got is None or tuple(got) != (size,):
-            raise ValueError(f"dataset: {key}: expected {size} dims as the task, got {got}")
-    for camera, (height, width) in spec.cameras.items():
-        got = features.get(f"observation.images.{camera}", {}).get("shape")
-        if got is None or tuple(got) != (height, width, 3):
-            raise ValueError(f"dataset: camera {camera!r}: expected {(height, width, 3)} as the task, got {got}")
-
-
-def rows_of(dataset, episode: int) -> tuple[int, int]:
-    """First and last + 1 index of an episode."""
-    entry = dataset.meta.episodes[episode]
-    return int(entry["dataset_from_index"]), int(entry["dataset_to_index"])
+    check_columns(dataset.meta.features, Columns.plain(spec), spec)
+    for camera, size in spec.cameras.items():
+        got = tuple(dataset.meta.features[f"observation.images.{camera}"]["shape"])
+        if got != (*size, 3):
+            raise ValueError(f"dataset: camera {camera!r}: expected {(*size, 3)} as the task, got {got}")
 
 
 def predictor(engine: PolicyEngine, dataset, first: int) -> Callable[[int], np.ndarray]:
@@ -80,8 +71,10 @@ def predictor(engine: PolicyEngine, dataset, first: int) -> Callable[[int], np.n
 def evaluate(cfg: DictConfig, run: Path, dataset_dir: Path, episodes: list[int] | None, stride: int, output: Path):
     """Run all episodes, write the files, return the figures."""
     path = find_parameters(run)
+    published = PublishedVersion.read(path.parent)
     engine = PolicyEngine(cfg, path.parent)
-    engine.refresh()
+    engine.stage_file(path, published.version if published else 0)
+    engine.swap()
     spec = engine.spec
     dataset = open_dataset(dataset_dir)
     check_features(dataset, spec)
@@ -96,7 +89,8 @@ def evaluate(cfg: DictConfig, run: Path, dataset_dir: Path, episodes: list[int] 
     table = dataset.hf_dataset.select_columns(["observation.state", "action"]).with_format("numpy")
     done = []
     for episode in chosen:
-        first, end = rows_of(dataset, episode)
+        entry = dataset.meta.episodes[episode]
+        first, end = int(entry["dataset_from_index"]), int(entry["dataset_to_index"])
         part = table[first:end]
         recorded, states = (np.stack(part[k]).astype(np.float32) for k in ("action", "observation.state"))
         done.append(run_episode(episode, recorded, states, predictor(engine, dataset, first), still, stride))
@@ -113,7 +107,8 @@ def evaluate(cfg: DictConfig, run: Path, dataset_dir: Path, episodes: list[int] 
 
 def draw_trajectory(episode: OpenLoop, names: Sequence[str], path: Path) -> None:
     """Recorded and predicted actions over time, one row a joint; dots where a chunk began."""
-    figure, axes = plt.subplots(len(names), 1, figsize=(10, 1.7 * len(names)), sharex=True, squeeze=False)
+    size = (10, 1.7 * len(names))
+    figure, axes = plt.subplots(len(names), 1, figsize=size, sharex=True, squeeze=False, layout="tight")
     for k, (name, axis) in enumerate(zip(names, axes[:, 0], strict=True)):
         predicted = episode.predicted["policy"][:, k]
         axis.plot(episode.recorded[:, k], color="black", linewidth=1.5, label="recorded")
@@ -124,14 +119,13 @@ def draw_trajectory(episode: OpenLoop, names: Sequence[str], path: Path) -> None
     axes[0, 0].legend(loc="upper right", ncol=3, fontsize=8)
     axes[0, 0].set_title(f"episode {episode.episode}")
     axes[-1, 0].set_xlabel("tick")
-    figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
 def draw_errors(episodes: Sequence[OpenLoop], names: Sequence[str], scale: np.ndarray, stride: int, path: Path) -> None:
     """Three views of the normalised error: per joint, its distribution, and over the ticks of a chunk."""
-    figure, (joints, spread, place) = plt.subplots(1, 3, figsize=(15, 4))
+    figure, (joints, spread, place) = plt.subplots(1, 3, figsize=(15, 4), layout="tight")
     width = 0.8 / len(METHODS)
     bins = np.logspace(-4, 1, 40)
     for k, method in enumerate(METHODS):
@@ -152,7 +146,6 @@ def draw_errors(episodes: Sequence[OpenLoop], names: Sequence[str], scale: np.nd
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.suptitle("errors in the model's units")
-    figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -167,7 +160,9 @@ def text(out: dict) -> str:
         lines.append(f"{method.replace('_', ' '):<14}" + "".join(f"{v:>13.4g}" for v in values))
     lines.append(f"{'recorded':<14}{'':>39}{out['recorded_smoothness']:>13.4g}")
     verdict = "beats both baselines" if out["better_than_best_baseline"] else "does NOT beat both baselines"
-    return "\n".join([*lines, f"the policy {verdict} (share of the better one: {out['share_of_best_baseline']:.2f})"])
+    share = out["share_of_best_baseline"]  # None: a baseline makes no error
+    told = "" if share is None else f" (share of the better one: {share:.2f})"
+    return "\n".join([*lines, f"the policy {verdict}{told}"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,6 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -36,19 +35,15 @@ def export(run: Path, folder: Path, version: str | None = None) -> Path:
     path = run / "params" / version if version else find_parameters(run)
     policy = build_policy(cfg, TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True)))
     metadata = load_into(policy, path, base_sha256(policy))
-    policy = getattr(policy, "policy", policy)
-    written = policy.save(folder, beside(config, int(metadata["step"])))
+    # What GR00T's layout keeps beside the weights; optimizer state never goes along.
+    extras = {"trainer_state.json": {"global_step": int(metadata["step"])}, "experiment_cfg/config.yaml": config}
+    if (run / "modality.json").is_file():
+        extras["modality.json"] = run / "modality.json"
+    written = policy.save(folder, extras)
     print(f"{written}: policy version {metadata['version']} of {run}, trainer step {metadata['step']}")
-    report = getattr(policy, "load_report", None)
-    print(report if report else "The run began at random weights; the task's ranges became the statistics.")
+    began = "The run began at random weights; the task's ranges became the statistics."
+    print(getattr(policy, "load_report", began))
     return written
-
-
-def beside(config: Path, step: int) -> dict[str, Any]:
-    """What GR00T's layout keeps beside the weights: the run's step and config. Optimizer state never goes along."""
-    extras = {"trainer_state.json": {"global_step": step}, "experiment_cfg/config.yaml": config}
-    modality = config.parent / "modality.json"
-    return extras | ({"modality.json": modality} if modality.is_file() else {})
 
 
 def main(argv: list[str] | None = None) -> int:

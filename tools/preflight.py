@@ -45,9 +45,8 @@ def machine(args: argparse.Namespace) -> tuple[str, float | None, float | None]:
 def report(cfg: DictConfig, cost: Estimate, args: argparse.Namespace) -> tuple[list[str], bool]:
     """Lines on memory, batch and time, and whether the batch fits (True when memory is unknown)."""
     name, memory, peak = machine(args)
-    batch, devices = cfg.trainer.batch_size, cfg.launch.num_processes
+    batch, devices, served = cfg.trainer.batch_size, cfg.launch.num_processes, cfg.serving.max_batch
     training = (cost.training_fixed + batch * cost.activations) / GB
-    served = cfg.serving.max_batch
     serving = (cost.serving_fixed + served * cost.serving_sample) / GB
     lines = [
         f"machine    {name}" + (f", {memory:.0f} GB" if memory else "") + (f", {peak:g} TFLOP/s" if peak else ""),
@@ -59,16 +58,14 @@ def report(cfg: DictConfig, cost: Estimate, args: argparse.Namespace) -> tuple[l
     ]
     fits = True
     if memory:
-        together = memory * USABLE - serving
-        largest = int((together * GB - cost.training_fixed) // max(1, cost.activations))
+        left = (memory * USABLE - serving) * GB - cost.training_fixed
+        largest = int(left // max(1, cost.activations))
         fits = largest >= batch
         lines.append(f"largest    batch {max(0, largest)} beside the policy server on one device")
         if not fits:
-            lines.append(
-                f"           trainer.batch_size={batch} does NOT fit: lower it, train=expert or checkpointing=true"
-            )
-    flops = cost.train_flops * batch
-    serve = cost.serve_flops
+            advice = "lower it, train=expert or checkpointing=true"
+            lines.append(f"           trainer.batch_size={batch} does NOT fit: {advice}")
+    flops, serve = cost.train_flops * batch, cost.serve_flops
     lines.append(
         f"FLOPs      {flops / 1e12:.3f} T a training step, {serve / 1e12:.3f} T a chunk ({args.flow_steps} flow steps)"
     )
@@ -78,14 +75,6 @@ def report(cfg: DictConfig, cost: Estimate, args: argparse.Namespace) -> tuple[l
             f"time       ~{flops / reached * 1e3:.1f} ms a step, ~{serve / reached * 1e3:.1f} ms of arithmetic a chunk"
         )
     return lines, fits
-
-
-def data_lines(args: argparse.Namespace, spec: TaskSpec, mode: str) -> list[str]:
-    """Findings about --dataset; empty without one."""
-    if args.dataset is None:
-        return []
-    modality = Modality.read(args.dataset)
-    return findings(args.dataset, spec, modality.columns if modality else Columns.plain(spec), mode)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,8 +99,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     lines, fits = report(cfg, cost, args)
     print(parameter_table(policy), *lines, sep="\n")
-    wrong = data_lines(args, spec, mode)
+    wrong = []
     if args.dataset is not None:
+        modality = Modality.read(args.dataset)
+        wrong = findings(args.dataset, spec, modality.columns if modality else Columns.plain(spec), mode)
         print("data       " + ("nothing wrong" if not wrong else "\n           ".join(wrong)))
     return 0 if fits and not wrong else 1
 

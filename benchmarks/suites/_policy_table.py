@@ -62,38 +62,31 @@ class Peaks:
 
 def full_models() -> list[Model]:
     """The released sizes with random weights."""
-    spec = task(224)
-
-    def pi0(train: str, precision: str) -> nn.Module:
-        options = {"train": train, "attention": "sdpa", "precision": precision}
-        return build_pi0("bench", spec, "random", 0, 50, FullSize("pi0"), **options)
-
-    return [
-        Model("pi0", pi0, spec, 10, ("expert", "full")),
-        Model("groot_n1_7", partial(_groot, spec, FullGrootSize(), 40), spec, 4, ("head", "full")),
-    ]
+    return _models(task(224), FullSize("pi0"), 50, FullGrootSize(), 40)
 
 
 def middle_models(size: Any, depth: int) -> list[Model]:
     """A size whose arithmetic dominates on a CPU. size: of PI0."""
-    spec = task(size.image_size)
-
-    def pi0(train: str, precision: str) -> nn.Module:
-        options = {"train": train, "attention": "sdpa", "precision": precision}
-        return build_pi0("bench", spec, "random", 0, 16, size, **options)
-
     shape = dict(width=256, layers=depth, vision_width=128, vision_layers=depth, head_width=256, head_layers=2 * depth)
-    groot = TinyGrootSize(image_size=128, prompt_tokens=16, **shape)
+    return _models(task(size.image_size), size, 16, TinyGrootSize(image_size=128, prompt_tokens=16, **shape), 16)
+
+
+def _models(spec: TaskSpec, pi0: Any, pi0_ticks: int, groot: Any, groot_ticks: int) -> list[Model]:
     return [
-        Model("pi0", pi0, spec, 10, ("expert", "full")),
-        Model("groot_n1_7", partial(_groot, spec, groot, 16), spec, 4, ("head", "full")),
+        Model("pi0", partial(_pi0, spec, pi0, pi0_ticks), spec, 10, ("expert", "full")),
+        Model("groot_n1_7", partial(_groot, spec, groot, groot_ticks), spec, 4, ("head", "full")),
     ]
 
 
-def _groot(spec: TaskSpec, size: Any, horizon: int, train: str, precision: str) -> nn.Module:
+def _pi0(spec: TaskSpec, size: Any, ticks: int, train: str, precision: str) -> nn.Module:
+    options = dict(train=train, attention="sdpa", precision=precision)
+    return build_pi0("bench", spec, "random", 0, ticks, size, **options)
+
+
+def _groot(spec: TaskSpec, size: Any, ticks: int, train: str, precision: str) -> nn.Module:
     """`head`: what GR00T's users tune by default; `full`: backbone as well."""
     tune = {"llm": train == "full", "visual": train == "full"}
-    return build_groot("bench", spec, "random", 0, horizon, size, tune=tune, precision=precision)
+    return build_groot("bench", spec, "random", 0, ticks, size, tune=tune, precision=precision)
 
 
 def task(side: int) -> TaskSpec:
@@ -174,15 +167,11 @@ def training_rows(
     policy = built(device, model, mode, precision).train()
     policy.checkpointing = mode == "full"
     optimizer = torch.optim.AdamW(trainable(policy).values(), lr=1e-5, fused=device.type == "cuda")
-    observation = observe(model.spec, batch)
-    shape = (batch, policy.action_horizon, policy.action_dim)
-    chunk, noise = (torch.randn(shape, device=device) for _ in range(2))
-    keep, ones = torch.zeros(shape[:2], dtype=torch.bool, device=device), torch.ones(batch, device=device)
-    t = torch.rand(batch, device=device)
+    work = Work.of(policy, model.spec, batch, device)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        flow_loss(policy, policy.encode(observation), chunk, keep, ones, noise, t).mean().backward()
+        work.loss(policy).backward()
         optimizer.step()
 
     name = f"{model.name}/{mode}_step/batch{batch}"
@@ -191,7 +180,6 @@ def training_rows(
     if device.type == "cuda":  # whether compiling the layers pays in training
         policy.compile_layers("on")
         yield from timed(device, f"{name}/compiled", step, cost, peaks, rounds)
-    if device.type == "cuda":
         yield memory_row(f"policy/{name}")
 
 
@@ -237,6 +225,29 @@ def observe(spec: TaskSpec, batch: int) -> PolicyInput:
     images = {c: rng.integers(0, 256, (batch, h, w, 3), dtype=np.uint8) for c, (h, w) in spec.cameras.items()}
     state = rng.uniform(-1, 1, (batch, len(spec.state_names))).astype(np.float32)
     return PolicyInput(images, state, [spec.prompt] * batch)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One training batch, and the noise that every path gets."""
+
+    observation: PolicyInput
+    chunk: Tensor  # float32[b, ah, ad]
+    noise: Tensor  # float32[b, ah, ad]
+    t: Tensor  # float32[b]
+
+    @classmethod
+    def of(cls, policy: nn.Module, spec: TaskSpec, batch: int, device: Any) -> Work:
+        """A random one."""
+        shape = (batch, policy.action_horizon, policy.action_dim)
+        chunk, noise = (torch.randn(shape, device=device) for _ in range(2))
+        return cls(observe(spec, batch), chunk, noise, torch.rand(batch, device=device))
+
+    def loss(self, policy: nn.Module) -> Tensor:
+        """Mean flow loss by our path."""
+        keep = torch.zeros(self.chunk.shape[:2], dtype=torch.bool, device=self.t.device)
+        prefix, ones = policy.encode(self.observation), torch.ones_like(self.t)
+        return flow_loss(policy, prefix, self.chunk, keep, ones, self.noise, self.t).mean()
 
 
 def served_bytes(policy: nn.Module, steps: int) -> int:

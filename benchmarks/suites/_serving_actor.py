@@ -3,7 +3,7 @@
     python _serving_actor.py <run_dir> <port> <broadcast_port> <name>
 
 Reads lines `<begin> <end>` (monotonic seconds of this host) on stdin; answers each with one JSON line: the latencies of
-the answers within, in ms, when they came, their versions, and errors.
+the answers within, in ms, their versions, and errors.
 """
 
 import json
@@ -21,17 +21,15 @@ from serl_transport.contract.specs import TaskSpec
 
 def ask_until(client: TrainerClient, body: dict, begin: float, end: float) -> dict:
     """Everything asked between the two times."""
-    found = {"ms": [], "at": [], "versions": [], "errors": []}
+    found = {"ms": [], "versions": [], "errors": []}
     while (asked := time.monotonic()) < end:
         try:
             version = client.infer(body, timeout_ms=10_000)["policy_version"]
         except WireError as error:
             found["errors"].append(f"{error.code}: {error.message}")
             continue
-        now = time.monotonic()
         if asked >= begin:
-            found["ms"].append((now - asked) * 1e3)
-            found["at"].append(now)
+            found["ms"].append((time.monotonic() - asked) * 1e3)
             found["versions"].append(version)
     return found
 

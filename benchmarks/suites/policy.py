@@ -8,18 +8,14 @@ docs/performance.md's table for PI0 and GR00T N1.7 (suites._policy_table), at fu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from rows import Row, alternate
-from suites._policy_table import full_models, guarded, middle_models, seconds, table, task
+from suites._policy_table import Model, Work, built, full_models, guarded, middle_models, seconds, table
 from torch import Tensor, nn
 
-from serl_launcher.policies.base import PolicyInput, flow_loss, sample
-from serl_launcher.policies.pi0.build import build_pi0
-from serl_launcher.policies.pi0.full import FullSize
+from serl_launcher.policies.base import sample
 from serl_launcher.policies.pi0.tiny import TinySize
 
 
@@ -29,16 +25,17 @@ def rows(quick: bool) -> Iterator[Row]:
     if torch.cuda.is_available():
         device = torch.device("cuda")
         torch.set_float32_matmul_precision("high")
-        compare = partial(against_library, device, 224, FullSize("pi0"), 50, 2 if quick else 16, 1 if quick else 5)
+        models = full_models()
+        compare = partial(against_library, device, models[0], 2 if quick else 16, 1 if quick else 5)
         yield from guarded("policy/against_library", compare)
-        yield from table(device, full_models(), (1, 4) if quick else (1, 32), 2 if quick else 10, "bfloat16")
+        yield from table(device, models, (1, 4) if quick else (1, 32), 2 if quick else 10, "bfloat16")
         return
     torch.set_num_threads(1)
     device = torch.device("cpu")
     depth = 2 if quick else 6
-    size = middle(depth)
-    yield from against_library(device, size.image_size, size, 16, 4, 1 if quick else 5)
-    yield from table(device, middle_models(size, depth), (1, 4), 1 if quick else 3, "float32")
+    models = middle_models(middle(depth), depth)
+    yield from against_library(device, models[0], 4, 1 if quick else 5)
+    yield from table(device, models, (1, 4), 1 if quick else 3, "float32")
 
 
 def middle(depth: int) -> TinySize:
@@ -47,9 +44,10 @@ def middle(depth: int) -> TinySize:
     return TinySize(depth=depth, image_size=112, patch_size=14, prompt_tokens=16, conv_stem=False, **shape)
 
 
-def against_library(device, side: int, size, horizon: int, batch: int, rounds: int) -> Iterator[Row]:
-    """Ours against lerobot's joint forward (expert-only, fp32), and one prefix against eight."""
-    policy, work = prepared(device, side, size, horizon, batch, "expert", "float32")
+def against_library(device: torch.device, model: Model, batch: int, rounds: int) -> Iterator[Row]:
+    """Ours against lerobot's joint forward (expert-only, fp32), and one prefix against eight. model: a PI0."""
+    policy = built(device, model, "expert", "float32")
+    work = Work.of(policy, model.spec, batch, device)
     ours, theirs = step_gradients(policy, work)
     worst = max((ours[n] - theirs[n]).abs().max().item() / (theirs[n].abs().max().item() + 1e-8) for n in theirs)
     if ours.keys() != theirs.keys() or worst > 1e-2:
@@ -64,7 +62,7 @@ def against_library(device, side: int, size, horizon: int, batch: int, rounds: i
     )
     name = f"policy/expert_step/batch{batch}"
     yield Row.of(name, 1 / found["ours"], "steps/s", 1 / found["joint"], ">= 1.6")
-    one = prepared(device, side, size, horizon, 1, "expert", "float32", policy)[1]
+    one = Work.of(policy, model.spec, 1, device)
     found = alternate(
         {
             "shared": lambda: seconds(device, lambda: draw(policy, one, 8)),
@@ -75,43 +73,13 @@ def against_library(device, side: int, size, horizon: int, batch: int, rounds: i
     yield Row.of("policy/samples8/one_prefix", 1 / found["shared"], "calls/s", 1 / found["apart"], ">= 3.0")
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One batch, and the noise that both paths get."""
-
-    observation: PolicyInput
-    chunk: Tensor  # float32[b, ah, ad]
-    noise: Tensor  # float32[b, ah, ad]
-    t: Tensor  # float32[b]
-
-
-def prepared(device, side, size, horizon, batch, train, precision, policy=None) -> tuple[nn.Module, Work]:
-    """A policy at this size with random weights, and a batch for it."""
-    spec = task(side)
-    if policy is None:
-        with torch.device(device):
-            options = {"train": train, "attention": "sdpa", "precision": precision}
-            policy = build_pi0("bench", spec, "random", 0, horizon, size, **options)
-        policy = policy.to(device)
-    rng = np.random.default_rng(0)
-    images = {c: rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8) for c in spec.cameras}
-    observation = PolicyInput(images, rng.uniform(-1, 1, (batch, 7)).astype(np.float32), [spec.prompt] * batch)
-    chunk, noise = (torch.randn(batch, horizon, policy.action_dim, device=device) for _ in range(2))
-    return policy, Work(observation, chunk, noise, torch.rand(batch, device=device))
-
-
-def our_step(policy, work: Work) -> None:
+def our_step(policy: nn.Module, work: Work) -> None:
     """Forward and backward of our path."""
     policy.zero_grad(set_to_none=True)
-    b, horizon = work.chunk.shape[:2]
-    keep = torch.zeros(b, horizon, dtype=torch.bool, device=work.t.device)
-    prefix = policy.encode(work.observation)
-    flow_loss(
-        policy, prefix, work.chunk, keep, torch.ones(b, device=work.t.device), work.noise, work.t
-    ).mean().backward()
+    work.loss(policy).backward()
 
 
-def library_step(policy, work: Work) -> None:
+def library_step(policy: nn.Module, work: Work) -> None:
     """Forward and backward of lerobot's joint path, its loss cut to the robot's dims as its policy does."""
     policy.zero_grad(set_to_none=True)
     b = len(work.observation)
@@ -125,7 +93,7 @@ def library_step(policy, work: Work) -> None:
     loss[..., : policy.robot_dim].mean().backward()
 
 
-def step_gradients(policy, work: Work) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def step_gradients(policy: nn.Module, work: Work) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients of both paths for the same noise and times."""
     found = []
     for step in (our_step, library_step):
@@ -136,7 +104,7 @@ def step_gradients(policy, work: Work) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 @torch.inference_mode()
-def draw(policy, work: Work, n: int) -> Tensor:
+def draw(policy: nn.Module, work: Work, n: int) -> Tensor:
     """n chunks of each observation in 10 flow steps, from one encoding."""
     noise = work.noise.repeat_interleave(n, 0)
     return sample(policy, policy.encode(work.observation), noise, 10, n)

@@ -1,7 +1,7 @@
-"""The policy server under eight actors, its hot swap, and what one encoded prefix saves. Tiny policy on CPU.
+"""The policy server under eight actors, its hot swap, and what real-time chunking costs. Tiny policy on CPU.
 
     8 actor processes ─▶ gateway process ─▶ policy server process      against the same with max_batch=1
-    engine, in this process: n samples of one prefix                    against encoding for each sample, each flow step
+    engine, in this process: a guided sample                            against a plain one
 
 Everything is what a run starts, on free ports; the actors ask without pausing, so the server is the bottleneck.
 """
@@ -18,6 +18,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ def rows(quick: bool) -> Iterator[Row]:
         with together.running(), alone.running():
             yield from under_load(together, alone, seconds, rounds)
             yield from hot_swap(together, seconds)
-        yield from prefix_reuse(together.config, rounds)
+        yield from guidance(together.config, rounds)
 
 
 def under_load(together: Lab, alone: Lab, seconds: float, rounds: int) -> Iterator[Row]:
@@ -50,13 +52,10 @@ def under_load(together: Lab, alone: Lab, seconds: float, rounds: int) -> Iterat
         shares.append(min(counts) / statistics.fmean(counts))
         return sum(counts) / seconds
 
-    rates = alternate(
-        {
-            "together": batched,
-            "alone": lambda: sum(len(answer["ms"]) for answer in alone.load(seconds)) / seconds,
-        },
-        rounds,
-    )
+    def single() -> float:
+        return sum(len(answer["ms"]) for answer in alone.load(seconds)) / seconds
+
+    rates = alternate({"together": batched, "alone": single}, rounds)
     name = f"serving/{ACTORS} actors"
     yield Row.of(f"{name}/one at a time", rates["alone"], "requests/s")
     yield Row.of(f"{name}/batched", rates["together"], "requests/s", rates["alone"], ">= 2.5")
@@ -78,54 +77,29 @@ def hot_swap(lab: Lab, seconds: float) -> Iterator[Row]:
     yield Row.of("serving/hot swap/p99", float(p99), "ms", float(floor), "<= 2.0")
 
 
-def prefix_reuse(cfg: DictConfig, rounds: int) -> Iterator[Row]:
-    """n samples of one observation, and the flow steps of one sample, against encoding the observation again."""
-    import torch
-
+def guidance(cfg: DictConfig, rounds: int) -> Iterator[Row]:
+    """A sample that a running chunk guides, against a plain one."""
     from serl_launcher.serving.engine import PolicyEngine
     from serl_launcher.serving.query import Query
 
     cfg = OmegaConf.merge(cfg, {"serving": {"device": "cpu", "threads": 1}})
     engine = PolicyEngine(cfg, Path(cfg.runs_dir) / cfg.run / "params")
-    spec, n = engine.spec, 8
-    rng = np.random.default_rng(0)
+    spec, rng = engine.spec, np.random.default_rng(0)
     images = {camera: rng.integers(0, 256, (*size, 3), dtype=np.uint8) for camera, size in spec.cameras.items()}
-    state = np.asarray(spec.state_low, np.float32)
-    one = Query(images, state, spec.prompt, seed=0)
-    many = Query(images, state, spec.prompt, seed=0, samples=n)
     running = np.zeros((engine.policy.action_horizon, len(spec.action_names)), np.float32)
-    guided = Query(images, state, spec.prompt, seed=0, prefix_actions=running, inference_delay=2)
-    steps = cfg.serving.flow_steps
+    plain = Query(images, np.asarray(spec.state_low, np.float32), spec.prompt, seed=0)
+    guided = replace(plain, prefix_actions=running, inference_delay=2)
 
-    @torch.inference_mode()
-    def encode_each_step() -> None:
-        x = torch.zeros(1, engine.policy.action_horizon, engine.policy.action_dim)
-        for k in range(steps):
-            prefix = engine.policy.encode(engine._observation([one]))
-            x = x + engine.policy.velocity(prefix, x, torch.full((1,), k / steps)) / steps
-
-    def timed(work) -> float:
+    def timed(query: Query) -> float:
         started = time.perf_counter()
         for _ in range(5):
-            work()
+            engine.act([query])
         return (time.perf_counter() - started) / 5 * 1e3
 
-    work = {
-        "reuse": lambda: engine.act([many]),
-        "each": lambda: [engine.act([one]) for _ in range(n)],
-        "batch": lambda: engine.act([one] * n),
-        "single": lambda: engine.act([one]),
-        "steps": encode_each_step,
-        "guided": lambda: engine.act([guided]),
-    }
-    for warm_up in work.values():
-        warm_up()
-    ms = alternate({name: lambda fn=fn: timed(fn) for name, fn in work.items()}, max(3, rounds))
-    yield Row.of(f"serving/prefix/{n} samples, encoded for each", ms["each"], "ms")
-    yield Row.of(f"serving/prefix/{n} samples, encoded once", ms["reuse"], "ms", ms["each"], "<= 0.5")
-    yield Row.of(f"serving/prefix/{n} samples, encoded for each in one batch", ms["batch"], "ms", ms["reuse"])
-    yield Row.of(f"serving/prefix/{steps} flow steps, encoded once", ms["single"], "ms", ms["steps"], "<= 0.5")
-    yield Row.of("serving/real-time chunking/guided sample", ms["guided"], "ms", ms["single"])
+    work = {"plain": partial(timed, plain), "guided": partial(timed, guided)}
+    alternate(work, 1)  # the first calls are slower
+    ms = alternate(work, max(3, rounds))
+    yield Row.of("serving/real-time chunking/guided sample", ms["guided"], "ms", ms["plain"])
 
 
 class Lab:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from serl_launcher.policies.base import sample, trainable
 from serl_launcher.run.parameters import base_sha256, publish
-from serl_launcher.serving.engine import PolicyEngine, Query
+from serl_launcher.serving.engine import PolicyEngine
+from serl_launcher.serving.query import Query
 
 ROOT = Path(__file__).parents[2]
 

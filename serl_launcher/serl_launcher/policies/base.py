@@ -8,14 +8,19 @@ modules. One flow convention for all: t runs from 0 (noise) to 1 (action), x_t =
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from serl_launcher.policies.compiling import check_switch
+from serl_launcher.policies.normalise import Units, pad_last
+from serl_launcher.policies.precision import check_precision
+from serl_transport.contract.specs import TaskSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,7 @@ class PolicyInput:
 class Prefix:
     """What the backbone says of an observation: computed once, then read by every flow step, sample and critic."""
 
-    keys_values: list[tuple[Tensor, Tensor]]  # per layer, float[b, heads, l, head_dim] each
+    keys_values: Any  # per layer that is attended to, a pair of float[b, heads, l, head_dim]; None: made when needed
     pad_mask: Tensor  # bool[b, l], True where a token counts
     hidden: Tensor  # float[b, l, width], last hidden states
     state: Tensor  # float32[b, s], normalised
@@ -42,65 +47,122 @@ class Prefix:
     def __len__(self) -> int:
         return len(self.state)
 
-    def repeat(self, n: int) -> Prefix:
+    def repeat(self, n: int) -> Self:
         """The same prefix n times per sample (b -> b·n, samples of one observation adjacent), without re-encoding."""
-        if n == 1:
+        return self if n == 1 else self._each(lambda x: x.repeat_interleave(n, 0))
+
+    def take(self, index: Tensor) -> Self:
+        """The prefix of rows `index` int64[n], repeats allowed, without re-encoding."""
+        if len(index) == len(self) and torch.equal(index, torch.arange(len(self), device=index.device)):
             return self
-        return Prefix(
-            keys_values=[(k.repeat_interleave(n, 0), v.repeat_interleave(n, 0)) for k, v in self.keys_values],
-            pad_mask=self.pad_mask.repeat_interleave(n, 0),
-            hidden=self.hidden.repeat_interleave(n, 0),
-            state=self.state.repeat_interleave(n, 0),
-        )
+        return self._each(lambda x: x.index_select(0, index))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, **{f.name: _changed(getattr(self, f.name), change) for f in fields(self)})
 
 
-class FlowPolicy(Protocol):
-    """A flow-matching policy head; every implementation is an `nn.Module`."""
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else change(value)
+    return type(value)(_changed(item, change) for item in value)
+
+
+class FlowPolicy(nn.Module):
+    """A flow-matching policy head over a library's module `core`; a head adds what raises NotImplementedError here.
+
+    Args:
+        core: the library's module.
+        spec: the task; its ranges are the units where `units` is None, its limits clip every chunk.
+        cameras: the task's, in the order that the weights know.
+        chunk: ticks and dims of the model's chunks.
+        attention: `eager` calls the library's layers, `sdpa` ours (fused attention).
+        checkpointing: one activation checkpoint a layer.
+        precision: float32 or bfloat16 (policies.precision).
+        compile: torch.compile of the layers, auto, on or off (policies.compiling).
+        valid_horizon: ticks of a chunk that the checkpoint was trained on; None: all.
+        clip: states and labels beyond the statistics' range are clipped, as the checkpoint was trained.
+    """
 
     action_horizon: int  # ah
     action_dim: int  # ad, dims of the model's chunks
     robot_dim: int  # the first of them that the robot has; the rest is padding of a wider checkpoint
     released_flow_steps: ClassVar[int]  # Euler steps that its release samples with
 
+    def __init__(
+        self,
+        core: nn.Module,
+        spec: TaskSpec,
+        cameras: tuple[str, ...],
+        units: Units | None,
+        chunk: tuple[int, int],
+        *,
+        attention: str,
+        checkpointing: bool,
+        precision: str,
+        compile: str,
+        valid_horizon: int | None = None,
+        clip: bool = False,
+    ) -> None:
+        super().__init__()
+        if attention not in ("eager", "sdpa"):
+            raise ValueError(f"policy.attention: expected eager or sdpa, got {attention!r}")
+        self.core, self.cameras = core, cameras
+        self.action_horizon, self.action_dim = chunk
+        self.robot_dim = len(spec.action_names)
+        units = units or Units.from_spec(spec)
+        self.state_units, self.action_units = units.state, units.action
+        self.register_buffer("_low", torch.tensor(spec.action_low), persistent=False)
+        self.register_buffer("_high", torch.tensor(spec.action_high), persistent=False)
+        self.attention, self.checkpointing, self.precision = attention, checkpointing, check_precision(precision)
+        self.valid_horizon, self.clip = valid_horizon or self.action_horizon, clip
+        self.compile_layers(check_switch("policy.compile", compile))
+
+    @property
+    def device(self) -> torch.device:
+        return self.state_units.offset.device
+
+    def compile_layers(self, mode: str, backend: str = "inductor") -> None:
+        """Use torch.compile for the layers: auto, on or off."""
+        raise NotImplementedError
+
     def encode(self, observation: PolicyInput) -> Prefix:
-        """Run the backbone once; without gradient when it is frozen. `encode_prepared(prepare(observation))`."""
-        ...
+        """Run the backbone once; without gradient when it is frozen."""
+        return self.encode_prepared(self.prepare(observation))
 
     def prepare(self, observation: PolicyInput) -> dict[str, Tensor]:
         """The host's part of `encode`: tensors whose shapes alone decide what the device will run."""
-        ...
+        raise NotImplementedError
 
     def encode_prepared(self, tensors: dict[str, Tensor]) -> Prefix:
         """The device's part of `encode`: no transfer to or from the host, so that a CUDA graph can hold it."""
-        ...
+        raise NotImplementedError
 
     def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
         """v(x_t, t | prefix): float32[b, ah, ad], differentiable. x_t float32[b, ah, ad], t float32[b]."""
-        ...
+        raise NotImplementedError
 
     def features(self, prefix: Prefix) -> Tensor:
-        """Pooled float32[b, f] for critics and rewards."""
-        ...
+        """For critics and rewards, float32[b, f]: the mean hidden state of the tokens that count, and the state."""
+        keep = prefix.pad_mask.unsqueeze(-1).to(prefix.hidden.dtype)
+        return torch.cat([((prefix.hidden * keep).sum(1) / keep.sum(1)).float(), prefix.state], dim=-1)
 
     def normalise_actions(self, chunk: Tensor) -> Tensor:
-        """Physical float32[..., ad] to the model's units."""
-        ...
+        """Physical float32[..., robot dims] to the model's units, zeros in the dims that the robot lacks."""
+        units = self.action_units.to_model(chunk)
+        return pad_last(units.clamp(-1, 1) if self.clip else units, self.action_dim)
 
     def physical_actions(self, chunk: Tensor) -> Tensor:
-        """The model's units to physical float32[..., ad], clipped to the task's limits."""
-        ...
+        """The model's units to physical float32[..., valid horizon, robot dims], clipped to the task's limits."""
+        chunk = chunk[..., : self.valid_horizon, : self.robot_dim]
+        return self.action_units.to_physical(chunk.clamp(-1, 1) if self.clip else chunk).clamp(self._low, self._high)
 
     def dead_parameters(self) -> set[str]:
         """Names of parameters that no action depends on, though the features of critics may."""
-        ...
+        raise NotImplementedError
 
     def save(self, folder: Path, extras: Mapping[str, Any] | None = None) -> Path:
         """Write a checkpoint that LeRobot loads into a new folder. extras: what GR00T's layout keeps beside it."""
-        ...
-
-    def parameters(self, recurse: bool = True) -> Any: ...
-
-    def named_parameters(self) -> Any: ...
+        raise NotImplementedError
 
 
 def ready(policy: FlowPolicy, prefix: Prefix) -> Prefix:
@@ -115,8 +177,8 @@ def sample(policy: FlowPolicy, prefix: Prefix, noise: Tensor, steps: int, n: int
     noise: float32[b·n, ah, ad]; the n samples of one observation are adjacent.
     """
     prefix = ready(policy, prefix).repeat(n)
-    if noise.shape != (len(prefix), policy.action_horizon, policy.action_dim):
-        want = (len(prefix), policy.action_horizon, policy.action_dim)
+    want = (len(prefix), policy.action_horizon, policy.action_dim)
+    if noise.shape != want:
         raise ValueError(f"noise: expected shape {want}, got {tuple(noise.shape)}")
     x = noise
     for k in range(steps):
@@ -159,12 +221,11 @@ def trainable(policy: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
-def frozen_hash(policy: nn.Module, names: Iterable[str] | None = None) -> str:
-    """SHA-256 over the values of the parameters that do not train (or of the named ones)."""
-    wanted = None if names is None else set(names)
+def frozen_hash(policy: nn.Module) -> str:
+    """SHA-256 over the values of the parameters that do not train."""
     digest = hashlib.sha256()
     for name, parameter in sorted(policy.named_parameters()):
-        if (name in wanted) if wanted is not None else not parameter.requires_grad:
+        if not parameter.requires_grad:
             raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(name.encode() + raw.numpy().tobytes())
     return digest.hexdigest()

@@ -7,7 +7,9 @@ with an index), policy_preprocessor.json and policy_postprocessor.json with the 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from serl_transport.contract.specs import TaskSpec
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # weights, configs, tokenizers
+IMAGES = "observation.images."  # what LeRobot's camera features begin with
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 
 
@@ -81,6 +86,37 @@ def check_init(init: str, checkpoint: str | None, action_horizon: int | None) ->
         )
 
 
+def camera_order(folder: Path, wanted: list[str], spec: TaskSpec, mapping: dict[str, str]) -> tuple[str, ...]:
+    """The task's cameras in the order `wanted` of the checkpoint's. mapping: the task's camera -> the checkpoint's,
+    where names differ. Raises CheckpointError naming cameras without a counterpart."""
+    unknown = [camera for camera in mapping if camera not in spec.cameras]
+    if unknown:
+        raise ValueError(f"policy.cameras: the task has no camera {unknown[0]!r}; it has {sorted(spec.cameras)}")
+    of = {mapping.get(camera, camera).removeprefix(IMAGES): camera for camera in spec.cameras}
+    wanted = [key.removeprefix(IMAGES) for key in wanted]
+    if set(of) != set(wanted):
+        raise CheckpointError(
+            f"{folder}: cameras: the checkpoint has {wanted}, the task gives {sorted(of)}; map them with policy.cameras"
+        )
+    return tuple(of[key] for key in wanted)
+
+
+def visual_features(checkpoint: Checkpoint) -> list[str]:
+    """Camera features that a LeRobot config lists, in its order."""
+    features = checkpoint.config.get("input_features") or {}
+    return [key for key, feature in features.items() if feature.get("type") == "VISUAL"]
+
+
+def from_hub[T](get: Callable[[], T], where: str) -> T:
+    """What `get` fetches. Raises CheckpointError, "`where`, and the hub did not give it: …"."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return get()
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{where}, and the hub did not give it: {str(error).splitlines()[0]}") from None
+
+
 def _folder(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
@@ -88,14 +124,9 @@ def _folder(source: str) -> Path:
     if path.is_absolute() or source.startswith(".") or source.count("/") != 1:
         raise CheckpointError(f"policy.checkpoint={source}: no such folder (and not a hub name of the form owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
-        return Path(snapshot_download(source, allow_patterns=PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"policy.checkpoint={source}: no such folder, and the hub did not give it: {str(error).splitlines()[0]}"
-        ) from None
+    fetch = partial(snapshot_download, source, allow_patterns=PATTERNS)
+    return Path(from_hub(fetch, f"policy.checkpoint={source}: no such folder"))
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

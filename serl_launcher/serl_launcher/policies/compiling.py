@@ -1,8 +1,9 @@
-"""torch.compile of single layers, where it pays: one layer is compiled, all layers of its shape use it.
+"""How a head runs a single layer: compiled where that pays, checkpointed where memory is short.
 
-Heads (pi0.head, groot.head) take `compile: auto | on | off`. auto means inference on a GPU: there a
-compiler that fails costs one line in the log and the layer runs uncompiled from then on, while a backward pass could
-not be taken back. Weights are inputs of the compiled code, so new parameters copied in place need no new compilation.
+Heads (pi0.head, groot.head) take `compile: auto | on | off`. auto means inference on a GPU: there a compiler that fails
+costs one line in the log and the layer runs uncompiled from then on, while a backward pass could not be taken back. One
+layer is compiled, all layers of its shape use it. Weights are inputs of the compiled code, so new parameters copied in
+place need no new compilation.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger("policy")
 MODES = ("auto", "on", "off")
@@ -24,6 +26,14 @@ def check_switch(key: str, value: Any) -> str:
     if mode not in MODES:
         raise ValueError(f"{key}: expected one of {list(MODES)}, got {value!r}")
     return mode
+
+
+def run_layer(checkpointing: bool, function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`; with `checkpointing` its activations are computed again in the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        # The state of the generator is kept: dropout may be on, and the second pass must draw what the first drew.
+        return checkpoint(function, *arguments, use_reentrant=False)
+    return function(*arguments)
 
 
 class CompiledLayer:

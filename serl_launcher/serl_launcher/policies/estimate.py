@@ -62,9 +62,8 @@ def estimate(policy: nn.Module, spec: TaskSpec, precision: str, flow_steps: int,
     """Costs of a policy whose parameters are on the meta device. `precision`: what it will be held in."""
     moved = sum(p.numel() for p in trainable(policy).values())
     total = sum(p.numel() for p in policy.parameters())
-    held = {name: _held(name, p, precision) for name, p in policy.named_parameters()}
-    frozen = sum(b for (n, b), p in zip(held.items(), policy.parameters(), strict=True) if not p.requires_grad)
-    served = sum(b for (n, b), p in zip(held.items(), policy.parameters(), strict=True) if p.requires_grad)
+    held = [(p.requires_grad, _held(name, p, precision)) for name, p in policy.named_parameters()]
+    served, frozen = (sum(size for trains, size in held if trains == which) for which in (True, False))
     one, two = (_training(policy, spec, b, noise_samples) for b in (1, 2))
     prefix, serve = _serving(policy, spec, flow_steps)
     half = 2 if precision == "bfloat16" else 1
@@ -93,17 +92,15 @@ def blank(spec: TaskSpec, b: int) -> PolicyInput:
 
 def _training(policy: nn.Module, spec: TaskSpec, b: int, noise_samples: int) -> tuple[int, int]:
     """FLOPs of forward and backward, and the bytes that autograd keeps in between, parameters not counted."""
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no other storage gets its place
     weights = {p.untyped_storage()._cdata for p in policy.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(storage)
+            kept[storage._cdata] = storage
         return tensor
 
-    alive: list = []
     shape = (b * noise_samples, policy.action_horizon, policy.action_dim)
     chunk, noise = (torch.zeros(shape, device="meta") for _ in range(2))
     pad, weight = torch.zeros(shape[:2], dtype=torch.bool, device="meta"), torch.zeros(shape[0], device="meta")
@@ -112,7 +109,7 @@ def _training(policy: nn.Module, spec: TaskSpec, b: int, noise_samples: int) -> 
             prefix = policy.encode(blank(spec, b)).repeat(noise_samples)
             loss = flow_loss(policy, prefix, chunk, pad, weight, noise, weight).mean()
         loss.backward()
-    return counter.get_total_flops(), sum(kept.values())
+    return counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
 
 
 @torch.no_grad()

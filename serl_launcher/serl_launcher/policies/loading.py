@@ -6,8 +6,6 @@ with a NaN, is an error; a tensor that the model does not know is one too. The r
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +14,6 @@ from torch import Tensor, nn
 from serl_launcher.policies.checkpoint import Checkpoint, CheckpointError
 from serl_launcher.policies.precision import stays_float32
 
-log = logging.getLogger("policy")
 SHOWN = 8  # names of each kind of problem
 
 
@@ -43,51 +40,36 @@ class LoadReport:
 def load_core(
     policy: nn.Module, checkpoint: Checkpoint, prefix: str, aliases: dict[str, str], precision: str
 ) -> LoadReport:
-    """Fill `policy.core`, built on the meta device. Raises CheckpointError naming what does not fit."""
-    trains = {name.removeprefix("core."): p.requires_grad for name, p in policy.named_parameters()}
-    sizes = {name: tensor.ndim for name, tensor in policy.core.state_dict().items()}
+    """Fill every parameter and buffer of `policy.core`, built on the meta device; language heads are never read.
 
-    def dtype(name: str) -> torch.dtype:
-        half = precision == "bfloat16" and not trains.get(name) and not stays_float32(name, sizes[name])
-        return torch.bfloat16 if half else torch.float32
-
-    report = fill(policy.core, checkpoint, prefix, aliases, lambda name: name.endswith("lm_head.weight"), dtype)
-    materialise_buffers(policy.core)
-    return report
-
-
-def fill(
-    core: nn.Module,
-    checkpoint: Checkpoint,
-    prefix: str,
-    aliases: dict[str, str],
-    dead: Callable[[str], bool],
-    dtype: Callable[[str], torch.dtype],
-) -> LoadReport:
-    """Assign every parameter and persistent buffer of `core` (which may be on the meta device) from the checkpoint.
-
-    prefix: of the names in the file; aliases: name -> another name the file may use for the same tensor; dead: names
-    that no output reads (not loaded, may be absent); dtype: what a tensor is held in. Raises CheckpointError.
+    prefix: of the names in the file; aliases: name -> another name that the file may use for the same tensor;
+    precision: what matrices that do not train are held in. Raises CheckpointError naming what does not fit.
     """
-    wanted = {name: tensor for name, tensor in core.state_dict().items() if not dead(name)}
-    stored = {_strip(name, prefix): name for name in checkpoint.files}
+    wanted = policy.core.state_dict()
+    trains = {name.removeprefix("core."): p.requires_grad for name, p in policy.named_parameters()}
+    stored = {name.removeprefix(prefix): name for name in checkpoint.files}
     source = {name: name if name in stored else aliases.get(name, name) for name in wanted}
-    problems = _name_problems(wanted, stored, source, dead)
-    dropped, by_stored = [n for n in stored if dead(n) and n not in source.values()], {}
+    spare = [name for name in stored if name not in source.values()]
+    dropped = [name for name in spare if name.endswith("lm_head.weight")]
+    problems = [f"missing {name}" for name in wanted if source[name] not in stored]
+    problems += [f"unknown {name}" for name in spare if name not in dropped]
+    by_stored: dict[str, list[str]] = {}
     for name, theirs in source.items():
         if theirs in stored:
             by_stored.setdefault(stored[theirs], []).append(name)
     filled: dict[str, Tensor] = {}
     for theirs, tensor in checkpoint.tensors(list(by_stored)):
         for name in by_stored[theirs]:
-            problem = _value_problem(name, wanted[name], tensor)
-            if problem:
+            if problem := _value_problem(name, wanted[name], tensor):
                 problems.append(problem)
-            else:
-                filled[name] = tensor.to(dtype(name)) if tensor.is_floating_point() else tensor
+                continue
+            half = precision == "bfloat16" and not trains.get(name) and not stays_float32(name, tensor.ndim)
+            dtype = torch.bfloat16 if half else torch.float32
+            filled[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if problems:
         raise CheckpointError(f"{checkpoint.folder} does not fit this policy: " + "; ".join(_short(problems)))
-    _assign(core, filled)
+    _assign(policy.core, filled)
+    materialise_buffers(policy.core)
     return LoadReport(
         str(checkpoint.folder),
         len(filled),
@@ -96,18 +78,6 @@ def fill(
         tuple(dropped),
         sum(checkpoint.tensor(stored[name]).numel() for name in dropped),
     )
-
-
-def _strip(name: str, prefix: str) -> str:
-    return name.removeprefix(prefix)
-
-
-def _name_problems(
-    wanted: dict[str, Tensor], stored: dict[str, str], source: dict[str, str], dead: Callable[[str], bool]
-) -> list[str]:
-    problems = [f"missing {name}" for name in wanted if source[name] not in stored]
-    used = set(source.values())
-    return problems + [f"unknown {name}" for name in stored if name not in used and not dead(name)]
 
 
 def _value_problem(name: str, mine: Tensor, theirs: Tensor) -> str | None:

@@ -101,13 +101,9 @@ def _jerk(sequences: Sequence[np.ndarray], scale: np.ndarray) -> float:
 
 def errors_by_tick_of_chunk(episodes: Sequence[OpenLoop], scale: np.ndarray, stride: int) -> dict[str, np.ndarray]:
     """Normalised squared error against the tick's place in its chunk: method -> float64[stride]."""
+    place = np.concatenate([np.arange(len(e.recorded)) % stride for e in episodes])
     out = {}
     for method in METHODS:
-        total, count = np.zeros(stride), np.zeros(stride)
-        for e in episodes:
-            error = np.square((e.predicted[method] - e.recorded) / scale).mean(1)
-            place = np.arange(len(error)) % stride
-            np.add.at(total, place, error)
-            np.add.at(count, place, 1)
-        out[method] = total / np.maximum(count, 1)
+        error = np.concatenate([np.square((e.predicted[method] - e.recorded) / scale).mean(1) for e in episodes])
+        out[method] = np.bincount(place, error, stride) / np.maximum(np.bincount(place, minlength=stride), 1)
     return out

@@ -13,6 +13,10 @@ import torch
 from torch import nn
 
 PRECISIONS = ("float32", "bfloat16")
+FLOAT32 = (
+    *("vision_model.embeddings", "action_in_proj", "action_out_proj", "time_mlp", "state_proj"),
+    *("action_head.action_decoder", "action_head.action_encoder", "action_head.state_encoder"),
+)
 
 
 def check_precision(precision: str) -> str:
@@ -24,15 +28,8 @@ def check_precision(precision: str) -> str:
 
 def stays_float32(name: str, ndim: int) -> bool:
     """Is a tensor held in fp32 even where it is frozen or only served?"""
-    action_path = ("action_in_proj", "action_out_proj", "time_mlp", "state_proj")
-    action_path += ("action_head.action_decoder", "action_head.action_encoder", "action_head.state_encoder")
     # The noise policy of DSRL runs outside autocast, on features and noise in fp32.
-    return (
-        ndim < 2
-        or name.startswith("steering.")
-        or "vision_model.embeddings" in name
-        or any(part in name for part in action_path)
-    )
+    return ndim < 2 or name.startswith("steering.") or any(part in name for part in FLOAT32)
 
 
 def compute(precision: str, device: torch.device) -> AbstractContextManager:

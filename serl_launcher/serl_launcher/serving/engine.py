@@ -28,13 +28,11 @@ from serl_launcher.policies.base import PolicyInput, Prefix, sample, trainable
 from serl_launcher.policies.compiling import check_switch
 from serl_launcher.policies.precision import hold
 from serl_launcher.policies.realtime import sample_realtime, soft_mask
-from serl_launcher.policies.rows import take
 from serl_launcher.run.parameters import PublishedVersion, base_sha256, checked_tensors
 from serl_launcher.serving.graphs import GraphRunner, bucket_of, bucket_sizes
-from serl_launcher.serving.query import Query, query_from_body
+from serl_launcher.serving.query import Query
 from serl_transport.contract.specs import TaskSpec
 
-__all__ = ["PolicyEngine", "Query", "query_from_body"]
 log = logging.getLogger("policy")
 
 
@@ -157,7 +155,7 @@ class PolicyEngine:
             answers: dict[int, np.ndarray] = {}
             for rows, make in ((plain, self._sample), (guided, self._sample_guided)):
                 if rows:
-                    part = take(prefix, self._index(queries, rows))
+                    part = prefix.take(self._index(queries, rows))
                     chunks = make(part, [queries[row] for row in rows])
                     answers.update(zip(rows, self._physical(chunks, [queries[row] for row in rows]), strict=True))
         return [answers[row] for row in range(len(queries))]

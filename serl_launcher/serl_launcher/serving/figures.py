@@ -28,12 +28,12 @@ class ServingFigures:
 
     def to_body(self, waiting: int) -> dict[str, float | None]:
         """The report: plain numbers, None where there is nothing to say yet."""
-        p50, p99 = np.percentile(self._latencies, (50, 99)) if self._latencies else (None, None)
+        p50, p99 = np.percentile(self._latencies, (50, 99)).tolist() if self._latencies else (None, None)
         return {
             "requests": self.requests,
             "batch_mean": float(np.mean(self._batches)) if self._batches else 0.0,
-            "p50_ms": None if p50 is None else float(p50),
-            "p99_ms": None if p99 is None else float(p99),
+            "p50_ms": p50,
+            "p99_ms": p99,
             "waiting": waiting,
             "swaps": self.swaps,
             "deadline_missed": self.refused["deadline_missed"],

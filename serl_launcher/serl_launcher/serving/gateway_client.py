@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,7 @@ log = logging.getLogger("openpi")
 class GatewayClient:
     """One socket; made inside the running event loop."""
 
-    def __init__(self, run_dir: str | Path, role: str) -> None:
-        self._role = role
+    def __init__(self, run_dir: str | Path) -> None:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -40,26 +38,12 @@ class GatewayClient:
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._reader = asyncio.create_task(self._read())
 
-    async def hello(self) -> None:
-        """Tell the gateway that the role is here."""
-        await self._call("role_hello", {"role": self._role, "pid": os.getpid()}, 60.0)
-
     async def infer(self, body: dict[str, Any], asker: str, timeout_s: float) -> dict[str, Any]:
         """The policy server's answer. Raises its WireError, or ServerSilent after `timeout_s`."""
-        return await self._call(INFER, body, timeout_s, asker)
-
-    def close(self) -> None:
-        """Close the socket; whoever waits is told."""
-        self._reader.cancel()
-        for future in self._waiting.values():
-            future.cancel()
-        self._context.destroy(linger=0)
-
-    async def _call(self, kind: str, body: dict[str, Any], timeout_s: float, asker: str = "") -> dict[str, Any]:
         request_id = next(self._ids)
         future = self._waiting[request_id] = asyncio.get_running_loop().create_future()
         try:
-            envelope = Envelope(kind, asker or self._role, request_id=request_id)
+            envelope = Envelope(INFER, asker, request_id=request_id)
             with contextlib.suppress(zmq.Again):  # a gateway that is away: the timeout says so
                 await self._socket.send_multipart([envelope.to_frame(), *codec.pack(body)], zmq.NOBLOCK)
             return await asyncio.wait_for(future, timeout_s)
@@ -67,6 +51,13 @@ class GatewayClient:
             raise ServerSilent(f"no answer from the gateway within {timeout_s:g} s") from None
         finally:
             del self._waiting[request_id]
+
+    def close(self) -> None:
+        """Close the socket; whoever waits is told."""
+        self._reader.cancel()
+        for future in self._waiting.values():
+            future.cancel()
+        self._context.destroy(linger=0)
 
     async def _read(self) -> None:
         while True:

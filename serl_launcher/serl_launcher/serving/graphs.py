@@ -76,15 +76,12 @@ class GraphRunner:
         self._buckets: dict[tuple, Bucket] = {}
         self._failed: set[tuple] = set()
         self._pool: Any = None
-        self.captured = self.replayed = self.plain = 0
+        self.captured = self.plain = 0  # buckets; batches without a graph
 
     def __call__(self, inputs: Tensors) -> Tensor:
         """`forward(inputs)`; the result is the caller's own."""
         key = _key(inputs)
-        if key in self._failed:
-            self.plain += 1
-            return self._forward(inputs)
-        bucket = self._buckets.get(key) or self._make(key, inputs)
+        bucket = None if key in self._failed else self._buckets.get(key) or self._make(key, inputs)
         if bucket is None:
             self.plain += 1
             return self._forward(inputs)
@@ -92,14 +89,11 @@ class GraphRunner:
             if name not in _HOST:
                 static.copy_(inputs[name])
         bucket.replay()
-        self.replayed += 1
-        # The buffer is written again by the next batch.
-        return bucket.output.clone()
+        return bucket.output.clone()  # the buffer is written again by the next batch
 
     def _make(self, key: tuple, inputs: Tensors) -> Bucket | None:
         if len(self._buckets) >= MAX_BUCKETS:
-            oldest = next(iter(self._buckets))
-            del self._buckets[oldest]
+            del self._buckets[next(iter(self._buckets))]  # the oldest
         static = {name: x if name in _HOST else x.clone() for name, x in inputs.items()}
         try:
             output, replay, self._pool = self._capture(self._forward, static, self._pool)

@@ -10,25 +10,20 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from omegaconf import DictConfig
 
 from serl_launcher.run.parameters import PublishedVersion, find_parameters, store
-from serl_launcher.serving.engine import PolicyEngine, query_from_body
+from serl_launcher.serving.engine import PolicyEngine
+from serl_launcher.serving.query import query_from_body
+from serl_transport.client import TrainerClient
 from serl_transport.contract.errors import NotReady
 from serl_transport.parameters.params import ParametersBlob
 
 
-class ParameterSource(Protocol):
-    """What is needed of `serl_transport.client.TrainerClient`."""
-
-    def recv_network_callback(self, callback: Callable[[Any], None], *, raw: bool = False) -> None: ...
-
-
-def build(cfg: DictConfig, link: ParameterSource) -> LocalPolicy:
+def build(cfg: DictConfig, link: TrainerClient) -> LocalPolicy:
     """The policy of `checkpoint_path`, fixed; without one, the learner's newest, followed as it trains.
 
     Raises ValueError or FileNotFoundError in the user's words.

@@ -1,15 +1,7 @@
 """Observations of openpi clients in our terms. Called by the openpi server with each decoded message.
 
-openpi has no one observation format: each of its robots names its own keys. What is understood here, per camera <cam>
-and state of the task, first match wins:
-
-    1. serving.openpi_keys.<cam> and serving.openpi_keys.state     the keys of your client, e.g. observation/wrist_image
-    2. observation: {images: {<cam>: …}, state}                    our own `infer` body
-    3. images: {<cam>: …}, state                                   openpi's ALOHA client
-    4. observation/<cam>, observation/images/<cam>, observation.images.<cam>; observation/state, observation.state
-
-Images may be uint8 or float in [0, 1], height × width × 3 or 3 × height × width, of any size: they are padded and
-resized to the task's.
+openpi has no one observation format: each of its robots names its own keys. Where each camera and the state are looked
+for, and in which forms images may come, stands in docs/serving.md.
 """
 
 from __future__ import annotations

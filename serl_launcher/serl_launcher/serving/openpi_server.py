@@ -14,6 +14,7 @@ connection. Dtypes that would need pickle are refused.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import http
 import logging
@@ -21,6 +22,7 @@ import signal
 import ssl
 import sys
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +101,10 @@ class OpenpiServer:
         self._clients = 0
         self._gateway: GatewayClient | None = None
 
-    async def start(self) -> Server:
-        """Listen. Raises OSError when the port cannot be had, ValueError for certificates that do not fit."""
+    @contextlib.asynccontextmanager
+    async def listening(self) -> AsyncIterator[Server]:
+        """Serve clients in here. Raises OSError for a port that cannot be had, ValueError for certificates that do not
+        fit."""
         settings = self._settings
         context = None
         if settings.tls:
@@ -109,24 +113,16 @@ class OpenpiServer:
                 context.load_cert_chain(*settings.tls)
             except ssl.SSLError as error:
                 raise ValueError(f"serving.openpi_tls_cert and _key do not fit: {error.reason}") from None
-        self._gateway = GatewayClient(self._paths.root, "openpi")
-        return await serve(
-            self._serve_client,
-            settings.host,
-            settings.port,
-            ssl=context,
-            process_request=self._admit,
-            compression=None,
-            max_size=settings.max_bytes,
-            max_queue=2,  # a client that asks faster than it is answered is slowed down by its socket
-            open_timeout=HANDSHAKE_S,
-            close_timeout=CLOSE_S,
-            ping_interval=IDLE_PING_S,
-        )
-
-    def close(self) -> None:
-        """Release the link to the gateway."""
-        if self._gateway is not None:
+        options = {"open_timeout": HANDSHAKE_S, "close_timeout": CLOSE_S, "ping_interval": IDLE_PING_S}
+        # max_queue: a client that asks faster than it is answered is slowed down by its socket.
+        options |= {"max_size": settings.max_bytes, "max_queue": 2, "compression": None}
+        self._gateway = GatewayClient(self._paths.root)
+        try:
+            async with serve(
+                self._serve_client, settings.host, settings.port, ssl=context, process_request=self._admit, **options
+            ) as server:
+                yield server
+        finally:
             self._gateway.close()
 
     def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
@@ -152,14 +148,17 @@ class OpenpiServer:
         name = f"openpi-{socket.remote_address[0]}:{socket.remote_address[1]}"
         log.info("%s connected", name)
         try:
-            await socket.send(self._pack(self._metadata()))
+            await socket.send(msgpack_numpy.packb(self._metadata()))
             total_ms = None
             async for message in socket:
                 started = time.monotonic()
-                reply = await self._answer(socket, name, message, total_ms)
-                if reply is None:
+                try:
+                    observation = decode(message)
+                except ValueError as error:
+                    await socket.send(f"bad_frame: {error}")
+                    await socket.close(CloseCode.INVALID_DATA, "not the openpi protocol")
                     return
-                await socket.send(reply)
+                await socket.send(await self._answer(name, observation, total_ms))
                 total_ms = (time.monotonic() - started) * 1e3
         except ConnectionClosed as closed:
             log.debug("%s: %s", name, closed)
@@ -167,16 +166,8 @@ class OpenpiServer:
             self._clients -= 1
             log.info("%s left", name)
 
-    async def _answer(
-        self, socket: ServerConnection, name: str, message: str | bytes, previous_ms: float | None
-    ) -> bytes | str | None:
-        """The packed answer, an error in words, or None after the connection was closed."""
-        try:
-            observation = decode(message)
-        except ValueError as error:
-            await socket.send(f"bad_frame: {error}")
-            await socket.close(CloseCode.INVALID_DATA, "not the openpi protocol")
-            return None
+    async def _answer(self, name: str, observation: dict[str, Any], previous_ms: float | None) -> bytes | str:
+        """The packed answer, or an error in words."""
         assert self._gateway is not None
         try:
             started = time.monotonic()
@@ -192,7 +183,7 @@ class OpenpiServer:
         timing = {"infer_ms": (time.monotonic() - started) * 1e3}
         if previous_ms is not None:
             timing["prev_total_ms"] = previous_ms
-        return self._pack(
+        return msgpack_numpy.packb(
             {
                 "actions": answer["actions"],
                 "policy_version": answer["policy_version"],
@@ -212,18 +203,12 @@ class OpenpiServer:
             "policy_version": serving.get("version", -1),
         }
 
-    def _pack(self, body: dict[str, Any]) -> bytes:
-        return msgpack_numpy.packb(body)  # type: ignore[return-value]  (None only with autoreset off)
-
 
 def decode(message: str | bytes) -> dict[str, Any]:
     """A client's message. Raises ValueError for text, other bytes, other types and dtypes that would need pickle."""
     if isinstance(message, str):
         raise ValueError("expected a binary message")
-    try:
-        body = msgpack_numpy.unpackb(message)
-    except Exception as error:  # msgpack and numpy raise a zoo of types on hostile bytes
-        raise ValueError(f"not msgpack with arrays: {error}") from None
+    body = msgpack_numpy.unpackb(message)
     if not isinstance(body, dict):
         raise ValueError(f"expected a map, got {type(body).__name__}")
     return body
@@ -234,16 +219,11 @@ async def run(server: OpenpiServer) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    listening = await server.start()
-    try:
+    async with server.listening() as listening:
         for socket in listening.sockets:
             log.info("openpi clients: %s port %d", *socket.getsockname()[:2])
         say_ready()
         await stop.wait()
-    finally:
-        listening.close()
-        await listening.wait_closed()
-        server.close()
 
 
 def main(run_dir: str) -> int:

@@ -6,13 +6,15 @@ Started by the supervisor as `python -m serl_launcher.serving <run_dir>`.
                                        └ typed refusal     └ deadline_missed      └ internal, to the culprit alone
     loader thread: params/latest.json ─▶ engine.stage ─────────────────▶ engine.swap, between two batches
 
-Blocks on: the next question, at most `POLL_S`, so that new parameters are noticed when nobody asks.
+Blocks on: the next question, at most `POLL_S`, so that new parameters are noticed when nobody asks. The loader thread
+looks for them as often.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from pathlib import Path
 
@@ -24,16 +26,15 @@ from serl_launcher.run.internal import InferRequest, PolicyLink
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.ready import say_ready
 from serl_launcher.serving.batching import BatchQueue, Waiting
-from serl_launcher.serving.engine import PolicyEngine, query_from_body
+from serl_launcher.serving.engine import PolicyEngine
 from serl_launcher.serving.figures import ServingFigures
-from serl_launcher.serving.loader import ParameterLoader
+from serl_launcher.serving.query import query_from_body
 from serl_transport.contract.errors import DeadlineMissed, Internal, NotReady, SchemaMismatch, WireError
 
 log = logging.getLogger("policy")
 
 POLL_S = 0.05
 REPORT_S = 1.0
-_SLEEP_FLOOR_S = 0.0005  # zmq waits in whole milliseconds; a shorter rest is not worth a call
 
 
 class PolicyServer:
@@ -48,18 +49,19 @@ class PolicyServer:
         self._engine.refresh()
         self._engine.warm_up()
         self._link = PolicyLink(paths.root)
-        self._loader = ParameterLoader(self._engine)
+        self._loader = threading.Thread(target=self._load, name="parameter-loader", daemon=True)
         self._parked: list[InferRequest] = []  # they want a version that is on its way
         self._max_parked: int = serving.max_queue
         self._figures = ServingFigures()
         self._reported = -math.inf
-        self._stopping = False
+        self._stopping = threading.Event()
 
     def run(self) -> None:
         """Serve until `stop`."""
+        self._loader.start()
         say_ready()
         try:
-            while not self._stopping:
+            while not self._stopping.is_set():
                 self._take_over()
                 self._report()
                 self._receive()
@@ -67,12 +69,21 @@ class PolicyServer:
                 if self._queue.wait_s(time.monotonic()) == 0.0:
                     self._answer(self._queue.take())
         finally:
-            self._loader.stop()
+            self._stopping.set()
+            self._loader.join()
             self._link.close()
 
     def stop(self) -> None:
         """Make `run` return; from any thread."""
-        self._stopping = True
+        self._stopping.set()
+
+    def _load(self) -> None:
+        """The loader thread: new parameters are made ready; after a failure the next version is tried."""
+        while not self._stopping.wait(POLL_S):
+            try:
+                self._engine.stage()
+            except Exception:
+                log.exception("looking for new parameters failed; serving version %d on", self._engine.version)
 
     def _take_over(self) -> None:
         """A batch boundary: the staged version, if there is one, serves from here on."""
@@ -89,7 +100,7 @@ class PolicyServer:
         timeout = POLL_S if wait is None else min(wait, POLL_S)
         if self._parked:
             timeout = min(timeout, 0.005)
-        request = self._link.receive(timeout if timeout > _SLEEP_FLOOR_S else 0)
+        request = self._link.receive(timeout)
         while request is not None:
             self._admit(request)
             request = self._link.receive(0)
@@ -118,14 +129,8 @@ class PolicyServer:
                 return None
             raise NotReady(f"policy version {wanted} was asked for, {version} is served: ask again")
         query = query_from_body(body, self._engine.spec)
-        return Waiting(
-            request,
-            query,
-            request.actor,
-            request.arrived,
-            request.arrived + _deadline_s(body),
-            evaluation=body.get("mode") == "eval",
-        )
+        deadline, evaluation = request.arrived + _deadline_s(body), body.get("mode") == "eval"
+        return Waiting(request, query, request.actor, request.arrived, deadline, evaluation)
 
     def _refuse_late(self) -> None:
         now = time.monotonic()

@@ -49,7 +49,7 @@ def library_inputs(policy, observation, chunk=None):
     """The batch that lerobot's model takes, from the same observation."""
     state = torch.zeros(B, 1, 5)
     state[:, 0, :3] = policy.state_units.to_model(torch.tensor(observation.state))
-    batch = policy.inputs(observation.images, observation.prompts)
+    batch = policy.inputs(observation.images, observation.prompts, policy.device)
     batch |= {"state": state, "embodiment_id": torch.full((B,), 2)}
     if chunk is not None:
         mask = torch.zeros(B, AH, WIDE)

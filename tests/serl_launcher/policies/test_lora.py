@@ -6,7 +6,7 @@ from tiny import HORIZON, SIZE, SPEC, random_batch
 from serl_launcher.policies.base import PolicyInput, flow_loss, frozen_hash, sample, trainable
 from serl_launcher.policies.parameter_table import parameter_table
 from serl_launcher.policies.pi0.build import build_pi0
-from serl_launcher.policies.pi0.trainable import merged_state
+from serl_launcher.policies.saving import merged_state
 
 
 def build(train):

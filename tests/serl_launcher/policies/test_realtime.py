@@ -10,7 +10,6 @@ from tiny import SIZE, SPEC
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample, sample_times
 from serl_launcher.policies.pi0.build import build_pi0
 from serl_launcher.policies.realtime import guidance_weight, guided_velocity, sample_realtime, soft_mask
-from serl_launcher.policies.rows import take
 
 AH, AD, STEPS = 8, 2, 8
 
@@ -39,7 +38,7 @@ def undecided():
     optimizer = torch.optim.AdamW(trained, lr=3e-3)
     b = 128
     with torch.no_grad():
-        prefix = take(policy.encode(observation(1)), torch.zeros(b, dtype=torch.int64))
+        prefix = policy.encode(observation(1)).take(torch.zeros(b, dtype=torch.int64))
     for _ in range(400):
         chunk = 0.8 * (torch.randint(0, 2, (b, 1, 1)) * 2.0 - 1).expand(b, AH, AD)
         noise, t = torch.randn(b, AH, AD), sample_times(b)
@@ -107,7 +106,7 @@ def test_the_actions_executed_during_the_delay_are_reproduced(policy):
     """Any committed actions, even ones that this policy would never choose."""
     torch.manual_seed(2)
     b, delay = 16, 3
-    prefix = take(policy.encode(observation(1)), torch.zeros(b, dtype=torch.int64))
+    prefix = policy.encode(observation(1)).take(torch.zeros(b, dtype=torch.int64))
     noise, known = torch.randn(b, AH, AD), torch.rand(b, AH, AD) * 2 - 1
     mask = soft_mask(delay, 6, AH)[None, :, None].expand(b, AH, AD)
     with torch.no_grad():
@@ -123,7 +122,7 @@ def test_consecutive_chunks_of_an_undecided_policy_agree_only_with_guidance(unde
     torch.manual_seed(3)
     b, delay, executed = 64, 2, 4
     with torch.no_grad():
-        prefix = take(undecided.encode(observation(1)), torch.zeros(b, dtype=torch.int64))
+        prefix = undecided.encode(observation(1)).take(torch.zeros(b, dtype=torch.int64))
         first = sample(undecided, prefix, torch.randn(b, AH, AD), STEPS)
         noise = torch.randn(b, AH, AD)
         free = sample(undecided, prefix, noise, STEPS)
@@ -154,7 +153,7 @@ def test_take_repeats_and_orders_rows(policy):
     with torch.no_grad():
         prefix = policy.encode(observation(3))
     index = torch.tensor([2, 0, 0])
-    taken = take(prefix, index)
+    taken = prefix.take(index)
     torch.testing.assert_close(taken.state, prefix.state[index])
     torch.testing.assert_close(taken.keys_values[1][0], prefix.keys_values[1][0][index])
-    assert take(prefix, torch.arange(3)) is prefix
+    assert prefix.take(torch.arange(3)) is prefix

@@ -13,8 +13,9 @@ from flowserl_cli.compose import ConfigError, load_config
 from serl_launcher.agents.build import build_policy
 from serl_launcher.policies.base import trainable
 from serl_launcher.run.parameters import base_sha256, publish
-from serl_launcher.serving.engine import PolicyEngine, Query, query_from_body
+from serl_launcher.serving.engine import PolicyEngine
 from serl_launcher.serving.local import LocalPolicy, build
+from serl_launcher.serving.query import Query, query_from_body
 from serl_transport.contract.errors import NotReady
 from serl_transport.contract.specs import TaskSpec
 from serl_transport.parameters.params import ParametersBlob

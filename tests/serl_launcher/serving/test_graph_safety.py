@@ -11,7 +11,8 @@ from serving_samples import body
 from tiny import HORIZON, ROOT, SPEC, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from serl_launcher.serving.engine import PolicyEngine, query_from_body
+from serl_launcher.serving.engine import PolicyEngine
+from serl_launcher.serving.query import query_from_body
 
 READS_BACK = ("_local_scalar_dense", "nonzero", "masked_select", "equal.default", "is_nonzero", "unique")
 SENDS_OVER = ("lift_fresh",)  # torch.tensor of a host's list

@@ -12,8 +12,9 @@ from tiny import HORIZON, ROOT, SPEC, tiny_config
 
 from serl_launcher.policies.base import trainable
 from serl_launcher.run.parameters import base_sha256, publish
-from serl_launcher.serving.engine import PolicyEngine, query_from_body
+from serl_launcher.serving.engine import PolicyEngine
 from serl_launcher.serving.graphs import MAX_BUCKETS, GraphRunner, bucket_of, bucket_sizes
+from serl_launcher.serving.query import query_from_body
 
 
 def record(forward, inputs, pool):

@@ -32,14 +32,11 @@ def openpi(run_dir, **changes):
     ready, box = threading.Event(), []
 
     async def serve():
-        listening = await server.start()
-        stop = asyncio.Event()
-        box.extend([asyncio.get_running_loop(), stop, listening.sockets[0].getsockname()[1]])
-        ready.set()
-        await stop.wait()
-        listening.close()
-        await listening.wait_closed()
-        server.close()
+        async with server.listening() as listening:
+            stop = asyncio.Event()
+            box.extend([asyncio.get_running_loop(), stop, listening.sockets[0].getsockname()[1]])
+            ready.set()
+            await stop.wait()
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()

@@ -62,12 +62,8 @@ class WebsocketClientPolicy(BasePolicy):
         self._max_bytes = max_bytes
         self._headers = {"Authorization": f"{auth_scheme} {api_key}"} if api_key else None
         self._tls = ssl.create_default_context(cafile=ca_file) if self.uri.startswith("wss:") else None
-        self._socket, self._metadata = self._connect()
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What the server said about itself on connecting."""
-        return self._metadata
+        self._socket = self._connect()
+        self.metadata = self._receive()  # what the server said about itself on connecting
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """The server's answer; PolicyServerError when it fails, is gone or is silent."""
@@ -75,15 +71,15 @@ class WebsocketClientPolicy(BasePolicy):
             self._socket.send(msgpack_numpy.packb(obs))
         except ConnectionClosed as error:
             raise PolicyServerError(f"the policy server at {self.uri} closed the connection: {error}") from error
-        return self._receive(self._socket)
+        return self._receive()
 
     def close(self) -> None:
         """Close the connection; idempotent."""
         self._socket.close()
 
-    def _connect(self) -> tuple[ClientConnection, dict[str, Any]]:
+    def _connect(self) -> ClientConnection:
         try:
-            socket = connect(
+            return connect(
                 self.uri,
                 compression=None,
                 max_size=self._max_bytes,
@@ -101,14 +97,13 @@ class WebsocketClientPolicy(BasePolicy):
             raise PolicyServerError(
                 f"no policy server at {self.uri} ({error}); start it, or change host and port"
             ) from error
-        return socket, self._receive(socket)
 
-    def _receive(self, socket: ClientConnection) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any]:
         try:
-            reply = socket.recv(timeout=self._timeout_s)
+            reply = self._socket.recv(timeout=self._timeout_s)
         except TimeoutError as error:
             # A late reply would be taken for the answer to the next question.
-            socket.close()
+            self._socket.close()
             raise PolicyServerError(f"no answer from {self.uri} within {self._timeout_s:g} s") from error
         except ConnectionClosed as error:
             raise PolicyServerError(f"the policy server at {self.uri} closed the connection: {error}") from error
@@ -116,10 +111,8 @@ class WebsocketClientPolicy(BasePolicy):
             raise AnswerError(self.uri, reply)
         try:
             answer = msgpack_numpy.unpackb(reply)
+            if not isinstance(answer, dict):
+                raise ValueError(f"expected a map, got {type(answer).__name__}")
+            return answer
         except ValueError as error:
             raise PolicyServerError(f"{self.uri} does not speak the openpi protocol: {error}") from error
-        if not isinstance(answer, dict):
-            raise PolicyServerError(
-                f"{self.uri} does not speak the openpi protocol: expected a map, got {type(answer).__name__}"
-            )
-        return answer

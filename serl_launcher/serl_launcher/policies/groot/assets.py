@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from serl_launcher.policies.checkpoint import PREPROCESSOR, Checkpoint, CheckpointError
+from serl_launcher.policies.checkpoint import PREPROCESSOR, Checkpoint, CheckpointError, camera_order, visual_features
 from serl_launcher.policies.groot.inputs import Geometry
 from serl_launcher.policies.normalise import Affine, Units
 from serl_transport.contract.specs import TaskSpec
@@ -25,7 +25,7 @@ NEVER_MOVED = 1e30  # divisor of a state that has one value: it is 0 to the mode
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """An embodiment that the checkpoint does not know, as its sidecars would say it."""
+    """An embodiment as NVIDIA's sidecars say it."""
 
     statistics: dict[str, Any]  # {state: {part: {min, max, …}}, action: …}
     modality: dict[str, Any]  # {state: {modality_keys, …}, action: …, video: …}
@@ -55,42 +55,28 @@ def read_assets(
     serve an embodiment that the checkpoint has none of. Raises CheckpointError naming what is absent or does not fit.
     """
     found.expect_type("Gr00tN1d7", "groot")
-    described = None
-    if found.config.get("type") == "groot":
-        raw = _lerobot(found)
-    else:
-        described = _described(found, tag, spec, dataset) if dataset else None
-        raw = _nvidia(found, tag, described)
+    raw = _lerobot(found) if found.config.get("type") == "groot" else _nvidia(found, tag, spec, dataset)
     if raw.relative:
         raise CheckpointError(f"{found.folder}: checkpoints with relative actions are not supported")
     ends = ("q01", "q99") if raw.keywords.get("use_percentiles") else ("min", "max")
-    parts = raw.modality
-    keywords = raw.keywords
-    defaults = Geometry()
-    target = keywords.get("image_target_size")
-    geometry = Geometry(
-        target=_pair(target) or defaults.target,
-        crop=_pair(keywords.get("image_crop_size")) if target else defaults.crop,
-        crop_fraction=keywords.get("crop_fraction"),
-        shortest_edge=keywords.get("shortest_image_edge"),
-        letter_box=bool(keywords.get("letter_box_transform")),
-        albumentations=bool(keywords.get("use_albumentations")),
-    )
+    statistics, parts, keywords = raw.embodiment.statistics, raw.embodiment.modality, raw.keywords
+    video = parts.get("video", {})
+    wanted = video.get("modality_keys") or [mapping.get(camera, camera) for camera in spec.cameras]
     return GrootAssets(
         Units(
-            _affine(found, raw.statistics, parts, "state", ends, len(spec.state_names)),
-            _affine(found, raw.statistics, parts, "action", ends, len(spec.action_names)),
+            _affine(found, statistics, parts, "state", ends, len(spec.state_names)),
+            _affine(found, statistics, parts, "action", ends, len(spec.action_names)),
         ),
         raw.slot,
-        _cameras(found, parts.get("video", {}).get("modality_keys"), spec, mapping),
-        geometry,
-        max(1, len(parts.get("video", {}).get("delta_indices") or [0])),
+        camera_order(found.folder, wanted, spec, mapping),
+        _geometry(keywords),
+        max(1, len(video.get("delta_indices") or [0])),
         len(parts.get("action", {}).get("delta_indices") or []) or None,
         bool(keywords.get("clip_outliers", True)),
         bool(keywords.get("formalize_language", True)),
         "QUANTILES" if ends[0] == "q01" else "MIN_MAX",
         raw.processor,
-        described,
+        raw.embodiment if raw.new else None,
     )
 
 
@@ -98,20 +84,22 @@ def read_assets(
 class _Raw:
     """One embodiment's files, in one form."""
 
-    statistics: dict[str, Any]  # {state: {part: {min, max, …}}, action: …}
-    modality: dict[str, Any]  # {state: {modality_keys}, action: …, video: …}
+    embodiment: Described
     keywords: dict[str, Any]
     slot: int
     relative: bool
     processor: str | None = None
+    new: bool = False  # the checkpoint does not know the embodiment
 
 
-def _nvidia(found: Checkpoint, tag: str, described: Described | None) -> _Raw:
+def _nvidia(found: Checkpoint, tag: str, spec: TaskSpec, dataset: str | None) -> _Raw:
     statistics, processor = (_json(found, name) or {} for name in ("statistics.json", "processor_config.json"))
     keywords = processor.get("processor_kwargs", {})
-    if tag in statistics and processor and described is None:
-        described = Described(statistics[tag], keywords.get("modality_configs", {}).get(tag, {}))
-    if described is None:
+    if tag in statistics and processor:
+        embodiment = Described(statistics[tag], keywords.get("modality_configs", {}).get(tag, {}))
+    elif tag not in statistics and dataset:
+        embodiment = _described(spec, dataset)
+    else:
         raise CheckpointError(
             f"{found.folder}: no normalisation statistics of embodiment {tag!r} (statistics.json has "
             f"{sorted(statistics)}); to start a new embodiment from a dataset's, set policy.statistics to its folder"
@@ -120,34 +108,34 @@ def _nvidia(found: Checkpoint, tag: str, described: Described | None) -> _Raw:
     if tag not in slots:
         raise CheckpointError(f"{found.folder}: embodiment tag {tag!r} is not in embodiment_id.json: {sorted(slots)}")
     relative = bool(keywords.get("use_relative_action"))
-    configs = described.modality.get("action", {}).get("action_configs") or []
+    configs = embodiment.modality.get("action", {}).get("action_configs") or []
     if relative and configs and all(str(c.get("rep", "")).lower() == "absolute" for c in configs):
         relative = False
-    return _Raw(described.statistics, described.modality, keywords, int(slots[tag]), relative)
+    return _Raw(embodiment, keywords, int(slots[tag]), relative, new=tag not in statistics)
 
 
-def _described(found: Checkpoint, tag: str, spec: TaskSpec, dataset: str) -> Described | None:
-    """A LeRobot dataset's statistics, part by part as its modality.json says (whole vectors without one); None where
-    the checkpoint has statistics of this embodiment already."""
-    if tag in (_json(found, "statistics.json") or {}):
-        return None
+def _described(spec: TaskSpec, dataset: str) -> Described:
+    """A LeRobot dataset's statistics, part by part as its modality.json says (whole vectors without one)."""
     meta = Path(dataset).expanduser() / "meta"
     if not (meta / "stats.json").is_file():
         raise CheckpointError(f"policy.statistics={dataset}: no LeRobot dataset with statistics (meta/stats.json)")
     stats = json.loads((meta / "stats.json").read_text())
     parts = json.loads((meta / "modality.json").read_text()) if (meta / "modality.json").is_file() else {}
     statistics: dict[str, Any] = {}
-    modality: dict[str, Any] = {
-        "video": {"modality_keys": list(parts.get("video", spec.cameras)), "delta_indices": [0]}
-    }
     for what, column in (("state", "observation.state"), ("action", "action")):
         entries = parts.get(what) or {"all": {}}
         statistics[what] = {name: _part(stats, entry, column, dataset) for name, entry in entries.items()}
-        modality[what] = {"modality_keys": list(entries), "delta_indices": [0]}
+    cameras = list(parts.get("video", spec.cameras))
+    return Described(statistics, modality_of(cameras, list(statistics["state"]), list(statistics["action"]), []))
+
+
+def modality_of(cameras: list[str], states: list[str], actions: list[str], ticks: list[int]) -> dict[str, Any]:
+    """What NVIDIA's layout says of an embodiment's parts; ticks: that were trained, empty: all."""
     absolute = {"rep": "absolute", "type": "non_eef", "format": "default"}
-    modality["action"] |= {"delta_indices": [], "action_configs": [absolute] * len(statistics["action"])}
-    modality["language"] = {"modality_keys": ["annotation.human.task_description"], "delta_indices": [0]}
-    return Described(statistics, modality)
+    keys = {"video": cameras, "state": states, "action": actions, "language": ["annotation.human.task_description"]}
+    modality = {what: {"modality_keys": names, "delta_indices": [0]} for what, names in keys.items()}
+    modality["action"] |= {"delta_indices": ticks, "action_configs": [absolute] * len(actions)}
+    return modality
 
 
 def _part(stats: dict[str, Any], entry: dict[str, Any], column: str, dataset: str) -> dict[str, list[float]]:
@@ -173,8 +161,7 @@ def _lerobot(found: Checkpoint) -> _Raw:
     if not statistics or not modality:
         statistics = _flat_statistics(found, steps[PACK].get("state_file"))
         modality = {what: {"modality_keys": ["all"]} for what in ("state", "action")}
-    visual = [k for k, f in (found.config.get("input_features") or {}).items() if f.get("type") == "VISUAL"]
-    keys = pack.get("video_modality_keys") or sorted(key.removeprefix("observation.images.") for key in visual)
+    keys = pack.get("video_modality_keys") or sorted(visual_features(found))
     modality["video"] = {"modality_keys": keys, "delta_indices": list(range(pack.get("video_horizon") or 1))}
     horizon = min(int(pack.get("valid_action_horizon") or 40), int(found.config.get("chunk_size") or 40))
     modality["action"] = {**modality["action"], "delta_indices": list(range(horizon))}
@@ -182,7 +169,7 @@ def _lerobot(found: Checkpoint) -> _Raw:
         raise CheckpointError(f"{found.folder}: action_decode_transform is not supported")
     slot = int((pack.get("embodiment_mapping") or {}).get(pack.get("embodiment_tag"), 0))
     relative = bool(found.config.get("use_relative_actions"))
-    return _Raw(statistics, modality, {**pack, **encode}, slot, relative, encode.get("model_name"))
+    return _Raw(Described(statistics, modality), {**pack, **encode}, slot, relative, encode.get("model_name"))
 
 
 def _flat_statistics(found: Checkpoint, name: str | None) -> dict[str, Any]:
@@ -202,41 +189,33 @@ def _affine(found: Checkpoint, statistics: dict, parts: dict, what: str, ends: t
     """The range `ends` onto [−1, 1]; a dim that never moved is 0 as a state, its value as an action."""
     keys = parts.get(what, {}).get("modality_keys", [])
     absent = [key for key in keys if not set(ends) <= set(statistics.get(what, {}).get(key, {}))]
-    where = f"{found.folder}: normalisation statistics {list(ends)} of {what}"
+    which = f"normalisation statistics {list(ends)} of {what}"
     if not keys or absent:
-        raise CheckpointError(
-            f"{found.folder}: no normalisation statistics {list(ends)} of {what} {absent or ''}".rstrip()
-        )
+        raise CheckpointError(f"{found.folder}: no {which} {absent or ''}".rstrip())
     try:
         low, high = (np.concatenate([np.atleast_1d(statistics[what][k][end]) for k in keys]) for end in ends)
     except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from None
+        raise CheckpointError(f"{found.folder}: {which}: {error}") from None
     if low.shape != (dims,) or high.shape != (dims,):
         raise CheckpointError(f"{found.folder}: statistics of {what} have {len(low)} dims, the task has {dims}")
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise CheckpointError(f"{where}: hold NaN or Inf")
+        raise CheckpointError(f"{found.folder}: {which} hold NaN or Inf")
     flat = high <= low
     half = np.where(flat, NEVER_MOVED if what == "state" else 1e-8, (high - low) / 2)
     return Affine(np.where(flat, low, (low + high) / 2).tolist(), half.tolist())
 
 
-def _cameras(found: Checkpoint, keys: list[str] | None, spec: TaskSpec, mapping: dict[str, str]) -> tuple[str, ...]:
-    """The task's cameras in the checkpoint's order."""
-    unknown = [camera for camera in mapping if camera not in spec.cameras]
-    if unknown:
-        raise ValueError(f"policy.cameras: the task has no camera {unknown[0]!r}; it has {sorted(spec.cameras)}")
-    of = {mapping.get(camera, camera): camera for camera in spec.cameras}
-    if not keys:
-        return tuple(spec.cameras)
-    if set(of) != set(keys):
-        raise CheckpointError(
-            f"cameras: the checkpoint has {list(keys)}, the task gives {sorted(of)}; map them with policy.cameras"
-        )
-    return tuple(of[key] for key in keys)
-
-
-def _pair(value: Any) -> tuple[int, int] | None:
-    return (int(value[0]), int(value[1])) if value else None
+def _geometry(keywords: dict[str, Any]) -> Geometry:
+    target, crop, sizes = keywords.get("image_target_size"), keywords.get("image_crop_size"), {}
+    if target:  # the release's sizes otherwise
+        sizes = {"target": tuple(map(int, target[:2])), "crop": tuple(map(int, crop[:2])) if crop else None}
+    return Geometry(
+        **sizes,
+        crop_fraction=keywords.get("crop_fraction"),
+        shortest_edge=keywords.get("shortest_image_edge"),
+        letter_box=bool(keywords.get("letter_box_transform")),
+        albumentations=bool(keywords.get("use_albumentations")),
+    )
 
 
 def _json(found: Checkpoint, name: str) -> Any:

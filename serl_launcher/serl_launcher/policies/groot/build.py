@@ -53,54 +53,30 @@ def build_groot(
     options: attention, checkpointing, mask_padding, compile of the head. Raises ValueError in the user's words.
     """
     require_diffusers()
-    flags, options = tune_flags(tune), {**options, "precision": precision}
     check_init(init, checkpoint, action_horizon)
-    if init == "checkpoint":
-        found = Checkpoint.find(checkpoint)
-        assets = read_assets(found, embodiment_tag, spec, dict(cameras or {}), statistics)
-        policy = _from_checkpoint(found, spec, assets, action_horizon, size, dropout, flags, processor, options)
-        policy.embodiment_tag = embodiment_tag
+    flags = tune_flags(tune)
+    options |= {"precision": precision, "embodiment_tag": embodiment_tag, "dropout": dropout}
+    if init == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            core, inputs = size(spec, action_horizon)
+        if processor:
+            inputs = QwenInputs(processor, tuple(spec.cameras), size.geometry())
+        policy = GrootFlowPolicy(core, spec, inputs, embodiment=embodiment, **options)
+        policy.tune(**flags)
+        hold(policy, precision, masters=True)
         return policy
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        core, inputs = size(spec, action_horizon)
-    if processor:
-        inputs = QwenInputs(processor, tuple(spec.cameras), size.geometry())
-    policy = GrootFlowPolicy(core, spec, inputs, embodiment=embodiment, dropout=dropout, **options)
-    policy.embodiment_tag = embodiment_tag
-    policy.tune(**flags)
-    hold(policy, precision, masters=True)
-    return policy
-
-
-def _from_checkpoint(
-    found: Checkpoint,
-    spec: TaskSpec,
-    assets: GrootAssets,
-    horizon: int | None,
-    size: Any,
-    dropout: bool,
-    flags: dict[str, bool],
-    processor: str | None,
-    options: dict[str, Any],
-) -> GrootFlowPolicy:
+    found = Checkpoint.find(checkpoint)
+    assets = read_assets(found, embodiment_tag, spec, dict(cameras or {}), statistics)
     core = build_core(found)
-    if horizon not in (None, core.config.action_horizon):
-        have = core.config.action_horizon
-        raise CheckpointError(f"policy.action_horizon={horizon}: the checkpoint's chunk is {have}")
-    policy = GrootFlowPolicy(
-        core,
-        spec,
-        _inputs(found, assets, core, size, processor),
-        assets.units,
-        assets.slot,
-        dropout,
-        clip=assets.clip,
-        valid_horizon=min(assets.horizon or core.config.action_horizon, core.config.action_horizon),
-        **options,
-    )
+    have = core.config.action_horizon
+    if action_horizon not in (None, have):
+        raise CheckpointError(f"policy.action_horizon={action_horizon}: the checkpoint's chunk is {have}")
+    inputs, valid = _inputs(found, assets, core, size, processor), min(assets.horizon or have, have)
+    options |= {"clip": assets.clip, "valid_horizon": valid}
+    policy = GrootFlowPolicy(core, spec, inputs, assets.units, assets.slot, **options)
     policy.tune(**flags)
-    policy.load_report = load_core(policy, found, prefix_of(found), ALIASES, options["precision"])
+    policy.load_report = load_core(policy, found, prefix_of(found), ALIASES, precision)
     policy.checkpoint, policy.described = found, assets.described
     policy.train(policy.training)
     log.info("%s", policy.load_report)
@@ -128,13 +104,8 @@ def meta_groot(cfg: Mapping[str, Any], spec: TaskSpec, size: Any) -> tuple[Groot
     if cfg.get("checkpoint"):
         found = Checkpoint.find(cfg["checkpoint"])
         core = build_core(found)
-        assets = read_assets(
-            found,
-            cfg.get("embodiment_tag") or NEW_EMBODIMENT,
-            spec,
-            dict(cfg.get("cameras") or {}),
-            cfg.get("statistics"),
-        )
+        tag, mapping = cfg.get("embodiment_tag") or NEW_EMBODIMENT, dict(cfg.get("cameras") or {})
+        assets = read_assets(found, tag, spec, mapping, cfg.get("statistics"))
         mode, cameras, valid = assets.mode, assets.cameras, assets.horizon
     else:
         with torch.device("meta"):

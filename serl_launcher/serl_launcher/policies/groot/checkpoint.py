@@ -8,13 +8,14 @@ config.json, model.safetensors under `_groot_model.`, its processors. groot.buil
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from serl_launcher.policies.checkpoint import Checkpoint, CheckpointError
+from serl_launcher.policies.checkpoint import Checkpoint, CheckpointError, from_hub
 
 COSMOS = "nvidia/Cosmos-Reason2-2B"
 RELEASED = "nvidia/GR00T-N1.7-3B"
@@ -59,13 +60,7 @@ def model_config(found: Checkpoint) -> tuple[dict[str, Any], Path]:
     if base.rstrip("/") == RELEASED:
         return {}, found.folder
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        path = Path(hf_hub_download(base, "config.json"))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{found.folder}: base_model_path={base} in config.json: no such folder, and the hub did not give its "
-            f"config.json: {str(error).splitlines()[0]}"
-        ) from None
+    where = f"{found.folder}: base_model_path={base} in config.json: no such folder"
+    path = Path(from_hub(partial(hf_hub_download, base, "config.json"), where))
     return json.loads(path.read_text()), path.parent

@@ -8,28 +8,25 @@ library lets tokens attend to it (`mask_padding`), and each layer is checkpointe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+
+from serl_launcher.policies.compiling import run_layer
 
 KeysValues = tuple[Tensor, Tensor]  # float[b, heads, l, head_dim] each
 
 
-def attend_tokens(model: nn.Module, x: Tensor, keep: Tensor | None, checkpointing: bool = False) -> Tensor:
+def attend_tokens(model: nn.Module, x: Tensor, keep: Tensor | None, checkpointing: bool) -> Tensor:
     """`SelfAttentionTransformer` over float[b, l, width]; keep: bool[b, l], False for padding, None: all."""
     blocks = getattr(model, "transformer_blocks", None)
     if blocks is None:  # nn.Identity, where the configuration has no such layers
         return x
     for block in blocks:
-        x = _run(checkpointing, _token_block, block, x, keep)
+        x = run_layer(checkpointing, partial(block, attention_mask=keep), x)
     return x
-
-
-def _token_block(block: Any, x: Tensor, keep: Tensor | None) -> Tensor:
-    return block(x, attention_mask=keep)
 
 
 def cross_keys(model: nn.Module, hidden: Tensor) -> tuple[KeysValues, ...]:
@@ -46,23 +43,23 @@ def run_dit(
     bucket: Tensor,
     keys_values: Sequence[KeysValues],
     masks: tuple[Tensor, Tensor] | None,
-    checkpointing: bool = False,
-    block_function: Callable | None = None,
+    checkpointing: bool,
+    block_function: Callable,
 ) -> Tensor:
     """The diffusion transformer: float[b, t, width] -> float[b, t, output width].
 
     bucket: int64[b], the flow time in thousandths; masks: of text and of image tokens, bool[b, 1, 1, l] each, which
-    cross-attention layers read in turn (`AlternateVLDiT`), None: all tokens.
+    cross-attention layers read in turn (`AlternateVLDiT`), None: all tokens; block_function: `dit_block`, or what
+    torch.compile made of it.
     """
-    run_block = block_function or dit_block
     condition = model.timestep_encoder(bucket)
     stride, every = _stride(model), 2 * getattr(model, "attend_text_every_n_blocks", 1)
     for index, block in enumerate(model.transformer_blocks):
         if index % stride:
-            x = _run(checkpointing, run_block, block, x, condition, None, None, None)
+            x = run_layer(checkpointing, block_function, block, x, condition, None, None, None)
             continue
         mask = None if masks is None else masks[0 if index % every == 0 else 1]
-        x = _run(checkpointing, run_block, block, x, condition, *keys_values[index // stride], mask)
+        x = run_layer(checkpointing, block_function, block, x, condition, *keys_values[index // stride], mask)
     shift, scale = model.proj_out_1(F.silu(condition)).chunk(2, dim=1)
     return model.proj_out_2(model.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
 
@@ -89,10 +86,3 @@ def _stride(model: nn.Module) -> int:
 
 def _heads(attention: Any, x: Tensor) -> Tensor:
     return x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-
-
-def _run(checkpointing: bool, function: Callable, *arguments: Any) -> Tensor:
-    if checkpointing and torch.is_grad_enabled():
-        # Dropout may be on: the second pass must draw what the first drew.
-        return checkpoint(function, *arguments, use_reentrant=False)
-    return function(*arguments)

@@ -7,7 +7,7 @@ own configuration.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -21,13 +21,9 @@ TOKENS = SpecialTokens(image=151655, start=151652, end=151653, words=151643)
 class FullGrootSize:
     """The released architecture: ViT of 407M, language model of 16 layers and 1.1B, action head of 1.6B parameters."""
 
+    hashed: ClassVar[bool] = False  # whether a checkpoint of this size goes without tokenizer and image processor
     image_size: int = 256  # pixels of the pictures that hashed prompts go with
     prompt_tokens: int = 32
-
-    @property
-    def hashed(self) -> bool:
-        """Whether a checkpoint of this size goes without tokenizer and image processor."""
-        return False
 
     def __call__(self, spec: TaskSpec, action_horizon: int) -> tuple[nn.Module, HashInputs]:
         """A randomly initialised core, and hashed prompts."""

@@ -9,7 +9,7 @@ padding is attended to, and dropout in train mode makes a policy's ratio to itse
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from serl_launcher.policies.base import PolicyInput
-from serl_launcher.policies.compiling import CompiledLayer, check_switch
-from serl_launcher.policies.groot.dit import KeysValues, attend_tokens, cross_keys, dit_block, run_dit
-from serl_launcher.policies.groot.qwen import Grid, Layers, run_backbone, text_layer, vision_block
+from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix
+from serl_launcher.policies.compiling import CompiledLayer
+from serl_launcher.policies.groot.dit import attend_tokens, cross_keys, dit_block, run_dit
+from serl_launcher.policies.groot.qwen import Grid, run_backbone, text_layer, vision_block
 from serl_launcher.policies.groot.saving import save_groot
 from serl_launcher.policies.normalise import Units, pad_last
-from serl_launcher.policies.precision import check_precision, compute, full
+from serl_launcher.policies.precision import compute, full
 from serl_launcher.policies.transfer import to_device
 from serl_transport.contract.specs import TaskSpec
 
@@ -32,46 +32,23 @@ Inputs = Callable[[dict[str, np.ndarray], list[str], torch.device], dict[str, Te
 
 
 @dataclass(frozen=True, slots=True)
-class GrootPrefix:
-    """What backbone and encoders say of an observation: read by every flow step, sample and critic."""
+class GrootPrefix(Prefix):
+    """`hidden` is taken after the vision-language self-attention; keys and values are the cross-attention's."""
 
-    hidden: Tensor  # float[b, l, width], after the vision-language self-attention
-    pad_mask: Tensor  # bool[b, l], True where a token counts
     image_mask: Tensor  # bool[b, l], True where a token is of an image
     state_features: Tensor  # float[b, 1, width of the action head]
-    state: Tensor  # float32[b, s], normalised, padded to the model's state dims
-    embodiment: Tensor  # int64[b]
-    keys_values: tuple[KeysValues, ...] | None = None  # of each cross-attention layer; None: made at every flow step
-
-    def __len__(self) -> int:
-        return len(self.state)
-
-    def repeat(self, n: int) -> GrootPrefix:
-        """The same prefix n times per sample (b -> b·n, samples of one observation adjacent), without re-encoding."""
-        if n == 1:
-            return self
-        return replace(self, **{f.name: _repeat(getattr(self, f.name), n) for f in fields(self)})
 
 
-def _repeat(value: Any, n: int) -> Any:
-    if value is None or isinstance(value, Tensor):
-        return None if value is None else value.repeat_interleave(n, 0)
-    return tuple(_repeat(item, n) for item in value)
-
-
-class GrootFlowPolicy(nn.Module):
+class GrootFlowPolicy(FlowPolicy):
     """lerobot's `GR00TN17` as a flow policy: encode once, then velocity as often as wanted.
 
     core: `GR00TN17`; inputs: images and prompts to the backbone's tensors; embodiment: the slot of the
-    embodiment-specific weights; attention: `eager` calls the library's layers, `sdpa` ours (groot.qwen,
-    groot.dit); mask_padding: tokens do not attend to padding, so that an answer does not depend on whom it shares a
-    batch with (the library's do); clip: states and labels beyond the statistics' range are clipped, as the checkpoint
-    was trained; valid_horizon: ticks of a chunk that the checkpoint was trained on. `train()` switches dropout on only
-    when `dropout` is set.
+    embodiment-specific weights, embodiment_tag: its name; mask_padding: tokens do not attend to padding, so that an
+    answer does not depend on whom it shares a batch with (the library's do). `attention: sdpa` runs the layers through
+    groot.qwen and groot.dit. `train()` switches dropout on only when `dropout` is set.
     """
 
     released_flow_steps: ClassVar[int] = 4
-    embodiment_tag: str = NEW_EMBODIMENT  # whose statistics and weights these are
 
     def __init__(
         self,
@@ -82,6 +59,7 @@ class GrootFlowPolicy(nn.Module):
         embodiment: int = 0,
         dropout: bool = False,
         *,
+        embodiment_tag: str = NEW_EMBODIMENT,
         attention: str = "sdpa",
         checkpointing: bool = False,
         precision: str = "float32",
@@ -90,7 +68,6 @@ class GrootFlowPolicy(nn.Module):
         valid_horizon: int | None = None,
         compile: str = "off",
     ) -> None:
-        super().__init__()
         core.backbone.model.lm_head = nn.Identity()  # tied to the embedding, and never read
         config = core.config
         if not 0 <= embodiment < config.max_num_embodiments:
@@ -98,30 +75,18 @@ class GrootFlowPolicy(nn.Module):
         if config.state_history_length != 1:
             got = config.state_history_length
             raise ValueError(f"state_history_length: only 1 is supported, the checkpoint has {got}")
-        if attention not in ("eager", "sdpa"):
-            raise ValueError(f"policy.attention: expected eager or sdpa, got {attention!r}")
         if attention == "eager" and (checkpointing or mask_padding):
             raise ValueError("policy.attention=eager: set checkpointing=false and mask_padding=false (the library's)")
-        self.core, self.inputs = core, inputs
-        self.cameras = tuple(getattr(inputs, "cameras", spec.cameras))
-        self.action_horizon: int = config.action_horizon
-        self.valid_horizon = valid_horizon or self.action_horizon
-        self.action_dim: int = config.max_action_dim
-        self.robot_dim = len(spec.action_names)
-        units = units or Units.from_spec(spec)
-        self.state_units, self.action_units = units.state, units.action
-        self.register_buffer("_low", torch.tensor(spec.action_low), persistent=False)
-        self.register_buffer("_high", torch.tensor(spec.action_high), persistent=False)
-        self.embodiment, self.dropout, self.clip = embodiment, dropout, clip
-        self.attention, self.checkpointing, self.mask_padding = attention, checkpointing, mask_padding
-        self.precision = check_precision(precision)
-        self.compile_layers(compile)
+        switches = dict(attention=attention, checkpointing=checkpointing, precision=precision, compile=compile)
+        chunk = (config.action_horizon, config.max_action_dim)
+        cameras = tuple(getattr(inputs, "cameras", spec.cameras))
+        super().__init__(core, spec, cameras, units, chunk, valid_horizon=valid_horizon, clip=clip, **switches)
+        self.inputs, self.mask_padding, self.dropout = inputs, mask_padding, dropout
+        self.embodiment, self.embodiment_tag = embodiment, embodiment_tag
         self.train(self.training)
 
     def compile_layers(self, mode: str, backend: str = "inductor") -> None:
-        """Use torch.compile for the layers: auto, on or off (policies.compiling)."""
-        mode = check_switch("policy.compile", mode)
-        self._layers = Layers(*(CompiledLayer(f, mode, backend) for f in (vision_block, text_layer)))
+        self._layers = [CompiledLayer(f, mode, backend) for f in (vision_block, text_layer)]
         self._dit_block = CompiledLayer(dit_block, mode, backend)
 
     def train(self, mode: bool = True) -> GrootFlowPolicy:
@@ -148,17 +113,9 @@ class GrootFlowPolicy(nn.Module):
         return save_groot(self, folder, extras)
 
     @property
-    def device(self) -> torch.device:
-        return self.state_units.offset.device
-
-    @property
     def backbone(self) -> nn.Module:
         """What runs without gradient when none of it is trained: vision tower and language model."""
         return self.core.backbone
-
-    def encode(self, observation: PolicyInput) -> GrootPrefix:
-        """One pass of the backbone, then the norm, self-attention and state encoder of the action head."""
-        return self.encode_prepared(self.prepare(observation))
 
     def prepare(self, observation: PolicyInput) -> dict[str, Tensor]:
         """The host's part: tokens, patches and the normalised state on the device (the grid stays on the host)."""
@@ -169,7 +126,8 @@ class GrootFlowPolicy(nn.Module):
         return tensors | {"state": pad_last(state, self.core.config.max_state_dim)}
 
     def encode_prepared(self, tensors: dict[str, Tensor]) -> GrootPrefix:
-        """The device's part of `encode`; `tensors` as `prepare` returns them."""
+        """One pass of the backbone, then the norm, self-attention and state encoder of the action head; `tensors` as
+        `prepare` returns them."""
         head, keep = self.core.action_head, tensors["attention_mask"] == 1
         trains = any(p.requires_grad for p in self.backbone.parameters())
         with compute(self.precision, self.device):
@@ -180,9 +138,8 @@ class GrootFlowPolicy(nn.Module):
         with full(self.device, self.precision):
             encoded = self._per_robot(head.state_encoder.layer1, tensors["state"][:, None].float()).relu()
             state_features = self._drop_states(self._per_robot(head.state_encoder.layer2, encoded))
-        embodiment = torch.full((len(keep),), self.embodiment, dtype=torch.int64, device=self.device)
         image_mask = tensors["input_ids"] == self.backbone.model.config.image_token_id
-        return GrootPrefix(hidden, keep, image_mask, state_features, tensors["state"], embodiment)
+        return GrootPrefix(None, keep, hidden, tensors["state"], image_mask, state_features)
 
     def _run_backbone(self, tensors: dict[str, Tensor], keep: Tensor) -> Tensor:
         """Output of the last decoder layer, before the final norm: float[b, l, width]."""
@@ -190,7 +147,7 @@ class GrootFlowPolicy(nn.Module):
         if self.attention == "sdpa" and bool((grids == grids[0]).all()):
             grid = Grid(*grids[0, 1:].tolist(), merge=self.backbone.visual.spatial_merge_size)
             model, given = self.backbone.model.model, (tensors["input_ids"], keep, tensors["pixel_values"], grid)
-            return run_backbone(model, *given, self.checkpointing, self._layers)
+            return run_backbone(model, *given, self.checkpointing, *self._layers)
         given = {k: tensors[k] for k in ("input_ids", "attention_mask", "pixel_values")}
         return self._run_library(given | {"image_grid_thw": grids.to(self.device)})
 
@@ -261,21 +218,6 @@ class GrootFlowPolicy(nn.Module):
             return run_dit(model, x, bucket, keys_values, masks, self.checkpointing, self._dit_block)
         masks = {"image_mask": prefix.image_mask, "backbone_attention_mask": prefix.pad_mask} if alternate else {}
         return model(hidden_states=x, encoder_hidden_states=prefix.hidden, timestep=bucket, **masks)
-
-    def features(self, prefix: GrootPrefix) -> Tensor:
-        """Mean of the hidden states over the tokens that count, with the state beside it."""
-        keep = prefix.pad_mask.unsqueeze(-1).to(prefix.hidden.dtype)
-        return torch.cat([((prefix.hidden * keep).sum(1) / keep.sum(1)).float(), prefix.state], dim=-1)
-
-    def normalise_actions(self, chunk: Tensor) -> Tensor:
-        """Physical float32[..., robot dims] to the model's units, zeros in the dims the robot lacks."""
-        units = self.action_units.to_model(chunk)
-        return pad_last(units.clamp(-1, 1) if self.clip else units, self.action_dim)
-
-    def physical_actions(self, chunk: Tensor) -> Tensor:
-        """The model's units to physical float32[..., valid horizon, robot dims], clipped to the task's limits."""
-        chunk = chunk[..., : self.valid_horizon, : self.robot_dim]
-        return self.action_units.to_physical(chunk.clamp(-1, 1) if self.clip else chunk).clamp(self._low, self._high)
 
 
 def _time_waves(bucket: Tensor, width: int) -> Tensor:

@@ -19,7 +19,6 @@ from serl_launcher.policies.transfer import to_device
 
 PATCH, MERGE = 16, 2
 PAD_TO = 16  # tokens; padding is masked, so it changes nothing but the number of shapes
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +107,12 @@ class QwenInputs:
         self.source, self.cameras, self.geometry = source, cameras, geometry
         self.formalize, self.frames = formalize, frames
 
-    def __call__(
-        self, images: dict[str, np.ndarray], prompts: list[str], device: torch.device = CPU
-    ) -> dict[str, Tensor]:
+    def __call__(self, images: dict[str, np.ndarray], prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """images: uint8[b, h, w, 3] per camera. `device`: where pictures are worked on."""
         per_camera = [
             list(self.geometry.apply(to_device(images[camera], device).permute(0, 3, 1, 2))) for camera in self.cameras
         ]
-        pictures = [
-            per_camera[v][b] for b in range(len(prompts)) for _ in range(self.frames) for v in range(self.views)
-        ]
+        pictures = [views[b] for b in range(len(prompts)) for _ in range(self.frames) for views in per_camera]
         seen = self.pictures(images=pictures, return_tensors="pt", device=str(device))
         grid = seen["image_grid_thw"].cpu()
         each = (grid.prod(-1) // self.pictures.merge_size**2).view(len(prompts), -1).tolist()
@@ -127,16 +122,8 @@ class QwenInputs:
             pad_to_multiple_of=PAD_TO,
             return_tensors="pt",
         )
-        return {
-            "input_ids": words["input_ids"],
-            "attention_mask": words["attention_mask"],
-            "pixel_values": seen["pixel_values"],
-            "image_grid_thw": grid,
-        }
-
-    @property
-    def views(self) -> int:
-        return len(self.cameras)
+        tokens = {name: words[name] for name in ("input_ids", "attention_mask")}
+        return tokens | {"pixel_values": seen["pixel_values"], "image_grid_thw": grid}
 
     def _text(self, prompt: str, counts: list[int]) -> str:
         """One sample's chat, every picture's token repeated as often as the picture has tokens."""
@@ -170,9 +157,7 @@ class HashInputs:
         self.cameras, self.image_size, self.tokens = cameras, image_size, tokens
         self.tokenizer = WordHashTokenizer(tokens.words, prompt_tokens)
 
-    def __call__(
-        self, images: dict[str, np.ndarray], prompts: list[str], device: torch.device = CPU
-    ) -> dict[str, Tensor]:
+    def __call__(self, images: dict[str, np.ndarray], prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """images: uint8[b, h, w, 3] per camera."""
         pixels = torch.stack([self._resize(to_device(images[c], device)) for c in self.cameras], dim=1).flatten(0, 1)
         grid = self.image_size // PATCH

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+
+from serl_launcher.policies.compiling import run_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +25,7 @@ class Grid:
 
     rows: int
     columns: int
-    merge: int = 2  # patches along a token's side
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the language model sees of an image."""
-        return self.rows * self.columns // self.merge**2
+    merge: int  # patches along a token's side
 
 
 def vision_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -48,54 +44,38 @@ def text_layer(layer: Any, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) ->
     return out if isinstance(out, Tensor) else out[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Layers:
-    """The two functions above, or what torch.compile made of them."""
-
-    vision: Callable = vision_block
-    text: Callable = text_layer
-
-
 def run_backbone(
     model: nn.Module,
     ids: Tensor,
     valid: Tensor,
     pixels: Tensor,
     grid: Grid,
-    checkpointing: bool = False,
-    layers: Layers | None = None,
+    checkpointing: bool,
+    vision_function: Callable,
+    text_function: Callable,
 ) -> Tensor:
     """Output of the last language layer, before the final norm: float[b, l, width].
 
     model: `Qwen3VLModel`; ids: int64[b, l]; valid: bool[b, l], False for padding; pixels: float32[b·images·patches,
-    3·2·16²] as Qwen's processor flattens them; every sample has the same number of images.
+    3·2·16²] as Qwen's processor flattens them; every sample has the same number of images. vision_function,
+    text_function: the two functions above, or what torch.compile made of them.
     """
-    layers = layers or Layers()
-    run = _checkpointed if checkpointing and torch.is_grad_enabled() else _plain
-    seen, deep = _see(model.visual, pixels, grid, run, layers.vision)
+    seen, deep = _see(model.visual, pixels, grid, checkpointing, vision_function)
     is_image = ids == model.config.image_token_id
     language = model.language_model
     x = _place(language.embed_tokens(ids), seen, is_image)
     cos, sin = language.rotary_emb(x, rope_positions(is_image, valid, grid))
     mask = causal_mask(valid)
     for index, layer in enumerate(language.layers):
-        x = run(layers.text, layer, x, mask, cos, sin)
+        x = run_layer(checkpointing, text_function, layer, x, mask, cos, sin)
         # What is added behind the last layer, the action head does not see: it reads that layer's output.
         if index < len(deep) and index + 1 < len(language.layers):
             x = x + _place(torch.zeros_like(x), deep[index], is_image)
     return x
 
 
-def _plain(function: Callable, *arguments: Any) -> Tensor:
-    return function(*arguments)
-
-
-def _checkpointed(function: Callable, *arguments: Any) -> Tensor:
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
-
-
 def _see(
-    visual: Any, pixels: Tensor, grid: Grid, run: Callable, block_function: Callable
+    visual: Any, pixels: Tensor, grid: Grid, checkpointing: bool, block_function: Callable
 ) -> tuple[Tensor, list[Tensor]]:
     """Tokens of all images float[n·tokens, width of the language model], and the features of inner layers."""
     # A convolution whose stride is its size is a matrix product.
@@ -109,7 +89,7 @@ def _see(
     cos, sin, deep = angles.cos(), angles.sin(), []
     taps = list(visual.deepstack_visual_indexes)
     for k, block in enumerate(visual.blocks):
-        x = run(block_function, block, x, cos, sin)
+        x = run_layer(checkpointing, block_function, block, x, cos, sin)
         if k in taps:
             deep.append(visual.deepstack_merger_list[taps.index(k)](x.flatten(0, 1)))
     return visual.merger(x.flatten(0, 1)), deep

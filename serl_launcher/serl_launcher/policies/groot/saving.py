@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from serl_launcher.policies.checkpoint import SINGLE, Checkpoint
-from serl_launcher.policies.groot.assets import Described
-from serl_launcher.policies.groot.checkpoint import COSMOS, EMBEDDING, HEAD, prefix_of
+from serl_launcher.policies.checkpoint import SINGLE
+from serl_launcher.policies.groot.assets import Described, modality_of
+from serl_launcher.policies.groot.checkpoint import ALIASES, COSMOS, prefix_of
 from serl_launcher.policies.groot.inputs import QwenInputs
+from serl_launcher.policies.saving import copy_beside, expect_new, tensors_to_save
 
 SHARD = "5GB"
 
@@ -30,11 +31,10 @@ def save_groot(policy: nn.Module, folder: Path, extras: Mapping[str, Any] | None
     extras: file name -> JSON content, or a path to copy. Raises ValueError when the folder holds files.
     """
     folder, source, tag = Path(folder), getattr(policy, "checkpoint", None), policy.embodiment_tag
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: holds files already; name a folder that does not exist")
+    expect_new(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = tensors_to_save(policy, source)
     prefix = "" if source is None else prefix_of(source)
+    tensors = tensors_to_save(policy, prefix, ALIASES)
     if prefix:
         save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     else:
@@ -47,7 +47,7 @@ def save_groot(policy: nn.Module, folder: Path, extras: Mapping[str, Any] | None
     if source is None:
         _write_sidecars(policy, folder, tag)
     else:
-        _copy_sidecars(source.folder, folder)
+        copy_beside(source.folder, folder, ("backbone", "processor"))
         if getattr(policy, "described", None) is not None:
             _add_embodiment(policy.described, folder, tag)
     for name, content in (extras or {}).items():
@@ -57,33 +57,6 @@ def save_groot(policy: nn.Module, folder: Path, extras: Mapping[str, Any] | None
         else:
             (folder / name).write_text(json.dumps(content, indent=2))
     return folder
-
-
-def tensors_to_save(policy: nn.Module, source: Checkpoint | None) -> dict[str, Tensor]:
-    """Every tensor under its name in the file: trained ones as they are, the others as the source holds them."""
-    held = policy.core.state_dict()
-    if source is None:
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in held.items()}
-    prefix = prefix_of(source)
-    moved = {name.removeprefix("core.") for name, p in policy.named_parameters() if p.requires_grad}
-    names = {stored: stored.removeprefix(prefix) for stored in source.files}
-    out: dict[str, Tensor] = {}
-    for stored, name in names.items():
-        mine = EMBEDDING if name == HEAD and EMBEDDING not in names.values() else name
-        out[stored] = held[mine].detach().cpu().contiguous() if mine in moved else source.tensor(stored)
-    return out
-
-
-def _copy_sidecars(source: Path, folder: Path) -> None:
-    """Everything but weights and training states."""
-    for path in source.iterdir():
-        if path.name.startswith(("model.", "model-", "action_head_")):
-            continue
-        if path.is_file() and path.suffix in (".json", ".txt", ".jinja", ".model", ".safetensors"):
-            shutil.copyfile(path, folder / path.name)
-    for name in ("backbone", "processor"):
-        if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
 
 
 def _add_embodiment(described: Described, folder: Path, tag: str) -> None:
@@ -106,15 +79,7 @@ def _write_sidecars(policy: nn.Module, folder: Path, tag: str) -> None:
         config["model_name"] = "backbone"
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str))
     (folder / "embodiment_id.json").write_text(json.dumps({tag: policy.embodiment}))
-    whole = {"modality_keys": ["all"], "delta_indices": [0]}
-    absolute = {"rep": "absolute", "type": "non_eef", "format": "default"}
-    ticks = list(range(policy.valid_horizon))
-    parts = {
-        "video": {"modality_keys": list(policy.cameras), "delta_indices": [0]},
-        "state": whole,
-        "action": {"modality_keys": ["all"], "delta_indices": ticks, "action_configs": [absolute]},
-        "language": {"modality_keys": ["annotation.human.task_description"], "delta_indices": [0]},
-    }
+    parts = modality_of(list(policy.cameras), ["all"], ["all"], list(range(policy.valid_horizon)))
     statistics = {}
     for what, units in (("state", policy.state_units), ("action", policy.action_units)):
         low, high = (units.offset - units.scale).tolist(), (units.offset + units.scale).tolist()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from serl_transport.contract.specs import TaskSpec
 class TinyGrootSize:
     """Widths and depths of a tiny GR00T N1.7; calling it builds the core."""
 
+    hashed: ClassVar[bool] = True  # whether a checkpoint of this size goes without tokenizer and image processor
     width: int = 64  # of the language model; 4 heads
     layers: int = 2  # of the language model that are kept
     vision_width: int = 32
@@ -37,11 +38,6 @@ class TinyGrootSize:
         if self.image_size % (PATCH * MERGE):
             raise ValueError(f"policy.size.image_size: expected a multiple of {PATCH * MERGE}, got {self.image_size}")
         return self.build(self.config_fields(spec, action_horizon)), self.inputs(tuple(spec.cameras))
-
-    @property
-    def hashed(self) -> bool:
-        """Whether a checkpoint of this size goes without tokenizer and image processor."""
-        return True
 
     def inputs(self, cameras: tuple[str, ...]) -> HashInputs:
         """What prepares the backbone's tensors; the four ids below the end are Qwen's special tokens."""

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from serl_launcher.policies.checkpoint import PREPROCESSOR, Checkpoint, check_init, read_statistics
+from serl_launcher.policies.checkpoint import (
+    PREPROCESSOR,
+    Checkpoint,
+    camera_order,
+    check_init,
+    read_statistics,
+    visual_features,
+)
 from serl_launcher.policies.loading import load_core
-from serl_launcher.policies.pi0.checkpoint import ALIASES, camera_order, read_config, tokenizer_name
+from serl_launcher.policies.pi0.checkpoint import ALIASES, read_config, tokenizer_name
+from serl_launcher.policies.pi0.full import FullSize
 from serl_launcher.policies.pi0.head import PI0FlowPolicy
 from serl_launcher.policies.pi0.pi05 import PI05FlowPolicy
+from serl_launcher.policies.pi0.tiny import TinySize
 from serl_launcher.policies.pi0.trainable import set_trainable
 from serl_launcher.policies.pi0.units import units_of
 from serl_launcher.policies.precision import hold
@@ -27,53 +37,14 @@ from serl_transport.contract.specs import TaskSpec
 log = logging.getLogger("policy")
 
 
-class Size(Protocol):
-    """Widths and depths of a model: pi0.tiny, pi0.full."""
-
-    def __call__(self, spec: TaskSpec, action_horizon: int) -> tuple[nn.Module, Any]:
-        """A randomly initialised core for a task, and its tokenizer."""
-        ...
-
-    def config(self, spec: TaskSpec, action_horizon: int) -> Any:
-        """lerobot's configuration for a task."""
-        ...
-
-    def build(self, config: Any) -> nn.Module:
-        """The core that a configuration describes."""
-        ...
-
-
-def build_pi0(
-    name: str, spec: TaskSpec, init: str, seed: int, action_horizon: int | None, size: Size, **options: Any
-) -> PI0FlowPolicy:
-    """A PI0 policy for one task; `options` are those of `build`. Raises ValueError in the user's words."""
-    return build(PI0FlowPolicy, spec, init, seed, action_horizon, size, **options)
-
-
-def build_pi05(
-    name: str, spec: TaskSpec, init: str, seed: int, action_horizon: int | None, size: Size, **options: Any
-) -> PI05FlowPolicy:
-    """A PI0.5 policy for one task; arguments as `build_pi0`."""
-    return build(PI05FlowPolicy, spec, init, seed, action_horizon, size, **options)
-
-
-def meta_pi0(cfg: Mapping[str, Any], spec: TaskSpec, size: Size) -> tuple[nn.Module, str]:
-    """The policy of `config/policy/pi0*.yaml` on the meta device, and the statistics that data must have."""
-    return meta(PI0FlowPolicy, cfg, spec, size)
-
-
-def meta_pi05(cfg: Mapping[str, Any], spec: TaskSpec, size: Size) -> tuple[nn.Module, str]:
-    """As `meta_pi0`, of `config/policy/pi05*.yaml`."""
-    return meta(PI05FlowPolicy, cfg, spec, size)
-
-
 def build[Head: PI0FlowPolicy](
     head: type[Head],
+    name: str,
     spec: TaskSpec,
     init: str,
     seed: int,
     action_horizon: int | None,
-    size: Size,
+    size: FullSize | TinySize,
     *,
     checkpoint: str | None = None,
     tokenizer: str | None = None,
@@ -85,14 +56,14 @@ def build[Head: PI0FlowPolicy](
     precision: str = "float32",
     compile: str = "off",
 ) -> Head:
-    """A policy of class `head` for one task.
+    """A policy of class `head` for one task; the arguments are the keys of config/policy/pi0*.yaml.
 
     init: `random` (weights from `seed`) or `checkpoint` (from `checkpoint`, a LeRobot folder or a hub name of the
     head's type); tokenizer: folder or hub name, the checkpoint's own when None; cameras: the task's camera -> the
     checkpoint's image feature, where names differ; train: full, expert or lora. Raises ValueError in the user's words.
     """
     check_init(init, checkpoint, action_horizon)
-    options = {"attention": attention, "checkpointing": checkpointing, "precision": precision, "compile": compile}
+    options = dict(attention=attention, checkpointing=checkpointing, precision=precision, compile=compile)
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -107,7 +78,8 @@ def build[Head: PI0FlowPolicy](
     found.expect_type(head.kind)
     config = read_config(found, spec, action_horizon)
     units = units_of(found, spec)
-    order = camera_order(found, spec, dict(cameras or {}))
+    wanted = [camera for camera in visual_features(found) if ".empty_camera_" not in camera]
+    order = camera_order(found.folder, wanted, spec, dict(cameras or {}))
     words = HubTokenizer(tokenizer or tokenizer_name(found), config.tokenizer_max_length)
     with torch.device("meta"):
         core = size.build(config)
@@ -125,7 +97,9 @@ def build[Head: PI0FlowPolicy](
     return policy
 
 
-def meta(head: type[PI0FlowPolicy], cfg: Mapping[str, Any], spec: TaskSpec, size: Size) -> tuple[nn.Module, str]:
+def meta(
+    head: type[PI0FlowPolicy], cfg: Mapping[str, Any], spec: TaskSpec, size: FullSize | TinySize
+) -> tuple[nn.Module, str]:
     """The policy of a config on the meta device (shapes without numbers), and its mode of normalisation.
 
     Of a checkpoint only config.json and the processors are read. Raises ValueError in the user's words.
@@ -144,3 +118,7 @@ def meta(head: type[PI0FlowPolicy], cfg: Mapping[str, Any], spec: TaskSpec, size
     policy.checkpointing = bool(cfg.get("checkpointing"))
     set_trainable(policy, cfg.get("train") or "full", cfg.get("lora_rank") or 16)
     return policy, mode
+
+
+build_pi0, build_pi05 = partial(build, PI0FlowPolicy), partial(build, PI05FlowPolicy)
+meta_pi0, meta_pi05 = partial(meta, PI0FlowPolicy), partial(meta, PI05FlowPolicy)

@@ -36,23 +36,6 @@ def read_config(checkpoint: Checkpoint, spec: TaskSpec, action_horizon: int | No
     return config
 
 
-def camera_order(checkpoint: Checkpoint, spec: TaskSpec, mapping: dict[str, str]) -> tuple[str, ...]:
-    """The task's cameras in the checkpoint's order. Raises CheckpointError naming cameras without a counterpart."""
-    features = checkpoint.config.get("input_features") or {}
-    visual = [key for key, feature in features.items() if feature.get("type") == "VISUAL"]
-    unknown = [camera for camera in mapping if camera not in spec.cameras]
-    if unknown:
-        raise ValueError(f"policy.cameras: the task has no camera {unknown[0]!r}; it has {sorted(spec.cameras)}")
-    of = {mapping.get(camera, camera): camera for camera in spec.cameras}
-    of = {key if key.startswith("observation.") else f"observation.images.{key}": camera for key, camera in of.items()}
-    wanted = [key for key in visual if ".empty_camera_" not in key]
-    if set(of) != set(wanted):
-        raise CheckpointError(
-            f"cameras: the checkpoint has {wanted}, the task gives {sorted(of)}; map them with policy.cameras"
-        )
-    return tuple(of[key] for key in wanted)
-
-
 def tokenizer_name(checkpoint: Checkpoint) -> str:
     """The tokenizer that the checkpoint's preprocessor names; a folder of that name inside the checkpoint wins."""
     path = checkpoint.folder / PREPROCESSOR

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+
+from serl_launcher.policies.compiling import run_layer
 
 KeysValues = tuple[Tensor, Tensor]  # float[b, kv heads, l, head_dim] each
 
@@ -23,10 +24,10 @@ def run_layers(
     x: Tensor,
     positions: Tensor,
     mask: Tensor,
-    past: list[KeysValues] | None = None,
-    condition: Tensor | None = None,
-    checkpointing: bool = False,
-    layer_function: Callable | None = None,
+    past: list[KeysValues] | None,
+    condition: Tensor | None,
+    checkpointing: bool,
+    layer_function: Callable,
 ) -> tuple[Tensor, list[KeysValues]]:
     """Through every layer and the last norm of a `PiGemmaModel`.
 
@@ -35,15 +36,11 @@ def run_layers(
     layer_function: `gemma_layer`, or what torch.compile made of it. Returns the hidden states and this call's own keys
     and values.
     """
-    run = layer_function or gemma_layer
     rope = model.rotary_emb(x, positions)
     own: list[KeysValues] = []
     for index, layer in enumerate(model.layers):
         arguments = (layer, x, rope, mask, None if past is None else past[index], condition)
-        if checkpointing and torch.is_grad_enabled():
-            x, keys_values = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x, keys_values = run(*arguments)
+        x, keys_values = run_layer(checkpointing, layer_function, *arguments)
         own.append(keys_values)
     return model.norm(x, condition)[0], own
 
@@ -57,7 +54,8 @@ def gemma_layer(
     attention = layer.self_attn
     hidden, gate = layer.input_layernorm(x, condition)
     heads = (*hidden.shape[:-1], -1, attention.head_dim)
-    q, k, v = (project(hidden).view(heads).transpose(1, 2) for project in _projections(attention))
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    q, k, v = (project(hidden).view(heads).transpose(1, 2) for project in projections)
     q, k = apply_rotary_pos_emb(q, k, *rope)
     keys, values = (
         (k, v)
@@ -70,20 +68,11 @@ def gemma_layer(
     return _residual(x, layer.mlp(hidden), gate), (k, v)
 
 
-def _projections(attention: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
-    return attention.q_proj, attention.k_proj, attention.v_proj
-
-
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Fused attention; the one key-value head of Gemma is broadcast without a copy."""
     if keys.shape[1] != q.shape[1]:
-        n = q.shape[1] // keys.shape[1]
-        keys, values = (_broadcast(x, n) for x in (keys, values))
+        keys, values = (x.expand(-1, q.shape[1], -1, -1) for x in (keys, values))
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
-
-
-def _broadcast(x: Tensor, n: int) -> Tensor:
-    return x.expand(-1, n, -1, -1) if x.shape[1] == 1 else x.repeat_interleave(n, 1)
 
 
 def _residual(x: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:

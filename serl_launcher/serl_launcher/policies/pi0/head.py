@@ -16,23 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from serl_launcher.policies.base import PolicyInput, Prefix
-from serl_launcher.policies.compiling import CompiledLayer, check_switch
+from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix
+from serl_launcher.policies.compiling import CompiledLayer
 from serl_launcher.policies.normalise import Units, pad_last
 from serl_launcher.policies.pi0.gemma import gemma_layer, run_layers
 from serl_launcher.policies.pi0.saving import save_pi0
-from serl_launcher.policies.precision import check_precision, compute, full
+from serl_launcher.policies.precision import compute, full
 from serl_launcher.policies.transfer import to_device
 from serl_transport.contract.specs import TaskSpec
 
 Tokenizer = Callable[[list[str]], tuple[Tensor, Tensor]]
 
 
-class PI0FlowPolicy(nn.Module):
+class PI0FlowPolicy(FlowPolicy):
     """lerobot's `PI0Pytorch` as a flow policy: encode once, then velocity as often as wanted.
 
-    core: built by a size (pi0.tiny, pi0.full), on the meta device where a checkpoint or nothing fills it; attention:
-    `eager` calls the library's layers, `sdpa` runs them through pi0.gemma (fused attention).
+    core: built by a size (pi0.tiny, pi0.full), on the meta device where a checkpoint or nothing fills it; `attention:
+    sdpa` runs its layers through pi0.gemma.
     """
 
     kind: ClassVar[str] = "pi0"  # `type` in a checkpoint's config.json
@@ -51,68 +51,41 @@ class PI0FlowPolicy(nn.Module):
         cameras: tuple[str, ...] | None = None,
         compile: str = "off",
     ) -> None:
-        super().__init__()
-        drop_language_heads(core)
-        if attention not in ("eager", "sdpa"):
-            raise ValueError(f"policy.attention: expected eager or sdpa, got {attention!r}")
+        # What no flow policy reads goes: 790M parameters at full size. pi0.saving writes them from the source.
+        backbone = core.paligemma_with_expert
+        backbone.paligemma.lm_head, backbone.gemma_expert.lm_head = nn.Identity(), nn.Identity()
         if precision != "float32" and attention != "sdpa":
             raise ValueError("policy.precision: bfloat16 needs policy.attention=sdpa")
         if checkpointing and attention != "sdpa":
             raise ValueError("policy.checkpointing: needs policy.attention=sdpa (eager would nest two checkpoints)")
-        self.core = core
+        switches = dict(attention=attention, checkpointing=checkpointing, precision=precision, compile=compile)
+        chunk = (core.config.chunk_size, core.config.max_action_dim)
+        super().__init__(core, spec, cameras or tuple(spec.cameras), units, chunk, **switches)
         self.tokenizer = tokenizer
-        self.cameras = cameras or tuple(spec.cameras)
         self.image_size: int = core.config.image_resolution[0]
-        self.action_horizon: int = core.config.chunk_size
-        self.action_dim: int = core.config.max_action_dim
-        self.robot_dim = len(spec.action_names)
-        units = units or Units.from_spec(spec)
-        self.state_units, self.action_units = units.state, units.action
-        self.register_buffer("_low", torch.tensor(spec.action_low), persistent=False)
-        self.register_buffer("_high", torch.tensor(spec.action_high), persistent=False)
-        self.attention, self.checkpointing = attention, checkpointing
-        self.precision = check_precision(precision)
         if precision == "bfloat16":
-            _keep_float32(core.paligemma_with_expert.paligemma.model.vision_tower.vision_model.embeddings)
-        self.compile_layers(compile)
+            _keep_float32(backbone.paligemma.model.vision_tower.vision_model.embeddings)
 
     def compile_layers(self, mode: str, backend: str = "inductor") -> None:
-        """Use torch.compile for the layers of language model and expert: auto, on or off (policies.compiling)."""
-        self._layer = CompiledLayer(gemma_layer, check_switch("policy.compile", mode), backend)
+        self._layer = CompiledLayer(gemma_layer, mode, backend)
 
     def dead_parameters(self) -> set[str]:
         """Names of parameters that no action depends on: the prefix's hidden states behind the last layer's keys and
         values are read by `features` alone."""
-        layers = self.core.paligemma_with_expert.paligemma.model.language_model.layers
-        last = f"language_model.layers.{len(layers) - 1}."
-        unread = ("self_attn.q_proj", "self_attn.o_proj", "mlp.", "post_attention_layernorm")
-        prefix = "core.paligemma_with_expert.paligemma.model."
-        return {
-            name
-            for name, _ in self.named_parameters()
-            if name.startswith(prefix + "language_model.norm.")
-            or any(name.startswith(prefix + last + part) for part in unread)
-        }
+        language = "core.paligemma_with_expert.paligemma.model.language_model."
+        last = f"{language}layers.{len(self.backbone.model.language_model.layers) - 1}."
+        parts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.", "post_attention_layernorm")
+        unread = (f"{language}norm.", *(last + part for part in parts))
+        return {name for name, _ in self.named_parameters() if name.startswith(unread)}
 
     def save(self, folder: Path, extras: Mapping[str, Any] | None = None) -> Path:
         """Write it as LeRobot's `pi0` or `pi05`, whose folders have no place for `extras`."""
         return save_pi0(self, folder)
 
     @property
-    def device(self) -> torch.device:
-        return self.state_units.offset.device
-
-    @property
     def backbone(self) -> nn.Module:
         """What only the prefix runs through: vision tower, projector, language model."""
         return self.core.paligemma_with_expert.paligemma
-
-    def encode(self, observation: PolicyInput) -> Prefix:
-        """One pass of SigLIP over all cameras and of the language model over image and prompt tokens.
-
-        Without gradient when nothing of the backbone is trained.
-        """
-        return self.encode_prepared(self.prepare(observation))
 
     def prepare(self, observation: PolicyInput) -> dict[str, Tensor]:
         """The host's part of `encode`, on the device: pixels float32[b, cameras, 3, side, side] in [−1, 1], ids and
@@ -123,31 +96,22 @@ class PI0FlowPolicy(nn.Module):
         pixels = state.new_empty(b, 0, 3, self.image_size, self.image_size)
         if self.cameras:  # a task may have states alone
             pixels = torch.stack(self._pixels(observation.images).split(b), dim=1)
-        return {
-            "pixels": pixels,
-            "ids": to_device(ids, self.device),
-            "mask": to_device(mask, self.device),
-            "state": state,
-        }
+        ids, mask = (to_device(x, self.device) for x in (ids, mask))
+        return {"pixels": pixels, "ids": ids, "mask": mask, "state": state}
 
     def encode_prepared(self, tensors: dict[str, Tensor]) -> Prefix:
-        """The device's part of `encode`; `tensors` as `prepare` returns them."""
-        grad = torch.is_grad_enabled() and self._backbone_trains()
-        with torch.set_grad_enabled(grad), compute(self.precision, self.device):
-            return self._encode(tensors)
-
-    def _backbone_trains(self) -> bool:
-        return any(p.requires_grad for p in self.backbone.parameters())
-
-    def _encode(self, tensors: dict[str, Tensor]) -> Prefix:
-        state, pixels = tensors["state"], tensors["pixels"]
-        embeddings, pad_mask = self.core.paligemma_with_expert.embed_language_tokens(tensors["ids"]), tensors["mask"]
-        if self.cameras:
-            images = self.core.paligemma_with_expert.embed_image(pixels.flatten(0, 1))
-            images = images.view(len(state), -1, images.shape[-1])  # b·cameras, l_image, width -> b, all tokens, width
-            seen = torch.ones(images.shape[:2], dtype=torch.bool, device=state.device)
-            embeddings, pad_mask = torch.cat([images, embeddings], dim=1), torch.cat([seen, pad_mask], dim=1)
-        hidden, keys_values = self._run_prefix(embeddings, pad_mask)
+        """One pass of SigLIP over all cameras and of the language model over image and prompt tokens, without gradient
+        when nothing of the backbone is trained. `tensors` as `prepare` returns them."""
+        trains = any(p.requires_grad for p in self.backbone.parameters())
+        state, pad_mask, embed = tensors["state"], tensors["mask"], self.core.paligemma_with_expert
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains), compute(self.precision, self.device):
+            embeddings = embed.embed_language_tokens(tensors["ids"])
+            if self.cameras:
+                images = embed.embed_image(tensors["pixels"].flatten(0, 1))
+                images = images.view(len(state), -1, images.shape[-1])  # b·cameras, l, width -> b, all tokens, width
+                seen = torch.ones(images.shape[:2], dtype=torch.bool, device=state.device)
+                embeddings, pad_mask = torch.cat([images, embeddings], dim=1), torch.cat([seen, pad_mask], dim=1)
+            hidden, keys_values = self._run_prefix(embeddings, pad_mask)
         return Prefix(keys_values, pad_mask, hidden, pad_last(state, self.core.config.max_state_dim))
 
     def _prompts(self, prompts: list[str], state: Tensor) -> list[str]:
@@ -160,8 +124,7 @@ class PI0FlowPolicy(nn.Module):
         if self.attention == "sdpa":
             # Rows of padding attend like the others: nobody reads them, and no row may attend to nothing.
             mask = pad_mask[:, None, None, :]
-            options = {"checkpointing": self.checkpointing, "layer_function": self._layer}
-            return run_layers(language, embeddings, positions, mask, **options)
+            return run_layers(language, embeddings, positions, mask, None, None, self.checkpointing, self._layer)
         from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
 
         language.config._attn_implementation = "eager"
@@ -233,26 +196,6 @@ class PI0FlowPolicy(nn.Module):
         hidden, _ = run_layers(expert, x, positions, mask, past, condition, self.checkpointing, self._layer)
         with full(self.device, self.precision):
             return self.core.action_out_proj(hidden[:, -self.action_horizon :].float())
-
-    def features(self, prefix: Prefix) -> Tensor:
-        """Mean of the last hidden states over the tokens that count, with the state beside it."""
-        keep = prefix.pad_mask.unsqueeze(-1).to(prefix.hidden.dtype)
-        pooled = (prefix.hidden * keep).sum(1) / keep.sum(1)
-        return torch.cat([pooled.float(), prefix.state], dim=-1)
-
-    def normalise_actions(self, chunk: Tensor) -> Tensor:
-        """Physical float32[..., robot dims] to the model's units, zeros in the dims the robot lacks."""
-        return pad_last(self.action_units.to_model(chunk), self.action_dim)
-
-    def physical_actions(self, chunk: Tensor) -> Tensor:
-        """The model's units to physical float32[..., robot dims], clipped to the task's limits."""
-        return self.action_units.to_physical(chunk[..., : self.robot_dim]).clamp(self._low, self._high)
-
-
-def drop_language_heads(core: nn.Module) -> None:
-    """Let go of what no flow policy reads: 790M parameters at full size. pi0.saving writes them from the source."""
-    core.paligemma_with_expert.paligemma.lm_head = nn.Identity()
-    core.paligemma_with_expert.gemma_expert.lm_head = nn.Identity()
 
 
 def _keep_float32(module: nn.Module) -> None:

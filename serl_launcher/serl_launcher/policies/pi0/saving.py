@@ -1,7 +1,6 @@
 """A policy as a folder that LeRobot itself loads: config.json, model.safetensors, processors with their statistics.
 
-tools/export_checkpoint.py calls the head's `save` with a run's published parameters. What was not trained is copied
-from the checkpoint that the policy came from, byte for byte, and so are config and processors.
+tools/export_checkpoint.py calls the head's `save` with a run's published parameters.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from serl_launcher.policies.checkpoint import POSTPROCESSOR, PREPROCESSOR, SINGLE, Checkpoint
+from serl_launcher.policies.checkpoint import PREPROCESSOR, SINGLE
 from serl_launcher.policies.normalise import Affine
 from serl_launcher.policies.pi0.checkpoint import ALIASES, EMBEDDING, EXPERT_HEAD
-from serl_launcher.policies.pi0.trainable import merged_state
+from serl_launcher.policies.saving import copy_beside, expect_new, tensors_to_save
 
 PALIGEMMA_TOKENIZER = "google/paligemma-3b-pt-224"
 
@@ -27,68 +26,29 @@ PALIGEMMA_TOKENIZER = "google/paligemma-3b-pt-224"
 def save_pi0(policy: nn.Module, folder: Path) -> Path:
     """Write a PI0 or PI0.5 policy; the folder must not exist or be empty. Raises ValueError otherwise."""
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: holds files already; name a folder that does not exist")
-    source: Checkpoint | None = getattr(policy, "checkpoint", None)
+    expect_new(folder)
+    source = getattr(policy, "checkpoint", None)
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    save_file(tensors_to_save(policy, source), part / SINGLE, metadata={"format": "pt"})
+    tensors = tensors_to_save(policy, "model.", ALIASES)
     if source is None:
+        tensors |= {f"model.{name}": tensor for name, tensor in _language_heads(policy.core).items()}
         _write_config(policy, part)
     else:
-        _copy_config(source.folder, part)
+        copy_beside(source.folder, part, ("tokenizer",))
+    save_file(tensors, part / SINGLE, metadata={"format": "pt"})
     if folder.exists():
         folder.rmdir()
     os.replace(part, folder)
     return folder
 
 
-def tensors_to_save(policy: nn.Module, source: Checkpoint | None) -> dict[str, Tensor]:
-    """Every tensor under its name in the file: trained ones as they are, the others as the source holds them."""
-    mine = {f"model.{name}": tensor for name, tensor in merged_state(policy.core).items()}
-    if source is None:
-        mine |= {f"model.{name}": tensor for name, tensor in _language_heads(policy.core).items()}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in mine.items()}
-    trained = {f"model.{name.removeprefix('core.')}" for name in trained_names(policy)}
-    out: dict[str, Tensor] = {}
-    for stored in source.files:
-        name = stored if stored.startswith("model.") else f"model.{stored}"
-        held = name if name in mine else _alias(name, source)
-        out[stored] = mine[held].detach().cpu().contiguous() if held in trained else source.tensor(stored)
-    return out
-
-
-def trained_names(policy: nn.Module) -> set[str]:
-    """Names of the weights that training moved; an adapter moves the weight below it."""
-    names = {name for name, p in policy.named_parameters() if p.requires_grad}
-    below = {name.split(".lora_")[0] + ".weight" for name in names if ".lora_" in name}
-    return {name for name in names if ".lora_" not in name} | below
-
-
-def _alias(name: str, source: Checkpoint) -> str:
-    """The name that the policy holds a tensor under, where the file keeps a tied one under its other name only."""
-    for held, other in ALIASES.items():
-        if name == f"model.{other}" and not {held, f"model.{held}"} & source.files.keys():
-            return f"model.{held}"
-    return name
-
-
 def _language_heads(core: nn.Module) -> dict[str, Tensor]:
     """What LeRobot's loader wants and no flow policy reads: PaliGemma's is tied to its embedding, the expert's zero."""
-    embedding = dict(core.named_parameters())[EMBEDDING]
+    embedding = dict(core.named_parameters())[EMBEDDING].detach().cpu().clone()
     config = core.paligemma_with_expert.gemma_expert.config
-    return {ALIASES[EMBEDDING]: embedding.clone(), EXPERT_HEAD: torch.zeros(config.vocab_size, config.hidden_size)}
-
-
-def _copy_config(source: Path, folder: Path) -> None:
-    """config.json, processors, statistics and a tokenizer folder, unchanged."""
-    for path in sorted(source.iterdir()):
-        weights = path.name.startswith("model") and ".safetensors" in path.name
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".model") and not weights:
-            shutil.copyfile(path, folder / path.name)
-    if (source / "tokenizer").is_dir():
-        shutil.copytree(source / "tokenizer", folder / "tokenizer")
+    return {ALIASES[EMBEDDING]: embedding, EXPERT_HEAD: torch.zeros(config.vocab_size, config.hidden_size)}
 
 
 def _write_config(policy: nn.Module, folder: Path) -> None:
@@ -106,7 +66,6 @@ def _write_config(policy: nn.Module, folder: Path) -> None:
         if step.get("registry_name") == "tokenizer_processor":
             step["config"]["tokenizer_name"] = tokenizer
     path.write_text(json.dumps(content, indent=2))
-    assert (folder / POSTPROCESSOR).is_file()
 
 
 def _statistics(units: Affine) -> dict[str, Tensor]:

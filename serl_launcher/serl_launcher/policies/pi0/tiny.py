@@ -11,11 +11,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from serl_launcher.policies.pi0.full import lerobot_config, library
 from serl_launcher.policies.tokens import StateWordTokenizer, WordHashTokenizer
 from serl_transport.contract.specs import TaskSpec
 
@@ -24,6 +25,7 @@ from serl_transport.contract.specs import TaskSpec
 class TinySize:
     """Widths and depths of a tiny PI0; calling it builds the core."""
 
+    kind: ClassVar[str] = "pi0"
     width: int = 64  # of the language model and of the action expert
     depth: int = 2  # layers of each
     head_dim: int = 8  # 8 heads, one key-value head (fixed by lerobot)
@@ -38,88 +40,49 @@ class TinySize:
     vocabulary: int = 32  # token ids; the last one is PaliGemma's image token
 
     def __call__(self, spec: TaskSpec, action_horizon: int) -> tuple[nn.Module, WordHashTokenizer]:
-        """The core (`PI0Pytorch`) for a task's cameras, state and action dimensions, and its tokenizer."""
-        core = self.build(self.config(spec, action_horizon))
-        return core, WordHashTokenizer(self.vocabulary, self.prompt_tokens)
+        """The core for a task's cameras, state and action dimensions, and its tokenizer."""
+        words = self.tokenizer(spec)
+        return self.build(self.config(spec, action_horizon)), words
 
-    def build(self, config) -> nn.Module:
-        """`PI0Pytorch` at this size for a lerobot config, randomly initialised."""
-        import lerobot.policies.pi0.modeling_pi0 as pi0
+    def tokenizer(self, spec: TaskSpec) -> WordHashTokenizer:
+        """Hashed words."""
+        return WordHashTokenizer(self.vocabulary, self.prompt_tokens)
 
-        with shrunk(pi0, self):
-            core = pi0.PI0Pytorch(config)
+    def build(self, config: Any) -> nn.Module:
+        """lerobot's model at this size for a lerobot config, randomly initialised."""
+        module, _, core_class = library(self.kind)
+        with shrunk(module, self):
+            core = core_class(config)
         spread(core)
-        self.replace_stem(core)
-        return core
-
-    def replace_stem(self, core: nn.Module) -> None:
-        """Put the convolutional stem in place of the patch embedding, if it is wanted."""
         if self.conv_stem:
             embeddings = core.paligemma_with_expert.paligemma.model.vision_tower.vision_model.embeddings
             embeddings.patch_embedding = ConvStem(self.patch_size, self.vision_width)
+        return core
 
-    def config(self, spec: TaskSpec, action_horizon: int):
-        """lerobot's `PI0Config` for a task."""
-        from lerobot.policies.pi0.configuration_pi0 import PI0Config
-
-        return PI0Config(**self.config_fields(spec, action_horizon))
-
-    def config_fields(self, spec: TaskSpec, action_horizon: int) -> dict[str, Any]:
-        """What PI0's and PI0.5's configurations share."""
-        from lerobot.configs import FeatureType, PolicyFeature
-
-        s, ad, side = len(spec.state_names), len(spec.action_names), self.image_size
-        images = {f"observation.images.{c}": PolicyFeature(FeatureType.VISUAL, (3, side, side)) for c in spec.cameras}
-        return dict(
-            chunk_size=action_horizon,
-            n_action_steps=action_horizon,
-            max_action_dim=ad,
-            max_state_dim=s,
-            image_resolution=(side, side),
-            tokenizer_max_length=self.prompt_tokens,
-            device="cpu",
-            dtype="float32",
-            input_features={**images, "observation.state": PolicyFeature(FeatureType.STATE, (s,))},
-            output_features={"action": PolicyFeature(FeatureType.ACTION, (ad,))},
-        )
+    def config(self, spec: TaskSpec, action_horizon: int) -> Any:
+        """lerobot's configuration for a task."""
+        dims = dict(max_state_dim=len(spec.state_names), max_action_dim=len(spec.action_names))
+        side, tokens = self.image_size, self.prompt_tokens
+        return lerobot_config(self.kind, spec, action_horizon, side, tokenizer_max_length=tokens, **dims)
 
 
 @dataclass(frozen=True, slots=True)
 class TinyPI05Size(TinySize):
     """Widths and depths of a tiny PI0.5; the prompt must hold the task's words and one token per state dim."""
 
+    kind: ClassVar[str] = "pi05"
     vocabulary: int = 512
     prompt_tokens: int = 32
 
-    def __call__(self, spec: TaskSpec, action_horizon: int) -> tuple[nn.Module, StateWordTokenizer]:
-        """The core (`PI05Pytorch`) for a task's cameras, state and action dimensions, and its tokenizer."""
+    def tokenizer(self, spec: TaskSpec) -> StateWordTokenizer:
+        """Hashed words, and the state's bins. Raises ValueError when the prompt does not hold them."""
         needed = len(spec.prompt.split()) + len(spec.state_names) + 3
         if needed > self.prompt_tokens:
             raise ValueError(
                 f"policy.size.prompt_tokens: expected at least {needed} (the prompt's words and the state), "
                 f"got {self.prompt_tokens}"
             )
-        core = self.build(self.config(spec, action_horizon))
-        return core, StateWordTokenizer(self.vocabulary, self.prompt_tokens)
-
-    def build(self, config) -> nn.Module:
-        """`PI05Pytorch` at this size for a lerobot config, randomly initialised."""
-        import lerobot.policies.pi05.modeling_pi05 as pi05
-
-        with shrunk(pi05, self):
-            core = pi05.PI05Pytorch(config)
-        spread(core)
-        for module in core.paligemma_with_expert.gemma_expert.modules():
-            if getattr(module, "cond_dim", None) is not None:
-                _open_gate(module)
-        self.replace_stem(core)
-        return core
-
-    def config(self, spec: TaskSpec, action_horizon: int):
-        """lerobot's `PI05Config` for a task."""
-        from lerobot.policies.pi05.configuration_pi05 import PI05Config
-
-        return PI05Config(**self.config_fields(spec, action_horizon))
+        return StateWordTokenizer(self.vocabulary, self.prompt_tokens)
 
 
 class ConvStem(nn.Sequential):
@@ -175,7 +138,8 @@ def shrunk(pi0, size: TinySize) -> Iterator[None]:
 
 
 def spread(core: nn.Module) -> None:
-    """Fan-in initialisation. The library's std of 0.02 suits width 2048; at width 64 signals would vanish."""
+    """Fan-in initialisation, and PI0.5's gates open. The library's std of 0.02 suits width 2048; at width 64 signals
+    would vanish."""
     backbone = core.paligemma_with_expert
     for root in (backbone.paligemma.model.language_model, backbone.gemma_expert.model):
         for name, module in root.named_modules():
@@ -187,6 +151,9 @@ def spread(core: nn.Module) -> None:
     for module in backbone.paligemma.model.multi_modal_projector.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    for module in backbone.gemma_expert.modules():
+        if getattr(module, "cond_dim", None) is not None:
+            _open_gate(module)
 
 
 @torch.no_grad()

@@ -1,11 +1,10 @@
 """What of a PI0 or PI0.5 trains: all of it, the action expert alone, or low-rank adapters (LoRA).
 
-pi0.build calls `set_trainable` with `policy.train` of the yaml; pi0.saving calls `merged_state`.
+pi0.build calls `set_trainable` with `policy.train` of the yaml.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 MODES = ("full", "expert", "lora")
@@ -22,31 +21,13 @@ def set_trainable(policy: nn.Module, mode: str, lora_rank: int = 16) -> None:
         raise ValueError(f"policy.train: expected one of {list(MODES)}, got {mode!r}")
     if mode != "full":
         policy.backbone.requires_grad_(False)
-    if mode == "lora":
-        policy.core.paligemma_with_expert.gemma_expert.requires_grad_(False)
-        add_lora(policy.core.paligemma_with_expert, lora_rank)
-
-
-def add_lora(module: nn.Module, rank: int) -> None:
-    """Low-rank adapters (Hu et al., 2106.09685) in place, by PEFT; they start as no change."""
+    if mode != "lora":
+        return
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ValueError("policy.train=lora needs the package peft: pip install peft") from None
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS), module)
-
-
-def merged_state(core: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict under the names of a model without adapters: W + scale · B·A where LoRA was put in."""
-    out: dict[str, torch.Tensor] = {}
-    modules = dict(core.named_modules())
-    for name, tensor in core.state_dict().items():
-        if ".lora_" in name:
-            continue
-        if ".base_layer." in name:
-            layer = modules[name.split(".base_layer.")[0]]
-            if name.endswith("base_layer.weight"):
-                tensor = tensor.float() + layer.get_delta_weight("default").to(tensor.device)
-            name = name.replace(".base_layer.", ".")
-        out[name] = tensor
-    return out
+    policy.core.paligemma_with_expert.gemma_expert.requires_grad_(False)
+    # The adapters (Hu et al., 2106.09685) start as no change.
+    adapters = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=LORA_TARGETS)
+    inject_adapter_in_model(adapters, policy.core.paligemma_with_expert)
