@@ -46,7 +46,7 @@ class PickEnv(SimulatedEnv):
         self,
         image_size: int = 64,
         cameras: Sequence[str] = ("front", "wrist"),
-        renderer: str = "auto",
+        renderer: str = "ray",
         prompt: str = "pick up the red cube",
         max_ticks: int = 60,
     ):
