@@ -1,9 +1,9 @@
 """One learning run in one process, actor and trainer in lock step: the same data per step on any machine.
 
-benchmarks/learning.py calls `run`. It is the product's own parts without the sockets between them: EpisodeRunner with
-operator and safety chain, step batches through the assembler into the replay ring, the trainer's view, agent and
-learner, published parameters into the policy engine. `bash start.sh` runs the same concurrently; there the number of
-steps per transition depends on how fast the machine is, here it is `steps_per_tick`.
+Called by learning.py, steering.py and side_by_side. It is the product's own parts without the sockets between
+them: EpisodeRunner with operator and safety chain, step batches through the assembler into the replay ring, the
+trainer's view, agent and learner, published parameters into the policy engine. `bash start.sh` runs the same
+concurrently; there the number of steps per transition depends on how fast the machine is, here it is `steps_per_tick`.
 
     demonstrations ─▶ clone ─▶ evaluate ─▶ [ one episode ─▶ steps that are due ] × n ─▶ evaluate
 """
@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+from flowserl_cli.compose import load_config
 from openpi_client.action_chunk_broker import ActionChunkBroker
 from serl_launcher.learner.stage import TrainingStage
 from serl_launcher.learner.wiring import build_trainer
@@ -41,13 +43,14 @@ from serl_robot_infra.pacing import Pace, StopSignal
 from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.rewards.environment import EnvironmentReward
 from serl_robot_infra.safety import SafetyChain
-from serl_robot_infra.wiring import build_env, build_guard, build_operator, build_reward, demo_noise
+from serl_robot_infra.wiring import build_env, build_guard, build_operator, build_reward, demo_noise, plain
 from serl_transport.contract.errors import CannotListen
 from serl_transport.contract.schema import StepBatch
 from serl_transport.contract.specs import TaskSpec
 from serl_transport.wire.codec import pack
 
 FIRST_EVAL_SEED, FIRST_CURVE_SEED = 1_000_000, 2_000_000
+_NAME = "lockstep"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,32 +87,38 @@ class Point:
     episodes: int  # online episodes so far
     interventions: int  # online episodes in which the operator drove
     recent_intervention_rate: float | None  # of the last 50 online episodes
-    cpu_minutes: float  # of this process so far, evaluations left out
+    minutes: float  # CPU time of this process so far, evaluations left out
+    wall_minutes: float  # by the clock, evaluations left out
     successes: int
     trials: int
 
     def row(self) -> dict[str, Any]:
         """As JSON."""
-        low, high = wilson(self.successes, self.trials)
-        return {
-            "success_rate": round(self.successes / self.trials, 4),
-            "interval": [round(low, 3), round(high, 3)],
-            "trials": self.trials,
-            "env_steps": self.env_steps,
-            "demo_steps": self.demo_steps,
-            "optimizer_steps": self.optimizer_steps,
-            "episodes": self.episodes,
-            "interventions": self.interventions,
-            "recent_intervention_rate": self.recent_intervention_rate,
-            "minutes": round(self.cpu_minutes, 3),
-        }
+        row = asdict(self)
+        return rate(row.pop("successes"), row.pop("trials")) | row
+
+
+def rate(successes: int, trials: int) -> dict[str, Any]:
+    """The part of a row that says how well it went."""
+    low, high = wilson(successes, trials)
+    return {"success_rate": round(successes / trials, 4), "interval": [round(low, 3), round(high, 3)], "trials": trials}
+
+
+def recent_rate(helped: Sequence[bool]) -> float | None:
+    """Share of the last 50 episodes with help; None before there are as many."""
+    return round(float(np.mean(helped[-50:])), 3) if len(helped) >= 50 else None
+
+
+def _clocks() -> np.ndarray:
+    """CPU time of this process and wall time, seconds."""
+    return np.array([time.process_time(), time.monotonic()])
 
 
 class Lockstep:
     """Actor side and learner side of one run, joined by function calls."""
 
     def __init__(self, cfg: DictConfig, budget: Budget) -> None:
-        self.cfg, self.budget, self._began = cfg, budget, time.process_time()
+        self.cfg, self.budget, self._began = cfg, budget, _clocks()
         self.paths = RunPaths(Path(cfg.runs_dir) / cfg.run)
         for folder in (self.paths.params, self.paths.checkpoints):
             folder.mkdir(parents=True)
@@ -117,9 +126,7 @@ class Lockstep:
         self._assembler = Assembler(self.spec)
         self._ring = RingWriter(self.spec, cfg.replay.capacity_frames, self.paths.root)
         self._sequence = 0
-        self.trainer = build_trainer(
-            cfg, self.paths, gateway=None
-        )  # no gateway to talk to: this class decides what comes next
+        self.trainer = build_trainer(cfg, self.paths, gateway=None)  # this class decides what comes next
         self.trainer.publisher.publish()
         self.trainer.data.refresh(str(self._ring.path))
         self._policy = LocalPolicy(cfg, self.paths.params)
@@ -127,11 +134,12 @@ class Lockstep:
         self._rewards = self._serve_classifier()
         self._runner = self._build_runner(build_reward(cfg))
         # What counts in the end is the environment's word, whoever gave the rewards that were learned from.
-        self._evaluation_runner = self._build_runner(EnvironmentReward())
+        stack = replace(self._runner.stack, reward=EnvironmentReward())
+        self._evaluation_runner = replace(self._runner, stack=stack)
         self._drawn = {"demo": 0, "online": 0}
         self._helped: list[bool] = []  # of each online episode: did the operator drive?
         self._ticks = {"demo": 0, "online": 0}
-        self._evaluation_s = 0.0
+        self._evaluation_s = np.zeros(2)
 
     def close(self) -> None:
         """Free the environment and the ring, stop the reward server."""
@@ -155,25 +163,20 @@ class Lockstep:
                 return rewards
 
     def _build_runner(self, reward: RewardSource) -> EpisodeRunner:
-        rollout = self.cfg.rollout
+        cfg, rollout = self.cfg, self.cfg.rollout
         stack = ControlStack(
             env=self._env,
             broker=ActionChunkBroker(self._policy, rollout.execute_horizon),
-            operator=build_operator(self.cfg, self._env),
-            safety=SafetyChain(self.spec, **(self.cfg.task.get("safety") or {})),
+            operator=build_operator(cfg, self._env),
+            safety=SafetyChain.of(self.spec, plain(cfg.task.get("safety"))),
             reward=reward,
             adder=Adder(self._keep, rollout.batch_ticks),
             pace=Pace(0),
-            guard=build_guard(self.cfg, self._env, EmergencyStop(self.paths.root / "estop")),
+            guard=build_guard(cfg, self._env, EmergencyStop(self.paths.root / "estop")),
         )
+        noise = demo_noise(cfg, self._env)
         return EpisodeRunner(
-            stack,
-            Observer(),
-            StopSignal(),
-            actor_id="lockstep",
-            boot_id="lockstep",
-            may_take_over=rollout.operator,
-            demo_noise=demo_noise(self.cfg, self._env),
+            stack, Observer(), StopSignal(), _NAME, _NAME, rollout.operator, noise, rollout.hold_limit_s
         )
 
     def _keep(self, body: dict[str, Any]) -> None:
@@ -182,7 +185,7 @@ class Lockstep:
         if batch.episode.mode == "eval":
             return
         self._sequence += 1
-        entry = DataEntry.of("lockstep", "lockstep", self._sequence, pack({"item": body}), self.spec)
+        entry = DataEntry.of(_NAME, _NAME, self._sequence, pack({"item": body}), self.spec)
         for closed in self._assembler.apply(entry, time.time_ns()):
             episode = closed.build()
             success = bool(episode.outcome.success)
@@ -246,33 +249,39 @@ class Lockstep:
 
     def evaluate(self, trials: int, first_seed: int) -> Point:
         """Success without help."""
-        started = time.process_time()
+        started = _clocks()
         self.trainer.publisher.publish()
         results = [self.episode("eval", first_seed + k, "evaluation").outcome.success for k in range(trials)]
-        self._evaluation_s += time.process_time() - started
-        recent = self._helped[-50:]
+        self._evaluation_s += _clocks() - started
+        cpu_minutes, wall_minutes = (_clocks() - self._began - self._evaluation_s) / 60
         return Point(
             env_steps=self._ticks["online"],
             demo_steps=self._ticks["demo"],
             optimizer_steps=self.trainer.learner.step_count,
             episodes=len(self._helped),
             interventions=sum(self._helped),
-            recent_intervention_rate=round(float(np.mean(recent)), 3) if len(recent) == 50 else None,
-            cpu_minutes=(time.process_time() - self._began - self._evaluation_s) / 60,
+            recent_intervention_rate=recent_rate(self._helped),
+            minutes=round(float(cpu_minutes), 3),
+            wall_minutes=round(float(wall_minutes), 3),
             successes=sum(map(bool, results)),
             trials=trials,
         )
 
     def _seed(self, mode: str) -> int:
-        """Seeds below the evaluation's: a stretch of them for each run seed and mode."""
         self._drawn[mode] += 1
-        return self.cfg.seed * 20_000 + (10_000 if mode == "online" else 0) + self._drawn[mode]
+        return seed_of(self.cfg.seed, mode, self._drawn[mode])
 
 
-def run(cfg: DictConfig, budget: Budget) -> Iterator[tuple[str, Point]]:
-    """`Lockstep.points` of a run whose folder must not exist."""
-    lockstep = Lockstep(cfg, budget)
-    try:
-        yield from lockstep.points()
-    finally:
-        lockstep.close()
+def seed_of(run_seed: int, mode: str, number: int) -> int:
+    """Of the `number`-th demonstration or online episode (from 1): below the evaluation's, a stretch for each run."""
+    return run_seed * 20_000 + (10_000 if mode == "online" else 0) + number
+
+
+@contextlib.contextmanager
+def opened(words: Sequence[str]) -> Iterator[Lockstep]:
+    """A run of these overrides and `budget.<field>=<value>`, in a folder that goes with it."""
+    budget, overrides = budget_of(words)
+    with tempfile.TemporaryDirectory(prefix="flowserl-lockstep-") as folder:
+        fixed = [f"runs_dir={folder}", "run=lockstep", "telemetry.tensorboard=false", "serving.device=cpu"]
+        with contextlib.closing(Lockstep(load_config([*overrides, *fixed]), budget)) as lockstep:
+            yield lockstep

@@ -14,7 +14,13 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from side_by_side.side_task import Settings
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,24 +32,13 @@ def main() -> int:
     args, words = _arguments()
     from side_by_side.side_task import Settings
 
-    settings = Settings(
-        args.observation,
-        args.seed,
-        args.env_steps,
-        args.demos,
-        args.eval_episodes,
-        args.curve_every,
-        args.curve_episodes,
-    )
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     output = args.output or ROOT / "docs" / "results" / f"side_by_side_{args.observation}.jsonl"
-    head = {
-        "policy": "gaussian_actor" if args.side == "lerobot" else args.policy,
-        "task": settings.task,
-        "seed": args.seed,
-    }
+    policy = "gaussian_actor" if args.side == "lerobot" else args.policy
+    head = {"algo": _algo(args, words), "policy": policy, "task": settings.task, "seed": args.seed, "words": words}
     try:
         for row in _rows(args, words, settings):
-            line = json.dumps({"algo": _algo(args, words), **head, "words": words} | row)
+            line = json.dumps(head | row)
             print(line, flush=True)
             with output.open("a") as file:
                 file.write(line + "\n")
@@ -53,18 +48,25 @@ def main() -> int:
     return 0
 
 
-def _rows(args, words, settings):
+def _rows(args: argparse.Namespace, words: list[str], settings: Settings) -> Iterator[dict]:
+    """Rows `before`, `curve`, `after` as they come."""
     if args.side == "lerobot":
         from side_by_side import lerobot_side
 
-        return lerobot_side.run(settings, args.fps, args.keep)
-    from side_by_side import ours
+        yield from lerobot_side.run(settings, args.fps, args.keep)
+        return
+    from lockstep import opened
 
-    budget = {"clone_steps": args.clone_steps, "steps_per_tick": args.steps_per_tick}
-    return ours.run(settings, [f"policy={args.policy}", *words], budget)
+    names = ("demos", "env_steps", "eval_episodes", "curve_every", "curve_episodes", "clone_steps", "steps_per_tick")
+    budget = [f"budget.{name}={getattr(args, name)}" for name in names]
+    with opened([f"task={settings.task}", f"seed={args.seed}", f"policy={args.policy}", *budget, *words]) as run:
+        for name, point in run.points():
+            row = point.row()
+            cpu, wall = row.pop("minutes"), row.pop("wall_minutes")
+            yield row | {"point": name, "cpu_minutes": cpu, "minutes": wall}
 
 
-def _algo(args, words: list[str]) -> str:
+def _algo(args: argparse.Namespace, words: list[str]) -> str:
     if args.side == "lerobot":
         return f"lerobot_sac_{args.fps}hz"
     chosen = [word.partition("=")[2] for word in words if word.startswith("algo=")]
@@ -84,9 +86,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--curve-every", type=int, default=1_500, help="online ticks between points; 0: none")
     parser.add_argument("--curve-episodes", type=int, default=30)
     parser.add_argument("--output", type=Path, help="default docs/results/side_by_side_<observation>.jsonl")
-    parser.add_argument(
-        "--fps", type=int, default=10, help="lerobot: control ticks per second of its actor; 10 is its recipe's"
-    )
+    parser.add_argument("--fps", type=int, default=10, help="lerobot: control ticks per second; 10 is its recipe's")
     parser.add_argument("--keep", type=Path, help="lerobot: a new folder for its logs, configuration and snapshots")
     parser.add_argument("--policy", default="pi0_tiny", help="ours")
     parser.add_argument("--clone-steps", type=int, default=600, help="ours: optimizer steps on the demonstrations")

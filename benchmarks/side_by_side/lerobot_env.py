@@ -14,7 +14,8 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-from side_by_side.side_task import Robot, Settings, seed_of
+from lockstep import recent_rate, seed_of
+from side_by_side.side_task import Robot, Settings
 
 from serl_transport.contract.schema import Observation
 
@@ -123,7 +124,6 @@ class ScriptedPickCube(gym.Env):
     def _snapshot(self, point: str) -> None:
         path = self._log.with_name(f"policy_{point}_{self._steps}.pt")
         self._save(path)
-        recent = self._helped[-50:]
         row = {
             "point": point,
             "file": str(path),
@@ -131,7 +131,7 @@ class ScriptedPickCube(gym.Env):
             "env_steps": self._steps,
             "episodes": len(self._helped),
             "interventions": sum(self._helped),
-            "recent_intervention_rate": round(float(np.mean(recent)), 3) if len(recent) == 50 else None,
+            "recent_intervention_rate": recent_rate(self._helped),
             "recent_training_success": round(float(np.mean(self._successes[-50:])), 3) if self._successes else None,
         }
         with self._log.open("a") as file:

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from lockstep import rate
 from side_by_side import lerobot_config, lerobot_demos
 from side_by_side.lerobot_env import ActionUnits, to_gym
-from side_by_side.side_task import FIRST_SEED, Robot, Settings, evaluate, rate
+from side_by_side.side_task import FIRST_SEED, Robot, Settings, evaluate
 
 from serl_transport.contract.schema import Observation
 

@@ -142,7 +142,7 @@ def in_foreground(overrides: Sequence[str]) -> int:
             print(f"{signal.Signals(stopper.signum).name}: stopping the actor, then the learner", flush=True)
             code = 128 + stopper.signum
         if code == 0:
-            _wait_for_goodbye(actor)
+            _await(lambda: actor.tick() is not None, ACTOR_GOODBYE_S)
     finally:
         actor.stop()
         learner.stop()
@@ -154,12 +154,6 @@ def outcome(actor: int | None, learner: int | None) -> int | None:
     if learner is not None:
         return learner
     return actor or None
-
-
-def _wait_for_goodbye(actor: Side) -> None:
-    deadline = time.monotonic() + ACTOR_GOODBYE_S
-    while actor.tick() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
 
 
 def keep_side(name: str, overrides: Sequence[str], run_dir: Path, registry: Registry) -> int:
