@@ -9,8 +9,6 @@ beside it, those of the ablations in a second picture. A run that is in the file
 `=` are overrides for every run, and are kept in its rows. How a run goes: benchmarks/lockstep.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

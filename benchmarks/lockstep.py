@@ -8,8 +8,6 @@ concurrently; there the number of steps per transition depends on how fast the m
     demonstrations ─▶ clone ─▶ evaluate ─▶ [ one episode ─▶ steps that are due ] × n ─▶ evaluate
 """
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import tempfile

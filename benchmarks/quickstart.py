@@ -5,8 +5,6 @@
 Runs real processes, one run after the other (each wants both cores); prints one JSON row a run, and medians at the end.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -8,8 +8,6 @@ benchmarks/learning.py, whose --plot draws them; `minutes` is wall time here, `c
 from the command's start, with evaluations left out. Run one at a time: each takes up to two cores.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -48,7 +46,7 @@ def main() -> int:
     return 0
 
 
-def _rows(args: argparse.Namespace, words: list[str], settings: Settings) -> Iterator[dict]:
+def _rows(args: argparse.Namespace, words: list[str], settings: "Settings") -> Iterator[dict]:
     """Rows `before`, `curve`, `after` as they come."""
     if args.side == "lerobot":
         from side_by_side import lerobot_side

@@ -4,8 +4,6 @@ What differs from that recipe, and why: no GPU; a convolutional encoder that is 
 ResNet-10 is frozen at 128 px and comes from the hub; the batch of the image task, so that two cores can run it.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from side_by_side.lerobot_env import ENV_ID, GRIPPER_PENALTY

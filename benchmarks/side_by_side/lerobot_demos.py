@@ -1,7 +1,5 @@
 """The demonstrations as the LeRobotDataset that LeRobot's learner fills its offline buffer from."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

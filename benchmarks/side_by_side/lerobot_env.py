@@ -5,8 +5,6 @@ gym-hil's conventions: actions (dx, dy, dz) in [-1, 1] with gripper 0 open, 1 st
 `is_intervention` and `discrete_penalty` in info; observations `agent_pos` and `pixels`. What happened goes to a file.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

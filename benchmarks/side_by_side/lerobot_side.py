@@ -4,8 +4,6 @@ Called by command.py. CPU time is that of both processes; time stands still whil
 after training, so that it costs neither side anything.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -3,8 +3,6 @@
 Ours and LeRobot's learn in the same environment object, with the same demonstrations, operator and evaluation episodes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ Beside them the machine's floors of the same run: one bare pyzmq hop, and what w
 spools are in memory: a robot's disk is another machine's.
 """
 
-from __future__ import annotations
-
 import socket
 import statistics
 import subprocess
@@ -177,7 +175,7 @@ class GatewayProcess:
                 raise RuntimeError(f"the gateway did not start: {(folder / 'log').read_text()}")
             time.sleep(0.05)
 
-    def __enter__(self) -> GatewayProcess:
+    def __enter__(self) -> "GatewayProcess":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,8 +8,6 @@ the flow is cloned from demonstrations, Q_A warming up on them. Online, a step e
 trains the small networks on a larger draw from it: what a frozen flow made of a transition stays true.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +40,7 @@ class DSRLSettings(ValueSettings):
     memory: int  # encoded transitions that are kept
     memory_batch: int  # drawn from them in each online step
 
-    def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> DSRLAgent:
+    def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> "DSRLAgent":
         return DSRLAgent(policy, task.prompt, self, feature_dim=feature_dim(policy, task), horizon=horizon)
 
 

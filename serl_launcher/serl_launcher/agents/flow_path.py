@@ -8,8 +8,6 @@ transition has one (SAC-Flow, Zhang et al., 2509.25756), and so has the path:
 The last term when the action is tanh x_K. Called by agents.sac.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

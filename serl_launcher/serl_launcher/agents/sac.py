@@ -8,8 +8,6 @@ The learner calls `forward(batch, step)` with a LearningBatch. In the online sta
 without gradient, for flow and critic alike. Formulas: agents.losses, critics.losses, agents.flow_path.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +55,7 @@ class SACSettings(ValueSettings):
     cal_ql_weight: float  # of Cal-QL's conservative term; 0 leaves it out
     cal_ql_samples: int  # chunks of the policy, and uniform ones, for each transition in that term
 
-    def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> SACAgent:
+    def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> "SACAgent":
         return SACAgent(policy, task.prompt, self, feature_dim=feature_dim(policy, task), horizon=horizon)
 
 

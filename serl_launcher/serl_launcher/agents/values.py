@@ -3,8 +3,6 @@
 agents.sac and agents.dsrl extend `ValueSettings` and `ValueAgent`; batches are of replay.learning.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Pure functions of tensors, called by the agents.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
