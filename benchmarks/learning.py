@@ -88,8 +88,8 @@ def run_all(
         words = ["--one", variant, str(seed), "--task", task, "--policy", policy, *extra]
         return subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
 
-    failures = 0
-    with ThreadPoolExecutor(jobs) as pool:
+    failures, pool = 0, ThreadPoolExecutor(jobs)
+    try:
         runs = {pool.submit(start, *run): run for run in due}
         for done in as_completed(runs):
             (variant, seed), process = runs[done], done.result()
@@ -101,6 +101,8 @@ def run_all(
                 file.write(process.stdout)
             last = json.loads(process.stdout.splitlines()[-1])
             print(f"{variant} seed {seed}: {last['success_rate']:.2f} after {last['env_steps']} ticks", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C begins no further run
     return failures
 
 

@@ -9,7 +9,6 @@ concurrently; there the number of steps per transition depends on how fast the m
 """
 
 import contextlib
-import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -42,7 +41,6 @@ from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.rewards.environment import EnvironmentReward
 from serl_robot_infra.safety import SafetyChain
 from serl_robot_infra.wiring import build_env, build_guard, build_operator, build_reward, demo_noise, plain
-from serl_transport.contract.errors import CannotListen
 from serl_transport.contract.schema import StepBatch
 from serl_transport.contract.specs import TaskSpec
 from serl_transport.wire.codec import pack
@@ -148,17 +146,14 @@ class Lockstep:
         self.trainer.step_log.close()
 
     def _serve_classifier(self) -> RewardServer | None:
-        """The reward server that the actor of a run with reward=classifier asks, in a thread, on free ports."""
+        """The reward server that the actor of a run with reward=classifier asks, in a thread, on a free port."""
         if OmegaConf.select(self.cfg, "reward.model") is None:
             return None
-        while True:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                self.cfg.reward.port = free.getsockname()[1]
-            with contextlib.suppress(CannotListen):  # the port above it, for broadcasts, is taken
-                rewards = build_reward_server(self.cfg)
-                rewards.server.start(threaded=True)
-                return rewards
+        self.cfg.reward.port = 0
+        rewards = build_reward_server(self.cfg)
+        rewards.server.start(threaded=True)
+        self.cfg.reward.port = rewards.server.config.port_number
+        return rewards
 
     def _build_runner(self, reward: RewardSource) -> EpisodeRunner:
         cfg, rollout = self.cfg, self.cfg.rollout

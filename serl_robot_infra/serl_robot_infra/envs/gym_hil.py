@@ -6,6 +6,7 @@ Called by the actor loop like any environment; needs the `hil` extra. The action
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from unittest import mock
 
 import mujoco
 import numpy as np
@@ -57,7 +58,7 @@ class GymHilPickEnv(SimulatedEnv):
         for camera in cameras:
             if camera not in _CAMERAS:
                 raise ValueError(f"cameras: gym-hil has {sorted(_CAMERAS)}, got {camera!r}")
-        with _no_renderer():
+        with mock.patch.object(mujoco, "Renderer", _NoRenderer):
             self._env = PandaPickCubeGymEnv(random_block_position=True)
         self._cube_in_state = cube_in_state
         self._finger = self._env.model.joint("right_driver_joint").qposadr[0]
@@ -88,11 +89,9 @@ class GymHilPickEnv(SimulatedEnv):
         return self._data.sensor("2f85/pinch_pos").data.copy()
 
     def expert(self) -> PickExpert:
-        """A scripted expert that reads this environment's privileged state."""
         return PickExpert(self, _GRASP)
 
     def reset(self, seed: int, *, actuator_noise: float = 0.0) -> Observation:
-        """Begin the episode that `seed` names; see `envs.base.Environment.reset`."""
         with _global_seed(seed):
             self._env.reset(seed=seed)
         self._begin(seed, actuator_noise)
@@ -111,23 +110,14 @@ class GymHilPickEnv(SimulatedEnv):
         return np.array([*self.tcp_position, command, self._data.qpos[self._finger], *cube], np.float32)
 
 
-@contextmanager
-def _no_renderer() -> Iterator[None]:
+class _NoRenderer:
     """gym-hil's constructor makes a GL renderer even when no images are asked for; machines without GL have none."""
 
-    class Nothing:
-        def __init__(self, *args: object, **kwargs: object) -> None: ...
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
 
-        def render(self) -> None: ...
+    def render(self) -> None: ...
 
-        def close(self) -> None: ...
-
-    before = mujoco.Renderer
-    mujoco.Renderer = Nothing  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        mujoco.Renderer = before
+    def close(self) -> None: ...
 
 
 @contextmanager

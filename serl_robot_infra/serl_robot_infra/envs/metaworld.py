@@ -7,7 +7,7 @@ which moves the hand's target by at most a centimetre; an episode ends at the fi
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -19,9 +19,6 @@ from serl_robot_infra.envs.metaworld_carry import CarryScript
 from serl_robot_infra.envs.simulated import SimulatedEnv
 from serl_transport.contract.schema import Observation
 from serl_transport.contract.specs import TaskSpec
-
-if TYPE_CHECKING:
-    from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
 STEP_SIZE = 0.01
 """Largest translation of the hand's target in one of Meta-World's steps, metres per axis."""
@@ -108,7 +105,6 @@ class MetaWorldEnv(SimulatedEnv):
         return MetaWorldExpert(self, self._policy_class())
 
     def reset(self, seed: int, *, actuator_noise: float = 0.0) -> Observation:
-        """Begin the episode that `seed` names; see `envs.base.Environment.reset`."""
         self._env.seed(seed)
         self._env.reset()
         mujoco.mj_forward(self._model, self._data)  # Meta-World moves bodies after its last step
@@ -152,7 +148,7 @@ class MetaWorldExpert:
         return np.clip(wish * high, low, high).astype(np.float32)
 
 
-def _build(task: str) -> "tuple[SawyerXYZEnv, type]":
+def _build(task: str) -> tuple[Any, type]:
     """Meta-World's environment, drawing anew at each reset from the seed given before, and its scripted policy."""
     try:
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS

@@ -44,7 +44,6 @@ class ConsoleObserver(Observer):
         self._told_at: dict[str, float] = {}
 
     def episode_started(self, info: EpisodeInfo) -> None:
-        """Remember what runs."""
         self._info, self._ticks, self._started = info, 0, time.monotonic()
 
     def tick(self, step: TimeStep) -> None:

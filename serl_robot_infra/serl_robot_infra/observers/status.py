@@ -18,11 +18,9 @@ class StatusObserver(Observer):
         self._version: int | None = None
 
     def episode_started(self, info: EpisodeInfo) -> None:
-        """The mode."""
         self._set_status(mode=info.mode)
 
     def tick(self, step: TimeStep) -> None:
-        """The version, when it changed."""
         if step.policy_version != self._version and step.policy_version >= 0:
             self._version = step.policy_version
             self._set_status(policy_version=self._version)

@@ -44,7 +44,6 @@ class VideoObserver(Observer):
         self._steps = [] if wanted else None
 
     def tick(self, step: TimeStep) -> None:
-        """Keep the step."""
         if self._steps is not None:
             self._steps.append(step)
 

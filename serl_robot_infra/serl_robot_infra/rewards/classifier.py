@@ -38,7 +38,6 @@ class ClassifierReward:
         self.reset()
 
     def reset(self) -> None:
-        """Begin an episode."""
         self._in_a_row = 0
         self._stage = 0
 

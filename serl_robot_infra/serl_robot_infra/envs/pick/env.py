@@ -81,11 +81,9 @@ class PickEnv(SimulatedEnv):
         return self._data.site("tcp").xpos.copy()
 
     def expert(self) -> PickExpert:
-        """A scripted expert that reads this environment's privileged state."""
         return PickExpert(self, _GRASP)
 
     def reset(self, seed: int, *, actuator_noise: float = 0.0) -> Observation:
-        """Begin the episode that `seed` names; see `envs.base.Environment.reset`."""
         self._begin(seed, actuator_noise)
         rng = np.random.default_rng(seed)
         mujoco.mj_resetData(self._model, self._data)
