@@ -66,9 +66,9 @@ def one(variant: str, task: str, policy: str, seed: int, extra: Sequence[str]) -
     head = {"algo": variant, "policy": policy, "task": task, "seed": seed, "words": list(extra)}
     started = time.monotonic()
     with opened(words_of(variant, task, policy, seed, extra)) as run:
-        for what, point in run.points():
+        for row in run.rows():
             wall = {"wall_minutes": round((time.monotonic() - started) / 60, 2)}
-            print(json.dumps(head | {"point": what} | point.row() | wall), flush=True)
+            print(json.dumps(head | row | wall), flush=True)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,27 +71,6 @@ def budget_of(words: Sequence[str]) -> tuple[Budget, list[str]]:
         raise SystemExit(f"no budget.{unknown[0]}; there are {', '.join(kinds)}")
     budget = Budget(**{key: kinds[key](value) for key, value in own.items()})
     return budget, [word for word in words if not word.startswith("budget.")]
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One evaluation."""
-
-    env_steps: int  # online ticks so far
-    demo_steps: int  # ticks of the demonstrations
-    optimizer_steps: int
-    episodes: int  # online episodes so far
-    interventions: int  # online episodes in which the operator drove
-    recent_intervention_rate: float | None  # of the last 50 online episodes
-    minutes: float  # CPU time of this process so far, evaluations left out
-    wall_minutes: float  # by the clock, evaluations left out
-    successes: int
-    trials: int
-
-    def row(self) -> dict[str, Any]:
-        """As JSON."""
-        row = asdict(self)
-        return rate(row.pop("successes"), row.pop("trials")) | row
 
 
 def rate(successes: int, trials: int) -> dict[str, Any]:
@@ -184,19 +163,19 @@ class Lockstep:
             success = bool(episode.outcome.success)
             self._ring.append(closed.ordinal, episode.info.mode, success, episode.arrays)
 
-    def points(self) -> Iterator[tuple[str, Point]]:
-        """The whole run: (`before` | `curve` | `after`, the evaluation) as they come. RuntimeError when held."""
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The whole run: rows `before`, `curve` and `after` as they come. RuntimeError when held."""
         budget = self.budget
         self.demonstrate()
         self.trainer.learner.begin_stage("train")
         self.train("clone", "train", budget.clone_steps, budget.clone_steps)
-        yield "before", self.evaluate(budget.eval_episodes, FIRST_EVAL_SEED)
+        yield {"point": "before"} | self.evaluate(budget.eval_episodes, FIRST_EVAL_SEED)
         if budget.offline_steps:
             self.train("offline", "train", budget.offline_steps, budget.offline_steps)
         if budget.env_steps:
-            for point in self.online():
-                yield "curve", point
-        yield "after", self.evaluate(budget.eval_episodes, FIRST_EVAL_SEED)
+            for row in self.online():
+                yield {"point": "curve"} | row
+        yield {"point": "after"} | self.evaluate(budget.eval_episodes, FIRST_EVAL_SEED)
         if self.trainer.faults.held:
             raise RuntimeError(self.trainer.faults.held)
 
@@ -225,7 +204,7 @@ class Lockstep:
         while trainer.stages.taken(row) < upto and trainer.faults.held is None:
             trainer.take_step(row, self._ticks["online"])
 
-    def online(self) -> Iterator[Point]:
+    def online(self) -> Iterator[dict[str, Any]]:
         """The online stage; points of the curve on the way."""
         budget, goal = self.budget, int(self.budget.env_steps * self.budget.steps_per_tick)
         self.trainer.learner.begin_stage("online")
@@ -240,25 +219,23 @@ class Lockstep:
                 yield self.evaluate(budget.curve_episodes, FIRST_CURVE_SEED)
         self.trainer.publisher.publish()
 
-    def evaluate(self, trials: int, first_seed: int) -> Point:
-        """Success without help."""
+    def evaluate(self, trials: int, first_seed: int) -> dict[str, Any]:
+        """Success without help, and what has been spent so far."""
         started = _clocks()
         self.trainer.publisher.publish()
         results = [self.episode("eval", first_seed + k, "evaluation").outcome.success for k in range(trials)]
         self._evaluation_s += _clocks() - started
-        cpu_minutes, wall_minutes = (_clocks() - self._began - self._evaluation_s) / 60
-        return Point(
-            env_steps=self._ticks["online"],
-            demo_steps=self._ticks["demo"],
-            optimizer_steps=self.trainer.learner.step_count,
-            episodes=len(self._helped),
-            interventions=sum(self._helped),
-            recent_intervention_rate=recent_rate(self._helped),
-            minutes=round(float(cpu_minutes), 3),
-            wall_minutes=round(float(wall_minutes), 3),
-            successes=sum(map(bool, results)),
-            trials=trials,
-        )
+        cpu_minutes, wall_minutes = ((_clocks() - self._began - self._evaluation_s) / 60).round(3).tolist()
+        return rate(sum(map(bool, results)), trials) | {
+            "env_steps": self._ticks["online"],
+            "demo_steps": self._ticks["demo"],
+            "optimizer_steps": self.trainer.learner.step_count,
+            "episodes": len(self._helped),  # online ones
+            "interventions": sum(self._helped),  # those in which the operator drove
+            "recent_intervention_rate": recent_rate(self._helped),
+            "minutes": cpu_minutes,  # of this process; evaluations are left out
+            "wall_minutes": wall_minutes,
+        }
 
     def _seed(self, mode: str) -> int:
         self._drawn[mode] += 1

@@ -14,11 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-VARIANTS = {
-    "full": [],
-    "no_operator": ["rollout.operator=false"],
-    "offline": ["schedule=quickstart_offline"],
-}
+VARIANTS = {"full": [], "no_operator": ["rollout.operator=false"], "offline": ["schedule=quickstart_offline"]}
 FIGURES = (
     "success_rate_before_online",
     "success_rate",

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 
@@ -48,6 +48,3 @@ def alternate(work: Mapping[str, Callable[[], float]], rounds: int) -> dict[str,
         for name, measure in work.items():
             found[name].append(measure())
     return {name: statistics.median(values) for name, values in found.items()}
-
-
-Suite = Callable[[bool], Iterator[Row]]  # rows(quick)

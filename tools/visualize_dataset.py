@@ -83,11 +83,8 @@ def pick(root: Path, index: int) -> int:
 
 def show(root: Path, episode: int, save: Path | None) -> int:
     """Run lerobot-dataset-viz on one episode; its exit status."""
-    if (
-        save is None
-        and sys.platform == "linux"
-        and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-    ):
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if save is None and sys.platform == "linux" and not display:
         raise ValueError("there is no display here: use --save FILE.rrd and open it with `rerun FILE.rrd` elsewhere")
     with tempfile.TemporaryDirectory() as folder:
         command = [

@@ -80,7 +80,7 @@ class ScriptedPickCube(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         """The next online episode of the run's seed; LeRobot names none."""
-        self._take_due_snapshots()
+        self._take_due_snapshot()
         self._observation = self._robot.begin(seed_of(self._settings.seed, "online", len(self._helped) + 1), "online")
         self._units.reset()
         self._closed = False
@@ -113,13 +113,11 @@ class ScriptedPickCube(gym.Env):
         moved, self._closed = close != self._closed, close
         return GRIPPER_PENALTY if moved else 0.0
 
-    def _take_due_snapshots(self) -> None:
+    def _take_due_snapshot(self) -> None:
         """One at a time: an episode can pass two of them only where they are closer than an episode is long."""
-        if self._due and self._steps >= self._due[0][0]:
-            _, point = self._due.pop(0)
-            self._snapshot(point)
-
-    def _snapshot(self, point: str) -> None:
+        if not self._due or self._steps < self._due[0][0]:
+            return
+        _, point = self._due.pop(0)
         path = self._log.with_name(f"policy_{point}_{self._steps}.pt")
         self._save(path)
         row = {

@@ -29,16 +29,9 @@ _GRASP = Grasp(hover=0.08, over=0.01, level=0.02, around=0.01, depth=0.008, slip
 class GymHilPickEnv(SimulatedEnv):
     """Answers `envs.base.ScriptedEnvironment`.
 
-    Args:
-        image_size: side of the square images, pixels.
-        renderer: `auto`, `egl`, `osmesa` or `ray` (see `envs.rendering`).
-        prompt: the language instruction.
-        cameras: which of `front` and `wrist` to render; none for a task of states alone.
-        cube_in_state: append the cube's position to the state, for that task.
-
-    Raises:
-        ImportError: gym-hil is not installed.
-        ValueError: no such camera.
+    image_size: side of the square images, pixels. cameras: which of `front` and `wrist` to render; none for a task of
+    states alone. cube_in_state: append the cube's position to the state, for that task. ImportError: gym-hil is not
+    installed; ValueError: no such camera.
     """
 
     def __init__(

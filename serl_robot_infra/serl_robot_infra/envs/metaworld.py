@@ -39,18 +39,14 @@ class MetaWorldEnv(SimulatedEnv):
 
     Args:
         task: Meta-World's name, such as `drawer-open-v3`.
-        prompt: the language instruction.
         cameras: which to render: `front`, `wrist`, or by the model's own names.
         image_size: side of the square images, pixels.
-        renderer: `auto`, `egl`, `osmesa` or `ray` (see `envs.rendering`).
         repeat: Meta-World steps per tick.
         max_ticks: length of an episode without success.
         goal_in_state: append the goal's position to the state: for tasks whose goal is a mere marker, that no camera
             of ours shows.
 
-    Raises:
-        ImportError: Meta-World is not installed.
-        ValueError: no such task or camera.
+    ImportError: Meta-World is not installed; ValueError: no such task or camera.
     """
 
     def __init__(

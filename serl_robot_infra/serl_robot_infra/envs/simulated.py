@@ -10,8 +10,7 @@ import numpy as np
 
 from serl_robot_infra.envs.base import StepResult
 from serl_robot_infra.envs.rendering import make_renderer
-from serl_transport.contract.schema import Observation
-from serl_transport.contract.specs import TaskSpec
+from serl_transport.contract.specs import Observation, TaskSpec
 
 
 class SimulatedEnv:

@@ -7,11 +7,7 @@ from serl_transport.contract.schema import EpisodeInfo, TimeStep
 
 
 class StatusObserver(Observer):
-    """Keeps `mode` and `policy_version` of the heartbeat true.
-
-    Args:
-        set_status: `LearnerLink.set_status`.
-    """
+    """Keeps `mode` and `policy_version` of the heartbeat true, by `LearnerLink.set_status`."""
 
     def __init__(self, set_status: Callable[..., None]):
         self._set_status = set_status

@@ -34,12 +34,8 @@ _GRASP = Grasp(hover=0.07, over=0.008, level=0.03, around=0.03, depth=0.006, sli
 class PickEnv(SimulatedEnv):
     """The default simulated task; answers `envs.base.ScriptedEnvironment`.
 
-    Args:
-        image_size: side of the square camera images, pixels.
-        cameras: which of `front` and `wrist` to render; none for a state-only environment.
-        renderer: `auto`, `egl`, `osmesa` or `ray` (see `envs.rendering`).
-        prompt: the language instruction.
-        max_ticks: length of an episode without success, ticks of 0.1 s.
+    image_size: side of the square images, pixels. cameras: which of `front` and `wrist` to render; none for a task of
+    states alone. max_ticks: length of an episode without success, ticks of 0.1 s. ValueError: no such camera.
     """
 
     def __init__(
