@@ -1,7 +1,5 @@
 """The barest ways to do the same: bare pyzmq without copies, write + fdatasync. `Peer` is a process of its own."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import time
@@ -23,7 +21,7 @@ class Peer:
         theirs.close()
         self.port: Any = self.pipe.recv()
 
-    def __enter__(self) -> Peer:
+    def __enter__(self) -> "Peer":
         return self
 
     def __exit__(self, *_: object) -> None:

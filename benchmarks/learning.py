@@ -9,17 +9,15 @@ beside it, those of the ablations in a second picture. A run that is in the file
 `=` are overrides for every run, and are kept in its rows. How a run goes: benchmarks/lockstep.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -63,24 +61,14 @@ def words_of(variant: str, task: str, policy: str, seed: int, extra: Sequence[st
 
 def one(variant: str, task: str, policy: str, seed: int, extra: Sequence[str]) -> None:
     """Run it here; rows go to stdout as they come."""
-    from lockstep import budget_of, run
+    from lockstep import opened
 
-    from flowserl_cli.compose import load_config
-
-    budget, words = budget_of(words_of(variant, task, policy, seed, extra))
     head = {"algo": variant, "policy": policy, "task": task, "seed": seed, "words": list(extra)}
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="flowserl-learning-") as folder:
-        settings = [f"runs_dir={folder}", "run=learning", "telemetry.tensorboard=false", "serving.device=cpu"]
-        cfg = load_config([*words, *settings])
-        for what, point in run(cfg, budget):
+    with opened(words_of(variant, task, policy, seed, extra)) as run:
+        for row in run.rows():
             wall = {"wall_minutes": round((time.monotonic() - started) / 60, 2)}
-            print(json.dumps(head | {"point": what} | point.row() | wall), flush=True)
-
-
-def key_of(row: dict[str, Any]) -> tuple:
-    """What makes a run the same run."""
-    return row["algo"], row["policy"], row["task"], row["seed"], tuple(row["words"])
+            print(json.dumps(head | row | wall), flush=True)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -92,41 +80,29 @@ def run_all(
     wanted: Iterable[tuple[str, int]], task: str, policy: str, extra: Sequence[str], jobs: int, output: Path
 ) -> int:
     """Each (variant, seed) in a process, `jobs` at a time; a finished run's rows are appended at once."""
-    there = {key_of(row) for row in read_rows(output) if row["point"] == "after"}
-    queue = [(v, s) for v, s in wanted if (v, policy, task, s, tuple(extra)) not in there]
-    running: list[tuple[str, int, subprocess.Popen, Any]] = []
-    failures = 0
-    while queue or running:
-        while queue and len(running) < jobs:
-            variant, seed = queue.pop(0)
-            command = [
-                sys.executable,
-                __file__,
-                "--one",
-                variant,
-                str(seed),
-                "--task",
-                task,
-                "--policy",
-                policy,
-                *extra,
-            ]
-            rows = tempfile.TemporaryFile("w+")  # noqa: SIM115
-            running.append((variant, seed, subprocess.Popen(command, stdout=rows, text=True), rows))
-        time.sleep(0.5)
-        for job in [job for job in running if job[2].poll() is not None]:
-            running.remove(job)
-            variant, seed, process, rows = job
-            rows.seek(0)
-            text = rows.read()
+    after = [row for row in read_rows(output) if row["point"] == "after"]
+    there = {(r["algo"], r["policy"], r["task"], r["seed"], tuple(r["words"])) for r in after}
+    due = [run for run in wanted if (run[0], policy, task, run[1], tuple(extra)) not in there]
+
+    def start(variant: str, seed: int) -> subprocess.CompletedProcess:
+        words = ["--one", variant, str(seed), "--task", task, "--policy", policy, *extra]
+        return subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
+
+    failures, pool = 0, ThreadPoolExecutor(jobs)
+    try:
+        runs = {pool.submit(start, *run): run for run in due}
+        for done in as_completed(runs):
+            (variant, seed), process = runs[done], done.result()
             if process.returncode:
                 failures += 1
                 print(f"{variant} seed {seed}: exit {process.returncode}", file=sys.stderr, flush=True)
                 continue
             with output.open("a") as file:
-                file.write(text)
-            last = json.loads(text.splitlines()[-1])
+                file.write(process.stdout)
+            last = json.loads(process.stdout.splitlines()[-1])
             print(f"{variant} seed {seed}: {last['success_rate']:.2f} after {last['env_steps']} ticks", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C begins no further run
     return failures
 
 

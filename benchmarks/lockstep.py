@@ -1,26 +1,25 @@
 """One learning run in one process, actor and trainer in lock step: the same data per step on any machine.
 
-benchmarks/learning.py calls `run`. It is the product's own parts without the sockets between them: EpisodeRunner with
-operator and safety chain, step batches through the assembler into the replay ring, the trainer's view, agent and
-learner, published parameters into the policy engine. `bash start.sh` runs the same concurrently; there the number of
-steps per transition depends on how fast the machine is, here it is `steps_per_tick`.
+Called by learning.py, steering.py and side_by_side. It is the product's own parts without the sockets between
+them: EpisodeRunner with operator and safety chain, step batches through the assembler into the replay ring, the
+trainer's view, agent and learner, published parameters into the policy engine. `bash start.sh` runs the same
+concurrently; there the number of steps per transition depends on how fast the machine is, here it is `steps_per_tick`.
 
     demonstrations ─▶ clone ─▶ evaluate ─▶ [ one episode ─▶ steps that are due ] × n ─▶ evaluate
 """
 
-from __future__ import annotations
-
 import contextlib
-import socket
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+from flowserl_cli.compose import load_config
 from openpi_client.action_chunk_broker import ActionChunkBroker
 from serl_launcher.learner.stage import TrainingStage
 from serl_launcher.learner.wiring import build_trainer
@@ -41,13 +40,13 @@ from serl_robot_infra.pacing import Pace, StopSignal
 from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.rewards.environment import EnvironmentReward
 from serl_robot_infra.safety import SafetyChain
-from serl_robot_infra.wiring import build_env, build_guard, build_operator, build_reward, demo_noise
-from serl_transport.contract.errors import CannotListen
+from serl_robot_infra.wiring import build_env, build_guard, build_operator, build_reward, demo_noise, plain
 from serl_transport.contract.schema import StepBatch
 from serl_transport.contract.specs import TaskSpec
 from serl_transport.wire.codec import pack
 
 FIRST_EVAL_SEED, FIRST_CURVE_SEED = 1_000_000, 2_000_000
+_NAME = "lockstep"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,42 +73,27 @@ def budget_of(words: Sequence[str]) -> tuple[Budget, list[str]]:
     return budget, [word for word in words if not word.startswith("budget.")]
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One evaluation."""
+def rate(successes: int, trials: int) -> dict[str, Any]:
+    """The part of a row that says how well it went."""
+    low, high = wilson(successes, trials)
+    return {"success_rate": round(successes / trials, 4), "interval": [round(low, 3), round(high, 3)], "trials": trials}
 
-    env_steps: int  # online ticks so far
-    demo_steps: int  # ticks of the demonstrations
-    optimizer_steps: int
-    episodes: int  # online episodes so far
-    interventions: int  # online episodes in which the operator drove
-    recent_intervention_rate: float | None  # of the last 50 online episodes
-    cpu_minutes: float  # of this process so far, evaluations left out
-    successes: int
-    trials: int
 
-    def row(self) -> dict[str, Any]:
-        """As JSON."""
-        low, high = wilson(self.successes, self.trials)
-        return {
-            "success_rate": round(self.successes / self.trials, 4),
-            "interval": [round(low, 3), round(high, 3)],
-            "trials": self.trials,
-            "env_steps": self.env_steps,
-            "demo_steps": self.demo_steps,
-            "optimizer_steps": self.optimizer_steps,
-            "episodes": self.episodes,
-            "interventions": self.interventions,
-            "recent_intervention_rate": self.recent_intervention_rate,
-            "minutes": round(self.cpu_minutes, 3),
-        }
+def recent_rate(helped: Sequence[bool]) -> float | None:
+    """Share of the last 50 episodes with help; None before there are as many."""
+    return round(float(np.mean(helped[-50:])), 3) if len(helped) >= 50 else None
+
+
+def _clocks() -> np.ndarray:
+    """CPU time of this process and wall time, seconds."""
+    return np.array([time.process_time(), time.monotonic()])
 
 
 class Lockstep:
     """Actor side and learner side of one run, joined by function calls."""
 
     def __init__(self, cfg: DictConfig, budget: Budget) -> None:
-        self.cfg, self.budget, self._began = cfg, budget, time.process_time()
+        self.cfg, self.budget, self._began = cfg, budget, _clocks()
         self.paths = RunPaths(Path(cfg.runs_dir) / cfg.run)
         for folder in (self.paths.params, self.paths.checkpoints):
             folder.mkdir(parents=True)
@@ -117,9 +101,7 @@ class Lockstep:
         self._assembler = Assembler(self.spec)
         self._ring = RingWriter(self.spec, cfg.replay.capacity_frames, self.paths.root)
         self._sequence = 0
-        self.trainer = build_trainer(
-            cfg, self.paths, gateway=None
-        )  # no gateway to talk to: this class decides what comes next
+        self.trainer = build_trainer(cfg, self.paths, gateway=None)  # this class decides what comes next
         self.trainer.publisher.publish()
         self.trainer.data.refresh(str(self._ring.path))
         self._policy = LocalPolicy(cfg, self.paths.params)
@@ -127,11 +109,12 @@ class Lockstep:
         self._rewards = self._serve_classifier()
         self._runner = self._build_runner(build_reward(cfg))
         # What counts in the end is the environment's word, whoever gave the rewards that were learned from.
-        self._evaluation_runner = self._build_runner(EnvironmentReward())
+        stack = replace(self._runner.stack, reward=EnvironmentReward())
+        self._evaluation_runner = replace(self._runner, stack=stack)
         self._drawn = {"demo": 0, "online": 0}
         self._helped: list[bool] = []  # of each online episode: did the operator drive?
         self._ticks = {"demo": 0, "online": 0}
-        self._evaluation_s = 0.0
+        self._evaluation_s = np.zeros(2)
 
     def close(self) -> None:
         """Free the environment and the ring, stop the reward server."""
@@ -142,38 +125,30 @@ class Lockstep:
         self.trainer.step_log.close()
 
     def _serve_classifier(self) -> RewardServer | None:
-        """The reward server that the actor of a run with reward=classifier asks, in a thread, on free ports."""
+        """The reward server that the actor of a run with reward=classifier asks, in a thread, on a free port."""
         if OmegaConf.select(self.cfg, "reward.model") is None:
             return None
-        while True:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                self.cfg.reward.port = free.getsockname()[1]
-            with contextlib.suppress(CannotListen):  # the port above it, for broadcasts, is taken
-                rewards = build_reward_server(self.cfg)
-                rewards.server.start(threaded=True)
-                return rewards
+        self.cfg.reward.port = 0
+        rewards = build_reward_server(self.cfg)
+        rewards.server.start(threaded=True)
+        self.cfg.reward.port = rewards.server.config.port_number
+        return rewards
 
     def _build_runner(self, reward: RewardSource) -> EpisodeRunner:
-        rollout = self.cfg.rollout
+        cfg, rollout = self.cfg, self.cfg.rollout
         stack = ControlStack(
             env=self._env,
             broker=ActionChunkBroker(self._policy, rollout.execute_horizon),
-            operator=build_operator(self.cfg, self._env),
-            safety=SafetyChain(self.spec, **(self.cfg.task.get("safety") or {})),
+            operator=build_operator(cfg, self._env),
+            safety=SafetyChain.of(self.spec, plain(cfg.task.get("safety"))),
             reward=reward,
             adder=Adder(self._keep, rollout.batch_ticks),
             pace=Pace(0),
-            guard=build_guard(self.cfg, self._env, EmergencyStop(self.paths.root / "estop")),
+            guard=build_guard(cfg, self._env, EmergencyStop(self.paths.root / "estop")),
         )
+        noise = demo_noise(cfg, self._env)
         return EpisodeRunner(
-            stack,
-            Observer(),
-            StopSignal(),
-            actor_id="lockstep",
-            boot_id="lockstep",
-            may_take_over=rollout.operator,
-            demo_noise=demo_noise(self.cfg, self._env),
+            stack, Observer(), StopSignal(), _NAME, _NAME, rollout.operator, noise, rollout.hold_limit_s
         )
 
     def _keep(self, body: dict[str, Any]) -> None:
@@ -182,25 +157,25 @@ class Lockstep:
         if batch.episode.mode == "eval":
             return
         self._sequence += 1
-        entry = DataEntry.of("lockstep", "lockstep", self._sequence, pack({"item": body}), self.spec)
+        entry = DataEntry.of(_NAME, _NAME, self._sequence, pack({"item": body}), self.spec)
         for closed in self._assembler.apply(entry, time.time_ns()):
             episode = closed.build()
             success = bool(episode.outcome.success)
             self._ring.append(closed.ordinal, episode.info.mode, success, episode.arrays)
 
-    def points(self) -> Iterator[tuple[str, Point]]:
-        """The whole run: (`before` | `curve` | `after`, the evaluation) as they come. RuntimeError when held."""
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The whole run: rows `before`, `curve` and `after` as they come. RuntimeError when held."""
         budget = self.budget
         self.demonstrate()
         self.trainer.learner.begin_stage("train")
         self.train("clone", "train", budget.clone_steps, budget.clone_steps)
-        yield "before", self.evaluate(budget.eval_episodes, FIRST_EVAL_SEED)
+        yield {"point": "before"} | self.evaluate(budget.eval_episodes, FIRST_EVAL_SEED)
         if budget.offline_steps:
             self.train("offline", "train", budget.offline_steps, budget.offline_steps)
         if budget.env_steps:
-            for point in self.online():
-                yield "curve", point
-        yield "after", self.evaluate(budget.eval_episodes, FIRST_EVAL_SEED)
+            for row in self.online():
+                yield {"point": "curve"} | row
+        yield {"point": "after"} | self.evaluate(budget.eval_episodes, FIRST_EVAL_SEED)
         if self.trainer.faults.held:
             raise RuntimeError(self.trainer.faults.held)
 
@@ -229,7 +204,7 @@ class Lockstep:
         while trainer.stages.taken(row) < upto and trainer.faults.held is None:
             trainer.take_step(row, self._ticks["online"])
 
-    def online(self) -> Iterator[Point]:
+    def online(self) -> Iterator[dict[str, Any]]:
         """The online stage; points of the curve on the way."""
         budget, goal = self.budget, int(self.budget.env_steps * self.budget.steps_per_tick)
         self.trainer.learner.begin_stage("online")
@@ -244,35 +219,39 @@ class Lockstep:
                 yield self.evaluate(budget.curve_episodes, FIRST_CURVE_SEED)
         self.trainer.publisher.publish()
 
-    def evaluate(self, trials: int, first_seed: int) -> Point:
-        """Success without help."""
-        started = time.process_time()
+    def evaluate(self, trials: int, first_seed: int) -> dict[str, Any]:
+        """Success without help, and what has been spent so far."""
+        started = _clocks()
         self.trainer.publisher.publish()
         results = [self.episode("eval", first_seed + k, "evaluation").outcome.success for k in range(trials)]
-        self._evaluation_s += time.process_time() - started
-        recent = self._helped[-50:]
-        return Point(
-            env_steps=self._ticks["online"],
-            demo_steps=self._ticks["demo"],
-            optimizer_steps=self.trainer.learner.step_count,
-            episodes=len(self._helped),
-            interventions=sum(self._helped),
-            recent_intervention_rate=round(float(np.mean(recent)), 3) if len(recent) == 50 else None,
-            cpu_minutes=(time.process_time() - self._began - self._evaluation_s) / 60,
-            successes=sum(map(bool, results)),
-            trials=trials,
-        )
+        self._evaluation_s += _clocks() - started
+        cpu_minutes, wall_minutes = ((_clocks() - self._began - self._evaluation_s) / 60).round(3).tolist()
+        return rate(sum(map(bool, results)), trials) | {
+            "env_steps": self._ticks["online"],
+            "demo_steps": self._ticks["demo"],
+            "optimizer_steps": self.trainer.learner.step_count,
+            "episodes": len(self._helped),  # online ones
+            "interventions": sum(self._helped),  # those in which the operator drove
+            "recent_intervention_rate": recent_rate(self._helped),
+            "minutes": cpu_minutes,  # of this process; evaluations are left out
+            "wall_minutes": wall_minutes,
+        }
 
     def _seed(self, mode: str) -> int:
-        """Seeds below the evaluation's: a stretch of them for each run seed and mode."""
         self._drawn[mode] += 1
-        return self.cfg.seed * 20_000 + (10_000 if mode == "online" else 0) + self._drawn[mode]
+        return seed_of(self.cfg.seed, mode, self._drawn[mode])
 
 
-def run(cfg: DictConfig, budget: Budget) -> Iterator[tuple[str, Point]]:
-    """`Lockstep.points` of a run whose folder must not exist."""
-    lockstep = Lockstep(cfg, budget)
-    try:
-        yield from lockstep.points()
-    finally:
-        lockstep.close()
+def seed_of(run_seed: int, mode: str, number: int) -> int:
+    """Of the `number`-th demonstration or online episode (from 1): below the evaluation's, a stretch for each run."""
+    return run_seed * 20_000 + (10_000 if mode == "online" else 0) + number
+
+
+@contextlib.contextmanager
+def opened(words: Sequence[str]) -> Iterator[Lockstep]:
+    """A run of these overrides and `budget.<field>=<value>`, in a folder that goes with it."""
+    budget, overrides = budget_of(words)
+    with tempfile.TemporaryDirectory(prefix="flowserl-lockstep-") as folder:
+        fixed = [f"runs_dir={folder}", "run=lockstep", "telemetry.tensorboard=false", "serving.device=cpu"]
+        with contextlib.closing(Lockstep(load_config([*overrides, *fixed]), budget)) as lockstep:
+            yield lockstep

@@ -5,8 +5,6 @@
 Runs real processes, one run after the other (each wants both cores); prints one JSON row a run, and medians at the end.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics
@@ -16,11 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-VARIANTS = {
-    "full": [],
-    "no_operator": ["rollout.operator=false"],
-    "offline": ["schedule=quickstart_offline"],
-}
+VARIANTS = {"full": [], "no_operator": ["rollout.operator=false"], "offline": ["schedule=quickstart_offline"]}
 FIGURES = (
     "success_rate_before_online",
     "success_rate",

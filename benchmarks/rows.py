@@ -1,10 +1,8 @@
 """One figure of a benchmark beside the machine's own floor, and the A B A B measuring that both come from."""
 
-from __future__ import annotations
-
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 
@@ -21,7 +19,7 @@ class Row:
     holds: bool | None  # it meets the goal
 
     @classmethod
-    def of(cls, name: str, value: float, unit: str, floor: float | None = None, goal: str | None = None) -> Row:
+    def of(cls, name: str, value: float, unit: str, floor: float | None = None, goal: str | None = None) -> "Row":
         """Work out ratio and verdict; `goal` is '>= x' or '<= x' of the ratio, or of the value without a floor."""
         ratio = None if floor is None else value / floor
         holds = None if goal is None else meets(value if ratio is None else ratio, goal)
@@ -50,6 +48,3 @@ def alternate(work: Mapping[str, Callable[[], float]], rounds: int) -> dict[str,
         for name, measure in work.items():
             found[name].append(measure())
     return {name: statistics.median(values) for name, values in found.items()}
-
-
-Suite = Callable[[bool], Iterator[Row]]  # rows(quick)

@@ -5,8 +5,6 @@ Each suite is one file in suites/ with `rows(quick) -> Iterator[Row]`. Rows: nam
 do the same, measured in the same run), ratio, goal, holds. Quote figures from a quiet machine only.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import os

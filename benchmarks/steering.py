@@ -9,18 +9,15 @@ n and for each way to draw a noise: for every tick of the chunk (`per_step`), or
 
 import argparse
 import json
-import tempfile
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from lockstep import FIRST_EVAL_SEED, Lockstep, budget_of
+from lockstep import FIRST_EVAL_SEED, Lockstep, opened, rate
 from torch import Tensor
 
-from flowserl_cli.compose import load_config
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, sample
 from serl_robot_infra.envs.base import ScriptedEnvironment
-from serl_robot_infra.evaluation import wilson
 from serl_robot_infra.wiring import build_env
 from serl_transport.contract.schema import Observation
 
@@ -48,26 +45,14 @@ def success(env: ScriptedEnvironment, choose: Choice, horizon: int, seed: int) -
                 return bool(result.success)
 
 
-def whole_numbers(text: str) -> list[int]:
-    """`1,8` -> [1, 8]."""
-    return [int(part) for part in text.split(",")]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=60)
-    parser.add_argument("--best-of", type=whole_numbers, default="1,8,64", help="n, with commas between")
+    parser.add_argument("--best-of", type=lambda text: [*map(int, text.split(","))], default="1,8,64", help="n,n,…")
     parser.add_argument("words", nargs="*", help="overrides of the config, and budget.<field>=<value>")
     args = parser.parse_args()
-    budget, words = budget_of(["algo=sft_pi0", *args.words])
-    with tempfile.TemporaryDirectory(prefix="flowserl-steering-") as folder:
-        settings = [f"runs_dir={folder}", "run=steering", "telemetry.tensorboard=false", "serving.device=cpu"]
-        cfg = load_config([*words, *settings])
-        run = Lockstep(cfg, budget)
-        try:
-            measure(run, args)
-        finally:
-            run.close()
+    with opened(["algo=sft_pi0", *args.words]) as run:
+        measure(run, args)
 
 
 def measure(run: Lockstep, args: argparse.Namespace) -> None:
@@ -93,11 +78,8 @@ def measure(run: Lockstep, args: argparse.Namespace) -> None:
                 "words": args.words,
                 "variant": variant,
                 "best_of": n,
-                "success_rate": round(wins / args.episodes, 4),
-                "interval": [round(x, 3) for x in wilson(wins, args.episodes)],
-                "trials": args.episodes,
             }
-            print(json.dumps(row), flush=True)
+            print(json.dumps(row | rate(wins, args.episodes)), flush=True)
 
 
 def oracle(policy: FlowPolicy, prompt: str, n: int, rows: int, flow_steps: int, seed: int) -> Choice:

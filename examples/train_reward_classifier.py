@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -48,25 +47,20 @@ def read_settings(argv: Sequence[str]) -> DictConfig:
             raise ConfigError(f"cannot read {word!r}: expected key=value, such as seed=3")
         if key not in known:
             raise ConfigError(f"unknown key {key!r}{nearest(key, known)}")
-        _check(word, _read(word), OmegaConf.select(settings, key))
-    return OmegaConf.merge(settings, *(_read(word) for word in argv))
+    return OmegaConf.merge(settings, *(_read(word, settings) for word in argv))
 
 
-def _read(word: str) -> DictConfig:
+def _read(word: str, settings: DictConfig) -> DictConfig:
+    """The one key. ConfigError when it is unreadable, or its value is of another kind than in `settings`."""
+    key = word.partition("=")[0]
     try:
         given = OmegaConf.from_dotlist([word])
         OmegaConf.resolve(given)
-        return given
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"cannot read {word!r}: {str(error).splitlines()[0]}") from None
-
-
-def _check(word: str, given: DictConfig, default: Any) -> None:
-    """ConfigError when the value is of another kind than the yaml's."""
-    key = word.partition("=")[0]
     value = OmegaConf.select(given, key)
     value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    expected = type_mismatch(value, default)
+    expected = type_mismatch(value, OmegaConf.select(settings, key))
     if key == "cameras" and value is not None and not isinstance(value, list):
         expected = f"a list, such as [{value}]"
     if key in ("seed", "run") and value is None:
@@ -75,6 +69,7 @@ def _check(word: str, given: DictConfig, default: Any) -> None:
         expected = "a whole number of at least 0"
     if expected:
         raise ConfigError(f"{key} in {word!r} must be {expected}, got {value!r}")
+    return given
 
 
 def _spec_of(folder: Path) -> TaskSpec:

@@ -38,7 +38,11 @@ def main(argv: Sequence[str]) -> int:
     if flags:
         print(f"# {side}\n{OmegaConf.to_yaml(config)}", end="")
         return 0
-    return _run_actor(config) if side == "actor" else _run_learner(config)
+    if side == "actor":
+        from serl_robot_infra.main import main as run_side
+    else:
+        from serl_launcher.supervisor.main import main as run_side
+    return run_side(config)
 
 
 def chosen_side(config: DictConfig) -> str:
@@ -47,18 +51,6 @@ def chosen_side(config: DictConfig) -> str:
         got = "both" if config.actor else "neither"
         raise ConfigError(f"expected exactly one of actor=true and learner=true, got {got}")
     return "actor" if config.actor else "learner"
-
-
-def _run_actor(config: DictConfig) -> int:
-    from serl_robot_infra.main import main as actor_main
-
-    return actor_main(config) or 0
-
-
-def _run_learner(config: DictConfig) -> int:
-    from serl_launcher.supervisor.main import main as learner_main
-
-    return learner_main(config)
 
 
 def _help() -> str:

@@ -7,8 +7,6 @@ The task (sizes, ranges, prompt) comes from the dataset, the units from the chec
 metrics.jsonl and params/ (so that tools/export_checkpoint.py and tools/eval_open_loop.py take it as a run).
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -82,8 +82,8 @@ def pick(root: Path, index: int) -> int:
 
 def show(root: Path, episode: int, save: Path | None) -> int:
     """Run lerobot-dataset-viz on one episode; its exit status."""
-    display = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if save is None and not display:
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if save is None and sys.platform == "linux" and not display:
         raise ValueError("there is no display here: use --save FILE.rrd and open it with `rerun FILE.rrd` elsewhere")
     with tempfile.TemporaryDirectory() as folder:
         command = [

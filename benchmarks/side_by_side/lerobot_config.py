@@ -4,11 +4,10 @@ What differs from that recipe, and why: no GPU; a convolutional encoder that is 
 ResNet-10 is frozen at 128 px and comes from the hub; the batch of the image task, so that two cores can run it.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from side_by_side.lerobot_env import ENV_ID, GRIPPER_PENALTY
+from side_by_side.side_task import Settings
 
 from serl_transport.contract.specs import TaskSpec
 
@@ -17,7 +16,7 @@ BATCH = {"state": 256, "images": 64}
 DATASET = "flowserl/side_by_side"
 
 
-def build(spec: TaskSpec, observation: str, seed: int, folder: Path, port: int, fps: int, env_steps: int) -> dict:
+def build(spec: TaskSpec, settings: Settings, folder: Path, port: int, fps: int) -> dict:
     """For `lerobot.rl.train_rl.TrainRLServerPipelineConfig`."""
     images = {f"observation.images.{c}": {"type": "VISUAL", "shape": [3, *size]} for c, size in spec.cameras.items()}
     inputs = {**images, "observation.state": {"type": "STATE", "shape": [len(spec.state_names)]}}
@@ -31,8 +30,8 @@ def build(spec: TaskSpec, observation: str, seed: int, folder: Path, port: int, 
     return {
         "output_dir": str(folder / "lerobot"),
         "job_name": "side_by_side",
-        "seed": seed,
-        "batch_size": BATCH[observation],
+        "seed": settings.seed,
+        "batch_size": BATCH[settings.observation],
         "log_freq": 100,
         "save_checkpoint": False,
         "dataset": {"repo_id": DATASET, "root": str(folder / "demonstrations"), "use_imagenet_stats": False},
@@ -68,9 +67,9 @@ def build(spec: TaskSpec, observation: str, seed: int, folder: Path, port: int, 
             "num_discrete_actions": 3,
             "latent_dim": 64,
             "policy_kwargs": {"use_tanh_squash": True, "std_min": 1e-5, "std_max": 5, "init_final": 0.05},
-            "online_steps": 10 * env_steps + 10_000,  # the run is ended from outside, at env_steps
-            "online_buffer_capacity": env_steps + 2_000,
-            "offline_buffer_capacity": env_steps + 5_000,
+            "online_steps": 10 * settings.env_steps + 10_000,  # the run is ended from outside, at env_steps
+            "online_buffer_capacity": settings.env_steps + 2_000,
+            "offline_buffer_capacity": settings.env_steps + 5_000,
             "online_step_before_learning": 100,
             "actor_learner_config": {"learner_host": "127.0.0.1", "learner_port": port},
         },

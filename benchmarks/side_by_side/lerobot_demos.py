@@ -1,13 +1,12 @@
 """The demonstrations as the LeRobotDataset that LeRobot's learner fills its offline buffer from."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
+from lockstep import seed_of
 from side_by_side.lerobot_config import DATASET
 from side_by_side.lerobot_env import GRIPPER_PENALTY, ActionUnits
-from side_by_side.side_task import Robot, Settings, seed_of
+from side_by_side.side_task import Robot, Settings
 
 
 def record(robot: Robot, settings: Settings, folder: Path) -> int:

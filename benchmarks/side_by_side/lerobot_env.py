@@ -5,8 +5,6 @@ gym-hil's conventions: actions (dx, dy, dz) in [-1, 1] with gripper 0 open, 1 st
 `is_intervention` and `discrete_penalty` in info; observations `agent_pos` and `pixels`. What happened goes to a file.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable
@@ -14,7 +12,8 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-from side_by_side.side_task import Robot, Settings, seed_of
+from lockstep import recent_rate, seed_of
+from side_by_side.side_task import Robot, Settings
 
 from serl_transport.contract.schema import Observation
 
@@ -81,7 +80,7 @@ class ScriptedPickCube(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         """The next online episode of the run's seed; LeRobot names none."""
-        self._take_due_snapshots()
+        self._take_due_snapshot()
         self._observation = self._robot.begin(seed_of(self._settings.seed, "online", len(self._helped) + 1), "online")
         self._units.reset()
         self._closed = False
@@ -114,16 +113,13 @@ class ScriptedPickCube(gym.Env):
         moved, self._closed = close != self._closed, close
         return GRIPPER_PENALTY if moved else 0.0
 
-    def _take_due_snapshots(self) -> None:
+    def _take_due_snapshot(self) -> None:
         """One at a time: an episode can pass two of them only where they are closer than an episode is long."""
-        if self._due and self._steps >= self._due[0][0]:
-            _, point = self._due.pop(0)
-            self._snapshot(point)
-
-    def _snapshot(self, point: str) -> None:
+        if not self._due or self._steps < self._due[0][0]:
+            return
+        _, point = self._due.pop(0)
         path = self._log.with_name(f"policy_{point}_{self._steps}.pt")
         self._save(path)
-        recent = self._helped[-50:]
         row = {
             "point": point,
             "file": str(path),
@@ -131,7 +127,7 @@ class ScriptedPickCube(gym.Env):
             "env_steps": self._steps,
             "episodes": len(self._helped),
             "interventions": sum(self._helped),
-            "recent_intervention_rate": round(float(np.mean(recent)), 3) if len(recent) == 50 else None,
+            "recent_intervention_rate": recent_rate(self._helped),
             "recent_training_success": round(float(np.mean(self._successes[-50:])), 3) if self._successes else None,
         }
         with self._log.open("a") as file:

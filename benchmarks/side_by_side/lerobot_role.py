@@ -4,8 +4,6 @@ lerobot_side.py starts both. The actor's process registers the environment that 
 of the policy that LeRobot makes, so that its parameters can be saved between two episodes and evaluated afterwards.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

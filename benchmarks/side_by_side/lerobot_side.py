@@ -4,8 +4,6 @@ Called by command.py. CPU time is that of both processes; time stands still whil
 after training, so that it costs neither side anything.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -20,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from lockstep import rate
 from side_by_side import lerobot_config, lerobot_demos
 from side_by_side.lerobot_env import ActionUnits, to_gym
-from side_by_side.side_task import FIRST_SEED, Robot, Settings, evaluate, rate
+from side_by_side.side_task import FIRST_SEED, Robot, Settings, evaluate
 
 from serl_transport.contract.schema import Observation
 
@@ -37,9 +36,7 @@ def run(settings: Settings, fps: int, keep: Path | None) -> Iterator[dict]:
         folder.mkdir(parents=True, exist_ok=True)
         robot = Robot(settings)
         demo_steps = lerobot_demos.record(robot, settings, folder / "demonstrations")
-        config = lerobot_config.build(
-            robot.env.spec, settings.observation, settings.seed, folder, _free_port(), fps, settings.env_steps
-        )
+        config = lerobot_config.build(robot.env.spec, settings, folder, _free_port(), fps)
         (folder / "run.json").write_text(json.dumps(asdict(settings)))
         for role in ("learner", "actor"):  # each would refuse the other's output folder
             own = config | {"output_dir": f"{config['output_dir']}_{role}"}
@@ -50,13 +47,14 @@ def run(settings: Settings, fps: int, keep: Path | None) -> Iterator[dict]:
             trials = settings.episodes_at(snapshot["point"])
             first = FIRST_SEED[snapshot["point"]]
             row = {key: snapshot[key] for key in snapshot.keys() - {"file", "time"}}
-            sampled = evaluate(
-                robot.env, policy_of(config, Path(snapshot["file"]), robot, settings.seed), trials, first
+            file = Path(snapshot["file"])
+            sampled, of_mean = (
+                evaluate(robot.env, policy_of(config, file, robot, settings.seed, mean=mean), trials, first)
+                for mean in (False, True)
             )
-            mean = policy_of(config, Path(snapshot["file"]), robot, settings.seed, mean=True)
             yield {
                 **rate(sampled, trials),
-                "success_rate_of_mean_action": round(evaluate(robot.env, mean, trials, first) / trials, 4),
+                "success_rate_of_mean_action": round(of_mean / trials, 4),
                 **row,
                 "demo_steps": demo_steps,
                 "fps": fps,
@@ -133,9 +131,7 @@ def _free_port() -> int:
         return server.getsockname()[1]
 
 
-def policy_of(
-    config: dict, file: Path, robot: Robot, seed: int, *, mean: bool = False
-) -> Callable[[Observation], np.ndarray]:
+def policy_of(config: dict, file: Path, robot: Robot, seed: int, *, mean: bool) -> Callable[[Observation], np.ndarray]:
     """A snapshot as a function of our observation, through LeRobot's own processors.
 
     As its actor acts (`select_action`, a sample), or with the mean of that distribution.
@@ -147,9 +143,8 @@ def policy_of(
     from lerobot.policies.gaussian_actor.modeling_gaussian_actor import GaussianActorPolicy
     from lerobot.processor import VanillaObservationProcessorStep
 
-    words = {key: value for key, value in config["policy"].items()}
     with draccus.config_type("json"):
-        policy_config = draccus.decode(PreTrainedConfig, words)
+        policy_config = draccus.decode(PreTrainedConfig, dict(config["policy"]))
     policy = GaussianActorPolicy(policy_config).eval()
     policy.load_state_dict(torch.load(file, weights_only=True))
     before, after = make_pre_post_processors(policy_cfg=policy_config, dataset_stats=policy_config.dataset_stats)

@@ -3,9 +3,7 @@
 Ours and LeRobot's learn in the same environment object, with the same demonstrations, operator and evaluation episodes.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowserl_cli.compose import load_config
 from serl_robot_infra.envs.base import Environment
-from serl_robot_infra.evaluation import wilson
 from serl_robot_infra.interventions.base import Intervention
 from serl_robot_infra.wiring import build_env, build_operator, demo_noise
 from serl_transport.contract.schema import Observation
@@ -49,8 +46,8 @@ class Settings:
 class Robot:
     """Environment and operator of one task, built as an actor builds them."""
 
-    def __init__(self, settings: Settings, words: Sequence[str] = ()) -> None:
-        self.cfg: DictConfig = load_config([f"task={settings.task}", f"seed={settings.seed}", *words])
+    def __init__(self, settings: Settings) -> None:
+        self.cfg: DictConfig = load_config([f"task={settings.task}", f"seed={settings.seed}"])
         spec = OmegaConf.to_container(self.cfg.task.spec, resolve=True)
         self.env: Environment = build_env(self.cfg, TaskSpec.from_dict(spec))
         self.operator: Intervention = build_operator(self.cfg, self.env)
@@ -59,11 +56,6 @@ class Robot:
         """The episode that `seed` names: disturbed in a demonstration, as the actor's are."""
         self.operator.reset(np.random.default_rng([seed, 2]), from_start=mode == "demo")
         return self.env.reset(seed, actuator_noise=demo_noise(self.cfg, self.env) if mode == "demo" else 0.0)
-
-
-def seed_of(run_seed: int, mode: str, number: int) -> int:
-    """Of the `number`-th demonstration or online episode (from 1), as lockstep.py draws them."""
-    return run_seed * 20_000 + (10_000 if mode == "online" else 0) + number
 
 
 def evaluate(env: Environment, act: Callable[[Observation], np.ndarray], trials: int, first_seed: int) -> int:
@@ -76,9 +68,3 @@ def evaluate(env: Environment, act: Callable[[Observation], np.ndarray], trials:
             observation, over = result.observation, result.terminated or result.truncated
         successes += result.success
     return successes
-
-
-def rate(successes: int, trials: int) -> dict:
-    """The part of a row that says how well it went."""
-    low, high = wilson(successes, trials)
-    return {"success_rate": round(successes / trials, 4), "interval": [round(low, 3), round(high, 3)], "trials": trials}

@@ -4,8 +4,6 @@
 CLOCK_MONOTONIC, which they share.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 import time

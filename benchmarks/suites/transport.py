@@ -7,8 +7,7 @@ Beside them the machine's floors of the same run: one bare pyzmq hop, and what w
 spools are in memory: a robot's disk is another machine's.
 """
 
-from __future__ import annotations
-
+import socket
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from rows import Row, alternate
 from serl_launcher.run.internal import PolicyLink
 from serl_transport import TrainerClient, TrainerConfig
 from serl_transport.contract.errors import SpoolFull
-from serl_transport.contract.schema import EpisodeInfo, Outcome, StepBatch
+from serl_transport.contract.schema import EpisodeInfo, Observation, Outcome, StepBatch, TimeStep
 from serl_transport.contract.specs import TaskSpec
 from serl_transport.wire import codec
 from serl_transport.wire.envelope import Envelope
@@ -176,7 +175,7 @@ class GatewayProcess:
                 raise RuntimeError(f"the gateway did not start: {(folder / 'log').read_text()}")
             time.sleep(0.05)
 
-    def __enter__(self) -> GatewayProcess:
+    def __enter__(self) -> "GatewayProcess":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -186,8 +185,6 @@ class GatewayProcess:
 
 def free_ports() -> tuple[int, int]:
     """Two ports that were free a moment ago."""
-    import socket
-
     with socket.socket() as first, socket.socket() as second:
         first.bind(("127.0.0.1", 0))
         second.bind(("127.0.0.1", 0))
@@ -230,26 +227,17 @@ def make_spec(pixels: int) -> TaskSpec:
 
 def make_batches(spec: TaskSpec, episode_id: str, boot: str) -> list[StepBatch]:
     """One episode of MAX_TICKS ticks in batches of BATCH; images are noise."""
-    ticks = BATCH
     info = EpisodeInfo(episode_id, "a", boot, spec.name, spec.prompt, "online", "online", 1, 1e9)
     rng = np.random.default_rng(0)
-    result = []
-    for first in range(0, MAX_TICKS, ticks):
-        final = first + ticks == MAX_TICKS
-        m = ticks + final
-        arrays: dict[str, np.ndarray] = {
-            f"observation.images.{c}": rng.integers(0, 256, (m, *spec.cameras[c], 3), np.uint8) for c in spec.cameras
-        }
-        arrays |= {
-            "observation.state": np.zeros((m, 14), np.float32),
-            "action": np.zeros((ticks, 7), np.float32),
-            "next.reward": np.zeros(ticks, np.float32),
-            "policy_version": np.full(ticks, 1, np.int64),
-            "time_ns": np.arange(ticks, dtype=np.int64),
-        }
-        for key in ("next.done", "next.truncated", "next.success", "intervention"):
-            arrays[key] = np.zeros(ticks, bool)
-        arrays["next.done"][-1] = final
-        outcome = Outcome(False, "environment", None) if final else None
-        result.append(StepBatch(info, first, arrays, final, outcome))
-    return result
+
+    def seen() -> Observation:
+        images = {camera: rng.integers(0, 256, (*hw, 3), np.uint8) for camera, hw in spec.cameras.items()}
+        return Observation(images, np.zeros(14, np.float32))
+
+    def step(tick: int) -> TimeStep:
+        done = tick + 1 == MAX_TICKS
+        return TimeStep(seen(), np.zeros(7, np.float32), 0.0, done, False, False, False, policy_version=1, time_ns=tick)
+
+    steps, end = [step(tick) for tick in range(MAX_TICKS)], (seen(), Outcome(False, "environment", None))
+    firsts = range(0, MAX_TICKS, BATCH)
+    return [StepBatch.from_steps(info, n, steps[n : n + BATCH], *end * (n == firsts[-1])) for n in firsts]

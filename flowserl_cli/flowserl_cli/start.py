@@ -11,6 +11,7 @@ the learner completed the run and summary.json is there.
 """
 
 import hashlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from flowserl_cli.registry import Registry
 from flowserl_cli.sides import USER_MISTAKE, Side
-from flowserl_cli.tmux import Panes, available
+from flowserl_cli.tmux import Panes
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -111,7 +112,7 @@ def launch(config: "DictConfig", overrides: Sequence[str], run_dir: Path, regist
     except KeyboardInterrupt:
         print("start.sh: interrupted before anything was started", file=sys.stderr)
         return 128 + signal.SIGINT
-    panes = not no_tmux and sys.stdin.isatty() and sys.stdout.isatty() and available()
+    panes = not no_tmux and sys.stdin.isatty() and sys.stdout.isatty() and shutil.which("tmux") is not None
     if not panes and not no_tmux:
         print("no terminal or no tmux: both sides follow in this window", flush=True)
     socket = f"flowserl-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}" if panes else None
@@ -142,7 +143,7 @@ def in_foreground(overrides: Sequence[str]) -> int:
             print(f"{signal.Signals(stopper.signum).name}: stopping the actor, then the learner", flush=True)
             code = 128 + stopper.signum
         if code == 0:
-            _wait_for_goodbye(actor)
+            _await(lambda: actor.tick() is not None, ACTOR_GOODBYE_S)
     finally:
         actor.stop()
         learner.stop()
@@ -154,12 +155,6 @@ def outcome(actor: int | None, learner: int | None) -> int | None:
     if learner is not None:
         return learner
     return actor or None
-
-
-def _wait_for_goodbye(actor: Side) -> None:
-    deadline = time.monotonic() + ACTOR_GOODBYE_S
-    while actor.tick() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
 
 
 def keep_side(name: str, overrides: Sequence[str], run_dir: Path, registry: Registry) -> int:
@@ -206,9 +201,8 @@ def in_panes(panes: Panes, overrides: Sequence[str], run_dir: Path, registry: Re
                 break
             if attached.poll() is not None and not detached_told:
                 detached_told = True
-                print(
-                    f"detached; the run goes on. See it: {panes.attach_hint()}. End it: Ctrl-C here, or start.sh --stop"
-                )
+                see = f"tmux -L {panes.socket} attach"
+                print(f"detached; the run goes on. See it: {see}. End it: Ctrl-C here, or start.sh --stop")
             time.sleep(0.2)
     except BaseException:
         _end_panes(panes, attached, run_dir, registry)

@@ -5,17 +5,11 @@ A server of its own (`tmux -L <socket>`) keeps the user's sessions out of reach:
 
 import os
 import shlex
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 SESSION = "flowserl"
-
-
-def available() -> bool:
-    """Is tmux installed?"""
-    return shutil.which("tmux") is not None
 
 
 class Panes:
@@ -59,10 +53,6 @@ class Panes:
     def exists(self) -> bool:
         """Does the session still run?"""
         return subprocess.run(self._command("has-session", "-t", SESSION), capture_output=True).returncode == 0
-
-    def attach_hint(self) -> str:
-        """What to type to see it again."""
-        return f"tmux -L {self.socket} attach"
 
     def _run(self, *words: str) -> str:
         done = subprocess.run(self._command(*words), capture_output=True, text=True)

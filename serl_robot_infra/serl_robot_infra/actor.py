@@ -8,7 +8,7 @@
 A silent learner is waited for: the loop says so and asks again. Nothing that was recorded depends on its being there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from serl_robot_infra.episode import EpisodeRunner
 from serl_robot_infra.estop import EmergencyStop
@@ -32,43 +32,24 @@ class RolloutResult:
     stopped_by: str  # why it ended, for people
 
 
+@dataclass(slots=True)
 class Actor:
-    """Runs tickets until the learner, the episode limit or a signal ends it.
+    """Runs tickets until the learner, the episode limit or a signal ends it. ValueError: an unknown mode."""
 
-    Args:
-        runner: runs one ticket's episode.
-        link: the learner.
-        observer: told of waiting and of the evaluation's result.
-        stop: asked between episodes.
-        mode: what to ask for: follow (the learner's schedule), demo, online or eval.
-        episodes: stop after this many; None: until told to.
-        estop: while it is latched no episode is begun.
-        evaluation_runner: runs evaluations, where another reward judges them; None: `runner` does.
-    """
+    runner: EpisodeRunner
+    evaluation_runner: EpisodeRunner  # runs evaluations, which another reward may judge
+    link: LearnerLink
+    observer: Observer  # told of waiting and of the evaluation's result
+    stop: StopSignal  # asked between episodes
+    estop: EmergencyStop  # while it is latched no episode is begun
+    mode: str  # what to ask for: follow (the learner's schedule), demo, online or eval
+    episodes: int | None  # stop after this many; None: until told to
+    _count: int = field(default=0, init=False)
+    _evaluation: EvaluationSummary = field(default_factory=EvaluationSummary, init=False)
 
-    def __init__(
-        self,
-        runner: EpisodeRunner,
-        link: LearnerLink,
-        observer: Observer,
-        stop: StopSignal,
-        mode: str = "follow",
-        episodes: int | None = None,
-        estop: EmergencyStop | None = None,
-        evaluation_runner: EpisodeRunner | None = None,
-    ):
-        if mode not in _WANTS:
-            raise ValueError(f"rollout.mode: expected one of {', '.join(_WANTS)}, got {mode!r}")
-        self._runner = runner
-        self._evaluation_runner = evaluation_runner or runner
-        self._link = link
-        self._observer = observer
-        self._stop = stop
-        self._mode = mode
-        self._limit = episodes
-        self._estop = estop
-        self._count = 0
-        self._evaluation = EvaluationSummary()
+    def __post_init__(self) -> None:
+        if self.mode not in _WANTS:
+            raise ValueError(f"rollout.mode: expected one of {', '.join(_WANTS)}, got {self.mode!r}")
 
     def run(self) -> RolloutResult:
         """The loop."""
@@ -76,38 +57,38 @@ class Actor:
             reason = self._loop()
         finally:
             for line in self._evaluation.lines():
-                self._observer.message(line)
+                self.observer.message(line)
         return RolloutResult(self._count, reason)
 
     def _loop(self) -> str:
-        while not self._stop:
-            if self._limit is not None and self._count >= self._limit:
+        while not self.stop:
+            if self.episodes is not None and self._count >= self.episodes:
                 return f"{self._count} episodes done"
-            if self._estop is not None and (reason := self._estop.reason()):
-                self._observer.message(f"e-stop pressed: {reason}. When it is safe, remove {self._estop.path} to go on")
-                self._stop.wait(_LATCHED_S)
+            if reason := self.estop.reason():
+                self.observer.message(f"e-stop pressed: {reason}. When it is safe, remove {self.estop.path} to go on")
+                self.stop.wait(_LATCHED_S)
                 continue
             match self._next_ticket():
                 case Run() as ticket:
                     self._run_episode(ticket)
                 case Wait(seconds, reason):
-                    self._observer.message(f"waiting: {reason}")
-                    self._stop.wait(seconds)
+                    self.observer.message(f"waiting: {reason}")
+                    self.stop.wait(seconds)
                 case Stop(reason):
                     return f"the learner says stop: {reason}"
-        return f"stopped by {self._stop.signal.name}" if self._stop.signal else "stopped"
+        return f"stopped by {self.stop.signal.name}" if self.stop.signal else "stopped"
 
     def _run_episode(self, ticket: Run) -> None:
-        runner = self._evaluation_runner if ticket.mode == "eval" else self._runner
+        runner = self.evaluation_runner if ticket.mode == "eval" else self.runner
         report = runner.run(ticket, self._count + 1)
         self._evaluation.add(report)
         if report.ticks:
             self._count += 1
         if report.cut_reason:
-            self._stop.wait(_RETRY_S)  # whatever cut it may last; do not spin
+            self.stop.wait(_RETRY_S)  # whatever cut it may last; do not spin
 
     def _next_ticket(self) -> Ticket:
         try:
-            return parse_ticket(self._link.request("next_episode", {"want": self._mode}, timeout_ms=_REQUEST_MS))
+            return parse_ticket(self.link.request("next_episode", {"want": self.mode}, timeout_ms=_REQUEST_MS))
         except (ServerSilent, NotReady, StorageFull, Internal) as problem:
             return Wait(_RETRY_S, f"{problem}")

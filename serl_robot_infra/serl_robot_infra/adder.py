@@ -14,12 +14,7 @@ from serl_transport.contract.schema import EpisodeInfo, Observation, Outcome, St
 
 
 class Adder:
-    """Writes one episode at a time.
-
-    Args:
-        send: takes the body of one `StepBatch` and makes it durable; may block.
-        batch_ticks: ticks per batch.
-    """
+    """Writes one episode at a time. send: takes the body of one `StepBatch` and makes it durable; may block."""
 
     def __init__(self, send: Callable[[dict[str, Any]], object], batch_ticks: int = 10):
         if batch_ticks < 1:

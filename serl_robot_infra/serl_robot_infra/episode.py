@@ -70,51 +70,30 @@ class ControlStack:
     guard: RobotGuard  # e-stop and watchdog
 
 
+@dataclass(frozen=True, slots=True)
 class EpisodeRunner:
-    """Runs tickets on one control stack.
+    """Runs tickets on one control stack."""
 
-    Args:
-        stack: robot, policy, operator and the rest.
-        observer: told of everything.
-        stop: cuts the running episode when set.
-        actor_id: `unique_identifier`.
-        boot_id: of the link.
-        may_take_over: whether the operator may drive in online episodes; demonstrations are always its own.
-        demo_noise: actuator disturbance in demonstrations, share of the action range.
-        hold_limit_s: an episode whose policy stays silent for longer is cut.
-    """
-
-    def __init__(
-        self,
-        stack: ControlStack,
-        observer: Observer,
-        stop: StopSignal,
-        actor_id: str,
-        boot_id: str,
-        may_take_over: bool = True,
-        demo_noise: float = 0.15,
-        hold_limit_s: float = 10.0,
-    ):
-        self._stack = stack
-        self._observer = observer
-        self._stop = stop
-        self._actor_id = actor_id
-        self._boot_id = boot_id
-        self._may_take_over = may_take_over
-        self._demo_noise = demo_noise
-        self._hold_limit_s = hold_limit_s
+    stack: ControlStack
+    observer: Observer  # told of everything
+    stop: StopSignal  # cuts the running episode when set
+    actor_id: str  # `unique_identifier`
+    boot_id: str  # of the link
+    may_take_over: bool  # may the operator drive in online episodes? demonstrations are always its own
+    demo_noise: float  # actuator disturbance in demonstrations, share of the action range
+    hold_limit_s: float  # an episode whose policy stays silent for longer is cut
 
     def run(self, ticket: Run, index: int) -> EpisodeReport:
         """Run the ticket's episode; `index` counts the episodes of this process."""
         now = _Progress(ticket, index, time.monotonic(), time.monotonic_ns())
-        outcome = Outcome(False, self._stack.reward.success_source, "stop")
+        outcome = Outcome(False, self.stack.reward.success_source, "stop")
         reason = None
         operator = self._begin(now)
         try:
             self._reset(now)
             ended = None
             while ended is None:
-                self._stack.pace.wait()
+                self.stack.pace.wait()
                 ended = self._tick(now, operator)
             outcome = ended
         except (EpisodeCutError, UnsafeTickError) as cut:
@@ -125,22 +104,22 @@ class EpisodeRunner:
         return self._end(now, outcome, reason)
 
     def _begin(self, now: _Progress) -> Intervention:
-        ticket, spec = now.ticket, self._stack.env.spec
-        if ticket.mode != "demo" and self._stack.broker is None:
+        ticket, spec = now.ticket, self.stack.env.spec
+        if ticket.mode != "demo" and self.stack.broker is None:
             raise ValueError(
                 f"rollout.policy=none cannot run the {ticket.mode} episode asked for; set rollout.mode=demo"
             )
-        takeover = ticket.mode == "online" and ticket.takeover and self._may_take_over
-        operator = self._stack.operator if ticket.mode == "demo" or takeover else NoIntervention()
+        takeover = ticket.mode == "online" and ticket.takeover and self.may_take_over
+        operator = self.stack.operator if ticket.mode == "demo" or takeover else NoIntervention()
         operator.reset(np.random.default_rng([ticket.seed, 2]), from_start=ticket.mode == "demo")
-        self._stack.reward.reset()
-        self._stack.safety.reset()
-        if self._stack.broker:
-            self._stack.broker.reset()
+        self.stack.reward.reset()
+        self.stack.safety.reset()
+        if self.stack.broker:
+            self.stack.broker.reset()
         info = EpisodeInfo(
             episode_id=ticket.episode_id,
-            actor_id=self._actor_id,
-            boot_id=self._boot_id,
+            actor_id=self.actor_id,
+            boot_id=self.boot_id,
             task=spec.name,
             prompt=spec.prompt,
             mode=ticket.mode,
@@ -148,19 +127,19 @@ class EpisodeRunner:
             seed=ticket.seed,
             start_time=time.time(),
         )
-        self._stack.adder.begin(info)
-        self._observer.episode_started(info)
+        self.stack.adder.begin(info)
+        self.observer.episode_started(info)
         return operator
 
     def _reset(self, now: _Progress) -> None:
         self._check_stop()  # a reset moves the robot
-        noise = self._demo_noise if now.ticket.mode == "demo" else 0.0
+        noise = self.demo_noise if now.ticket.mode == "demo" else 0.0
         with self._driver("reset"):
-            observation = self._stack.env.reset(now.ticket.seed, actuator_noise=noise)
+            observation = self.stack.env.reset(now.ticket.seed, actuator_noise=noise)
         now.seen_at = time.monotonic_ns()
-        self._stack.safety.check_observation(observation)
+        self.stack.safety.check_observation(observation)
         now.observation = observation
-        self._stack.pace.start()
+        self.stack.pace.start()
 
     def _tick(self, now: _Progress, operator: Intervention) -> Outcome | None:
         """Execute and record one tick; the outcome when it was the last."""
@@ -168,19 +147,19 @@ class EpisodeRunner:
         before, seen_at = now.observation, now.seen_at
         assert before is not None
         action, intervened = operator.act(before, self._proposal(now), now.tick)
-        if intervened and self._stack.broker:
-            self._stack.broker.drop_chunk()  # it was planned from where the robot no longer is
+        if intervened and self.stack.broker:
+            self.stack.broker.drop_chunk()  # it was planned from where the robot no longer is
         source = "operator" if intervened else f"policy version {now.policy_version}"
-        if self._stack.guard.held:
-            self._stack.safety.reset()
-        action = self._stack.safety.filter(action, before.state, source)
-        if (reason := self._stack.guard.feed()) is not None:
+        if self.stack.guard.held:
+            self.stack.safety.reset()
+        action = self.stack.safety.filter(action, before.state, source)
+        if (reason := self.stack.guard.feed()) is not None:
             raise EpisodeCutError(reason)
         with self._driver("step"):
-            stepped = self._stack.env.step(action)
-        result = self._limit_time(now, self._stack.reward.judge(stepped))
+            stepped = self.stack.env.step(action)
+        result = self._limit_time(now, self.stack.reward.judge(stepped))
         now.seen_at = time.monotonic_ns()
-        self._stack.safety.check_observation(result.observation)
+        self.stack.safety.check_observation(result.observation)
         step = TimeStep(
             before,
             action,
@@ -196,33 +175,33 @@ class EpisodeRunner:
         return self._outcome(result)
 
     def _record(self, now: _Progress, step: TimeStep, after: Observation) -> None:
-        self._stack.adder.add(step)
+        self.stack.adder.add(step)
         now.observation = after
         now.tick += 1
         now.return_ += step.reward
         now.operator_ticks += step.intervention
-        self._observer.tick(step)
+        self.observer.tick(step)
 
     def _limit_time(self, now: _Progress, result: StepResult) -> StepResult:
         """A robot's environment need not count ticks itself."""
-        late = now.tick + 1 >= self._stack.env.spec.max_ticks and not result.terminated
+        late = now.tick + 1 >= self.stack.env.spec.max_ticks and not result.terminated
         return replace(result, truncated=True) if late else result
 
     def _outcome(self, result: StepResult) -> Outcome | None:
         if not (result.terminated or result.truncated):
             return None
         cut = None if result.terminated else "time_limit"
-        return Outcome(result.success, self._stack.reward.success_source, cut)
+        return Outcome(result.success, self.stack.reward.success_source, cut)
 
     def _end(self, now: _Progress, outcome: Outcome, reason: str | None) -> EpisodeReport:
-        self._stack.guard.disarm()
+        self.stack.guard.disarm()
         if now.observation is None:
-            self._stack.adder.abandon()
+            self.stack.adder.abandon()
         else:
-            self._stack.adder.end(now.observation, outcome)
+            self.stack.adder.end(now.observation, outcome)
         report = EpisodeReport(
             index=now.index,
-            info=self._stack.adder.info,
+            info=self.stack.adder.info,
             outcome=outcome,
             cut_reason=reason,
             ticks=now.tick,
@@ -231,19 +210,19 @@ class EpisodeRunner:
             seconds=time.monotonic() - now.started,
             policy_version=now.policy_version,
         )
-        self._observer.episode_ended(report, now.observation)
+        self.observer.episode_ended(report, now.observation)
         return report
 
     def _proposal(self, now: _Progress) -> Callable[[], np.ndarray]:
         """Asks the policy for this tick's action when called; an operator who drives anyway does not call it."""
 
         def propose() -> np.ndarray:
-            broker, ticket = self._stack.broker, now.ticket
+            broker, ticket = self.stack.broker, now.ticket
             assert broker is not None
             assert now.observation is not None
             # Evaluation is repeatable: the sampled noise is a function of the episode's seed and the tick.
             seed = ticket.seed * 4096 + now.tick if ticket.mode == "eval" else None
-            body = infer_body(now.observation, self._stack.env.spec.prompt, ticket.min_version, seed, ticket.mode)
+            body = infer_body(now.observation, self.stack.env.spec.prompt, ticket.min_version, seed, ticket.mode)
             answer = self._patiently(now, lambda: broker.infer(body))
             now.policy_version = int(answer["policy_version"])
             return answer["actions"]
@@ -261,12 +240,12 @@ class EpisodeRunner:
                 return ask()
             except (NotReady, DeadlineMissed, ServerSilent, Internal) as problem:
                 waited = time.monotonic() - since
-                if now.tick and waited > self._hold_limit_s:
+                if now.tick and waited > self.hold_limit_s:
                     raise EpisodeCutError(f"no action for {waited:.0f} s (hold_limit_s): {problem}") from None
                 who = "learner silent" if isinstance(problem, ServerSilent) else "policy not ready"
-                self._observer.message(f"{who} for {waited:.0f} s; holding ({problem})")
+                self.observer.message(f"{who} for {waited:.0f} s; holding ({problem})")
             self._check_stop()
-            self._stop.wait(_RETRY_S)
+            self.stop.wait(_RETRY_S)
 
     @contextmanager
     def _driver(self, what: str) -> Iterator[None]:
@@ -278,12 +257,12 @@ class EpisodeRunner:
         except Exception as fault:
             at = traceback.extract_tb(fault.__traceback__)[-1]
             raise EnvironmentFailedError(
-                f"{type(self._stack.env).__name__}.{what} failed: {type(fault).__name__}: "
+                f"{type(self.stack.env).__name__}.{what} failed: {type(fault).__name__}: "
                 f"{' '.join(str(fault).split())} ({at.filename}, line {at.lineno})"
             ) from fault
 
     def _check_stop(self) -> None:
-        if (reason := self._stack.guard.forbids()) is not None:
+        if (reason := self.stack.guard.forbids()) is not None:
             raise EpisodeCutError(reason)
-        if self._stop:
-            raise EpisodeCutError(f"stopped{f' by {self._stop.signal.name}' if self._stop.signal else ''}")
+        if self.stop:
+            raise EpisodeCutError(f"stopped{f' by {self.stop.signal.name}' if self.stop.signal else ''}")

@@ -19,11 +19,7 @@ from pathlib import Path
 
 
 class EmergencyStop:
-    """Asked by several threads.
-
-    Args:
-        path: the latch file, whose folder exists or can be made.
-    """
+    """Asked by several threads. path: the latch file, whose folder exists or can be made."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -35,35 +35,7 @@ FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
 def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
     """Run an actor from a resolved config; the process's exit code.
 
-    0 done or stopped, 1 the robot's code failed, 2 user mistake, 130 interrupted.
-
-    Reads (defaults of config/base.yaml):
-        task.spec                       the task's contract, must equal the environment's
-        task.env {_target_}             the environment
-        task.operator {_target_}        called with env=; null: none
-        reward {_target_}               who judges (config/reward/); task.reward, where a task names one, wins
-        reward.evaluate_with            environment: it judges evaluations; null: the same reward does
-        task.safety {max_speed, max_acceleration, workspace, targets}   optional limits of `safety.SafetyChain`
-        rollout.mode                    follow | demo | online | eval
-        rollout.episodes                null: until the learner says stop
-        rollout.policy                  remote | local | openpi | none (demonstrations only)
-        rollout.local_policy {_target_} for policy=local; called with cfg=, link=; a `BasePolicy`
-        rollout.openpi                  for policy=openpi: see `openpi_policy.OpenpiSettings`
-        rollout.execute_horizon         4
-        rollout.realtime                off | async | rtc
-        rollout.watchdog                {enabled: auto | true | false, hold_after_chunks, stop_ms}
-        rollout.estop_key               space; null: none
-        rollout.rate_hz                 0: as fast as possible; null: the task's control_hz
-        rollout.operator                true: the operator may take over
-        rollout.demo_noise              auto: 0.15, on a robot 0
-        rollout.batch_ticks             10
-        rollout.hold_limit_s            10
-        rollout.flush_timeout_s         20
-        rollout.spool_mb                2048
-        rollout.video_every             20; 0: none
-        rollout.rerun                   false; true needs rollout.rerun_address, host:port of a viewer
-        ip                              null: no learner; evaluates a local or an openpi policy for rollout.episodes
-        port, broadcast_port, unique_identifier, runs_dir, run; rollout.ledger; security.keys_dir
+    0 done or stopped, 1 the robot's code failed, 2 user mistake, 130 interrupted. Its keys: config/base.yaml.
     """
     stream = stream or sys.stdout
     stop = StopSignal()

@@ -10,7 +10,7 @@ is a mistake of the user (ValueError).
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -81,25 +81,31 @@ class Layout:
         cameras = {camera: camera for camera in spec.cameras}
         default = {"images": cameras, "state": "state", "prompt": "prompt"}
         tree = default if settings.observation is None else settings.observation
-        self._tree = self._sources(tree, f"{_KEY}.observation")
+        self._sources = dict(self._flat(tree, f"{_KEY}.observation", ()))  # path in the message -> what goes there
 
     def message(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Nested dict of arrays and texts."""
-        return _filled(self._tree, body)
+        message: dict[str, Any] = {}
+        for path, source in self._sources.items():
+            node = message
+            for key in path[:-1]:
+                node = node.setdefault(key, {})
+            node[path[-1]] = source(body)
+        return message
 
     def keys(self) -> str:
         """The message's keys, for people."""
-        return ", ".join(_paths(self._tree))
+        return ", ".join(".".join(path) for path in self._sources)
 
-    def _sources(self, node: Mapping[str, Any], where: str) -> dict[str, Any]:
+    def _flat(self, node: Any, where: str, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Source]]:
         if not isinstance(node, Mapping) or not node:
             raise ValueError(f"{where}: expected a map of the server's keys to {self._choices()}, got {node!r}")
-        return {
-            str(key): self._sources(value, f"{where}.{key}")
-            if isinstance(value, Mapping)
-            else self._source(value, f"{where}.{key}")
-            for key, value in node.items()
-        }
+        for key, value in node.items():
+            inner, here = f"{where}.{key}", (*path, str(key))
+            if isinstance(value, Mapping):
+                yield from self._flat(value, inner, here)
+            else:
+                yield here, self._source(value, inner)
 
     def _source(self, name: Any, where: str) -> Source:
         if name in self._spec.cameras:
@@ -222,15 +228,3 @@ class OpenpiPolicy(BasePolicy):
     def _version(self, answer: Mapping[str, Any]) -> int:
         version = answer.get("policy_version")
         return int(version) if self._is_own_run and isinstance(version, int | np.integer) else NO_VERSION
-
-
-def _filled(tree: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _filled(value, body) if isinstance(value, Mapping) else value(body) for key, value in tree.items()}
-
-
-def _paths(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
-    return [
-        path
-        for key, value in tree.items()
-        for path in (_paths(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [f"{prefix}{key}"])
-    ]

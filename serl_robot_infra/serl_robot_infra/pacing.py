@@ -44,11 +44,7 @@ class StopSignal:
 
 
 class Pace:
-    """Keeps ticks `1 / rate_hz` seconds apart and counts those that came too late.
-
-    Args:
-        rate_hz: ticks per second; 0 does not wait at all.
-    """
+    """Keeps ticks `1 / rate_hz` seconds apart and counts those that came too late; a rate of 0 does not wait at all."""
 
     def __init__(self, rate_hz: float):
         if rate_hz < 0:

@@ -14,6 +14,8 @@ from openpi_client.base_policy import BasePolicy
 from serl_robot_infra.link import LearnerLink
 from serl_transport.contract.schema import Observation
 
+_TIMEOUT_MS = 3000
+
 
 def infer_body(
     observation: Observation, prompt: str, min_version: int, seed: int | None, mode: str = "online"
@@ -39,22 +41,20 @@ class Infers(Protocol):
 class RemotePolicy(BasePolicy):
     """The learner's policy server. Raises NotReady before it serves `min_version`, ServerSilent when it is away."""
 
-    def __init__(self, link: LearnerLink, timeout_ms: float = 3000):
+    def __init__(self, link: LearnerLink):
         self._link = link
-        self._timeout_ms = timeout_ms
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """Ask for one chunk; a policy server that comes to it after the timeout refuses it instead of executing it."""
-        return self._link.infer({**obs, "deadline_ms": self._timeout_ms}, timeout_ms=self._timeout_ms)
+        return self._link.infer({**obs, "deadline_ms": _TIMEOUT_MS}, timeout_ms=_TIMEOUT_MS)
 
 
 class MeasuredPolicy(BasePolicy):
-    """A policy that also knows how long it takes and which version answered last."""
+    """A policy that also knows how long it takes."""
 
     def __init__(self, policy: Infers):
         self._policy = policy
         self._latencies: deque[float] = deque(maxlen=100)
-        self.version = -1
 
     @property
     def p50_ms(self) -> float | None:
@@ -67,5 +67,4 @@ class MeasuredPolicy(BasePolicy):
         start = time.perf_counter()
         answer = self._policy.infer(obs)
         self._latencies.append((time.perf_counter() - start) * 1e3)
-        self.version = int(answer["policy_version"])
         return answer

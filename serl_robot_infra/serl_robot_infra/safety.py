@@ -28,7 +28,6 @@ class Tick:
     last_move: np.ndarray  # float32[ad], displacement that was sent at the tick before; 0 when the robot stood
 
 
-_SECTIONS = ("max_speed", "max_acceleration", "workspace", "targets")
 Limit = Callable[[np.ndarray, Tick], np.ndarray]
 """(action float32[ad], tick) -> action float32[ad]."""
 
@@ -80,16 +79,14 @@ class SafetyChain:
     def of(spec: TaskSpec, section: Any) -> "SafetyChain":
         """From `task.safety` of the yaml; ValueError names a key that is unknown, missing or no number."""
         section = _mapping(section, "task.safety")
-        _check_keys(section, _SECTIONS, "task.safety")
-        for key in _SECTIONS:
+        checks = {
+            "max_speed": _check_number, "max_acceleration": _check_number,
+            "workspace": _check_box, "targets": _check_text,
+        }  # fmt: skip
+        _check_keys(section, tuple(checks), "task.safety")
+        for key, check in checks.items():
             for name, value in _mapping(section.get(key), f"task.safety.{key}").items():
-                where = f"task.safety.{key}.{name}"
-                if key == "workspace":
-                    _check_box(value, where)
-                elif key == "targets":
-                    _check_text(value, where)
-                else:
-                    _check_number(value, where)
+                check(value, f"task.safety.{key}.{name}")
         try:
             return SafetyChain(spec, **section)
         except ValueError as mistake:
@@ -171,10 +168,8 @@ def workspace_box(
     """Keep state `name` within [low, high]; from outside only moves that do not lead further out remain."""
     if not low < high:
         raise ValueError(f"workspace.{name}: low {low} must be below high {high}")
-    where, moves = (
-        _index(spec.state_names, name, "workspace"),
-        _index(spec.action_names, action, f"workspace.{name}.action"),
-    )
+    where = _index(spec.state_names, name, "workspace")
+    moves = _index(spec.action_names, action, f"workspace.{name}.action")
 
     def bend(command: np.ndarray, tick: Tick) -> np.ndarray:
         at, bent = tick.state[where], command.copy()

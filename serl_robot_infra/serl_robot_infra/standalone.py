@@ -9,6 +9,7 @@ from serl_transport.contract.errors import UnknownKind
 from serl_transport.delivery.spool import new_boot_id
 
 FIRST_EVAL_SEED = 1_000_000
+_STAGE = "alone"
 
 
 class StandaloneLink:
@@ -17,9 +18,8 @@ class StandaloneLink:
     backlog = 0
     refused_items = 0
 
-    def __init__(self, stage: str = "alone"):
+    def __init__(self) -> None:
         self.boot_id = new_boot_id()
-        self._stage = stage
         self._next_seed = FIRST_EVAL_SEED
 
     def request(self, type: str, payload: dict[str, Any], *, timeout_ms: float) -> dict[str, Any]:
@@ -30,9 +30,9 @@ class StandaloneLink:
         self._next_seed += 1
         return {
             "action": "run",
-            "episode_id": f"{self._stage}-{seed}-{self.boot_id}",
+            "episode_id": f"{_STAGE}-{seed}-{self.boot_id}",
             "mode": "eval",
-            "stage": self._stage,
+            "stage": _STAGE,
             "seed": seed,
             "min_version": 0,
             "takeover": False,

@@ -139,17 +139,18 @@ def build_actor(
         pace=pace,
         guard=guard,
     )
-    settings = {
-        "actor_id": cfg.unique_identifier,
-        "boot_id": link.boot_id,
-        "may_take_over": rollout.operator,
-        "demo_noise": demo_noise(cfg, env),
-        "hold_limit_s": rollout.hold_limit_s,
-    }
-    runner = EpisodeRunner(stack, observer, stop, **settings)
-    judged_apart = replace(stack, reward=evaluation_reward(cfg, stack.reward))
-    evaluation = EpisodeRunner(judged_apart, observer, stop, **settings)
-    return Actor(runner, link, observer, stop, rollout.mode, rollout.episodes, guard.estop, evaluation), observer
+    runner = EpisodeRunner(
+        stack,
+        observer,
+        stop,
+        actor_id=cfg.unique_identifier,
+        boot_id=link.boot_id,
+        may_take_over=rollout.operator,
+        demo_noise=demo_noise(cfg, env),
+        hold_limit_s=rollout.hold_limit_s,
+    )
+    evaluation = replace(runner, stack=replace(stack, reward=evaluation_reward(cfg, stack.reward)))
+    return Actor(runner, evaluation, link, observer, stop, guard.estop, rollout.mode, rollout.episodes), observer
 
 
 def build_policy(cfg: DictConfig, link: LearnerLink) -> MeasuredPolicy | None:
@@ -163,18 +164,14 @@ def build_policy(cfg: DictConfig, link: LearnerLink) -> MeasuredPolicy | None:
                 raise ValueError("rollout.policy=local needs rollout.local_policy._target_")
             return MeasuredPolicy(instantiate(node, cfg=cfg, link=link, _recursive_=False))
         case "openpi":
-            return MeasuredPolicy(build_openpi(cfg))
+            spec = TaskSpec.from_dict(plain(cfg.task.spec))
+            settings = OpenpiSettings.of(plain(cfg.rollout.get("openpi")) or {}, spec)
+            guided = cfg.rollout.get("realtime") == "rtc"
+            return MeasuredPolicy(OpenpiPolicy(settings, spec, run=cfg.run, guided=guided))
         case "none":
             return None
         case other:
             raise ValueError(f"rollout.policy: expected remote, local, openpi or none, got {other!r}")
-
-
-def build_openpi(cfg: DictConfig) -> OpenpiPolicy:
-    """The policy behind the websocket server of rollout.openpi."""
-    spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))  # type: ignore[arg-type]
-    settings = OpenpiSettings.of(plain(cfg.rollout.get("openpi")) or {}, spec)
-    return OpenpiPolicy(settings, spec, run=cfg.run, guided=cfg.rollout.get("realtime") == "rtc")
 
 
 def build_reward(cfg: DictConfig, on_wait: Callable[[str], None] = log.warning) -> RewardSource:

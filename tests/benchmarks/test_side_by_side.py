@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("gym_hil", reason="the hil extra (gym-hil) is not installed")
 
+from lockstep import seed_of
 from side_by_side.lerobot_env import GRIPPER_PENALTY, ActionUnits, ScriptedPickCube
-from side_by_side.side_task import Robot, Settings, evaluate, seed_of
+from side_by_side.side_task import Robot, Settings, evaluate
 
 SETTINGS = Settings("state", 3, 120, 2, 2, 60, 2)
 

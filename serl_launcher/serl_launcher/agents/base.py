@@ -7,8 +7,6 @@ an agent keeps its losses apart by detaching, so that each group receives the gr
 distributed wrappers see a single backward. docs/algorithms/your_own.md adds one.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Protocol
 

@@ -3,8 +3,6 @@
 The trainer and the policy server both call `build_policy`, so that what is trained is what is served.
 """
 
-from __future__ import annotations
-
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig

@@ -8,8 +8,6 @@ the flow is cloned from demonstrations, Q_A warming up on them. Online, a step e
 trains the small networks on a larger draw from it: what a frozen flow made of a transition stays true.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +19,7 @@ from serl_launcher.agents.encoded import Encoded, Memory
 from serl_launcher.agents.flow_matching import imitation_loss
 from serl_launcher.agents.losses import entropy_surplus, soft_actor_loss, temperature_loss
 from serl_launcher.agents.steering import Steering, steer
-from serl_launcher.agents.values import ValueAgent, ValueSettings, critic_metrics, frozen_copy, named_parameters
+from serl_launcher.agents.values import ValueAgent, ValueSettings, critic_metrics, frozen_copy
 from serl_launcher.critics.ensemble import ChunkCritic
 from serl_launcher.critics.losses import pessimistic, td_loss
 from serl_launcher.policies.base import FlowPolicy, Prefix, sample, trainable
@@ -42,7 +40,7 @@ class DSRLSettings(ValueSettings):
     memory: int  # encoded transitions that are kept
     memory_batch: int  # drawn from them in each online step
 
-    def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> DSRLAgent:
+    def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> "DSRLAgent":
         return DSRLAgent(policy, task.prompt, self, feature_dim=feature_dim(policy, task), horizon=horizon)
 
 
@@ -168,12 +166,12 @@ class DSRLAgent(ValueAgent):
 
     def groups(self) -> dict[str, ParameterGroup]:
         flow = {n: p for n, p in trainable(self.policy).items() if not n.startswith(self.added_to_policy)}
-        noise_actor = named_parameters("steering.body", self.steering.body)
+        noise_actor = dict(self.steering.body.named_parameters("steering.body"))
         return {
             "policy": ParameterGroup(flow),
             "noise_actor": ParameterGroup(noise_actor, scheduled=False),
-            "critic": ParameterGroup(named_parameters("critic", self.critic), scheduled=False),
-            "noise_critic": ParameterGroup(named_parameters("noise_critic", self.noise_critic), scheduled=False),
+            "critic": ParameterGroup(dict(self.critic.named_parameters("critic")), scheduled=False),
+            "noise_critic": ParameterGroup(dict(self.noise_critic.named_parameters("noise_critic")), scheduled=False),
             "temperature": ParameterGroup({"log_alpha": self.log_alpha}, scheduled=False),
         }
 

@@ -4,8 +4,6 @@ DSRL owns a `Memory`: what a frozen flow made of a transition stays true, so tha
 the small networks.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 
 import torch
@@ -31,11 +29,11 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.features)
 
-    def take(self, rows: Tensor | slice) -> Encoded:
+    def take(self, rows: Tensor | slice) -> "Encoded":
         """Some of the rows."""
         return Encoded(*(getattr(self, f.name)[rows] for f in fields(self)))
 
-    def join(self, other: Encoded) -> Encoded:
+    def join(self, other: "Encoded") -> "Encoded":
         """These rows, then the other's."""
         return Encoded(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
 
@@ -55,7 +53,7 @@ class Memory:
         kept = rows if self._rows is None else self._rows.join(rows)
         self._rows = kept.take(slice(-self._size, None))
 
-    def draw(self, n: int) -> Encoded:
+    def draw(self, n: int) -> "Encoded":
         """n of them, with replacement."""
         return self._rows.take(torch.randint(len(self), (n,), device=self._rows.features.device))
 

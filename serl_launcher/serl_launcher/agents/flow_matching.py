@@ -4,8 +4,6 @@ The learner calls `forward(batch, step)`; what differs between the two algorithm
 the view, not the loss. All flow times are supervised (Hi-ORS, arXiv 2510.26406, section on intermediate steps).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +22,7 @@ class FlowMatchingSettings:
 
     noise_samples: int  # noises and flow times for each encoded observation
 
-    def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> FlowMatchingAgent:
+    def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> "FlowMatchingAgent":
         return FlowMatchingAgent(policy, task.prompt, self.noise_samples)
 
 

@@ -8,8 +8,6 @@ transition has one (SAC-Flow, Zhang et al., 2509.25756), and so has the path:
 The last term when the action is tanh x_K. Called by agents.sac.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +28,6 @@ class FlowPath:
 
     chunk: Tensor  # float32[b, ah, ad], the action: x_K, or tanh x_K
     log_prob: Tensor  # float32[b], of the whole path, over the robot's dims
-    points: Tensor  # float32[K+1, b, ah, ad], x_0 .. x_K
 
 
 def sample_path(
@@ -43,38 +40,19 @@ def sample_path(
     rest.
     """
     steps = len(step_noise)
-    points = [noise]
+    x = noise
     log_prob = _standard_normal(noise[..., :robot_dim])
     for k in range(steps):
-        x = points[-1]
         moved = x + velocity(x, x.new_full((len(x),), k / steps)) / steps
         epsilon = step_noise[k][..., :robot_dim]
         disturbed = moved[..., :robot_dim] + log_std[k].exp() * epsilon
-        points.append(torch.cat([disturbed, moved[..., robot_dim:]], dim=-1))
+        x = torch.cat([disturbed, moved[..., robot_dim:]], dim=-1)
         # At the sampled point the standardised residual is ε itself, so only σ has a gradient here.
         log_prob = log_prob + _standard_normal(epsilon) - log_std[k].expand_as(epsilon).sum((1, 2))
-    chunk = points[-1]
     if squash:
-        log_prob = log_prob - log_tanh_slope(chunk[..., :robot_dim]).sum((1, 2))
-        chunk = chunk.tanh()
-    return FlowPath(chunk, log_prob, torch.stack(points))
-
-
-def path_log_prob(velocity: Velocity, points: Tensor, log_std: Tensor, robot_dim: int, squash: bool) -> Tensor:
-    """Log density of given paths float32[K+1, b, ah, ad] (of tanh x_K when squash): float32[b].
-
-    Differentiable in velocity, log_std and points. At a path of `sample_path` it equals that path's `log_prob`.
-    """
-    steps = len(points) - 1
-    log_prob = _standard_normal(points[0][..., :robot_dim])
-    for k in range(steps):
-        x = points[k]
-        mean = x + velocity(x, x.new_full((len(x),), k / steps)) / steps
-        residual = (points[k + 1] - mean)[..., :robot_dim] / log_std[k].exp()
-        log_prob = log_prob + _standard_normal(residual) - log_std[k].expand_as(residual).sum((1, 2))
-    if squash:
-        log_prob = log_prob - log_tanh_slope(points[-1][..., :robot_dim]).sum((1, 2))
-    return log_prob
+        log_prob = log_prob - log_tanh_slope(x[..., :robot_dim]).sum((1, 2))
+        x = x.tanh()
+    return FlowPath(x, log_prob)
 
 
 def log_tanh_slope(x: Tensor) -> Tensor:

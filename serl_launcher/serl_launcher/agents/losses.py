@@ -4,8 +4,6 @@ Pure functions of tensors, called by agents.sac and agents.dsrl; the critics' ar
 float32[b], of actions that the actor drew; α is a scalar.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

@@ -1,7 +1,5 @@
 """A policy as it was at a moment, beside the one that goes on training. SAC owns one: the start of its online stage."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -8,8 +8,6 @@ The learner calls `forward(batch, step)` with a LearningBatch. In the online sta
 without gradient, for flow and critic alike. Formulas: agents.losses, critics.losses, agents.flow_path.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +17,9 @@ from torch.func import functional_call
 from serl_launcher.agents.base import ParameterGroup, feature_dim
 from serl_launcher.agents.flow_matching import imitation_loss
 from serl_launcher.agents.flow_path import FlowPath, NoiseScale, Velocity, path_entropy, sample_path
-from serl_launcher.agents.losses import (
-    behaviour_loss,
-    entropy_surplus,
-    mean_size,
-    soft_actor_loss,
-    temperature_loss,
-)
+from serl_launcher.agents.losses import behaviour_loss, entropy_surplus, mean_size, soft_actor_loss, temperature_loss
 from serl_launcher.agents.reference import Reference
-from serl_launcher.agents.values import ValueAgent, ValueSettings, critic_metrics, frozen_copy, named_parameters
+from serl_launcher.agents.values import ValueAgent, ValueSettings, critic_metrics, frozen_copy
 from serl_launcher.critics.losses import cal_ql, pessimistic, td_loss
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix, trainable
 from serl_launcher.replay.learning import LearningBatch
@@ -57,7 +49,7 @@ class SACSettings(ValueSettings):
     cal_ql_weight: float  # of Cal-QL's conservative term; 0 leaves it out
     cal_ql_samples: int  # chunks of the policy, and uniform ones, for each transition in that term
 
-    def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> SACAgent:
+    def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> "SACAgent":
         return SACAgent(policy, task.prompt, self, feature_dim=feature_dim(policy, task), horizon=horizon)
 
 
@@ -211,8 +203,8 @@ class SACAgent(ValueAgent):
 
     def groups(self) -> dict[str, ParameterGroup]:
         return {
-            "actor": ParameterGroup(trainable(self.policy) | named_parameters("noise_scale", self.noise_scale)),
-            "critic": ParameterGroup(named_parameters("critic", self.critic), scheduled=False),
+            "actor": ParameterGroup(trainable(self.policy) | dict(self.noise_scale.named_parameters("noise_scale"))),
+            "critic": ParameterGroup(dict(self.critic.named_parameters("critic")), scheduled=False),
             "temperature": ParameterGroup({"log_alpha": self.log_alpha}, scheduled=False),
         }
 

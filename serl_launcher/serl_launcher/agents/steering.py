@@ -5,8 +5,6 @@ attaches it as the module `steering`, so that it is published with the rest. Unt
 stage) the noise passes unchanged and the policy is the plain flow.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

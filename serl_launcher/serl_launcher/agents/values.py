@@ -3,8 +3,6 @@
 agents.sac and agents.dsrl extend `ValueSettings` and `ValueAgent`; batches are of replay.learning.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence
@@ -49,8 +47,7 @@ class ValueAgent(nn.Module):
         self, policy: FlowPolicy, prompt: str, settings: ValueSettings, *, feature_dim: int, horizon: int
     ) -> None:
         super().__init__()
-        _check_horizon(horizon, policy)
-        _check_members(settings)
+        _check(settings, horizon, policy.action_horizon)
         self.policy, self.prompt, self.settings, self.horizon = policy, prompt, settings, horizon
         self.critic = ChunkCritic(feature_dim, horizon, policy.robot_dim, settings.critics, settings.widths)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
@@ -71,7 +68,7 @@ class ValueAgent(nn.Module):
         return trainable(self.policy)
 
     def auxiliary_state(self) -> dict[str, Tensor]:
-        target = {f"target.{name}": p.detach() for name, p in self.target.named_parameters()}
+        target = {name: p.detach() for name, p in self.target.named_parameters("target")}
         return target | {"online_steps": self.online_steps}
 
     @property
@@ -125,11 +122,6 @@ class ValueAgent(nn.Module):
             )
 
 
-def named_parameters(prefix: str, module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's parameters under `prefix.`: names are unique within an agent."""
-    return {f"{prefix}.{name}": p for name, p in module.named_parameters()}
-
-
 def frozen_copy(module: nn.Module) -> dict[str, Tensor]:
     """The module's parameters without gradient, for torch.func.functional_call."""
     return {name: p.detach() for name, p in module.named_parameters()}
@@ -148,15 +140,10 @@ def critic_metrics(loss: Tensor, q: Tensor, target: Tensor, bootstrap: np.ndarra
     }
 
 
-def _check_horizon(horizon: int, policy: FlowPolicy) -> None:
-    """A critic judges executed ticks; a chunk has no more of them than the policy makes."""
-    if not 1 <= horizon <= policy.action_horizon:
-        longest = policy.action_horizon
+def _check(settings: ValueSettings, horizon: int, longest: int) -> None:
+    """A critic judges executed ticks; the target's minimum is over some of the critics."""
+    if not 1 <= horizon <= longest:
         raise ValueError(f"rollout.execute_horizon: expected 1 to action_horizon {longest}, got {horizon}")
-
-
-def _check_members(settings: ValueSettings) -> None:
-    """The target's minimum is over some of the critics."""
     members, critics = settings.target_members, settings.critics
     if not 1 <= members <= critics:
         raise ValueError(f"algo.agent.target_members: expected 1 to algo.agent.critics {critics}, got {members}")

@@ -4,8 +4,6 @@ Agents own one and its target copy. LayerNorm keeps values bounded where there i
 2302.02948); the chunk enters whole (Q-chunking, Li et al., 2507.07969).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import pairwise

@@ -3,8 +3,6 @@
 Pure functions of tensors, called by the agents.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -19,11 +17,9 @@ def chunk_target(reward: Tensor, discount: Tensor, bootstrap: Tensor, next_value
     return reward + torch.where(bootstrap, discount * next_value, torch.zeros_like(next_value))
 
 
-def pessimistic(q: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
+def pessimistic(q: Tensor, n: int) -> Tensor:
     """Minimum over n randomly drawn members of float32[e, b] (REDQ, Chen et al., 2101.05982): float32[b]."""
-    if not 1 <= n <= len(q):
-        raise ValueError(f"critic: expected 1 to {len(q)} members in the target's minimum, got {n}")
-    members = torch.randperm(len(q), generator=generator)[:n] if n < len(q) else torch.arange(n)
+    members = torch.randperm(len(q))[:n] if n < len(q) else torch.arange(n)
     return q[members.to(q.device)].min(dim=0).values
 
 

@@ -15,21 +15,13 @@ from serl_transport.contract.specs import TaskSpec
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one action led to.
+    """What one action led to."""
 
-    Attributes:
-        observation: the observation after the action.
-        reward: the environment's own reward.
-        terminated: a success or failure state was reached (no bootstrap).
-        truncated: the time limit was reached (bootstrap).
-        success: the task is solved.
-    """
-
-    observation: Observation
-    reward: float
-    terminated: bool
-    truncated: bool
-    success: bool
+    observation: Observation  # after it
+    reward: float  # the environment's own
+    terminated: bool  # a success or failure state was reached (no bootstrap)
+    truncated: bool  # the time limit was reached (bootstrap)
+    success: bool  # the task is solved
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ which moves the hand's target by at most a centimetre; an episode ends at the fi
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -16,12 +16,9 @@ from serl_config.nearest import nearest
 from serl_robot_infra.envs.base import StepResult
 from serl_robot_infra.envs.metaworld_carry import TASKS as CARRIED
 from serl_robot_infra.envs.metaworld_carry import CarryScript
-from serl_robot_infra.envs.rendering import make_renderer
+from serl_robot_infra.envs.simulated import SimulatedEnv
 from serl_transport.contract.schema import Observation
 from serl_transport.contract.specs import TaskSpec
-
-if TYPE_CHECKING:
-    from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
 STEP_SIZE = 0.01
 """Largest translation of the hand's target in one of Meta-World's steps, metres per axis."""
@@ -37,23 +34,19 @@ _CAMERAS = {"front": "corner2", "wrist": "gripperPOV"}
 _FRONT_EYE, _FRONT_TARGET, _FRONT_FOVY = (0.65, 0.10, 0.55), (0.0, 0.68, 0.10), 44.0
 
 
-class MetaWorldEnv:
+class MetaWorldEnv(SimulatedEnv):
     """Answers `envs.base.ScriptedEnvironment`.
 
     Args:
         task: Meta-World's name, such as `drawer-open-v3`.
-        prompt: the language instruction.
         cameras: which to render: `front`, `wrist`, or by the model's own names.
         image_size: side of the square images, pixels.
-        renderer: `auto`, `egl`, `osmesa` or `ray` (see `envs.rendering`).
         repeat: Meta-World steps per tick.
         max_ticks: length of an episode without success.
         goal_in_state: append the goal's position to the state: for tasks whose goal is a mere marker, that no camera
             of ours shows.
 
-    Raises:
-        ImportError: Meta-World is not installed.
-        ValueError: no such task or camera.
+    ImportError: Meta-World is not installed; ValueError: no such task or camera.
     """
 
     def __init__(
@@ -68,19 +61,11 @@ class MetaWorldEnv:
         goal_in_state: bool = False,
     ):
         self._env, self._policy_class = _build(task)
-        self._task = task
-        self._model, self._data = self._env.model, self._env.data
-        self._cameras = {camera: self._find_camera(camera) for camera in cameras}
-        self._renderer = make_renderer(self._model, image_size, image_size, renderer) if cameras else None
-        self._repeat = int(repeat)
-        self._goal_in_state = goal_in_state
+        self._task, self._repeat, self._goal_in_state = task, int(repeat), goal_in_state
         self._grip = -1.0
-        self._noise = 0.0
-        self._noise_rng = np.random.default_rng(0)
-        self._tick = 0
         reach = STEP_SIZE * self._repeat
         goal = ("goal_x", "goal_y", "goal_z") if goal_in_state else ()
-        self._spec = TaskSpec(
+        spec = TaskSpec(
             name=f"metaworld-{task}",
             prompt=prompt,
             cameras={camera: (image_size, image_size) for camera in cameras},
@@ -93,17 +78,8 @@ class MetaWorldEnv:
             control_hz=STEP_HZ / self._repeat,
             max_ticks=max_ticks,
         )
-        self._low, self._high = np.asarray(self._spec.action_low), np.asarray(self._spec.action_high)
-
-    @property
-    def spec(self) -> TaskSpec:
-        """The task's contract, equal to `task.spec` of the yaml."""
-        return self._spec
-
-    @property
-    def renderer_name(self) -> str:
-        """`egl`, `osmesa`, `ray` or `none`: images of different renderers differ."""
-        return self._renderer.name if self._renderer else "none"
+        model = self._env.model
+        super().__init__(model, self._env.data, spec, {c: _find_camera(model, c) for c in cameras}, renderer)
 
     def privileged(self) -> np.ndarray:
         """float64[39], Meta-World's own observation: hand, gripper, objects, all of it one step ago, goal."""
@@ -125,61 +101,28 @@ class MetaWorldEnv:
         return MetaWorldExpert(self, self._policy_class())
 
     def reset(self, seed: int, *, actuator_noise: float = 0.0) -> Observation:
-        """Begin the episode that `seed` names; see `envs.base.Environment.reset`."""
         self._env.seed(seed)
         self._env.reset()
         mujoco.mj_forward(self._model, self._data)  # Meta-World moves bodies after its last step
-        self._noise_rng = np.random.default_rng([seed, 1])
-        self._noise = float(actuator_noise)
+        self._begin(seed, actuator_noise)
         self._grip = -1.0
-        self._tick = 0
         return self._observe()
 
     def step(self, action: np.ndarray) -> StepResult:
         """Execute one action for one tick of simulated time, or up to the success."""
-        move = np.clip(np.asarray(action, np.float64), self._low, self._high)
+        move = self._disturbed(self._clipped(action))
         self._grip = float(move[3])
-        move[:3] += self._noise_rng.normal(0.0, self._noise, 3) * self._high[:3]
-        command = np.clip(move, self._low, self._high) / self._high
         success = False
         for _ in range(self._repeat):
-            _, _, _, _, info = self._env.step(command)
+            _, _, _, _, info = self._env.step(move / self._high)
             success = bool(info["success"])
             if success:
                 break
-        self._tick += 1
-        return StepResult(
-            observation=self._observe(),
-            reward=float(success),
-            terminated=success,
-            truncated=not success and self._tick >= self._spec.max_ticks,
-            success=success,
-        )
+        return self._stepped(success, success, success)
 
-    def close(self) -> None:
-        """Release the renderer."""
-        if self._renderer:
-            self._renderer.close()
-            self._renderer = None
-
-    def _observe(self) -> Observation:
+    def _state(self) -> np.ndarray:
         seen = self.privileged()
-        goal = seen[-3:] if self._goal_in_state else ()
-        state = np.array([*seen[:4], self._grip, *goal], np.float32)
-        renderer = self._renderer
-        images = {n: renderer.render(self._data, c) for n, c in self._cameras.items()} if renderer else {}
-        return Observation(images=images, state=state)
-
-    def _find_camera(self, name: str) -> str:
-        """The model's camera behind a name, moved to its place."""
-        known = {self._model.camera(i).name for i in range(self._model.ncam)}
-        if name == "front":
-            camera = self._model.camera(_CAMERAS[name])
-            camera.pos, camera.quat = _pose(np.array(_FRONT_EYE), np.array(_FRONT_TARGET))
-            camera.fovy = _FRONT_FOVY
-        elif name not in known | _CAMERAS.keys():
-            raise ValueError(f"cameras: Meta-World has {sorted(known | _CAMERAS.keys())}, got {name!r}")
-        return _CAMERAS.get(name, name)
+        return np.array([*seen[:4], self._grip, *(seen[-3:] if self._goal_in_state else ())], np.float32)
 
 
 class MetaWorldExpert:
@@ -201,7 +144,7 @@ class MetaWorldExpert:
         return np.clip(wish * high, low, high).astype(np.float32)
 
 
-def _build(task: str) -> "tuple[SawyerXYZEnv, type]":
+def _build(task: str) -> tuple[Any, type]:
     """Meta-World's environment, drawing anew at each reset from the seed given before, and its scripted policy."""
     try:
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
@@ -222,6 +165,18 @@ def _build(task: str) -> "tuple[SawyerXYZEnv, type]":
     env.seeded_rand_vec = True
     env.max_path_length = 10**9  # this class counts the ticks
     return env, ENV_POLICY_MAP[task]
+
+
+def _find_camera(model: mujoco.MjModel, name: str) -> str:
+    """The model's camera behind a name, moved to its place."""
+    known = {model.camera(i).name for i in range(model.ncam)}
+    if name == "front":
+        camera = model.camera(_CAMERAS[name])
+        camera.pos, camera.quat = _pose(np.array(_FRONT_EYE), np.array(_FRONT_TARGET))
+        camera.fovy = _FRONT_FOVY
+    elif name not in known | _CAMERAS.keys():
+        raise ValueError(f"cameras: Meta-World has {sorted(known | _CAMERAS.keys())}, got {name!r}")
+    return _CAMERAS.get(name, name)
 
 
 def _pose(eye: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

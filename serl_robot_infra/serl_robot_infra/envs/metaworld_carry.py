@@ -17,23 +17,15 @@ LIFT = 0.25  # height that the hand makes for until the thing is clear, metres
 
 @dataclass(frozen=True, slots=True)
 class Carry:
-    """One task in numbers, metres.
+    """One task in numbers, metres."""
 
-    Attributes:
-        hover: of the hand above the thing while it comes over it; lower, the fingers push it away.
-        grasp: of the hand above the thing where the fingers are around it, and the slack of that.
-        above: how far aside the hand may be to go down. around: and to have the thing in its fingers.
-        gripped: opening of the gripper, 0 to 1, below which the thing is held and may be lifted.
-        clear: height of the thing from which on it may go sideways.
-    """
-
-    hover: float
-    grasp: float
-    slack: float
-    above: float
-    around: float
-    gripped: float
-    clear: float
+    hover: float  # of the hand above the thing while it comes over it; lower, the fingers push it away
+    grasp: float  # of the hand above the thing where the fingers are around it
+    slack: float  # of that
+    above: float  # how far aside the hand may be to go down
+    around: float  # and to have the thing in its fingers
+    gripped: float  # opening of the gripper, 0 to 1, below which the thing is held and may be lifted
+    clear: float  # height of the thing from which on it may go sideways
 
 
 TASKS = {

@@ -54,23 +54,18 @@ class ObserverGroup(Observer):
         self._observers = list(observers)
 
     def episode_started(self, info: EpisodeInfo) -> None:
-        """Tell all."""
         self._tell("episode_started", info)
 
     def tick(self, step: TimeStep) -> None:
-        """Tell all."""
         self._tell("tick", step)
 
     def episode_ended(self, report: EpisodeReport, last_observation: Observation | None) -> None:
-        """Tell all."""
         self._tell("episode_ended", report, last_observation)
 
     def message(self, text: str) -> None:
-        """Tell all."""
         self._tell("message", text)
 
     def close(self) -> None:
-        """Tell all."""
         self._tell("close")
 
     def _tell(self, method: str, *arguments: object) -> None:

@@ -26,12 +26,7 @@ class Vitals:
 
 
 class ConsoleObserver(Observer):
-    """Prints.
-
-    Args:
-        vitals: asked at each line.
-        stream: where to; a terminal also gets a line that is rewritten in place.
-    """
+    """Prints to `stream`; a terminal also gets a line that is rewritten in place. vitals: asked at each line."""
 
     def __init__(self, vitals: Callable[[], Vitals], stream: TextIO | None = None):
         self._vitals = vitals
@@ -44,7 +39,6 @@ class ConsoleObserver(Observer):
         self._told_at: dict[str, float] = {}
 
     def episode_started(self, info: EpisodeInfo) -> None:
-        """Remember what runs."""
         self._info, self._ticks, self._started = info, 0, time.monotonic()
 
     def tick(self, step: TimeStep) -> None:

@@ -37,11 +37,9 @@ class RerunObserver(Observer):
         self._tick = 0
 
     def episode_started(self, info: EpisodeInfo) -> None:
-        """Name the episode in the log."""
         self._stream.log("episode", self._rerun.TextLog(f"{info.stage} seed {info.seed} {info.episode_id}"))
 
     def tick(self, step: TimeStep) -> None:
-        """Log one tick."""
         rerun, stream = self._rerun, self._stream
         stream.set_time("tick", sequence=self._tick)
         self._tick += 1
@@ -55,7 +53,6 @@ class RerunObserver(Observer):
         stream.log("operator", rerun.Scalars(float(step.intervention)))
 
     def episode_ended(self, report: EpisodeReport, last_observation: Observation | None) -> None:
-        """Log the outcome."""
         self._stream.log("episode", self._rerun.TextLog("success" if report.outcome.success else "failure"))
 
     def close(self) -> None:

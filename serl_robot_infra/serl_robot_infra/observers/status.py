@@ -7,22 +7,16 @@ from serl_transport.contract.schema import EpisodeInfo, TimeStep
 
 
 class StatusObserver(Observer):
-    """Keeps `mode` and `policy_version` of the heartbeat true.
-
-    Args:
-        set_status: `LearnerLink.set_status`.
-    """
+    """Keeps `mode` and `policy_version` of the heartbeat true, by `LearnerLink.set_status`."""
 
     def __init__(self, set_status: Callable[..., None]):
         self._set_status = set_status
         self._version: int | None = None
 
     def episode_started(self, info: EpisodeInfo) -> None:
-        """The mode."""
         self._set_status(mode=info.mode)
 
     def tick(self, step: TimeStep) -> None:
-        """The version, when it changed."""
         if step.policy_version != self._version and step.policy_version >= 0:
             self._version = step.policy_version
             self._set_status(policy_version=self._version)

@@ -24,10 +24,7 @@ _CODECS = ("libx264", "h264", "mpeg4")
 class VideoObserver(Observer):
     """Writes `<folder>/<stage>-<n>-seed<seed>-<success|failure>.mp4`.
 
-    Args:
-        folder: where to; made when the first video is written.
-        every: each k-th episode of a mode, beginning with the first; 0: none.
-        fps: frames per second, the task's control rate for real time.
+    every: each k-th episode of a mode, beginning with the first; 0: none. fps: the task's control rate for real time.
     """
 
     def __init__(self, folder: Path, every: int, fps: float):
@@ -44,7 +41,6 @@ class VideoObserver(Observer):
         self._steps = [] if wanted else None
 
     def tick(self, step: TimeStep) -> None:
-        """Keep the step."""
         if self._steps is not None:
             self._steps.append(step)
 

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -23,14 +23,6 @@ log = logging.getLogger(__name__)
 RETRY_S = 0.2
 
 
-class Asks(Protocol):
-    """One connection to a reward server."""
-
-    def request(self, type: str, payload: dict[str, Any], timeout_ms: float) -> dict[str, Any]:
-        """See `serl_launcher.rewards.server`."""
-        ...
-
-
 class ClassifierReward:
     """Answers `rewards.base.RewardSource`.
 
@@ -41,12 +33,11 @@ class ClassifierReward:
 
     success_source = "classifier"
 
-    def __init__(self, link: Asks, patience_s: float = 5.0, environment_may_end: bool = False) -> None:
+    def __init__(self, link: TrainerClient, patience_s: float = 5.0, environment_may_end: bool = False) -> None:
         self._link, self._patience_s, self._environment_may_end = link, patience_s, environment_may_end
         self.reset()
 
     def reset(self) -> None:
-        """Begin an episode."""
         self._in_a_row = 0
         self._stage = 0
 

@@ -42,7 +42,6 @@ class GoalPoseReward:
         self.reset()
 
     def reset(self) -> None:
-        """Begin an episode."""
         self._held = 0
 
     def judge(self, result: StepResult) -> StepResult:

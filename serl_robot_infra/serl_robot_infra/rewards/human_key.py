@@ -36,7 +36,6 @@ class HumanKeyReward:
             keyboard.on(key, partial(self._press, outcome), f"reward.{outcome}_key")
 
     def reset(self) -> None:
-        """Begin an episode."""
         self._take()
 
     def judge(self, result: StepResult) -> StepResult:

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from path_density import path_log_prob, points_of
 
-from serl_launcher.agents.flow_path import NoiseScale, log_tanh_slope, path_entropy, path_log_prob, sample_path
+from serl_launcher.agents.flow_path import NoiseScale, log_tanh_slope, path_entropy, sample_path
 
 STEPS, A, B = 3, 0.7, 0.3
 STD = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
@@ -78,11 +79,9 @@ def test_a_sampled_path_carries_its_own_density(squash):
     step_noise = torch.randn(STEPS, 5, 2, 3, generator=generator, dtype=torch.float64)
     scale = STD.log()[:, None, None, None].expand(STEPS, 5, 1, 2)  # the third dim is padding of the model
     path = sample_path(velocity, noise, step_noise, scale, 2, squash)
-    again = path_log_prob(velocity, path.points, scale, 2, squash)
-    torch.testing.assert_close(path.log_prob, again)
-    # What lies beyond the robot's dims is moved but never disturbed.
-    moved = path.points[0] + velocity(path.points[0], torch.zeros(5)) / STEPS
-    torch.testing.assert_close(path.points[1][..., 2], moved[..., 2])
+    points = points_of(velocity, noise, step_noise, scale, 2)  # what lies beyond the robot's dims is never disturbed
+    torch.testing.assert_close(path.chunk, points[-1].tanh() if squash else points[-1])
+    torch.testing.assert_close(path.log_prob, path_log_prob(velocity, points, scale, 2, squash))
 
 
 def test_without_noise_the_path_is_the_flows_euler_path():

@@ -2,16 +2,17 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from configured import agent_settings
+from path_density import path_log_prob, points_of
 from toy_flow import ToyFlow, chunks, take_average, transitions
 
 from serl_launcher.agents.base import Diverged
-from serl_launcher.agents.flow_path import path_log_prob
 from serl_launcher.agents.sac import SACAgent
 from serl_launcher.learner import checkpoint
 from serl_launcher.learner.learner import Learner
@@ -107,7 +108,9 @@ def test_the_actors_loss_by_its_formula():
     with torch.no_grad():
         log_std = agent.noise_scale(prefix.state)
         path = agent.path(prefix, noise, step_noise, log_std)
-        log_p = path_log_prob(lambda x, t: agent.policy.velocity(prefix, x, t), path.points, log_std, 1, False)
+        velocity = partial(agent.policy.velocity, prefix)
+        points = points_of(velocity, noise, step_noise, log_std, 1)
+        log_p = path_log_prob(velocity, points, log_std, 1, False)
         # The critic sees the one executed tick, clipped, and enters once.
         q = agent.critic(prefix.state, path.chunk[:, :1].clamp(-1, 1)).mean(0)
         reference = ToyFlow(state_dim=2, ah=2, ad=1)

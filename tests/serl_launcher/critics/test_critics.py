@@ -68,10 +68,9 @@ def test_td_loss_by_hand():
 def test_the_minimum_over_drawn_members():
     q = torch.tensor([[1.0, 5.0], [2.0, 4.0], [3.0, 3.0]])
     assert pessimistic(q, 3).tolist() == [1.0, 3.0]
-    drawn = {tuple(pessimistic(q, 2, torch.Generator().manual_seed(s)).tolist()) for s in range(30)}
+    torch.manual_seed(0)
+    drawn = {tuple(pessimistic(q, 2).tolist()) for _ in range(30)}
     assert drawn == {(1.0, 4.0), (1.0, 3.0), (2.0, 3.0)}
-    with pytest.raises(ValueError, match="1 to 3"):
-        pessimistic(q, 4)
 
 
 def test_calibration_stops_pushing_below_the_data_returns():

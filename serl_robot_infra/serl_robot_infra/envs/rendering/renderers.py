@@ -41,13 +41,7 @@ def named_renderer(model: mujoco.MjModel, height: int, width: int, name: str) ->
 
 
 class RayRenderer:
-    """One ray per pixel, Lambert shading, flat colours. Pure CPU and the same everywhere.
-
-    Args:
-        model: the scene; its colours are read once.
-        height: image height, pixels.
-        width: image width, pixels.
-    """
+    """One ray per pixel, Lambert shading, flat colours, read once. Pure CPU and the same everywhere."""
 
     name = "ray"
 
@@ -105,11 +99,7 @@ def _flat_colour(model: mujoco.MjModel, geom: int) -> np.ndarray:
 class GlRenderer:
     """MuJoCo's rasteriser in an off-screen EGL or OSMesa context, without shadows and multisampling.
 
-    Args:
-        model: the scene; its visual quality is lowered, which makes software GL some 50 times faster.
-        height: image height, pixels.
-        width: image width, pixels.
-        name: `egl` or `osmesa`.
+    The model's visual quality is lowered, which makes software GL some 50 times faster.
     """
 
     def __init__(self, model: mujoco.MjModel, height: int, width: int, name: str):
