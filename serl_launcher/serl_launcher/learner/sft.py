@@ -95,6 +95,28 @@ class Chunks(torch.utils.data.Dataset):
         )
 
 
+def check_columns(features: dict[str, Any], columns: Columns, spec: TaskSpec) -> None:
+    """Raise ValueError naming a column that the dataset lacks or whose size is not the task's."""
+    for camera, key in columns.images.items():
+        if key not in features:
+            raise ValueError(f"dataset: camera {camera!r}: no column {key!r}; it has {_images(features)}")
+    for what, parts, names in (
+        ("state", columns.state, spec.state_names),
+        ("action", columns.action, spec.action_names),
+    ):
+        size = 0
+        for key, part in parts:
+            if key not in features:
+                raise ValueError(f"dataset: {what}: no column {key!r}")
+            size += len(range(*part.indices(features[key]["shape"][0])))
+        if size != len(names):
+            raise ValueError(f"dataset: {what}: expected {len(names)} dims as the task, got {size}")
+
+
+def _images(features: dict[str, Any]) -> list[str]:
+    return sorted(key for key, feature in features.items() if feature["dtype"] in ("image", "video"))
+
+
 def spec_of(meta: Any, columns: Columns, state_names: list[str] | None, action_names: list[str] | None) -> TaskSpec:
     """The task that a dataset describes: its cameras and sizes, its first prompt, the range of its values.
 
@@ -105,8 +127,7 @@ def spec_of(meta: Any, columns: Columns, state_names: list[str] | None, action_n
     action_low, action_high = _range(meta, columns.action)
     for camera, key in columns.images.items():
         if key not in meta.features:
-            images = sorted(k for k, feature in meta.features.items() if feature["dtype"] in ("image", "video"))
-            raise ValueError(f"dataset: camera {camera!r}: no column {key!r}; it has {images}")
+            raise ValueError(f"dataset: camera {camera!r}: no column {key!r}; it has {_images(meta.features)}")
     for what, names, low in (("state", state_names, state_low), ("action", action_names, action_low)):
         if names and len(names) != len(low):
             raise ValueError(f"dataset: {what}: expected {len(names)} dims as in modality.json, got {len(low)}")
