@@ -164,6 +164,7 @@ class GatewayProcess:
             "run": "bench", "seed": 0, "port": self.ports[0], "broadcast_port": self.ports[1],
             "task": {"spec": spec.to_dict()}, "schedule": {"stages": [stage]},
             "replay": {"capacity_frames": 4 * (MAX_TICKS + 1)}, "bind_host": host, "insecure": True,
+            "journal": {"segment_mb": 256}, "gateway": {"dead_actor_s": 30.0},
         }  # fmt: skip
         (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
         self.process = subprocess.Popen(

@@ -53,6 +53,7 @@ class Rig:
             (run / "journal").symlink_to(journal)
         config = {
             "run": "faults", "seed": 0, "port": self.ports[0], "broadcast_port": self.ports[1],
+            "bind_host": "127.0.0.1", "insecure": False,
             "task": {"spec": make_spec(pixels, hz).to_dict()}, "schedule": {"stages": STAGES},
             "replay": {"capacity_frames": 2000}, "journal": {"segment_mb": 16}, "gateway": {"dead_actor_s": 5.0},
             "exporter": {"batch_episodes": 100, "video": False}, **changes,
