@@ -80,10 +80,10 @@ def _run(cfg: DictConfig, stream: TextIO, stop: StopSignal) -> None:
         resources.callback(link.stop)
         actor, observer = build_actor(cfg, env, link, stream, stop, guard)
         try:
-            result = actor.run()
+            ended = actor.run()
         except Refused:  # another process has this actor's name now: what was recorded is still taken
             flush(link, cfg.rollout.flush_timeout_s, observer)
             raise
-        observer.message(f"{result.stopped_by}; {result.episodes} episodes")
+        observer.message(ended)
         flush(link, cfg.rollout.flush_timeout_s, observer)
         observer.close()
