@@ -43,8 +43,7 @@ def zmq_sink(pipe: Any, reply: list[bytes] | None = None, host: str = "127.0.0.1
 def fdatasync_rate(folder: Path, message_bytes: int, seconds: float, group: int) -> float:
     """Messages/s that a log can take when `group` messages are written and synced at a time."""
     path = folder / "fdatasync.floor"
-    block = os.urandom(min(message_bytes * group, 1 << 20)) * (message_bytes * group // (1 << 20) + 1)
-    block = block[: message_bytes * group]
+    block = os.urandom(message_bytes * group)
     file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
     try:
         groups, start = 0, time.perf_counter()

@@ -25,7 +25,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flowserl_cli.compose import ConfigError, load_config
+from flowserl_cli.compose import CONFIG_DIR, ConfigError, load_config
 from serl_config.nearest import nearest
 from serl_launcher.agents.build import build_agent
 from serl_launcher.learner.learner import Learner, Schedule
@@ -36,7 +36,6 @@ from serl_launcher.policies.base import frozen_hash
 from serl_launcher.policies.parameter_table import parameter_table
 from serl_launcher.run.parameters import base_sha256, publish
 
-CONFIG = Path(__file__).resolve().parents[1] / "config"
 SFT = {"steps": 1000, "batch_size": 8, "lr": 5e-4, "warmup": 50, "max_samples": None, "log_period": 10}
 
 
@@ -48,7 +47,7 @@ def configured(overrides: list[str]) -> DictConfig:
     own = [o for o in overrides if o.lstrip("+").startswith("sft.")]
     words = ["algo=sft_pi0", *(o for o in overrides if o not in own)]
     load_config(words)  # says what is wrong; its result is resolved, with the default task
-    with initialize_config_dir(str(CONFIG), version_base=None):
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
         cfg = compose("base", words)
     OmegaConf.set_struct(cfg, False)
     cfg.sft = OmegaConf.create(SFT | own_keys(own))
@@ -108,9 +107,8 @@ def run(dataset: Path, output: Path, cfg: DictConfig) -> None:
         shutil.copyfile(dataset / "meta" / "modality.json", output / "modality.json")
     schedule = Schedule(steps=cfg.sft.steps, warmup=cfg.sft.warmup)
     with (output / "metrics.jsonl").open("w") as log:
-        for step, metrics in enumerate(
-            train(learner, chunks, cfg.sft.steps, cfg.sft.batch_size, cfg.seed, schedule), 1
-        ):
+        steps = train(learner, chunks, cfg.sft.steps, cfg.sft.batch_size, cfg.seed, schedule)
+        for step, metrics in enumerate(steps, 1):
             metrics = numbers(metrics)  # every step is logged here
             log.write(json.dumps({"step": step, **metrics}) + "\n")
             if step % cfg.sft.log_period == 0:

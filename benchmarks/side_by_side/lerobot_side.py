@@ -94,15 +94,8 @@ def _train(folder: Path, started: float, own_cpu: float) -> Iterator[dict]:
 
 def _start(role: str, folder: Path) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "side_by_side.lerobot_role",
-        role,
-        str(folder / "run.json"),
-        str(folder / f"{role}.json"),
-    ]
+    files = [str(folder / f"{name}.json") for name in ("run", role)]
+    command = [sys.executable, "-P", "-m", "side_by_side.lerobot_role", role, *files]
     with (folder / f"{role}.log").open("w") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 

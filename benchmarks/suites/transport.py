@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,13 @@ def question(n: int, rounds: int) -> Iterator[Row]:
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp"))
         sink = stack.enter_context(Peer(zmq_sink, answer))
-        gateway = stack.enter_context(GatewayProcess(Path(folder), spec))
+        ports = stack.enter_context(gateway_process(Path(folder), spec))
         stack.enter_context(Peer(echo_policy, folder))
         context = zmq.Context()
         stack.callback(context.destroy, linger=0)
         dealer = context.socket(zmq.DEALER)
         dealer.connect(f"tcp://127.0.0.1:{sink.port}")
-        config = TrainerConfig(port_number=gateway.ports[0], broadcast_port=gateway.ports[1])
+        config = TrainerConfig(port_number=ports[0], broadcast_port=ports[1])
         client = TrainerClient("a", "127.0.0.1", config, spec=spec)
         stack.callback(client.stop)
 
@@ -89,10 +89,10 @@ def robots(n: int, seconds: float, where: str, name: str) -> Iterator[Row]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=where)))
         syncs = fdatasync_rate(folder, BATCH * tick_bytes, 2.0, 8) * BATCH
-        gateway = stack.enter_context(GatewayProcess(folder, spec))
+        ports = stack.enter_context(gateway_process(folder, spec))
         share = [n // PROCESSES + (i < n % PROCESSES) for i in range(PROCESSES)]
         drivers = [
-            stack.enter_context(Peer(drive, gateway.ports, spec.to_dict(), first, count, seconds))
+            stack.enter_context(Peer(drive, ports, spec.to_dict(), first, count, seconds))
             for first, count in zip(range(0, 10**6, 1000), share, strict=False)
             if count
         ]
@@ -154,34 +154,30 @@ def p50_ms(call: Callable[[], Any], n: int) -> float:
     return statistics.median(times) * 1e3
 
 
-class GatewayProcess:
-    """A real gateway in `folder`; `ports` are its two."""
-
-    def __init__(self, folder: Path, spec: TaskSpec, host: str = "127.0.0.1"):
-        self.ports = free_ports()
-        stage = {"name": "online", "mode": "online", "steps": 10**9}
-        cfg = {
-            "run": "bench", "seed": 0, "port": self.ports[0], "broadcast_port": self.ports[1],
-            "task": {"spec": spec.to_dict()}, "schedule": {"stages": [stage]},
-            "replay": {"capacity_frames": 4 * (MAX_TICKS + 1)}, "bind_host": host, "insecure": True,
-            "journal": {"segment_mb": 256}, "gateway": {"dead_actor_s": 30.0},
-        }  # fmt: skip
-        (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "serl_launcher.gateway", str(folder)], stderr=(folder / "log").open("w")
-        )
+@contextmanager
+def gateway_process(folder: Path, spec: TaskSpec) -> Iterator[tuple[int, int]]:
+    """A real gateway in `folder`; its two ports."""
+    ports = free_ports()
+    stage = {"name": "online", "mode": "online", "steps": 10**9}
+    cfg = {
+        "run": "bench", "seed": 0, "port": ports[0], "broadcast_port": ports[1],
+        "task": {"spec": spec.to_dict()}, "schedule": {"stages": [stage]},
+        "replay": {"capacity_frames": 4 * (MAX_TICKS + 1)}, "bind_host": "127.0.0.1", "insecure": True,
+        "journal": {"segment_mb": 256}, "gateway": {"dead_actor_s": 30.0},
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
+    command = [sys.executable, "-m", "serl_launcher.gateway", str(folder)]
+    process = subprocess.Popen(command, stderr=(folder / "log").open("w"))
+    try:
         deadline = time.monotonic() + 60
         while not (folder / "status.json").exists():
-            if self.process.poll() is not None or time.monotonic() > deadline:
+            if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the gateway did not start: {(folder / 'log').read_text()}")
             time.sleep(0.05)
-
-    def __enter__(self) -> "GatewayProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.wait(60)
+        yield ports
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def free_ports() -> tuple[int, int]:

@@ -58,7 +58,8 @@ def load_config(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> Dict
     words = [_parse(text) for text in overrides]
     selections = [w for w in words if w.key in options]
     for word in selections:
-        _check_option(word, options)
+        if str(word.value) not in (known := options[word.key]):
+            raise ConfigError(f"no {word.key} is called {str(word.value)!r}{nearest(str(word.value), known)}")
     # Additions come first: a later word may set a key that an earlier one added.
     added = [w.text for w in words if w in selections or w.kind != "set"]
     base = _compose(config_dir, added)
@@ -117,12 +118,6 @@ def _parse(text: str) -> Word:
         raise ConfigError(f"{text!r} names several values; expected one (quote a text with commas)")
     kind = "force" if override.is_force_add() else "add" if override.is_add() else "set"
     return Word(text, override.key_or_group, override.value(), kind)
-
-
-def _check_option(word: Word, options: dict[str, list[str]]) -> None:
-    known = options[word.key]
-    if str(word.value) not in known:
-        raise ConfigError(f"no {word.key} is called {str(word.value)!r}{nearest(str(word.value), known)}")
 
 
 def _check_key(word: Word, base: DictConfig, options: dict[str, list[str]]) -> None:

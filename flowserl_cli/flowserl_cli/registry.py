@@ -66,13 +66,12 @@ class Registry:
             elif run_dir is None or entry.run_dir == str(run_dir):
                 yield entry
 
-    def stop(self, run_dir: Path | None = None) -> list[Entry]:
-        """End all that runs, of one run or of all; returns what was stopped."""
+    def stop(self, run_dir: Path | None = None) -> None:
+        """End all that runs, of one run or of all."""
         entries = list(self.alive(run_dir))
         # A launcher stops its own sides, in order; the sides of one that is gone are stopped here.
         for name in ("launcher", "actor", "learner"):
             self.end([entry for entry in entries if entry.name == name])
-        return entries
 
     def end(self, entries: Sequence[Entry]) -> None:
         """SIGTERM to each, wait, SIGKILL; returns when none of them runs."""

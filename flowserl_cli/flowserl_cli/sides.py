@@ -22,13 +22,9 @@ FINAL_CODES = (0, USER_MISTAKE, GAVE_UP, 128 + signal.SIGHUP, 128 + signal.SIGIN
 
 
 class Side:
-    """One side's process: started, watched, started again when it crashes.
+    """The process of one side, `actor` or `learner`: started, watched, started again when it crashes.
 
-    Args:
-        name: actor or learner.
-        overrides: the user's.
-        root: the checkout.
-        prefixed: lines of its output get `[name]` in front; otherwise it writes to our terminal itself.
+    root: the checkout. prefixed: its lines get `[name]` in front; otherwise it writes to our terminal itself.
     """
 
     def __init__(self, name: str, overrides: Sequence[str], root: Path, prefixed: bool) -> None:

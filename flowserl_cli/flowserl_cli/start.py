@@ -87,27 +87,19 @@ def mistake(message: str) -> int:
 
 def launch(config: "DictConfig", overrides: Sequence[str], run_dir: Path, registry: Registry, no_tmux: bool) -> int:
     """Run both sides to the end."""
-    from serl_launcher.supervisor.run_folder import (
-        RunError,
-        check_launch,
-        check_network,
-        is_complete,
-        rotate,
-        run_paths,
-        wait_for_ports,
-    )
+    from serl_launcher.supervisor import run_folder
 
     for entry in registry.alive(run_dir):
         where = f"see it: tmux -L {entry.socket} attach; " if entry.socket else ""
         return mistake(f"run {run_dir.name} is already running (pid {entry.pid}); {where}end it: bash start.sh --stop")
-    paths = run_paths(config)
+    paths = run_folder.run_paths(config)
     try:
-        check_network(config)
-        check_launch(config)
-        wait_for_ports(config)  # or our actor would find the learner that holds them
-        if is_complete(paths, config):  # before the actor opens its spool in there
-            print(f"the finished run {run_dir.name} was moved to {rotate(paths)}")
-    except RunError as error:
+        run_folder.check_network(config)
+        run_folder.check_launch(config)
+        run_folder.wait_for_ports(config)  # or our actor would find the learner that holds them
+        if run_folder.is_complete(paths, config):  # before the actor opens its spool in there
+            print(f"the finished run {run_dir.name} was moved to {run_folder.rotate(paths)}")
+    except run_folder.RunError as error:
         return mistake(str(error))
     except KeyboardInterrupt:
         print("start.sh: interrupted before anything was started", file=sys.stderr)

@@ -24,14 +24,6 @@ _REQUEST_MS = 3000
 _WANTS = ("follow", "demo", "online", "eval")
 
 
-@dataclass(frozen=True, slots=True)
-class RolloutResult:
-    """What an actor did."""
-
-    episodes: int  # that came to at least one tick
-    stopped_by: str  # why it ended, for people
-
-
 @dataclass(slots=True)
 class Actor:
     """Runs tickets until the learner, the episode limit or a signal ends it. ValueError: an unknown mode."""
@@ -51,14 +43,14 @@ class Actor:
         if self.mode not in _WANTS:
             raise ValueError(f"rollout.mode: expected one of {', '.join(_WANTS)}, got {self.mode!r}")
 
-    def run(self) -> RolloutResult:
-        """The loop."""
+    def run(self) -> str:
+        """The loop; why it ended and after how many episodes (of a tick at least), for people."""
         try:
             reason = self._loop()
         finally:
             for line in self._evaluation.lines():
                 self.observer.message(line)
-        return RolloutResult(self._count, reason)
+        return f"{reason}; {self._count} episodes"
 
     def _loop(self) -> str:
         while not self.stop:

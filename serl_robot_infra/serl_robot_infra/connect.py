@@ -55,8 +55,7 @@ def standalone(cfg: DictConfig) -> StandaloneLink:
     if rollout.mode != "eval" or rollout.policy not in ("local", "openpi") or rollout.episodes is None:
         raise ValueError(
             "ip=null runs without a learner: it needs rollout.mode=eval, rollout.policy=local or openpi, and "
-            "rollout.episodes, "
-            f"got {rollout.mode}, {rollout.policy} and {rollout.episodes}"
+            f"rollout.episodes, got {rollout.mode}, {rollout.policy} and {rollout.episodes}"
         )
     return StandaloneLink()
 

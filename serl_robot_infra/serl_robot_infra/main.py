@@ -30,6 +30,7 @@ from serl_transport.contract.specs import TaskSpec
 log = logging.getLogger(__name__)
 
 FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
+_MISTAKES = (InstantiationException, ValueError, ImportError, WireError, SpoolError, OSError, OmegaConfBaseException)
 
 
 def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
@@ -42,12 +43,11 @@ def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
     try:
         with stop.installed():
             _run(cfg, stream, stop)
-    except (ValueError, ImportError, WireError, SpoolError, OSError, OmegaConfBaseException) as mistake:
+    except _MISTAKES as mistake:
         log.debug("where it came from", exc_info=True)
-        return _refuse(str(mistake), stream)
-    except InstantiationException as mistake:
-        log.debug("where it came from", exc_info=True)
-        return _refuse(mistake_message(mistake), stream)
+        message = mistake_message(mistake) if isinstance(mistake, InstantiationException) else str(mistake)
+        print(f"actor: error: {message}", file=stream, flush=True)
+        return USER_MISTAKE
     except EnvironmentFailedError as fault:
         log.debug("where it came from", exc_info=True)
         print(f"actor: error: {fault}; what was not delivered is sent at the next start", file=stream, flush=True)
@@ -58,11 +58,6 @@ def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
     except StoppedError:
         pass
     return INTERRUPTED if stop.signal is signal.SIGINT else 0
-
-
-def _refuse(message: str, stream: TextIO) -> int:
-    print(f"actor: error: {message}", file=stream, flush=True)
-    return USER_MISTAKE
 
 
 def _run(cfg: DictConfig, stream: TextIO, stop: StopSignal) -> None:
@@ -85,10 +80,10 @@ def _run(cfg: DictConfig, stream: TextIO, stop: StopSignal) -> None:
         resources.callback(link.stop)
         actor, observer = build_actor(cfg, env, link, stream, stop, guard)
         try:
-            result = actor.run()
+            ended = actor.run()
         except Refused:  # another process has this actor's name now: what was recorded is still taken
             flush(link, cfg.rollout.flush_timeout_s, observer)
             raise
-        observer.message(f"{result.stopped_by}; {result.episodes} episodes")
+        observer.message(ended)
         flush(link, cfg.rollout.flush_timeout_s, observer)
         observer.close()

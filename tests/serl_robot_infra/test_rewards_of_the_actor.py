@@ -14,6 +14,7 @@ from scripted_learner import ScriptedLearner, actor_config, ticket
 
 from serl_robot_infra.envs.base import StepResult
 from serl_robot_infra.envs.pick import PickEnv
+from serl_robot_infra.keyboard import Keyboard
 from serl_robot_infra.main import main
 from serl_robot_infra.rewards.classifier import ClassifierReward
 from serl_robot_infra.rewards.goal_pose import GoalPoseReward
@@ -162,14 +163,15 @@ def test_keys_of_a_terminal_end_an_episode():
         os.close(slave)
 
 
-def test_a_key_pressed_before_the_episode_is_forgotten():
+def test_a_key_pressed_before_the_episode_is_forgotten(monkeypatch):
     keys = ["s"]
 
     def read():
         time.sleep(0.001)
         return keys.pop() if keys else None
 
-    source = HumanKeyReward(read_key=read)
+    monkeypatch.setattr("serl_robot_infra.rewards.human_key.terminal_keyboard", lambda: Keyboard(read))
+    source = HumanKeyReward()
     while keys:
         time.sleep(0.001)
     time.sleep(0.1)

@@ -172,18 +172,18 @@ def _find_camera(model: mujoco.MjModel, name: str) -> str:
     known = {model.camera(i).name for i in range(model.ncam)}
     if name == "front":
         camera = model.camera(_CAMERAS[name])
-        camera.pos, camera.quat = _pose(np.array(_FRONT_EYE), np.array(_FRONT_TARGET))
+        camera.pos, camera.quat = _FRONT_EYE, _towards(np.array(_FRONT_EYE), np.array(_FRONT_TARGET))
         camera.fovy = _FRONT_FOVY
     elif name not in known | _CAMERAS.keys():
         raise ValueError(f"cameras: Meta-World has {sorted(known | _CAMERAS.keys())}, got {name!r}")
     return _CAMERAS.get(name, name)
 
 
-def _pose(eye: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Position and quaternion of a camera at `eye` that looks at `target`, upright."""
+def _towards(eye: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Quaternion of a camera at `eye` that looks at `target`, upright."""
     back = (eye - target) / np.linalg.norm(eye - target)  # a camera looks along -z
     right = np.cross([0.0, 0.0, 1.0], back)
     right /= np.linalg.norm(right)
     quat = np.zeros(4)
     mujoco.mju_mat2Quat(quat, np.stack([right, np.cross(back, right), back], axis=1).reshape(-1))
-    return eye, quat
+    return quat

@@ -16,12 +16,7 @@ FLUSH_S = 2.0  # at the end; rerun itself would wait much longer for a viewer th
 class RerunObserver(Observer):
     """Logs images, state, action, reward and driver per tick.
 
-    Args:
-        spec: names of the state and action dims.
-        target: host:port of a viewer, or an .rrd file to write.
-
-    Raises:
-        ValueError: rerun is not installed, or the address cannot be read.
+    target: host:port of a viewer, or an .rrd file. ValueError: rerun is not installed, or the address cannot be read.
     """
 
     def __init__(self, spec: TaskSpec, target: str | Path):

@@ -11,12 +11,9 @@ from serl_robot_infra.envs.base import StepResult
 class GoalPoseReward:
     """Answers `rewards.base.RewardSource`.
 
-    Args:
-        state_names: of the task, in order.
-        goal: state name -> value, physical units; names that are not given do not matter.
-        tolerance: state name -> largest difference that still counts.
-        hold_ticks: ticks in a row at the goal.
-    Raises ValueError naming a state that the task has not got, or one without a tolerance.
+    state_names: of the task, in order. goal: state name -> value, physical units; others do not matter.
+    tolerance: state name -> largest difference that still counts. hold_ticks: ticks in a row at the goal. ValueError
+    names a state that the task has not got, or one without a tolerance.
     """
 
     success_source = "environment"

@@ -10,24 +10,24 @@ from dataclasses import replace
 from functools import partial
 
 from serl_robot_infra.envs.base import StepResult
-from serl_robot_infra.keyboard import Keyboard, ReadKey, terminal_keyboard
+from serl_robot_infra.keyboard import terminal_keyboard
 
 
 class HumanKeyReward:
     """Answers `rewards.base.RewardSource`.
 
-    success_key, failure_key: single characters, or `space` and the like. read_key: see `keyboard.Keyboard`; None: the
-    terminal's. Raises ValueError when there is no terminal to press keys at.
+    success_key, failure_key: single characters, or `space` and the like. Raises ValueError when there is no terminal to
+    press keys at.
     """
 
     success_source = "human"
 
-    def __init__(self, success_key: str = "s", failure_key: str = "f", read_key: ReadKey | None = None) -> None:
+    def __init__(self, success_key: str = "s", failure_key: str = "f") -> None:
         if success_key == failure_key:
             raise ValueError(f"reward: expected two different keys, got {success_key!r} and {failure_key!r}")
         self._pressed: str | None = None
         self._lock = threading.Lock()
-        keyboard = Keyboard(read_key) if read_key else terminal_keyboard()
+        keyboard = terminal_keyboard()
         if keyboard is None:
             raise ValueError(
                 "reward=human_key needs a terminal to press keys at; start the actor in one (run_actor.sh)"
