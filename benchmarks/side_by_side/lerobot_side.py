@@ -1,6 +1,6 @@
 """One run of LeRobot's actor and learner: two processes over gRPC on loopback, then the evaluation of the snapshots.
 
-Called by command.py. CPU time is that of both processes; time stands still while the policies are evaluated, which is
+Called by run.py. CPU time is that of both processes; time stands still while the policies are evaluated, which is
 after training, so that it costs neither side anything.
 """
 
