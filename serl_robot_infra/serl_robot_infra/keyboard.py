@@ -84,7 +84,11 @@ def terminal_keyboard() -> Keyboard | None:
 
 
 def terminal_reader(file: int) -> ReadKey:
-    """Characters of the terminal `file` without waiting for return; its mode is restored when the process ends."""
+    """Characters of the terminal `file` without waiting for return; its mode is restored when the process ends.
+
+    Reads a descriptor of its own: whoever closes `file` cannot leave it reading what gets that number next.
+    """
+    file = os.dup(file)
     before = termios.tcgetattr(file)
     atexit.register(_restore, file, before)
     tty.setcbreak(file)
@@ -100,7 +104,7 @@ def terminal_reader(file: int) -> ReadKey:
             raise TerminalGoneError from None
         if character == b"":
             raise TerminalGoneError
-        return character.decode(errors="replace") if character else None
+        return character.decode(errors="replace").replace("\r", "\n") if character else None  # return sends either
 
     return read
 

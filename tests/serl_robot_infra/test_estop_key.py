@@ -8,7 +8,7 @@ import time
 import pytest
 from robot_rig import PERIOD_S, RobotRig
 
-from serl_robot_infra.keyboard import Keyboard, TerminalGoneError, character_of
+from serl_robot_infra.keyboard import Keyboard, TerminalGoneError, character_of, terminal_reader
 from serl_robot_infra.rewards.human_key import HumanKeyReward
 
 
@@ -70,6 +70,24 @@ def test_each_key_has_one_owner(caplog):
         character_of("F1", "rollout.estop_key")
 
 
+def test_the_keys_terminal_is_read_by_a_descriptor_of_its_own():
+    """What is opened after the caller closed its descriptor, under the same number, is not read."""
+    master, slave = os.openpty()
+    file = os.dup(slave)
+    read = terminal_reader(file)
+    os.close(file)
+    mine, other = os.pipe()
+    assert file in (mine, other)
+    os.write(other, b"not a key")
+    assert read() is None
+    os.write(master, b"\r")  # what a terminal sends for return in this mode
+    assert read() == character_of("enter", "x")
+    for descriptor in (master, slave, mine, other):
+        os.close(descriptor)
+    with pytest.raises(TerminalGoneError):
+        read()
+
+
 def test_a_persons_judgement_and_the_estop_cannot_share_a_key(monkeypatch):
     master, slave = os.openpty()
     try:
@@ -88,7 +106,8 @@ def test_a_persons_judgement_and_the_estop_cannot_share_a_key(monkeypatch):
 def test_the_tool_waits_for_a_key_with_any_python_alone(tmp_path, repo_root):
     master, slave = os.openpty()
     command = [sys.executable, "-I", "-S", repo_root / "tools" / "estop.py", tmp_path, "--key"]  # no site-packages
-    with subprocess.Popen(command, stdin=slave, stdout=subprocess.PIPE, text=True, start_new_session=True) as tool:
+    tool = subprocess.Popen(command, stdin=slave, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
         assert "any key stops the robots" in tool.stdout.readline()
         assert not (tmp_path / "estop").exists()
         os.write(master, b"x")
@@ -97,6 +116,10 @@ def test_the_tool_waits_for_a_key_with_any_python_alone(tmp_path, repo_root):
         os.close(slave)
         os.close(master)  # the terminal is closed
         assert tool.wait(10) == 0
+    finally:
+        tool.kill()
+        tool.wait()
+        tool.stdout.close()
 
 
 def test_the_tool_needs_a_terminal_for_its_key(tmp_path, repo_root):
