@@ -377,3 +377,49 @@ def test_parameters_that_do_not_add_up_are_refused(change, message):
 def test_a_chunk_that_does_not_exist_is_refused(payload, error):
     with pytest.raises(error):
         read_chunk(Offer.of(4, b"abc"), payload)
+
+
+class Slow:
+    """A server that answers data in order, one every `pace_s`, and passes over what it is told to; counts what came."""
+
+    def __init__(self, server, pace_s, pass_over=()):
+        self.came, self._pass_over = Counter(), set(pass_over)
+        self._server, self._pace_s, self._due = server, pace_s, []
+        server.handle("data", self._data, raw=True)
+        server.call_soon(self._answer)
+
+    def _data(self, peer, envelope, frames):
+        self.came[envelope.seq] += 1
+        if envelope.seq in self._pass_over:
+            self._pass_over.discard(envelope.seq)  # lost once
+        else:
+            self._due.append(envelope.token)
+
+    def _answer(self):
+        if self._due:
+            self._server.reply(self._due.pop(0), {})
+        self._server.loop.call_later(self._pace_s, self._answer)
+
+
+@pytest.fixture
+def short_patience(monkeypatch):
+    monkeypatch.setattr("serl_transport.client.RESEND_S", 0.5)
+
+
+def test_a_slow_learner_is_sent_nothing_twice(serve, connect, short_patience):
+    slow = Slow(server := serve(), 0.05)
+    client = connect(server)
+    for value in range(40):  # the last one is answered after two seconds, four times the patience
+        client.send_item({"value": value})
+    assert client.flush(WAIT)
+    assert set(slow.came.values()) == {1}
+
+
+@pytest.mark.parametrize("lost", [[7], [40], [*range(1, 41)]])
+def test_what_the_learner_passed_over_is_sent_again(serve, connect, short_patience, lost):
+    slow = Slow(server := serve(), 0.05, lost)
+    client = connect(server)
+    for value in range(40):
+        client.send_item({"value": value})
+    assert client.flush(WAIT)
+    assert all(count == 1 + (seq in lost) for seq, count in slow.came.items())

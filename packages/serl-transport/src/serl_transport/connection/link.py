@@ -15,11 +15,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from serl_transport.connection.answer import Answer
 from serl_transport.contract.errors import (
     Corrupt,
     HelloRequired,
@@ -52,6 +54,7 @@ class _Pending:
     on_reply: OnReply  # called once, in the loop's thread
     repeat: bool = False  # send again when it stays unanswered: the server deduplicates it
     sent_at: float = 0.0  # time.monotonic(); 0: not sent on this connection
+    again: bool = False  # it was taken for lost
 
 
 class Link:
@@ -73,8 +76,9 @@ class Link:
     ):
         """`hello` and `heartbeat` make bodies; `on_heartbeat` gets the replies. ValueError for a malformed endpoint.
 
-        `resend_s`: repeat a message that stays unanswered for longer, and keep it while the server refuses this client
-        (for messages that the server deduplicates); None: it waits for its caller's timeout, and fails on a refusal.
+        `resend_s`: repeat a message that the server has passed over for so long (see `_is_lost`), and keep it while the
+        server refuses this client (for messages that the server deduplicates); None: it waits for its caller's timeout,
+        and fails on a refusal.
         """
         self.endpoint = endpoint
         self.loop = EventLoop()
@@ -93,6 +97,7 @@ class Link:
         self._server_boot = ""
         self._last_heard = self._last_hello = self._last_heartbeat = 0.0
         self._heartbeat_id = self._hello_id = 0
+        self._answered_at = self._answered_sent = 0.0  # of what is repeated: the last answer, the newest one answered
         self._keys = keys
         self._opened = time.monotonic()
         try:
@@ -121,11 +126,12 @@ class Link:
         """Ask and wait for the reply's body. Raises the server's typed error, or ServerSilent after `timeout_ms`."""
         return self.ask(kind, body, target=target).result(timeout_ms / 1e3)
 
-    def ask(self, kind: str, body: dict[str, Any], *, target: str = "") -> "Answer":
+    def ask(self, kind: str, body: dict[str, Any], *, target: str = "") -> Answer:
         """Ask without waiting; several questions may be on their way. Thread-safe."""
         frames = pack(body, self.limits)
         envelope = self._envelope(kind, target)
-        answer = Answer(self, _id(envelope), kind)
+        give_up = partial(self.loop.call_soon, partial(self.give_up, _id(envelope)))
+        answer = Answer(kind, self.limits, give_up, self.endpoint, self.state)
         self.loop.call_soon(lambda: self._submit(envelope, frames, answer.take))
         return answer
 
@@ -215,10 +221,21 @@ class Link:
             if now - self._last_heartbeat >= HEARTBEAT_S:
                 self._beat(now)
             for pending in list(self._pending.values()):
-                stale = self._resend_s is not None and pending.repeat and now - pending.sent_at > self._resend_s
-                if not pending.sent_at or stale:
+                lost = self._is_lost(pending, now)
+                pending.again = pending.again or lost
+                if lost or not pending.sent_at:
                     self._send_pending(pending)
         self.loop.call_later(0.2 if self.ready.is_set() else 0.05, self._tick)
+
+    def _is_lost(self, pending: _Pending, now: float) -> bool:
+        """A slow server answers in order. Lost is what it passed over, or all of it when no answer came for so long.
+
+        To repeat whatever is late would double the work of a server that is late because it has too much.
+        """
+        if self._resend_s is None or not pending.repeat:
+            return False
+        passed_over, idle = self._answered_sent - pending.sent_at, now - max(pending.sent_at, self._answered_at)
+        return max(passed_over, idle) > self._resend_s
 
     def _say_hello(self, now: float) -> None:
         envelope = self._envelope("hello")
@@ -348,7 +365,11 @@ class Link:
         self._pending.pop(request_id, None)
 
     def _finish(self, request_id: int, result: Frames | WireError) -> None:
-        self._pending.pop(request_id).on_reply(result)
+        pending = self._pending.pop(request_id)
+        if pending.repeat:
+            self._answered_at = time.monotonic()
+            self._answered_sent = max(self._answered_sent, 0.0 if pending.again else pending.sent_at)
+        pending.on_reply(result)
 
     def _serve(self) -> None:
         try:
@@ -362,32 +383,6 @@ class Link:
         self._socket.close()
         self.loop.close()
         self.context.destroy(linger=0)
-
-
-class Answer:
-    """A reply on its way: made by `Link.ask`, filled in by the link's thread, waited for by whoever asked."""
-
-    def __init__(self, link: Link, request_id: int, kind: str):
-        self._link, self._request_id, self._kind = link, request_id, kind
-        self._arrived = threading.Event()
-        self._reply: Frames | WireError = []
-
-    def take(self, reply: Frames | WireError) -> None:
-        """The reply is here; in the loop's thread."""
-        self._reply = reply
-        self._arrived.set()
-
-    def result(self, timeout_s: float) -> dict[str, Any]:
-        """Wait for the reply's body. Raises the server's typed error, or ServerSilent after `timeout_s`."""
-        link = self._link
-        if not self._arrived.wait(timeout_s):
-            link.loop.call_soon(lambda: link.give_up(self._request_id))
-            raise ServerSilent(
-                f"no reply to {self._kind!r} from {link.endpoint} in {timeout_s * 1e3:g} ms; {link.state()}"
-            )
-        if isinstance(self._reply, WireError):
-            raise self._reply
-        return unpack(self._reply, link.limits) if self._reply else {}
 
 
 def _id(envelope: Envelope) -> int:
