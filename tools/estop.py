@@ -2,8 +2,9 @@
 """Press or reset the e-stop of a run's actors on this host: `python3 tools/estop.py runs/<run> [--key | --reset]`.
 
 The file runs/<run>/estop is the latch (serl_robot_infra.estop): every actor of the run on this host looks at it within
-each control period. With --key this terminal becomes the button: any key presses. SIGUSR1 to an actor's process, and
-rollout.estop_key at its own terminal, press it too.
+each control period. What each of them answers is told: stopped, or nothing within two seconds. With --key this
+terminal becomes the button: any key presses. SIGUSR1 to an actor's process, and rollout.estop_key at its own terminal,
+press it too.
 
 It must work whatever is broken: any python3 from 3.7 on, its standard library alone, no environment, no other file of
 this repository (so the few lines of serl_robot_infra.keyboard that it needs are here again).
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import getpass
 import os
 import select
@@ -20,9 +22,11 @@ import sys
 import termios
 import time
 import tty
+from collections.abc import Iterator
 from pathlib import Path
 
 POLL_S = 0.1
+ANSWER_S = 2.0  # an actor has this long to say that it stopped
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,9 +52,47 @@ def main(argv: list[str] | None = None) -> int:
 
 def press(latch: Path) -> None:
     """Latch it; the first press stays."""
-    if not latch.exists():
-        latch.write_text(f"{_user()} at {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-    print(f"stopped; reset with: python3 tools/estop.py {latch.parent} --reset", flush=True)
+    with contextlib.suppress(FileExistsError):
+        file = os.open(str(latch), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            os.write(file, f"{_user()} at {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+            os.fsync(file)  # a power cut resets nothing
+        finally:
+            os.close(file)
+        folder = os.open(str(latch.parent), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    print(f"pressed; reset with: python3 tools/estop.py {latch.parent} --reset", flush=True)
+    for line in answers(latch):
+        print(line, flush=True)
+
+
+def answers(latch: Path) -> Iterator[str]:
+    """A line for each actor of the run on this host: what it says to the press."""
+    actors = [path for path in sorted(latch.with_name("estop.heard").glob("*")) if _is_alive(path)]
+    if not actors:
+        yield "no actor of this run is running on this host; one that is started does not move before the reset"
+    deadline = time.monotonic() + ANSWER_S
+    for path in actors:
+        while "stopped" not in path.read_text() and _is_alive(path) and time.monotonic() < deadline:
+            time.sleep(POLL_S / 10)
+        said = path.read_text().split()
+        if "stopped" in said:
+            yield f"{path.name} (pid {said[1]}) has stopped"
+        else:
+            yield f"{path.name} DOES NOT ANSWER after {ANSWER_S:g} s: use the robot's own emergency stop"
+
+
+def _is_alive(path: Path) -> bool:
+    """An actor holds a lock on its file as long as it lives."""
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def wait_for_keys(latch: Path) -> int:

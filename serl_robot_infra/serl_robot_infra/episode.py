@@ -4,6 +4,7 @@ One tick:  policy chunk ─▶ operator ─▶ safety ─▶ guard ─▶ env.st
 
 What is recorded as `action` is what left the safety chain, so what was executed. A tick that may not be executed
 (NaN, silent policy, e-stop, watchdog, stop) ends the episode before it: truncated, with every executed tick kept.
+Whatever ends it but the environment's own word, the robot is told to hold or to stop before anything else happens.
 """
 
 import time
@@ -54,6 +55,7 @@ class _Progress:
     return_: float = 0.0
     operator_ticks: int = 0
     policy_version: int = -1  # that answered last
+    declared: bool = False  # the environment itself said that the episode is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,8 @@ class EpisodeRunner:
         except (EpisodeCutError, UnsafeTickError) as cut:
             reason = f"episode {ticket.episode_id} cut at tick {now.tick}: {cut}"
         except BaseException:
-            self._end(now, outcome, "the actor failed")  # what was executed is recorded, then the error goes on
+            # The robot stops, what was executed is recorded, then the error goes on.
+            self._end(now, outcome, "the actor failed", leaving=True)
             raise
         return self._end(now, outcome, reason)
 
@@ -132,7 +135,9 @@ class EpisodeRunner:
         return operator
 
     def _reset(self, now: _Progress) -> None:
-        self._check_stop()  # a reset moves the robot
+        self._check_stop()
+        if (reason := self.stack.guard.begin()) is not None:
+            raise EpisodeCutError(reason)
         noise = self.demo_noise if now.ticket.mode == "demo" else 0.0
         with self._driver("reset"):
             observation = self.stack.env.reset(now.ticket.seed, actuator_noise=noise)
@@ -157,6 +162,7 @@ class EpisodeRunner:
             raise EpisodeCutError(reason)
         with self._driver("step"):
             stepped = self.stack.env.step(action)
+        now.declared = stepped.terminated or stepped.truncated
         result = self._limit_time(now, self.stack.reward.judge(stepped))
         now.seen_at = time.monotonic_ns()
         self.stack.safety.check_observation(result.observation)
@@ -193,8 +199,12 @@ class EpisodeRunner:
         cut = None if result.terminated else "time_limit"
         return Outcome(result.success, self.stack.reward.success_source, cut)
 
-    def _end(self, now: _Progress, outcome: Outcome, reason: str | None) -> EpisodeReport:
-        self.stack.guard.disarm()
+    def _end(self, now: _Progress, outcome: Outcome, reason: str | None, leaving: bool = False) -> EpisodeReport:
+        # The robot comes first: what follows waits for a disk, and for people who look on.
+        if now.declared:
+            self.stack.guard.disarm()
+        else:
+            self.stack.guard.rest(stop=leaving or bool(self.stop))
         if now.observation is None:
             self.stack.adder.abandon()
         else:

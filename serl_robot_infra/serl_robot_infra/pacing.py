@@ -9,7 +9,10 @@ from types import FrameType
 
 
 class StopSignal:
-    """Set by SIGINT or SIGTERM: the loop ends its episode, flushes and leaves. A second signal interrupts at once."""
+    """Set by SIGINT, SIGTERM or SIGHUP (a closed terminal): the loop ends its episode, flushes and leaves.
+
+    A second signal interrupts at once.
+    """
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -17,8 +20,9 @@ class StopSignal:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM of this process meanwhile; main thread only."""
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Handle these signals of this process meanwhile, but one that is ignored (nohup); main thread only."""
+        heard = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._handle) for number in heard}
         try:
             yield
         finally:

@@ -37,6 +37,7 @@ from serl_robot_infra.policy_client import MeasuredPolicy, RemotePolicy
 from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.rewards.environment import EnvironmentReward
 from serl_robot_infra.safety import SafetyChain
+from serl_robot_infra.watchdog import WatchdogProcess
 from serl_transport.contract.specs import TaskSpec
 
 log = logging.getLogger(__name__)
@@ -83,13 +84,20 @@ def build_guard(cfg: DictConfig, env: Environment, estop: EmergencyStop) -> Robo
         raise ValueError(f"rollout.watchdog.enabled: expected auto, true or false, got {enabled!r}")
     watched = robot is not None if enabled == "auto" else enabled
     stop_s = watchdog.get("stop_ms", 500.0) / 1e3 if watched else None
-    return RobotGuard(robot, estop, env.spec.control_hz if rate is None else rate, stop_s)
+    rate = env.spec.control_hz if rate is None else rate
+    stopper, process = getattr(env, "stopper", None), None
+    if robot is not None and stopper is not None and stop_s is not None:
+        process = WatchdogProcess(stopper, estop.path, 1.0 / (rate or env.spec.control_hz), stop_s)
+    return RobotGuard(robot, estop, rate, stop_s, process)
 
 
 def describe_guard(guard: RobotGuard, env: Environment) -> str:
     """Whether a watchdog stops this robot, in one line, for the actor's start."""
     if guard.stop_s is not None:
-        return f"watchdog: controlled stop after {guard.stop_s * 1e3:g} ms without an action"
+        after = f"watchdog: controlled stop after {guard.stop_s * 1e3:g} ms without an action"
+        if guard.watchdog is not None:
+            return f"{after}, by a process of its own as well"
+        return f"{after}; {type(env).__name__} names no stopper, so a driver that blocks Python blocks the watchdog"
     return f"no watchdog: {type(env).__name__} has no hold() and stop(), or rollout.watchdog.enabled is false"
 
 

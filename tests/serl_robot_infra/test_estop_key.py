@@ -111,7 +111,7 @@ def test_the_tool_waits_for_a_key_with_any_python_alone(tmp_path, repo_root):
         assert "any key stops the robots" in tool.stdout.readline()
         assert not (tmp_path / "estop").exists()
         os.write(master, b"x")
-        assert "stopped; reset with: python3 tools/estop.py" in tool.stdout.readline()
+        assert "pressed; reset with: python3 tools/estop.py" in tool.stdout.readline()
         assert " at 20" in (tmp_path / "estop").read_text()
         os.close(slave)
         os.close(master)  # the terminal is closed

@@ -16,6 +16,7 @@ from scripted_learner import RobotPick, Screen, ScriptedLearner, actor_config, s
 from serl_robot_infra.estop import EmergencyStop
 from serl_robot_infra.guard import RobotGuard
 from serl_robot_infra.main import main
+from serl_robot_infra.pacing import StopSignal
 
 PERIOD_S = 0.05  # 20 Hz
 
@@ -36,7 +37,9 @@ class Robot:
 
 @pytest.fixture
 def estop(tmp_path):
-    return EmergencyStop(tmp_path / "run" / "estop")
+    estop = EmergencyStop(tmp_path / "run" / "estop")
+    yield estop
+    estop.close()
 
 
 @pytest.fixture
@@ -58,26 +61,35 @@ def wait_for(question, seconds=20.0):
         time.sleep(0.002)
 
 
-def test_the_latch_is_the_file_and_only_a_person_removes_it(estop, tmp_path):
+def later(path):
+    """What another process would see, or a later one."""
+    estop = EmergencyStop(path)
+    estop.close()
+    return estop.reason()
+
+
+def test_the_latch_is_the_file_and_only_a_person_removes_it(estop):
     assert estop.reason() is None
     estop.press("the red button")
-    assert estop.reason().startswith("the red button at ")
-    assert estop.path.exists()
-    assert EmergencyStop(estop.path).reason().startswith("the red button")  # another process, or a later one
+    assert estop.reason() == "the red button"  # at once
+    wait_for(estop.path.exists)
+    wait_for(lambda: estop.reason().startswith("the red button at "))
+    estop.press("somebody else")
+    wait_for(lambda: estop.reason().startswith("the red button at "))  # the first press stays
+    assert later(estop.path).startswith("the red button at ")
     estop.path.unlink()
-    assert estop.reason() is None
+    wait_for(lambda: estop.reason() is None)
     estop.path.touch()
-    assert estop.reason() == f"the file {estop.path}"
+    wait_for(lambda: estop.reason() == f"the file {estop.path}")
 
 
-def test_sigusr1_presses_it_even_while_the_main_thread_is_busy(estop):
-    with estop.installed():
-        seen = []
-        watcher = threading.Thread(target=lambda: (wait_for(estop.reason), seen.append(estop.reason())))
+def test_sigusr1_presses_it_even_while_the_main_thread_is_busy(guard, estop, robot):
+    with guard.installed():
+        watcher = threading.Thread(target=lambda: wait_for(lambda: estop.reason() and robot.stops))
         watcher.start()
         os.kill(os.getpid(), signal.SIGUSR1)
         watcher.join()
-        assert seen[0].startswith("SIGUSR1")
+        assert estop.reason().startswith("SIGUSR1")
 
 
 def test_a_latch_that_cannot_be_written_stays_pressed(tmp_path):
@@ -86,7 +98,81 @@ def test_a_latch_that_cannot_be_written_stays_pressed(tmp_path):
     (tmp_path / "estop").touch()  # a file where the folder should be
     estop.press("x")
     for _ in range(2):
-        assert "cannot be written: restart the actor" in estop.reason()
+        wait_for(lambda: estop.reason().startswith("x (") and "cannot be written: restart" in estop.reason())
+    (tmp_path / "estop").unlink()
+    (tmp_path / "estop").mkdir()
+    wait_for(lambda: estop.reason().startswith("x at "))  # it was written when that was possible
+    estop.close()
+
+
+def _a_folder(path):
+    path.mkdir()
+
+
+def _a_link_to_itself(path):
+    path.symlink_to(path.name)
+
+
+def _a_link_to_nothing(path):
+    path.symlink_to("nowhere")
+
+
+def _a_folder_that_is_gone(path):
+    path.parent.rename(path.parent.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize("damage", [_a_folder, _a_link_to_itself, _a_link_to_nothing, _a_folder_that_is_gone])
+def test_a_latch_that_cannot_be_read_counts_as_pressed(guard, estop, robot, damage):
+    assert guard.feed() is None
+    damage(estop.path)
+    wait_for(lambda: robot.stops)
+    assert "cannot be read" in guard.feed()
+
+
+def test_what_a_latch_says_cannot_write_on_a_screen(tmp_path):
+    (tmp_path / "estop").write_bytes(b"alice\x1b[2J\x00\n at \xff noon" + b"x" * 1000)
+    assert later(tmp_path / "estop").startswith("alice[2J at � noonxxx")
+    assert len(later(tmp_path / "estop")) == 200
+
+
+def test_a_disk_that_hangs_delays_neither_the_press_nor_the_watchdog(guard, estop, robot, monkeypatch):
+    released = threading.Event()
+    monkeypatch.setattr(estop, "_read", released.wait)  # a look that does not come back
+    monkeypatch.setattr(estop, "_write", released.wait)
+    time.sleep(0.1)
+    assert guard.feed() is None
+    started = time.monotonic()
+    wait_for(lambda: robot.stops)
+    assert "controlled stop" in guard.tripped  # the watchdog: before a second of hanging counts as pressed
+    guard.disarm()
+    wait_for(lambda: "cannot be looked at" in (guard.feed() or ""))
+    assert time.monotonic() - started > 0.9
+    estop.press("x")
+    assert guard.feed() == "e-stop pressed: x"
+    released.set()
+
+
+def test_a_press_stops_first_and_is_written_afterwards(guard, estop, robot, monkeypatch):
+    seen = []
+    write = estop._write
+    monkeypatch.setattr(estop, "_write", lambda: (time.sleep(0.5), seen.append(len(robot.stops)), write())[2])
+    assert guard.feed() is None
+    pressed = time.monotonic()
+    estop.press("x")
+    wait_for(lambda: robot.stops)
+    assert robot.stops[0] - pressed <= PERIOD_S
+    wait_for(lambda: seen)
+    assert seen == [1]
+
+
+def test_a_driver_that_stops_every_thread_for_a_while_presses_nothing(estop):
+    """A look that was in hand meanwhile took that long, but nobody was there to see it."""
+    estop._look = 7
+    assert estop.reason() is None
+    for _ in range(3):
+        estop._asked -= 2.0  # as if this thread had not run for two seconds
+        estop._look = 7
+        assert estop.reason() is None
 
 
 def test_the_guard_stops_the_robot_once_for_a_press_and_forbids_actions_until_the_reset(guard, estop, robot):
@@ -98,7 +184,7 @@ def test_the_guard_stops_the_robot_once_for_a_press_and_forbids_actions_until_th
     assert len(robot.stops) == 1
     assert guard.forbids()
     estop.path.unlink()
-    assert guard.feed() is None
+    wait_for(lambda: guard.feed() is None)
 
 
 def test_silence_holds_then_stops_and_ends_the_episode(guard, robot):
@@ -112,8 +198,44 @@ def test_silence_holds_then_stops_and_ends_the_episode(guard, robot):
     assert robot.holds[0] - started >= 2 * PERIOD_S
     assert len(robot.holds) >= 2
     assert 0.3 <= robot.stops[0] - started <= 0.3 + 2 * PERIOD_S
-    guard.disarm()
+    guard.rest(stop=False)
+    assert len(robot.stops) == 1  # it was stopped already
     assert guard.feed() is None
+
+
+def test_rest_holds_or_stops_and_stays_armed_until_the_driver_took_it(guard, robot):
+    guard.feed()
+    guard.rest(stop=False)
+    assert (len(robot.holds), robot.stops) == (1, [])
+    guard.rest(stop=True)
+    assert (len(robot.holds), robot.stops) == (1, [])  # it rests
+    guard.feed()
+    robot.fail = 3
+    guard.rest(stop=True)
+    wait_for(lambda: robot.stops)
+
+
+def test_closing_stops_a_robot_that_still_moves(robot, estop):
+    guard = RobotGuard(robot, estop, rate_hz=20, stop_s=None)
+    assert guard.begin() is None  # a reset
+    guard.close()
+    assert len(robot.stops) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_robot_while_the_main_thread_hangs_in_a_driver(robot, estop, number):
+    guard = RobotGuard(robot, estop, rate_hz=20, stop_s=None)
+    stop = StopSignal()
+    with stop.installed(), guard.installed():
+        guard.begin()
+        sent = time.monotonic()
+        os.kill(os.getpid(), number)
+        time.sleep(0.3)
+        assert robot.stops[0] - sent <= PERIOD_S
+        assert guard.feed() == f"stopped by {number.name}"
+        assert stop.signal is number
+    guard.close()
+    assert len(robot.stops) == 1
 
 
 def test_a_stop_that_fails_is_tried_again(guard, robot, caplog):

@@ -26,7 +26,12 @@ class StepResult:
 
 @runtime_checkable
 class Environment(Protocol):
-    """A robot or a simulator. One episode at a time, one thread."""
+    """A robot or a simulator. One episode at a time, one thread.
+
+    A robot also has `hold()` and `stop()` (guard.Stoppable), called from any thread, also during `step` and `reset`.
+    One whose controller can be reached twice names a `stopper`: a config node of what stops it from another process
+    (watchdog.py), for example `{"_target_": "my_lab.arm.SecondConnection", "host": "10.0.0.9"}`.
+    """
 
     @property
     def spec(self) -> TaskSpec:
