@@ -101,16 +101,16 @@ class EmergencyStop:
         while not (self._closing and (not self._pressed_by or self._unwritable)):
             self._looks += 1
             self._look = self._looks
-            if self._pressed_by and time.monotonic() >= retry_at:
-                self._unwritable = self._write()
+            if (by := self._pressed_by) and time.monotonic() >= retry_at:
+                self._unwritable = self._write(by)
                 retry_at = time.monotonic() + _RETRY_S if self._unwritable else 0.0
+                if not self._unwritable:  # from now on the file alone says it
+                    self._latched, self._pressed_by = by, ""
             latched = self._read()
             self._look = 0
             if latched != self._latched:
                 self._latched = latched
                 self.on_change()
-            if latched is not None and not self._unwritable:
-                self._pressed_by = ""
             if self._heard:
                 self._heard.tell(latched is not None or bool(self._pressed_by))
             self._due.wait(LOOK_S)
@@ -129,7 +129,7 @@ class EmergencyStop:
         words = "".join(c for c in " ".join(text.split()) if c.isprintable())[:_LONGEST]
         return words or f"the file {self.path}"
 
-    def _write(self) -> str:
+    def _write(self, by: str) -> str:
         """Put the press into the file (the first stays), so that it survives a power cut; "" or why it cannot be."""
         try:
             try:
@@ -137,7 +137,7 @@ class EmergencyStop:
             except FileExistsError:
                 return ""
             try:
-                os.write(file, f"{self._pressed_by} at {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+                os.write(file, f"{by} at {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
                 os.fsync(file)
             finally:
                 os.close(file)

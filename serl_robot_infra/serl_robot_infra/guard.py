@@ -182,13 +182,15 @@ class RobotGuard:
                         self._leaving = f"stopped by {number.name}"
 
     def _look_now(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it is awake already
+        with contextlib.suppress(OSError):  # it is awake already, or closed
             os.write(self._wake, b"\0")
 
     def _look(self, now: float) -> None:
         reason = self.estop.reason()
         if (reason is None) != (self._stopped_for is None):
             self._stopped_for, self._stop_due = reason, reason is not None or self._stop_due
+            if reason is not None and self._moving:  # the episode ends, even if it is released before the next action
+                self.tripped = self.tripped or f"e-stop pressed: {reason}"
         if self._leaving and self._moving:
             self._stop_due = True
         silent = self._trip(now)

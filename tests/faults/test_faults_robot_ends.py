@@ -28,7 +28,7 @@ BUSY_INTERPRETER_S = STOP_S + PERIOD_S  # until the watchdog process stops
 
 @dataclass(frozen=True)
 class Kind:
-    """timeout_s: stated, on top of the one period; since: the time is counted from it (fault, now or last action)."""
+    """timeout_s: stated, on top of the one period; since: what the time is counted from (fault, now, last action)."""
 
     cause: Callable[[Rig], None] | None  # None: a word in the fault file
     timeout_s: float = 0.0
@@ -63,7 +63,7 @@ KINDS = {
     "silent": Kind(None, SILENCE_S, "action"),
     "hangs": Kind(None, SILENCE_S, "action"),
     "keeps_interpreter": Kind(None, BUSY_INTERPRETER_S, "action"),
-    "time_limit": Kind(lambda rig: None, 0.0, "last"),
+    "time_limit": Kind(lambda rig: None, since="action"),
     "SIGTERM": Kind(send(signal.SIGTERM), since="now", ends_actor=True),
     "SIGINT": Kind(send(signal.SIGINT), since="now", ends_actor=True),
     "SIGINT twice": Kind(twice, since="now", ends_actor=True),
@@ -126,14 +126,10 @@ class Rig:
         else:
             self.fault.write_text(name)
             self.wait(lambda: self.of("f", self.now), f"{name}: the fault")
-        self.wait(lambda: self.of("hsw", self.now), f"{name}: hold or stop")
-        told = min(self.of("hsw", self.now))
-        since = {
-            "now": lambda: self.now,
-            "fault": lambda: self.of("f", self.now)[0],
-            "action": lambda: max(at for at in self.of("a", began) if at < told),
-            "last": lambda: max(at for at in self.of("a", began) if at < told),
-        }[kind.since]()
+        after = self.of("f", self.now)[0] if kind.since == "fault" else self.now
+        self.wait(lambda: self.of("hsw", after), f"{name}: hold or stop")
+        told = min(self.of("hsw", after))
+        since = max(at for at in self.of("a", began) if at < told) if kind.since == "action" else after
         self._mend(name, kind, told)
         return told - since - kind.timeout_s
 
@@ -204,7 +200,8 @@ def test_whatever_ends_an_episode_the_robot_is_told_within_one_period(tmp_path, 
     seconds = np.array([value for _, value in late])
     worst = {}
     for name, value in late:
-        worst[name] = round(max(worst.get(name, -9.0), value) * 1e3, 1)
+        worst[name] = max(worst.get(name, value), value)
+    worst = {name: round(value * 1e3, 1) for name, value in worst.items()}
     counts, edges = np.histogram(seconds * 1e3, [-1e3, 2, 5, 10, 20, 30, 40, 50, 1e6])
     figures.row(
         "robot_ends", "hold or stop within one period and the kind's stated timeout", bool((seconds <= PERIOD_S).all()),

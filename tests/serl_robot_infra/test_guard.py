@@ -138,7 +138,7 @@ def test_what_a_latch_says_cannot_write_on_a_screen(tmp_path):
 def test_a_disk_that_hangs_delays_neither_the_press_nor_the_watchdog(guard, estop, robot, monkeypatch):
     released = threading.Event()
     monkeypatch.setattr(estop, "_read", released.wait)  # a look that does not come back
-    monkeypatch.setattr(estop, "_write", released.wait)
+    monkeypatch.setattr(estop, "_write", lambda by: released.wait())
     time.sleep(0.1)
     assert guard.feed() is None
     started = time.monotonic()
@@ -155,7 +155,7 @@ def test_a_disk_that_hangs_delays_neither_the_press_nor_the_watchdog(guard, esto
 def test_a_press_stops_first_and_is_written_afterwards(guard, estop, robot, monkeypatch):
     seen = []
     write = estop._write
-    monkeypatch.setattr(estop, "_write", lambda: (time.sleep(0.5), seen.append(len(robot.stops)), write())[2])
+    monkeypatch.setattr(estop, "_write", lambda by: (time.sleep(0.5), seen.append(len(robot.stops)), write(by))[2])
     assert guard.feed() is None
     pressed = time.monotonic()
     estop.press("x")
@@ -183,8 +183,13 @@ def test_the_guard_stops_the_robot_once_for_a_press_and_forbids_actions_until_th
     time.sleep(0.2)
     assert len(robot.stops) == 1
     assert guard.forbids()
+    wait_for(estop.path.exists)
     estop.path.unlink()
-    wait_for(lambda: guard.feed() is None)
+    wait_for(lambda: estop.reason() is None)
+    assert guard.feed() == "e-stop pressed: x"  # a robot that was stopped takes no action before its reset
+    guard.rest(stop=False)
+    assert not robot.holds
+    assert guard.feed() is None
 
 
 def test_silence_holds_then_stops_and_ends_the_episode(guard, robot):
