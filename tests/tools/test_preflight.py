@@ -85,6 +85,7 @@ def test_a_word_that_is_wrong_is_told_as_for_a_run(capsys, word, told):
     assert told in said
 
 
+@pytest.mark.slow
 def test_the_released_groot_is_counted_without_memory(capsys):
     """407M vision tower, 1117M language model, 1621M action head; the language head is not held."""
     size = FullGrootSize()
