@@ -108,7 +108,7 @@ class Rig:
         return [at for kind in what for at in moves_of(self.folder / "moves", kind) if at > after]
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 30
         while not condition():
             assert time.monotonic() < deadline, f"never: {what}; {(self.folder / 'log').read_text()[-2000:]}"
             time.sleep(0.002)
@@ -146,7 +146,7 @@ class Rig:
         if self.learner.poll() is None:
             self.learner.send_signal(signal.SIGCONT)
         if kind.ends_actor:
-            self.actor.wait(30)
+            self.wait(lambda: self.actor.poll() is not None, f"{name}: the actor ends")
         self.start()
         self.wait(lambda: self.of("r", told), f"{name}: the next reset")
         if kind.timeout_s == 0.0:
