@@ -20,9 +20,9 @@ class StopSignal:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle these signals of this process meanwhile, but one that is ignored (nohup); main thread only."""
-        heard = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-        before = {number: signal.signal(number, self._handle) for number in heard}
+        """Handle these signals of this process meanwhile, SIGHUP unless it is ignored (nohup); main thread only."""
+        hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
         try:
             yield
         finally:

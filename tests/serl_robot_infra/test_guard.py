@@ -13,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 from scripted_learner import RobotPick, Screen, ScriptedLearner, actor_config, still_policy, ticket
 
+from serl_robot_infra.adder import Adder
 from serl_robot_infra.estop import EmergencyStop
 from serl_robot_infra.guard import RobotGuard
 from serl_robot_infra.main import main
@@ -377,4 +378,34 @@ def test_a_policy_that_is_slow_but_answers_only_makes_the_robot_hold(spec, tmp_p
     assert code == 0, out
     assert episode.n == 60
     assert RobotPick.last.holds
+    assert not RobotPick.last.stops
+
+
+def test_a_nan_makes_the_robot_hold_before_anything_is_written(spec, tmp_path, monkeypatch):
+    still, answers = still_policy(), []
+
+    def failing(body):
+        answers.append(body)
+        answer = still(body)
+        return answer if len(answers) < 3 else answer | {"actions": answer["actions"] * float("nan")}
+
+    order, end = [], Adder.end
+    monkeypatch.setattr(RobotPick, "hold", lambda robot: order.append("hold"))
+    monkeypatch.setattr(Adder, "end", lambda *told: (order.append("written"), end(*told))[1])
+    with ScriptedLearner(spec, [ticket("eval", 1)], failing) as learner:
+        code, out = run(learner, tmp_path)
+        (episode,) = learner.episodes()
+    assert code == 0, out
+    assert episode.n == 8
+    assert order == ["hold", "written"]
+    assert not RobotPick.last.stops
+
+
+def test_an_end_that_the_environment_declares_is_left_to_it(spec, tmp_path):
+    with ScriptedLearner(spec, [ticket("eval", 1)]) as learner:
+        code, out = run(learner, tmp_path)
+        (episode,) = learner.episodes()
+    assert code == 0, out
+    assert episode.n == 60  # its own time limit
+    assert not RobotPick.last.holds
     assert not RobotPick.last.stops
