@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from serl_robot_infra.interventions.base import Intervention
 from serl_transport.contract.schema import Observation
 
 
-class NoIntervention:
-    """Answers `interventions.base.Intervention`."""
+class NoIntervention(Intervention):
+    """Nobody drives, nobody says anything."""
 
     def reset(self, rng: np.random.Generator, *, from_start: bool) -> None:
         """Nothing to prepare; a demonstration without an operator is refused."""

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from serl_robot_infra.envs.base import Environment, Expert, ScriptedEnvironment
+from serl_robot_infra.interventions.base import Intervention
 from serl_transport.contract.schema import Observation
 
 
 @dataclass(slots=True)
-class ScriptedOperator:
-    """Answers `interventions.base.Intervention`. ValueError: no scripted expert, or a number below 0."""
+class ScriptedOperator(Intervention):
+    """Takes over by itself. ValueError: no scripted expert, or a number below 0."""
 
     env: Environment  # simulated, with an expert
     takeover_tick: int = 22  # the tick from which it drives an online episode
