@@ -26,8 +26,9 @@ import pyarrow.parquet as pq
 from serl_launcher.exporter.__main__ import read_run
 from serl_launcher.exporter.columns import episode_columns
 from serl_launcher.exporter.features import SCALARS, image_keys
+from serl_launcher.exporter.quarantine import read_quarantine
 from serl_launcher.replay.assembler import Assembler
-from serl_launcher.replay.entries import DataEntry, decode_entry
+from serl_launcher.replay.entries import DataEntry, UnfitEntry, decode_entry
 from serl_launcher.replay.journal import JournalCorrupt, JournalReader
 from serl_launcher.run.paths import RunPaths
 from serl_transport.contract.schema import Episode
@@ -142,7 +143,7 @@ def read_journal(
         raise ValueError(f"{folder} does not exist: nothing was journalled")
     items: dict[tuple[str, int], Item] = {}
     kept: dict[int, Kept] = {}
-    assembler, ticks = Assembler(spec), 0
+    assembler, ticks, unfit = Assembler(spec), 0, 0
     reader = JournalReader(folder)
     for record in reader.poll():
         entry = decode_entry(record.payload, spec)
@@ -154,6 +155,9 @@ def read_journal(
             where = (entry.actor_id, batch.episode.episode_id, batch.first_tick, batch.n)
             items[key] = Item(*where, entry.crc32, versions[versions >= 0])
             ticks += batch.n
+        elif isinstance(entry, UnfitEntry):
+            unfit += 1
+            items[entry.boot_id, entry.seq] = Item(entry.actor_id, "", 0, 0, entry.crc32, np.zeros(0, np.int64))
         for closed in assembler.apply(entry, record.time_ns):
             episode = closed.build()
             kept[closed.ordinal] = Kept(
@@ -163,6 +167,8 @@ def read_journal(
     if assembler.dropped:
         report.problem("contradictory batches", f"{assembler.dropped} journalled batches fit into no episode")
     _check_ticks(ticks, kept, assembler, report)
+    if unfit:
+        report.counts["items in the journal that fit no more, left out"] = unfit
     report.counts |= {"items in the journal": len(items), "ticks in the journal": ticks, "episodes closed": len(kept)}
     return items, kept
 
@@ -223,7 +229,12 @@ def check_dataset(
     for ordinal, count in found.items():
         if count > 1:
             report.problem("twice in the dataset", f"ordinal {ordinal}: {count} times")
-    missing = [ordinal for ordinal, episode in kept.items() if episode.n and ordinal not in found]
+    aside = {(row["ordinal"], row["episode_id"]) for row in read_quarantine(run_dir) if row.get("ordinal") is not None}
+    aside = {ordinal for ordinal, episode in kept.items() if (ordinal, episode.episode_id) in aside} - set(found)
+    if aside:
+        report.counts["episodes in quarantine"] = len(aside)
+    wanted = [ordinal for ordinal, episode in kept.items() if episode.n and ordinal not in aside]
+    missing = [ordinal for ordinal in wanted if ordinal not in found]
     pending = [ordinal for ordinal in missing if live and ordinal > max(found, default=-1)]
     for ordinal in missing[: len(missing) - len(pending)]:  # in ascending order, as the journal closed them
         report.problem("missing in the dataset", f"ordinal {ordinal}, episode {kept[ordinal].episode_id}")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from serl_launcher.supervisor.children import Child, ChildSpec, RestartBudget
+from serl_launcher.supervisor.children import Child, ChildSpec, RestartBudget, is_stopped
 
 USER_MISTAKE, GAVE_UP = 2, 3
 COLOURS = {"actor": "\x1b[36m", "learner": "\x1b[33m"}
@@ -38,6 +38,7 @@ class Side:
         self._prefixed = prefixed
         self._pump: threading.Thread | None = None
         self._restart_at: float | None = None
+        self._stopped = False  # by a signal, as far as was told
 
     def start(self) -> None:
         """Spawn the process."""
@@ -64,7 +65,16 @@ class Side:
             else:
                 say(self.name, f"the {self.name} ended ({death.cause}); starting it again in {wait_s:g} s")
                 self._restart_at = time.monotonic() + wait_s
+        self._tell_stopped()
         return self.final
+
+    def _tell_stopped(self) -> None:
+        """A side that somebody stopped is left alone: a robot's must not start by itself, a learner's roles go on."""
+        pid = self._child.pid
+        stopped = pid is not None and is_stopped(pid)
+        if stopped and not self._stopped:
+            say(self.name, f"the {self.name} is stopped (SIGSTOP); it goes on after: kill -CONT {pid}")
+        self._stopped = stopped
 
     def stop(self) -> None:
         """End it in an orderly way; `final` is set when it was still running."""

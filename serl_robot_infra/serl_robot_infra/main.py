@@ -20,10 +20,12 @@ from serl_config.mistakes import mistake_message
 from serl_robot_infra.connect import StoppedError, connect_learner, flush, standalone
 from serl_robot_infra.episode import EnvironmentFailedError
 from serl_robot_infra.estop import EmergencyStop
+from serl_robot_infra.observers.learner_watch import watching
 from serl_robot_infra.pacing import StopSignal
 from serl_robot_infra.safety import describe
 from serl_robot_infra.task_yaml import check_task
 from serl_robot_infra.wiring import build_actor, build_env, build_guard, describe_guard, listen_for_estop, plain
+from serl_transport.client import TrainerClient
 from serl_transport.contract.errors import Refused, SpoolError, WireError
 from serl_transport.contract.specs import TaskSpec
 
@@ -80,6 +82,8 @@ def _run(cfg: DictConfig, stream: TextIO, stop: StopSignal) -> None:
         link = connect_learner(cfg, spec, stream, stop) if cfg.ip else standalone(cfg)
         resources.callback(link.stop)
         actor, observer = build_actor(cfg, env, link, stream, stop, guard)
+        if isinstance(link, TrainerClient):
+            resources.enter_context(watching(link, observer.message))
         try:
             ended = actor.run()
         except Refused:  # another process has this actor's name now: what was recorded is still taken

@@ -1,28 +1,37 @@
 """The exporter's loop: journal in, dataset out, exactly once whatever is killed when.
 
     journal ─▶ EpisodeStream.poll ─▶ DatasetWriter.add … commit ─▶ dataset/            (dataset_status.json beside it)
+                                          └ cannot be done, or kills the process again and again ─▶ Quarantine
 
 The dataset itself says which ordinal comes next. One that does not exist yet, or that cannot be continued (another
 task's features, a foreign journal), is built in `dataset.staging/` and takes its place by rename once it has caught up.
 """
 
+import contextlib
+import errno
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from serl_launcher.exporter.quarantine import MAX_DEATHS, Attempt, Quarantine
 from serl_launcher.exporter.recovery import UnusableDataset
 from serl_launcher.exporter.writer import DatasetWriter
 from serl_launcher.replay.assembler import ClosedEpisode
 from serl_launcher.replay.episodes import EpisodeStream
+from serl_launcher.run.alive import beat, busy
 from serl_launcher.run.files import write_json
 from serl_transport.contract.specs import TaskSpec
 
 _log = logging.getLogger(__name__)
 MAX_PENDING_BYTES = 256 << 20  # a batch is committed early when its compressed rows hold this much memory
 POLL_S = 1.0
+REFUSALS = {getattr(errno, name) for name in (
+    "ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "EMFILE", "ENFILE", "ENOMEM", "ENOENT", "ESTALE"
+)}  # of a disk or a system, which no episode can help  # fmt: skip
+EPISODE_S, COMMIT_S, OPEN_S = 300.0, 900.0, 3600.0  # may take so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +41,14 @@ class ExporterOptions:
     batch_episodes: int = 50  # episodes per commit
     period_s: float = 60.0  # a smaller batch is committed after this long
     video: str | bool = "auto"  # auto | true | false
+
+
+class _UnfitEpisodeError(Exception):
+    """The one that is pending, or in hand, cannot be exported."""
+
+    def __init__(self, ordinal: int, episode_id: str, why: str) -> None:
+        super().__init__(why)
+        self.ordinal, self.episode_id = ordinal, episode_id
 
 
 class Exporter:
@@ -47,9 +64,18 @@ class Exporter:
         self._discarded = run_dir / "dataset.replaced"
         self._replaced = self._discarded  # where the dataset goes when the staged one takes its place
         shutil.rmtree(self._discarded, ignore_errors=True)  # a kill may have left it
+        self._quarantine, self._attempt = Quarantine(run_dir), Attempt(run_dir)
+        self._alone_until = self._attempt.suspect  # up to this ordinal each episode gets a commit of its own
+        self._reopen()
+
+    @busy(OPEN_S, "reading the dataset")
+    def _reopen(self) -> None:
+        """Stand where the dataset on disk ends; what was pending is taken from the journal again."""
         self._writer = self._open()
-        self._stream = EpisodeStream(run_dir, spec, first_ordinal=max(0, self._writer.state.last_ordinal), follow=True)
+        first = max(0, self._writer.state.last_ordinal)
+        self._stream = EpisodeStream(self._run_dir, self._spec, first_ordinal=first, follow=True)
         self._checked = self._writer.state.last_ordinal < 0
+        self._pending: list[ClosedEpisode] = []
         self._pending_since: float | None = None
 
     def run(self, stopping: Callable[[float], bool]) -> None:
@@ -59,21 +85,41 @@ class Exporter:
         """
         stop = False
         while not stop:
+            beat()
             stop = stopping(POLL_S)
             self.poll(flush=stop)
 
     def poll(self, flush: bool = False) -> None:
-        """Take what the journal closed since the last poll; commit a full or old batch, or any with `flush`."""
+        """Take what the journal closed since the last poll; commit a full or old batch, or any with `flush`.
+
+        An episode that cannot be exported is set aside, and what was pending with it is taken again.
+        """
+        while True:
+            try:
+                return self._poll(flush)
+            except _UnfitEpisodeError as unfit:
+                if unfit.ordinal >= 0:
+                    self._quarantine.add(unfit.ordinal, unfit.episode_id, str(unfit))
+                self._attempt.end()
+                self._stream.close()
+                self._reopen()
+                self._write_status()
+
+    def _poll(self, flush: bool) -> None:
         options = self._options
         for closed in self._stream.poll():
             if not self._checked and not self._continues_with(closed):
                 self._start_anew()
-                return self.poll(flush)
+                return self._poll(flush)
             self._checked = True
-            if self._writer.add(closed.ordinal, closed.build()) and self._pending_since is None:
-                self._pending_since = time.monotonic()
-            if self._writer.pending >= options.batch_episodes or self._writer.pending_bytes > MAX_PENDING_BYTES:
+            if self._quarantine.holds(closed.ordinal, closed.info.episode_id):
+                continue
+            self._take(closed)
+            full = self._writer.pending >= options.batch_episodes or self._writer.pending_bytes > MAX_PENDING_BYTES
+            if full or closed.ordinal <= self._alone_until:
                 self._commit()
+        for unfit in self._stream.take_unfit():
+            self._quarantine.add_item(unfit.name, unfit.why)
         old = self._pending_since is not None and time.monotonic() - self._pending_since >= options.period_s
         # the first episode is shown at once: a reader then finds a dataset, and an unfit task is noticed early
         if flush or old or (self._writer.pending and self._writer.root == self._staging):
@@ -84,6 +130,34 @@ class Exporter:
     def close(self) -> None:
         """Close the journal. Episodes that were not committed are taken again at the next start."""
         self._stream.close()
+        self._attempt.end()  # an orderly end, whatever raised, is no death
+        self._attempt.close()
+
+    def _take(self, closed: ClosedEpisode) -> None:
+        """Encode an episode."""
+        attempt = self._attempt
+        if closed.ordinal == attempt.suspect and attempt.deaths >= MAX_DEATHS:
+            why = f"the exporter died {attempt.deaths} times in a row at it"
+            raise _UnfitEpisodeError(closed.ordinal, closed.info.episode_id, why)
+        attempt.begin(closed.ordinal)
+        with self._or_aside(closed), busy(EPISODE_S, f"exporting episode {closed.ordinal}"):
+            added = self._writer.add(closed.ordinal, closed.build())
+        attempt.end()
+        if added:
+            self._pending.append(closed)
+            self._pending_since = self._pending_since or time.monotonic()
+
+    @contextlib.contextmanager
+    def _or_aside(self, closed: ClosedEpisode) -> Iterator[None]:
+        """An exception in here is the episode's fault, unless the disk or the memory refused."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in REFUSALS:
+                raise
+            _log.debug("where it came from", exc_info=True)
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise _UnfitEpisodeError(closed.ordinal, closed.info.episode_id, why) from error
 
     def _open(self) -> DatasetWriter:
         """The dataset, if there is one that can be continued, else the staged one."""
@@ -118,14 +192,30 @@ class Exporter:
         self._replaced = self._run_dir / f"dataset.foreign-{time.time_ns()}"
         self._stream.close()
         self._stream = EpisodeStream(self._run_dir, self._spec, follow=True)
-        self._writer, self._checked = self._empty(), True
+        self._writer, self._checked, self._pending, self._pending_since = self._empty(), True, [], None
 
     def _commit(self) -> None:
-        self._writer.commit()
-        self._pending_since = None
+        """Publish what is pending. When that fails for a batch, each of its episodes is tried alone."""
+        if not self._pending:
+            return
+        last = self._pending[-1]
+        self._attempt.begin(last.ordinal)
+        try:
+            with self._or_aside(last), busy(COMMIT_S, "writing the dataset"):
+                self._writer.commit()
+        except _UnfitEpisodeError as unfit:
+            if len(self._pending) == 1:
+                raise
+            self._alone_until = last.ordinal
+            raise _UnfitEpisodeError(-1, "", str(unfit)) from unfit
+        self._attempt.end()
+        self._pending, self._pending_since = [], None
+        self._write_status()
+
+    def _write_status(self) -> None:
         state = self._writer.state
         status = {"episodes": state.episodes, "frames": state.frames, "last_ordinal": state.last_ordinal}
-        write_json(self._run_dir / "dataset_status.json", status)
+        write_json(self._run_dir / "dataset_status.json", status | {"quarantined": self._quarantine.count})
 
     def _promote(self) -> None:
         """Put the staged dataset in place of the old one, which is deleted unless it is a foreign one."""

@@ -83,13 +83,13 @@ class Actors:
                 log.warning("actor %s has been silent for %.0f s", actor, self._dead_after_s)
 
     def to_status(self, version_times: dict[int, float]) -> dict[str, dict[str, Any]]:
-        """The `actors` part of the status document; version_times: version -> unix time of its publishing."""
-        now, wall = time.monotonic(), time.time()
+        """The `actors` part of the status document; version_times: version -> monotonic time of its publishing."""
+        now = time.monotonic()
         return {
             actor: {
                 "boot": state.boot,
                 "policy_version": state.policy_version,
-                "version_age_s": _age(version_times.get(state.policy_version), wall),
+                "version_age_s": _age(version_times.get(state.policy_version), now),
                 "last_seen_s": round(now - state.last_seen, 2),
                 "backlog": state.backlog,
                 "mode": state.mode,

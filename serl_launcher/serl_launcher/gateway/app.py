@@ -2,6 +2,7 @@
 
     5588 actors ─▶ data ─▶ Ingest          ipc roles ─▶ progress ─▶ TrainerProgress
                    infer ─▶ InferForwarder              serving, infer_reply ─▶ InferForwarder
+                   heartbeat ◀─ Troubles ◀───────────── troubles (of the supervisor)
                    request ─▶ next_episode | status | params
     5589 ◀─ notify: params version, stage, stop
 
@@ -23,7 +24,9 @@ from serl_launcher.gateway.progress import TrainerProgress
 from serl_launcher.gateway.published import PublishedParams
 from serl_launcher.gateway.settings import GatewaySettings
 from serl_launcher.gateway.tickets import Ticket, TicketOffice, stop, wait
+from serl_launcher.gateway.troubles import Troubles
 from serl_launcher.replay.journal_writer import JournalLock
+from serl_launcher.run.alive import beat
 from serl_launcher.run.files import read_json, write_json
 from serl_launcher.run.internal import INFER, INFER_REPLY
 from serl_launcher.run.paths import RunPaths, internal_endpoint
@@ -82,6 +85,7 @@ class Gateway:
         self.journalled = Journalled(settings, paths, self.actors, server.reply, self._episode_closed)
         reader = self.journalled.recover()
         self.ingest = Ingest(settings, paths, self.actors, self.journalled, reader, server.call_soon)
+        self.troubles = Troubles(self.ingest)
         self._restore_tickets()
         self._roles = server.add_router(internal_endpoint(paths.root))
         self.forwarder = InferForwarder(self._roles)
@@ -93,6 +97,7 @@ class Gateway:
         self._announce_params()
         server.loop.every(0.25, self._announce_params)
         server.loop.every(1.0, self._every_second)
+        server.loop.every(0.5, self._beat)
         server.loop.every(60.0, self.ingest.problems.report)
 
     def _register_handlers(self) -> None:
@@ -106,6 +111,7 @@ class Gateway:
         roles.handle("progress", self._progress)
         roles.handle("status", lambda peer, envelope, body: self.status())
         roles.handle("serving", self._serving)
+        roles.handle("troubles", self.troubles.take)
         roles.handle(INFER, partial(self.forwarder.infer, roles.reply), raw=True)
         roles.handle(INFER_REPLY, self.forwarder.answered, raw=True)
 
@@ -143,6 +149,7 @@ class Gateway:
             "serving": self.forwarder.to_status(),
             "actors": self.actors.to_status(self.params.times),
             "exporter": self._exported,
+            "troubles": self.troubles.current(),
         }
 
     # Actors.
@@ -155,7 +162,7 @@ class Gateway:
     def _heartbeat(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
         if peer.role == "actor":
             self.actors.heartbeat(peer.actor_id, body)
-        return self.server.heartbeat_reply()
+        return self.server.heartbeat_reply() | {"troubles": self.troubles.current()}
 
     def _request(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any] | Frames | None:
         self.actors.seen(peer.actor_id)
@@ -277,6 +284,11 @@ class Gateway:
         self.forwarder.check()
         self._exported = read_json(self.paths.root / "dataset_status.json") or {"episodes": 0}
         self._write_status()
+
+    def _beat(self) -> None:
+        """Without the journal's thread nothing would ever be acknowledged again: fall silent, and be restarted."""
+        if self.ingest.writing:
+            beat()
 
     def _write_status(self) -> None:
         try:

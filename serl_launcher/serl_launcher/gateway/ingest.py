@@ -40,10 +40,12 @@ class Ingest:
     ) -> None:
         self._settings, self._actors, self._journalled = settings, actors, journalled
         self._in_flight: dict[tuple[str, str, int], list[bytes]] = {}  # item -> who waits for its acknowledgement
+        self._since: dict[tuple[str, str, int], float] = {}  # the same items -> time.monotonic() of their arrival
         self._closing: set[str] = set()  # episodes whose CloseEntry is on its way to the journal
         self._newest: dict[tuple[str, str], str] = {}  # (actor, boot) -> episode of its last item
         self.problems = Problems()
-        self._started_ns = time.time_ns()
+        self._started = time.monotonic()
+        self._heard: dict[str, float] = {}  # open episode -> time.monotonic() of its last item in this process
         first = SpecEntry(settings.spec).payload()
         self._writer = JournalWriter(paths.journal, reader, post, settings.segment_mb << 20, first)
 
@@ -65,10 +67,12 @@ class Ingest:
         except WireError as error:
             self.problems.note(peer.actor_id, error)
             raise
-        self._in_flight[key] = [envelope.token]
+        self._in_flight[key], self._since[key] = [envelope.token], time.monotonic()
 
         def done(error: WireError | None, time_ns: int) -> None:
+            del self._since[key]
             if error is None:
+                self._heard[entry.batch.episode.episode_id] = time.monotonic()
                 self._newest[entry.actor_id, entry.boot_id] = entry.batch.episode.episode_id
             else:
                 self.problems.note(entry.actor_id, error)
@@ -79,7 +83,9 @@ class Ingest:
 
     def close_abandoned(self) -> None:
         """Close, through the journal, the episodes whose rest will not come; call once a second."""
-        for episode_id, opened in self._journalled.assembler.open.items():
+        still_open = self._journalled.assembler.open
+        self._heard = {episode_id: at for episode_id, at in self._heard.items() if episode_id in still_open}
+        for episode_id, opened in still_open.items():
             if episode_id not in self._closing and self._abandoned(episode_id):
                 self._closing.add(episode_id)
                 log.warning("closing episode %s as truncated: its actor is gone", opened.info.episode_id)
@@ -95,13 +101,22 @@ class Ingest:
 
         self._writer.append(entry.payload(), done)
 
+    @property
+    def writing(self) -> bool:
+        """Is the journal's thread there?"""
+        return self._writer.alive
+
+    def waits_s(self) -> float:
+        """How long the oldest item has waited for the disk; 0: none waits."""
+        return time.monotonic() - min(self._since.values()) if self._since else 0.0
+
     def close(self) -> None:
         """Put what is queued on disk."""
         self._writer.close()
 
     def _abandoned(self, episode_id: str) -> bool:
         opened = self._journalled.assembler.open[episode_id]
-        idle_s = (time.time_ns() - max(opened.time_ns, self._started_ns)) / 1e9
+        idle_s = time.monotonic() - self._heard.get(episode_id, self._started)
         if self._actors.superseded(opened.actor, opened.boot) and idle_s > SETTLE_S:
             return True
         if idle_s <= self._settings.dead_actor_s:

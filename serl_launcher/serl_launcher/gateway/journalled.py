@@ -51,6 +51,8 @@ class Journalled:
         started, reader = time.monotonic(), self._stream.reader
         for closed in self._stream.poll():
             self._add(closed)
+        for unfit in self._stream.take_unfit():
+            log.error("item %s of the journal does not fit and is left out: %s", unfit.name, unfit.why)
         self.write_ledger()
         if reader.next_sequence:
             log.info(

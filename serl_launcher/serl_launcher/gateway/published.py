@@ -5,6 +5,7 @@ kept mapped, so that the trainer may prune it meanwhile, and sent straight from 
 """
 
 import mmap
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ class PublishedParams:
         self._dir = params_dir
         self._latest: dict[str, Any] | None = None
         self._open: OrderedDict[int, Offer] = OrderedDict()  # by version
-        self.times: dict[int, float] = {}  # version -> unix time of publishing
+        self._looked = False  # what the first look finds was published some time before
+        self.times: dict[int, float] = {}  # version -> time.monotonic() of its publishing, if we were there
 
     @property
     def version(self) -> int | None:
@@ -32,11 +34,13 @@ class PublishedParams:
 
     def refresh(self) -> bool:
         """Look at the pointer; True when there is another newest version."""
+        there, self._looked = self._looked, True
         entry = read_json(self._dir / "latest.json")
         if entry is None or entry == self._latest:
             return False
         before, self._latest = self.version, entry
-        self.times[int(entry["version"])] = float(entry["time"])
+        if there:
+            self.times.setdefault(int(entry["version"]), time.monotonic())
         return before != self.version
 
     def chunk(self, payload: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
+from serl_launcher.run.alive import busy
 from serl_launcher.run.files import read_json, write_json, write_whole
 from serl_launcher.run.parameters import PublishedVersion, read_tensors
 
@@ -78,6 +79,7 @@ class RollbackGuard:
     ) -> None:
         self._watch, self._learner, self._publisher, self._checkpoints = watch, learner, publisher, checkpoints
 
+    @busy(1800.0, "judging an evaluation")
     def check(self, status: Mapping[str, Any]) -> None:
         """Look at the evaluations of a status document; after a fall, bring the best version's parameters back."""
         fall = self._watch.look(status.get("eval") or {})

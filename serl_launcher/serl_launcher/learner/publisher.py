@@ -11,6 +11,7 @@ from typing import Any
 
 from serl_launcher.learner.learner import Learner
 from serl_launcher.policies.base import FlowPolicy
+from serl_launcher.run.alive import busy
 from serl_launcher.run.parameters import PublishedVersion, base_sha256, publish, tensor_names
 
 log = logging.getLogger("trainer")
@@ -25,6 +26,7 @@ class Publisher:
         self._requests = 0  # of operators, that were obeyed
         self.version = 0  # the newest one; the first one published is 1
 
+    @busy(600.0, "publishing a version")
     def publish(self) -> None:
         """The next version, whole or not at all."""
         self.version += 1

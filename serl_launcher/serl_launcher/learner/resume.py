@@ -17,6 +17,7 @@ from serl_launcher.learner import checkpoint
 from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.stage import StageProgress
+from serl_launcher.run.alive import busy
 from serl_launcher.run.parameters import find_parameters, read_tensors
 
 log = logging.getLogger("trainer")
@@ -37,6 +38,7 @@ class TrainerCheckpoints:
         self._folder, self._learner, self._stages = folder, learner, stages
         self._publisher, self._rng, self._keep = publisher, rng, keep
 
+    @busy(1800.0, "writing a checkpoint")
     def save(self) -> None:
         """A checkpoint of everything that `resume` reads."""
         learner = self._learner
@@ -69,6 +71,7 @@ class TrainerCheckpoints:
         """The newest checkpoint of the agent that trains now."""
         return next((f for f in reversed(checkpoint.complete(self._folder)) if self._is_own(f)), None)
 
+    @busy(1800.0, "going back to a checkpoint")
     def go_back_to(self, folder: Path) -> None:
         """Parameters and optimizers of an own checkpoint; steps, and so metrics and versions, count on."""
         steps = self._learner.step_count

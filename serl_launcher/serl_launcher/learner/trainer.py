@@ -23,6 +23,7 @@ from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
 from serl_launcher.learner.stage import StageProgress, TrainingStage
 from serl_launcher.learner.step_log import StepLog
+from serl_launcher.run.alive import Pace, beat, busy
 from serl_launcher.run.internal import InternalClient
 from serl_launcher.run.ready import say_ready
 
@@ -30,6 +31,7 @@ log = logging.getLogger("trainer")
 REPORT_S = 1.0  # at most between two reports to the gateway, plus a step
 REST_S = 0.2  # while nothing is to be trained
 LIMITED_S = 0.1  # while the limiter waits for transitions
+GATEWAY_S = 90.0  # for the gateway's answer: more than its client's patience
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class Trainer:
         self.publisher, self.checkpoints, self.faults, self.rollback = publisher, checkpoints, faults, rollback
         self.step_log, self.settings = step_log, settings
         self._reminder = Reminder()
+        self._pace = Pace("a training step")
         self._stopping = False
 
     def run(self) -> None:
@@ -69,6 +72,7 @@ class Trainer:
         if not self.publisher.newest_can_be_served():
             self.publisher.publish()
         while not self._stopping:
+            beat()
             status = self.report()
             self.rollback.check(status)
             if status.get("done"):
@@ -89,6 +93,7 @@ class Trainer:
         """
         if self.stages.enter(stage, experience):
             self.learner.begin_stage(stage.mode)
+            self._pace = Pace("a training step")  # the first one of another stage may compile
             log.info("stage %s: %d steps from step %d", stage.name, stage.steps, self.learner.step_count)
         report_at = time.monotonic() + REPORT_S
         while not self._stopping and time.monotonic() < report_at and not self.stages.finished(stage):
@@ -101,10 +106,11 @@ class Trainer:
     def take_step(self, stage: TrainingStage, experience: int) -> bool:
         """Sample, step, and what is due after it (log, publish, checkpoint); False when the step was refused."""
         began = time.perf_counter()
-        batch = self.data.sample(self.settings.batch_size)
-        sampled = time.perf_counter()
         try:
-            metrics = self.learner.step(batch, self.stages.lr_scale(stage))
+            with self._pace.timed():
+                batch = self.data.sample(self.settings.batch_size)
+                sampled = time.perf_counter()
+                metrics = self.learner.step(batch, self.stages.lr_scale(stage))
         except FloatingPointError as fault:
             self.faults.refused(fault)
             return False
@@ -123,7 +129,9 @@ class Trainer:
         if self.faults.held:
             self._reminder.say(self.faults.held)
             return False
-        if not self.data.refresh(status.get("ring")):
+        with busy(600.0, "judging the episodes of the ring"):
+            refreshed = self.data.refresh(status.get("ring"))
+        if not refreshed:
             return False
         if problem := self.data.problem(stage.mode):
             self._reminder.say(f"{problem}; policy version {self.publisher.version} goes on being served")
@@ -135,6 +143,7 @@ class Trainer:
         metrics["policy/version"] = float(self.publisher.version)
         self.step_log.add(self.learner.step_count, stage.name, metrics)
 
+    @busy(GATEWAY_S, "waiting for the gateway")
     def report(self) -> dict[str, Any]:
         """Tell the gateway where the trainer is; returns the status document."""
         accepted = {"replay/accepted": float(self.data.accepted)}
@@ -149,6 +158,7 @@ class Trainer:
         """End after the step in hand, with a checkpoint; from a signal handler."""
         self._stopping = True
 
+    @busy(1800.0, "ending")
     def end(self) -> None:
         """What a trainer leaves behind. RuntimeError when frozen parameters have changed."""
         say_ready()

@@ -9,7 +9,7 @@ back, and get the same episodes with the same ordinals. Nothing here looks at a 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from serl_launcher.replay.entries import CloseEntry, DataEntry, Entry
+from serl_launcher.replay.entries import CloseEntry, DataEntry, Entry, UnfitEntry
 from serl_transport.contract.errors import Refused
 from serl_transport.contract.schema import Episode, EpisodeInfo, StepBatch
 from serl_transport.contract.specs import TaskSpec
@@ -107,6 +107,8 @@ class Assembler:
             return self._add(entry, time_ns)
         if isinstance(entry, CloseEntry):
             return self._cut(entry, time_ns)
+        if isinstance(entry, UnfitEntry):
+            self.seen.add(entry.actor_id, entry.boot_id, entry.seq)  # its actor need not send it again
         return []
 
     def _add(self, entry: DataEntry, time_ns: int) -> list[ClosedEpisode]:

@@ -77,7 +77,26 @@ class CloseEntry:
         return _blob({"kind": "close", "episode_id": self.episode_id, "reason": self.reason})
 
 
-Entry = SpecEntry | DataEntry | CloseEntry
+@dataclass(frozen=True, slots=True)
+class UnfitEntry:
+    """A whole record of a step batch that would not be accepted (today). It is left out as a refused one would be.
+
+    Older rules may have let it in, or somebody wrote it past them: that must not keep a run from going on.
+    """
+
+    actor_id: str
+    boot_id: str
+    seq: int
+    why: str  # for people
+    crc32: int  # as of a DataEntry
+
+    @property
+    def name(self) -> str:
+        """`actor/boot/seq`."""
+        return f"{self.actor_id}/{self.boot_id}/{self.seq}"
+
+
+Entry = SpecEntry | DataEntry | CloseEntry | UnfitEntry
 
 
 def decode_entry(payload: bytes, spec: TaskSpec) -> Entry:
@@ -100,7 +119,11 @@ def _decode(head: Mapping[str, Any], frames: codec.Frames, spec: TaskSpec) -> En
             )
         return SpecEntry(found)
     if kind == "data":
-        return DataEntry.of(head["actor_id"], head["boot_id"], head["seq"], frames, spec)
+        who = head["actor_id"], head["boot_id"], head["seq"]
+        try:
+            return DataEntry.of(*who, frames, spec)
+        except WireError as error:
+            return UnfitEntry(*who, error.message, blob.blob_crc32(frames))
     if kind == "close":
         return CloseEntry(head["episode_id"], head["reason"])
     raise KeyError(f"kind {kind!r}")

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from serl_launcher.replay.assembler import Assembler, ClosedEpisode
-from serl_launcher.replay.entries import decode_entry
+from serl_launcher.replay.entries import UnfitEntry, decode_entry
 from serl_launcher.replay.journal import JournalReader
 from serl_launcher.replay.relabelled import Relabelled
+from serl_launcher.run.alive import beat
 from serl_transport.contract.schema import Episode
 from serl_transport.contract.specs import TaskSpec
 
@@ -22,14 +23,23 @@ class EpisodeStream:
         self.reader = JournalReader(Path(run_dir) / "journal", follow=follow)  # where in the journal it stands
         self.assembler = Assembler(spec)  # what was seen and what is still open
         self._first = first_ordinal
+        self._unfit: list[UnfitEntry] = []
 
     def poll(self) -> Iterator[ClosedEpisode]:
         """Every episode closed since the last poll. JournalCorrupt, SpecChangedError."""
         for record in self.reader.poll():
+            beat()  # a long journal takes its time
             entry = decode_entry(record.payload, self.assembler.spec)
+            if isinstance(entry, UnfitEntry):
+                self._unfit.append(entry)
             for closed in self.assembler.apply(entry, record.time_ns):
                 if closed.ordinal >= self._first:
                     yield closed
+
+    def take_unfit(self) -> list[UnfitEntry]:
+        """Records passed over since the last call: they would not be accepted today."""
+        found, self._unfit = self._unfit, []
+        return found
 
     def close(self) -> None:
         self.reader.close()

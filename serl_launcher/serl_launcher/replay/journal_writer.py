@@ -101,6 +101,11 @@ class JournalWriter:
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Does the thread run?"""
+        return self._thread.is_alive()
+
     def append(self, payload: bytes | Sequence[Any], done: Done) -> None:
         """Queue one record: bytes, or flat buffers that are written one after the other without being joined."""
         parts = [payload] if isinstance(payload, bytes) else payload

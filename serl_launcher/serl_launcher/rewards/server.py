@@ -18,6 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.rewards.model import RewardClassifier, load
+from serl_launcher.run.alive import beat
 from serl_launcher.run.config import read_config, task_spec
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.ready import say_ready
@@ -83,6 +84,7 @@ def main(run_dir: str) -> int:
         return 2
     signal.signal(signal.SIGTERM, lambda *_: reward.server.loop.stop())
     log.info("serving %s on port %d", cfg.reward.model, reward.server.config.port_number)
+    reward.server.loop.every(0.5, beat)
     reward.server.call_soon(say_ready)
     reward.server.start()
     return 0

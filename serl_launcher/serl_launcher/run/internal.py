@@ -1,6 +1,7 @@
 """How the other roles talk to the gateway: request and reply over its ipc socket, and the policy server's work queue.
 
     trainer, exporter, supervisor ── InternalClient.progress() … ─▶ gateway ─▶ status document
+    supervisor ── SupervisorLink.tell() ─▶ gateway ─▶ status document, actors' heartbeats
     policy server ── PolicyLink.serving() ─▶ gateway        gateway ── infer ─▶ receive() … reply() ─▶ gateway ─▶ actor
 
 A role outlives the gateway: calls are retried on a fresh socket until the patience is over, and the policy server is
@@ -25,6 +26,7 @@ from serl_transport.wire import codec
 from serl_transport.wire.envelope import REPLY, Envelope
 
 ATTEMPT_S = 2.0
+DEAF_S = 10.0  # a policy server that the gateway has not answered for so long tries a fresh socket
 INFER, INFER_REPLY = "infer", "infer_reply"
 
 
@@ -115,6 +117,17 @@ class InternalClient(_Link):
         return None
 
 
+class SupervisorLink(_Link):
+    """The supervisor's end: it tells, and waits for nothing."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        super().__init__(run_dir, "supervisor")
+
+    def tell(self, troubles: Mapping[str, str]) -> None:
+        """What ails the roles, by name, in words for people; once a second, also when nothing does."""
+        self._send(Envelope("troubles", self.role, request_id=next(self._ids)), codec.pack({"roles": dict(troubles)}))
+
+
 @dataclass(frozen=True, slots=True)
 class InferRequest:
     """An actor's question, forwarded by the gateway."""
@@ -130,12 +143,14 @@ class PolicyLink(_Link):
 
     def __init__(self, run_dir: str | Path) -> None:
         super().__init__(run_dir, "policy")
+        self._heard = time.monotonic()
 
     def receive(self, timeout_s: float) -> InferRequest | None:
         """The next question, or None after `timeout_s` (0: only what is there). Malformed ones are answered here."""
         deadline = time.monotonic() + timeout_s
         while (message := self._receive(deadline - time.monotonic())) is not None:
             envelope, frames = message
+            self._heard = time.monotonic()
             if envelope.kind != INFER or not isinstance(envelope.request_id, bytes):
                 continue  # the gateway's answer to `serving`
             try:
@@ -157,5 +172,10 @@ class PolicyLink(_Link):
 
         figures: shown in the status document's `serving`.
         """
+        if time.monotonic() - self._heard > DEAF_S and not self.socket.poll(
+            0
+        ):  # away, or this socket is dead: a fresh one costs nothing
+            self.socket.close()
+            self.socket, self._heard = self._connect(), time.monotonic()
         body = {"pid": os.getpid(), "version": version, **figures}
         self._send(Envelope("serving", self.role, request_id=next(self._ids)), codec.pack(body))

@@ -8,6 +8,8 @@ Removing needs no space, so a full disk makes no role look as if it had never co
 import os
 from pathlib import Path
 
+from serl_launcher.run.alive import beat
+
 STARTING_FILE = "FLOWSERL_STARTING_FILE"  # names the file in the role's environment
 
 
@@ -15,3 +17,4 @@ def say_ready() -> None:
     """This process does its work from now on. May be said again; without a supervisor nobody listens."""
     if path := os.environ.get(STARTING_FILE):
         Path(path).unlink(missing_ok=True)
+    beat()  # from here on silence is noticed

@@ -33,6 +33,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 
 from openpi_client import msgpack_numpy
+from serl_launcher.run.alive import beat
 from serl_launcher.run.files import read_json
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.ready import say_ready
@@ -43,7 +44,7 @@ from serl_transport.contract.specs import TaskSpec
 from serl_transport.security.auth import is_loopback
 
 log = logging.getLogger("openpi")
-HANDSHAKE_S, CLOSE_S, IDLE_PING_S = 10.0, 2.0, 20.0
+HANDSHAKE_S, CLOSE_S, IDLE_PING_S, BEAT_S = 10.0, 2.0, 20.0, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +224,10 @@ async def run(server: OpenpiServer) -> None:
         for socket in listening.sockets:
             log.info("openpi clients: %s port %d", *socket.getsockname()[:2])
         say_ready()
-        await stop.wait()
+        while not stop.is_set():
+            beat()  # by the loop that serves the clients: when it hangs, so does this
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), BEAT_S)
 
 
 def main(run_dir: str) -> int:

@@ -22,6 +22,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from serl_config.mistakes import is_config_mistake, mistake_message
+from serl_launcher.run.alive import Pace, beat
 from serl_launcher.run.internal import InferRequest, PolicyLink
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.ready import say_ready
@@ -53,6 +54,7 @@ class PolicyServer:
         self._parked: list[InferRequest] = []  # they want a version that is on its way
         self._max_parked: int = serving.max_queue
         self._figures = ServingFigures()
+        self._pace = Pace("a forward pass", first_s=600.0)
         self._reported = -math.inf
         self._stopping = threading.Event()
 
@@ -62,6 +64,7 @@ class PolicyServer:
         say_ready()
         try:
             while not self._stopping.is_set():
+                beat()
                 self._take_over()
                 self._report()
                 self._receive()
@@ -145,7 +148,8 @@ class PolicyServer:
     def _answer(self, batch: list[Waiting]) -> None:
         started = time.monotonic()
         try:
-            chunks = self._engine.act([item.query for item in batch])
+            with self._pace.timed():
+                chunks = self._engine.act([item.query for item in batch])
         except Exception:
             log.exception("a batch of %d failed on version %d", len(batch), self._engine.version)
             self._answer_one_by_one(batch)

@@ -1,7 +1,8 @@
 """One child process and when to start it again: the shared ground of the supervisor (roles) and the launcher (sides).
 
     Child.start ─▶ own session, stdin null, dies with us ─▶ poll ─▶ Death ─▶ RestartBudget.died ─▶ wait_s | None
-         └ starting file ─▶ removed by the child once it is up (run.ready)
+         ├ starting file ─▶ removed by the child once it is up (run.ready)
+         └ beats ◀─ its work loop (run.alive) ─▶ look ─▶ Silence ─▶ kill
 
 A child is a whole process group: `stop` ends every member of it, its children's children included. Start children from
 the main thread: the kernel's parent-death signal follows the thread that forked.
@@ -13,15 +14,20 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
+from serl_launcher.run.alive import BEAT_FILE, DUMP_SIGNAL
 from serl_launcher.run.ready import STARTING_FILE
+from serl_launcher.supervisor.pulse import Pulse, Silence
 
+EndsRun = Literal["always", "until ready", "never"]
 PR_SET_PDEATHSIG = 1
 READY_AFTER_S = 60.0  # for a child that cannot say so itself
 LEFTOVER_GRACE_S = 15.0  # for what a dead leader left in its group
+DUMP_S = 0.5  # for a role that hangs to write down where
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -44,6 +50,8 @@ class ChildSpec:
     orphan_signal: signal.Signals = signal.SIGKILL  # what it gets when we die
     exit_file: Path | None = None  # a wrapper writes the true exit code here when it cannot pass it on
     starting_file: Path | None = None  # exists from the start until the child says that it is ready (run.ready)
+    beats: bool = False  # its work loop shows that it goes on (run.alive)
+    ends_run: EndsRun = "always"  # may a mistake or repeated deaths of it end the run?
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +76,12 @@ class RestartBudget:
     """When to start again, and when to give up.
 
     Given up is what died `deaths` times in a row before it was ready. What was ready comes back however often it dies:
-    the wait doubles with each death within `window_s` of its start, up to `longest_wait_s`.
+    the wait doubles with each death within `window_s` of its start, up to `longest_wait_s`, and is short again after a
+    life that was longer.
     """
 
     def __init__(
-        self, deaths: int = 5, window_s: float = 60.0, first_wait_s: float = 0.5, longest_wait_s: float = 10.0
+        self, deaths: int = 5, window_s: float = 60.0, first_wait_s: float = 0.5, longest_wait_s: float = 60.0
     ) -> None:
         self._deaths, self._window_s = deaths, window_s
         self._first_wait_s, self._longest_wait_s = first_wait_s, longest_wait_s
@@ -81,11 +90,14 @@ class RestartBudget:
 
     def died(self, death: Death) -> float | None:
         """Seconds to wait before the next start; None: give up."""
-        self.in_a_row = 1 if death.lived_s >= self._window_s else self.in_a_row + 1
         self._never_ready = 0 if death.ready else self._never_ready + 1
-        if self._never_ready >= self._deaths:
-            return None
-        return min(self._longest_wait_s, self._first_wait_s * 2 ** (self.in_a_row - 1))
+        wait_s = self.wait_s(death.lived_s)
+        return None if self._never_ready >= self._deaths else wait_s
+
+    def wait_s(self, lived_s: float) -> float:
+        """The same for what is never given up."""
+        self.in_a_row = 1 if lived_s >= self._window_s else self.in_a_row + 1
+        return min(self._longest_wait_s, self._first_wait_s * 2 ** min(self.in_a_row - 1, 16))
 
 
 class Child:
@@ -94,6 +106,7 @@ class Child:
     def __init__(self, spec: ChildSpec) -> None:
         self.spec = spec
         self._process: subprocess.Popen | None = None
+        self._pulse = Pulse()
         self._started = 0.0
         self._log_offset = 0
 
@@ -103,8 +116,9 @@ class Child:
         return self._process.pid if self._process else None
 
     def start(self, stdout: int | None = None) -> subprocess.Popen:
-        """Spawn it; `stdout` is a Popen argument for a child without a log."""
+        """Spawn it; `stdout` is a Popen argument for a child without a log. OSError: the system refuses."""
         spec, parent = self.spec, os.getpid()
+        self._pulse.reset()
         if spec.exit_file:
             spec.exit_file.unlink(missing_ok=True)
         if spec.starting_file:
@@ -113,16 +127,21 @@ class Child:
         with contextlib.ExitStack() as stack:
             if spec.log:
                 spec.log.parent.mkdir(parents=True, exist_ok=True)
-                out = stack.enter_context(spec.log.open("ab"))
-                out.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} start\n".encode())
-                out.flush()
+                out = stack.enter_context(spec.log.open("ab", buffering=0))
+                with contextlib.suppress(OSError):  # a full disk takes no line, and need not keep a role from starting
+                    out.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} start\n".encode())
                 self._log_offset = out.tell()
             self._process = subprocess.Popen(
                 spec.argv,
                 stdin=subprocess.DEVNULL,
                 stdout=out if spec.log else stdout,
                 stderr=subprocess.STDOUT if spec.log or stdout else None,
-                env={**os.environ, **spec.env, STARTING_FILE: str(spec.starting_file or "")},
+                env={
+                    **os.environ,
+                    **spec.env,
+                    STARTING_FILE: str(spec.starting_file or ""),
+                    BEAT_FILE: self._pulse.path if spec.beats else "",
+                },
                 start_new_session=True,
                 preexec_fn=lambda: die_with_parent(parent, spec.orphan_signal),
             )
@@ -136,14 +155,37 @@ class Child:
         pid, self._process = self._process.pid, None
         # What the leader left behind must not meet its successor.
         end_group(pid, min(self.spec.grace_s, LEFTOVER_GRACE_S))
-        return Death(self.spec.name, self._true_code(code), time.monotonic() - self._started, self.ready)
+        return Death(self.spec.name, self._true_code(code), self.lived_s, self.ready)
 
     @property
     def ready(self) -> bool:
         """Has it come up since its start? One that has no way to say so counts as ready after a minute."""
         if self.spec.starting_file is None:
-            return time.monotonic() - self._started >= READY_AFTER_S
+            return self.lived_s >= READY_AFTER_S
         return not self.spec.starting_file.exists()
+
+    @property
+    def lived_s(self) -> float:
+        """Since its start."""
+        return time.monotonic() - self._started
+
+    def look(self, passed_s: float, stopped: Container[int]) -> Silence | None:
+        """Does it work? None while it shows that it does. passed_s: since the last look; stopped: stopped groups."""
+        if self._process is None:
+            return None
+        return self._pulse.look(passed_s, ready=self.ready, stopped=self._process.pid in stopped)
+
+    def kill(self, dump: bool) -> None:
+        """SIGKILL to the whole group, for `poll` to find; dump: first it writes its threads' stacks to its log."""
+        if self._process is None:
+            return
+        pid = self._pulse.last.pid
+        if dump and pid in group_members(self._process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, DUMP_SIGNAL)
+            time.sleep(DUMP_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
         """End the whole group: SIGTERM, wait (not when `hurry` says so), SIGKILL. Returns when no member is left."""
@@ -170,13 +212,24 @@ class Child:
 
 def group_members(group: int) -> list[int]:
     """Live processes of a process group; zombies do not count."""
-    members = []
+    return [pid for pid, state, its_group in _processes() if its_group == group and state not in "ZX"]
+
+
+def is_stopped(pid: int) -> bool:
+    """Has a signal stopped this process?"""
+    return process_stat(pid)[:1] == ["T"]
+
+
+def stopped_groups() -> set[int]:
+    """Process groups of which a signal has stopped a member (Ctrl-Z, SIGSTOP; not a debugger)."""
+    return {group for _, state, group in _processes() if state == "T"}
+
+
+def _processes() -> Iterator[tuple[int, str, int]]:
+    """(pid, state, process group) of everything that runs."""
     for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            fields = process_stat(int(entry.name))
-            if fields and int(fields[2]) == group and fields[0] not in "ZX":
-                members.append(int(entry.name))
-    return members
+        if entry.name.isdigit() and (fields := process_stat(int(entry.name))):
+            yield int(entry.name), fields[0], int(fields[2])
 
 
 def process_stat(pid: int) -> Sequence[str]:
@@ -199,6 +252,7 @@ def end_group(
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signum)
+            os.killpg(group, signal.SIGCONT)  # a stopped one takes no other signal
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not (signum == signal.SIGTERM and hurry()):
             if leader:

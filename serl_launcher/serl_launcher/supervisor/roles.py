@@ -1,11 +1,13 @@
 """Which roles a run needs and how each is started. Called by the learner's main; the supervisor runs what comes out.
 
 gateway    always: sockets, journal, ring
-openpi     serving.openpi_port is set: openpi clients get actions, too
+openpi     serving.openpi_port is set: openpi clients get actions, too; derived
 policy     someone asks for actions: an online or evaluation stage, or a schedule without stages (serving)
-reward     a learned reward is asked for: answers actors' questions about observations
-exporter   always: journal to LeRobotDataset
+reward     a learned reward is asked for: answers actors' questions about observations; derived once it was up
+exporter   always: journal to LeRobotDataset; derived
 trainer    a stage names steps, or there is nothing to serve yet and it must publish the first version
+
+A derived role never ends a run: what it makes can be made later from what the others keep.
 """
 
 import sys
@@ -17,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.schedule import Stage
-from serl_launcher.supervisor.children import ChildSpec
+from serl_launcher.supervisor.children import ChildSpec, EndsRun
 from serl_launcher.supervisor.lifeline import EXIT_FILE
 
 # Stop order of a run: whoever feeds another goes first; the exporter writes out what the gateway journalled last.
@@ -32,16 +34,16 @@ def roles_for(cfg: DictConfig, paths: RunPaths, stages: Sequence[Stage]) -> list
     if serves:
         roles.append(_role(paths, "policy", "serl_launcher.serving"))
         if OmegaConf.select(cfg, "serving.openpi_port") is not None:
-            roles.append(_role(paths, "openpi", "serl_launcher.serving.openpi_server"))
+            roles.append(_role(paths, "openpi", "serl_launcher.serving.openpi_server", ends_run="never"))
     if OmegaConf.select(cfg, "reward.model"):
-        roles.append(_role(paths, "reward", "serl_launcher.rewards"))
-    roles.append(_role(paths, "exporter", "serl_launcher.exporter", grace_s=120.0))
+        roles.append(_role(paths, "reward", "serl_launcher.rewards", ends_run="until ready"))
+    roles.append(_role(paths, "exporter", "serl_launcher.exporter", grace_s=120.0, ends_run="never"))
     if trains:
         roles.append(_trainer(cfg, paths))
     return roles
 
 
-def _role(paths: RunPaths, name: str, module: str, grace_s: float = 10.0) -> ChildSpec:
+def _role(paths: RunPaths, name: str, module: str, grace_s: float = 10.0, ends_run: EndsRun = "always") -> ChildSpec:
     argv = (sys.executable, "-m", module, str(paths.root))
     return ChildSpec(
         name,
@@ -50,6 +52,8 @@ def _role(paths: RunPaths, name: str, module: str, grace_s: float = 10.0) -> Chi
         env={"PYTHONUNBUFFERED": "1"},
         grace_s=grace_s,
         starting_file=paths.starting(name),
+        beats=True,
+        ends_run=ends_run,
     )
 
 

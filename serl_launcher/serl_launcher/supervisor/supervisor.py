@@ -3,29 +3,36 @@
     start all ─▶ every 0.2 s: dead role? ─▶ exit 2: stop all, show why
                                         ├─▶ was ready: start it again, with backoff, however often
                                         └─▶ was never ready: the same, five times in a row: give up
-                 every second: status.json ─▶ dashboard; done? ─▶ stop in order ─▶ summary.json, learning_curve.png
+                                            (a derived role never ends the run: it is started again for ever)
+                 every second: stopped or silent role? ─▶ shown here and at the actors; too long: killed, so dead
+                               status.json ─▶ dashboard; done? ─▶ stop in order ─▶ summary.json, learning_curve.png
     SIGINT, SIGTERM ─▶ stop in order: trainer, policy, gateway, exporter (writes out what is journalled)
 
 Nothing waits on the roles: the loop only reads a file and polls processes. A role is a process group that the kernel
-ends when the supervisor dies.
+ends when the supervisor dies. While the supervisor itself is stopped the roles go on, nothing is started again, and
+the gateway tells the actors.
 """
 
 import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Any, TextIO
 
-from serl_launcher.run.files import read_json
+from serl_launcher.run.internal import SupervisorLink
 from serl_launcher.run.paths import RunPaths
-from serl_launcher.supervisor.children import Child, ChildSpec, Death, RestartBudget
+from serl_launcher.supervisor.children import Child, ChildSpec, Death, RestartBudget, stopped_groups
+from serl_launcher.supervisor.health import Health, StatusFile
 from serl_launcher.supervisor.roles import STOP_ORDER
 from serl_launcher.supervisor.screen import Screen
-from serl_launcher.telemetry.dashboard import render_line, render_status
+from serl_launcher.telemetry.dashboard import render
 
 DONE, USER_MISTAKE, GAVE_UP = 0, 2, 3
 TICK_S = 0.2
+LOOK_S = 1.0
+SHOWN_TAILS = 3  # deaths in a row after which a derived role's log is only named
 FINISHED_WAIT_S = 3.0
 
 
@@ -55,6 +62,9 @@ class Supervisor:
         self._children = [Child(spec) for spec in roles]
         self._budgets = {spec.name: budget() for spec in roles}
         self._restart_at: dict[str, float] = {}
+        self._came_up: set[str] = set()  # roles that were ready once
+        self._health = Health(lambda text: self._screen.event(text))
+        self._status = StatusFile(paths.status)
         self._ends = ends
         self._screen = Screen(out)
         self._period_s = 1.0 if out.isatty() else dashboard_period_s
@@ -78,26 +88,39 @@ class Supervisor:
         return code
 
     def _loop(self) -> int:
-        next_status = next_dashboard = 0.0
-        while self._signal is None:
-            for child in self._children:
-                code = self._look_after(child)
-                if code is not None:
-                    return code
-            now = time.monotonic()
-            if now >= next_status:
-                next_status = now + 1.0
-                status = read_json(self._paths.status)
-                if status and now >= next_dashboard:
-                    next_dashboard = now + self._period_s
-                    lines = render_status(status) if self._screen.is_terminal else [render_line(status)]
-                    self._screen.dashboard(lines)
-                if status and status.get("done") and self._ends:
-                    self._screen.event("every stage is done")
-                    return DONE
-            time.sleep(TICK_S)
+        last_look, next_dashboard = time.monotonic() - LOOK_S, 0.0
+        with closing(SupervisorLink(self._paths.root)) as link:
+            while self._signal is None:
+                for child in self._children:
+                    code = self._look_after(child)
+                    if code is not None:
+                        return code
+                now = time.monotonic()
+                if now - last_look >= LOOK_S:
+                    troubles = self._look(now - last_look)
+                    link.tell(troubles)
+                    last_look = now
+                    if self._status.body.get("done") and self._ends:
+                        self._screen.event("every stage is done")
+                        return DONE
+                    if now >= next_dashboard and (lines := self._lines(troubles)):
+                        next_dashboard = now + self._period_s
+                        self._screen.dashboard(lines)
+                time.sleep(TICK_S)
         self._screen.event(f"{signal.Signals(self._signal).name}: stopping the roles (once more: at once)")
         return 128 + self._signal
+
+    def _look(self, passed_s: float) -> dict[str, str]:
+        """Once a second: what ails the roles, by name; whoever hangs for good is killed."""
+        self._status.look(passed_s)
+        stopped = stopped_groups()
+        for child in self._children:
+            self._health.look(child, passed_s, stopped)
+        return self._health.troubles(self._restart_at)
+
+    def _lines(self, troubles: Mapping[str, str]) -> list[str]:
+        """The dashboard; old figures are not shown as if they were news."""
+        return render(self._status.body, self._status.silent_s, troubles, whole=self._screen.is_terminal)
 
     def _look_after(self, child: Child) -> int | None:
         """Notice a death, start again when due; an exit code when the run cannot go on."""
@@ -105,19 +128,30 @@ class Supervisor:
         if death := child.poll():
             return self._after_death(child, death)
         if name in self._restart_at and time.monotonic() >= self._restart_at[name]:
-            del self._restart_at[name]
-            child.start()
-            self._screen.event(f"{name} started again (pid {child.pid})")
+            self._start_again(child)
         return None
+
+    def _start_again(self, child: Child) -> None:
+        name = child.spec.name
+        try:
+            child.start()
+        except OSError as error:  # no process, no file: whatever it is may pass
+            wait_s = self._budgets[name].wait_s(0.0)
+            self._restart_at[name] = time.monotonic() + wait_s
+            self._screen.event(f"{name} cannot be started ({error}); trying again in {wait_s:g} s")
+            return
+        del self._restart_at[name]
+        self._screen.event(f"{name} started again (pid {child.pid})")
 
     def _after_death(self, child: Child, death: Death) -> int | None:
         """Plan the next start; an exit code when there is none."""
         lines = "".join(f"\n    {line}" for line in child.tail())
-        if death.code == USER_MISTAKE:
+        may_end = self._may_end_run(child, death)
+        if death.code == USER_MISTAKE and may_end:
             self._screen.event(f"{death.name} cannot run:{lines}")
             return USER_MISTAKE
         budget = self._budgets[death.name]
-        wait_s = budget.died(death)
+        wait_s = budget.died(death) if may_end else budget.wait_s(death.lived_s)
         if wait_s is None:
             self._screen.event(
                 f"{death.name} keeps dying before it is ready ({death.cause}); giving up. "
@@ -128,11 +162,21 @@ class Supervisor:
             self._restart_at[death.name] = time.monotonic() + max(wait_s, FINISHED_WAIT_S)
             return None
         self._restart_at[death.name] = time.monotonic() + wait_s
+        self._health.ended(death)
         when = "" if death.ready else " before it was ready"
         often = f", for the {budget.in_a_row}th time in quick succession" if budget.in_a_row > 3 else ""
         tail = "" if death.code == -signal.SIGKILL else f"; its last lines:{lines}"
+        if budget.in_a_row > SHOWN_TAILS and not may_end:
+            tail = f"; see {child.spec.log}"
         self._screen.event(f"{death.name} ended{when} ({death.cause}){often}; starting it again in {wait_s:g} s{tail}")
         return None
+
+    def _may_end_run(self, child: Child, death: Death) -> bool:
+        """Derived roles may be missing for a while: what they make can be made later."""
+        if death.ready:
+            self._came_up.add(death.name)
+        ends = child.spec.ends_run
+        return ends == "always" or (ends == "until ready" and death.name not in self._came_up)
 
     def _stop_all(self) -> None:
         """In STOP_ORDER; a second signal shortens every grace."""

@@ -1,11 +1,13 @@
-"""The learner's pane: the status document as a few lines of text. Pure functions; the supervisor prints them.
+"""The learner's pane: the status document as a few lines of text. The supervisor prints them.
 
+    render(status, …)          what the supervisor shows: one of these two, what ails the roles, or that news is late
     render_status(status)      up to 6 lines + one per actor, at most 100 columns, for a terminal that is redrawn
     render_line(status)        the same in one line, for logs
 
 Metrics are explained in docs/data.md.
 """
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +15,25 @@ from serl_launcher.telemetry.statistics import wilson
 
 WIDTH = 100
 BAR = 24  # cells of the progress bar
+LATE_S = 4.0  # the gateway writes its status every second
 SILENT_S = 10.0  # an actor that was not heard for so long brings no episodes
+
+
+def render(status: Mapping[str, Any], silent_s: float, troubles: Mapping[str, str], whole: bool) -> list[str]:
+    """The pane (`whole`) or one line; nothing before the first status.
+
+    silent_s: for how long the gateway has told nothing new; its old figures are not shown then. troubles: role -> text.
+    """
+    lines = []
+    if status and silent_s > LATE_S:
+        since = time.strftime("%H:%M:%S", time.localtime(time.time() - silent_s))
+        lines = [f"{status.get('run', '?')}  gateway silent for {_age(silent_s)}, since {since}: no figures"]
+    elif status:
+        lines = render_status(status) if whole else [render_line(status)]
+    if not whole:
+        said = [*lines, *(f"{name} {text}" for name, text in troubles.items())]
+        return [" · ".join(said)] if said else []
+    return [*lines, *(_fit(f"  {name:<10} {text}") for name, text in troubles.items())]
 
 
 def render_status(status: Mapping[str, Any]) -> list[str]:
@@ -26,7 +46,11 @@ def render_status(status: Mapping[str, Any]) -> list[str]:
         lines.append(evaluation)
     lines.append(_flow_line(status))
     lines += [_actor_line(name, actor) for name, actor in sorted((status.get("actors") or {}).items())]
-    return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines]
+    return [_fit(line) for line in lines]
+
+
+def _fit(line: str) -> str:
+    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
 
 
 def render_line(status: Mapping[str, Any]) -> str:
@@ -124,7 +148,8 @@ def _flow_line(status: Mapping[str, Any]) -> str:
         parts.append(f"serving v{serving.get('version', -1)} at {serving['p50_ms']:.0f} ms{batch}")
     exported = _get(status, "exporter", "episodes")
     if exported is not None:
-        parts.append(f"dataset {exported} episodes")
+        aside = _get(status, "exporter", "quarantined")
+        parts.append(f"dataset {exported} episodes" + (f", {aside} in quarantine" if aside else ""))
     return "  data       " + "   ".join(parts)
 
 

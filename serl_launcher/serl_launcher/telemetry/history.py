@@ -67,6 +67,7 @@ class RunHistory:
     episodes: tuple[EpisodeRecord, ...]  # in journal order
     stages: tuple[StageRecord, ...]  # in the order in which they began
     metrics: tuple[Mapping[str, Any], ...]  # rows of metrics/trainer.jsonl
+    quarantined: int = 0  # episodes and items that the dataset goes on without
     accepted: int | None = None  # episodes that are imitated, by the newest verdicts; None: no trainer has judged any
 
     @property
@@ -90,7 +91,8 @@ def read_history(run_dir: Path) -> RunHistory:
     stages = _stages(config, episodes, metrics, progress.get("stage_steps") or {})
     verdicts = newest(read_verdicts(paths.acceptance))
     accepted = sum(verdicts.values()) if paths.acceptance.exists() else None
-    return RunHistory(config, status, episodes, stages, metrics, accepted)
+    quarantined = (read_json(run_dir / "dataset_status.json") or {}).get("quarantined", 0)
+    return RunHistory(config, status, episodes, stages, metrics, quarantined, accepted)
 
 
 def _read_episodes(path: Path) -> list[EpisodeRecord]:

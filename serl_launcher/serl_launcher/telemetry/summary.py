@@ -50,6 +50,7 @@ def summarise(history: RunHistory) -> dict[str, Any]:
         "episodes": len(history.episodes),
         "successes": sum(episode.success for episode in history.episodes if episode.mode != "eval"),
         "accepted_episodes": history.accepted,
+        "quarantined": history.quarantined,
         "interventions": sum(episode.interventions > 0 for episode in online),
         "intervention_ticks": sum(episode.interventions for episode in online),
         "intervention_rate_first_third": _helped(online[: len(online) // 3]),

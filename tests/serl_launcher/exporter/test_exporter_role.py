@@ -51,7 +51,8 @@ def test_it_follows_a_growing_journal_and_commits_in_batches(tmp_path):
     one.poll(flush=True)
     assert exported(tmp_path) == list(range(8))
     status = json.loads((tmp_path / "dataset_status.json").read_text())
-    assert status == {"episodes": 8, "frames": sum(episode(index).n for index in range(8)), "last_ordinal": 7}
+    frames = sum(episode(index).n for index in range(8))
+    assert status == {"episodes": 8, "frames": frames, "last_ordinal": 7, "quarantined": 0}
     one.close()
 
 

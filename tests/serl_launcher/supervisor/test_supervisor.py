@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
 from serl_launcher.run.paths import RunPaths
-from serl_launcher.supervisor.children import ChildSpec, RestartBudget, process_stat
+from serl_launcher.supervisor.children import Child, ChildSpec, RestartBudget, process_stat
 from serl_launcher.supervisor.supervisor import Supervisor
 
 PATIENCE_S = 30.0
@@ -105,6 +106,102 @@ def test_one_life_in_which_it_was_ready_renews_the_patience(paths):
     )
     assert run(paths, role(paths, "policy", code), budget=quick)[0] == 3
     assert len(lives.read_text()) == 4 + 5
+
+
+BEATING = """
+import os, sys, time
+from serl_launcher.run.ready import say_ready
+lives = {lives!r}
+open(lives, 'a').write('x')
+say_ready()
+if os.path.getsize(lives) == 1:
+    time.sleep(600)
+raise SystemExit(2)
+"""
+
+
+def test_a_role_that_hangs_is_killed_with_its_stack_in_the_log_and_started_again(paths, monkeypatch):
+    monkeypatch.setattr("serl_launcher.supervisor.supervisor.LOOK_S", 0.1)
+    monkeypatch.setattr("serl_launcher.supervisor.pulse.NOTICED_S", 0.3)
+    monkeypatch.setattr("serl_launcher.supervisor.pulse.STUCK_S", 0.6)
+    code = BEATING.format(lives=str(paths.root / "lives"))
+    spec = replace(role(paths, "policy", code), argv=(sys.executable, "-c", code), beats=True)
+    result, text = run(paths, spec, budget=quick)
+    assert result == 2
+    assert "policy: silent for" in text
+    assert "policy is killed (silent for 1 s); where it hung:" in text
+    assert "policy started again" in text
+    assert "in <module>" in paths.log("policy").read_text()  # the stack
+
+
+def mistake_after(lives, n: int) -> str:
+    """A role that ends the run once the file of another role's lives is so long."""
+    so_many = f"os.path.exists({str(lives)!r}) and os.path.getsize({str(lives)!r}) >= {n}"
+    return f"import os, time\nwhile not ({so_many}): time.sleep(0.01)\nraise SystemExit(2)"
+
+
+@pytest.mark.parametrize("end", ["raise SystemExit(1)", "raise SystemExit(2)", "os.kill(os.getpid(), 9)"])
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_derived_role_never_ends_a_run_whatever_it_dies_of(paths, end, ready):
+    """Twelve deaths, however early; then another role's mistake ends the run."""
+    lives, up = paths.root / "lives", "os.unlink(os.environ['FLOWSERL_STARTING_FILE'])" if ready else ""
+    code = f"import os\n{up}\nopen({str(lives)!r}, 'a').write('x')\nprint('no dataset'); {end}"
+    exporter = replace(role(paths, "exporter", code), ends_run="never")
+    result, text = run(paths, exporter, role(paths, "gateway", mistake_after(lives, 12)), budget=quick)
+    assert result == 2
+    assert "gateway cannot run" in text
+    assert "exporter ended" in text
+    assert "cannot run" not in text.split("gateway cannot run")[0]
+    assert len(lives.read_text()) >= 12
+
+
+@pytest.mark.parametrize(("lives_before_it_is_ready", "ends"), [(0, True), (1, False)])
+def test_a_reward_server_may_end_a_run_until_it_was_up_once(paths, lives_before_it_is_ready, ends):
+    lives = paths.root / "lives"
+    code = (
+        f"import os\nopen({str(lives)!r}, 'a').write('x')\n"
+        f"if os.path.getsize({str(lives)!r}) <= {lives_before_it_is_ready}:\n"
+        "    os.unlink(os.environ['FLOWSERL_STARTING_FILE']); raise SystemExit(1)\n"
+        "raise SystemExit(2)"
+    )
+    reward = replace(role(paths, "reward", code), ends_run="until ready")
+    _, text = run(paths, reward, role(paths, "gateway", mistake_after(lives, 8)), budget=quick)
+    assert ("reward cannot run" in text) == ends
+    assert ("gateway cannot run" in text) != ends
+
+
+def test_a_role_that_cannot_be_started_is_tried_again(paths, monkeypatch):
+    """A full disk, or no process to be had, when it is due: the run goes on without it until it can be."""
+    starts = []
+    real = Child.start
+
+    def start(self, *words):
+        starts.append(self.spec.name)
+        if 2 <= len(starts) <= 4:
+            raise OSError(28, "No space left on device")
+        return real(self, *words)
+
+    monkeypatch.setattr(Child, "start", start)
+    flag = paths.root / "second"
+    code = (
+        f"import os; first = not os.path.exists({str(flag)!r}); open({str(flag)!r}, 'w').close()\n"
+        "raise SystemExit(1 if first else 2)"
+    )
+    result, text = run(paths, role(paths, "gateway", code), budget=quick)
+    assert (result, len(starts)) == (2, 5)
+    assert text.count("gateway cannot be started ([Errno 28] No space left on device); trying again in 0.02 s") == 3
+
+
+def test_old_figures_are_not_shown_as_news(paths, monkeypatch):
+    monkeypatch.setattr("serl_launcher.supervisor.supervisor.LOOK_S", 0.05)
+    monkeypatch.setattr("serl_launcher.telemetry.dashboard.LATE_S", 0.5)
+    status = {"run": "demo", "time": 1.0, "stage": {"index": 0, "name": "demos", "mode": "demo"}, "counts": {}}
+    paths.status.write_text(json.dumps(status))
+    code, text = run(paths, role(paths, "gateway", "import time; time.sleep(2); raise SystemExit(2)"))
+    assert code == 2
+    assert "demos" in text.split("gateway silent")[0]
+    assert "demo  gateway silent for 1 s, since " in text
+    assert "demos" not in text.split("gateway silent", 1)[1]
 
 
 DRIVER = """

@@ -74,6 +74,7 @@ class TrainerClient:
         self._stores = dict(data_stores or {}) | ({name: data_store} if data_store is not None else {})
         self._sent_ids = dict.fromkeys(self._stores, -1)
         self._status: dict[str, Any] = {}
+        self._troubles: dict[str, str] = {}
         self._updater: _Repeater | None = None
         self._resources = ExitStack()  # closed last in, first out: the links before what they use
         try:
@@ -170,6 +171,11 @@ class TrainerClient:
         return self._control.silent_s
 
     @property
+    def troubles(self) -> dict[str, str]:
+        """What ails the learner's roles, by name, in words, as it last said; empty when nothing does."""
+        return self._troubles
+
+    @property
     def hello_reply(self) -> dict[str, Any]:
         """What the learner said when it last accepted this client."""
         return self._control.hello_reply
@@ -194,7 +200,7 @@ class TrainerClient:
             self._resources.callback(ledger.close)
         self._listener = Listener(self.fetch_params, self.config.limits)
         self._resources.callback(self._listener.stop)
-        self._control = self._link("control", self._listener.saw_version, None)
+        self._control = self._link("control", self._heard, None)
         self._data = self._link("data", None, RESEND_S)
         self._control.on_ready(lambda: self._listener.saw_version(self._control.hello_reply))
         self._control.on_restart(self._listener.forget)
@@ -209,6 +215,12 @@ class TrainerClient:
         self._outbox = Outbox(self._data, self._spool, ledger)
         self._control.start()
         self._data.start()
+
+    def _heard(self, reply: dict[str, Any]) -> None:
+        """The answer to a heartbeat."""
+        self._listener.saw_version(reply)
+        troubles = reply.get("troubles")
+        self._troubles = {str(k): str(v) for k, v in troubles.items()} if isinstance(troubles, dict) else {}
 
     def _link(self, name: str, on_heartbeat: Callable[[dict], None] | None, resend_s: float | None) -> Link:
         link = Link(
