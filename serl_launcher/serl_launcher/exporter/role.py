@@ -4,6 +4,7 @@
 
 The dataset itself says which ordinal comes next. One that does not exist yet, or that cannot be continued (another
 task's features, a foreign journal), is built in `dataset.staging/` and takes its place by rename once it has caught up.
+One that holds more than the journal says that the journal is damaged: nothing is exported then (`origin.py`).
 """
 
 import logging
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from serl_launcher.exporter.origin import Origin
 from serl_launcher.exporter.recovery import UnusableDataset
 from serl_launcher.exporter.writer import DatasetWriter
 from serl_launcher.replay.assembler import ClosedEpisode
@@ -48,8 +50,11 @@ class Exporter:
         self._replaced = self._discarded  # where the dataset goes when the staged one takes its place
         shutil.rmtree(self._discarded, ignore_errors=True)  # a kill may have left it
         self._writer = self._open()
-        self._stream = EpisodeStream(run_dir, spec, first_ordinal=max(0, self._writer.state.last_ordinal), follow=True)
-        self._checked = self._writer.state.last_ordinal < 0
+        roots = dict.fromkeys([self.dataset, self._writer.root])
+        origins = [Origin(root, run_dir) for root in roots]
+        self._unsettled = [origin for origin in origins if not origin.settled]  # are they this journal's?
+        # What a dataset holds was synced, whatever the mark says: after a power cut it is older than the dataset.
+        self._stream = EpisodeStream(run_dir, spec, follow=not self._unsettled)
         self._pending_since: float | None = None
 
     def run(self, stopping: Callable[[float], bool]) -> None:
@@ -66,14 +71,16 @@ class Exporter:
         """Take what the journal closed since the last poll; commit a full or old batch, or any with `flush`."""
         options = self._options
         for closed in self._stream.poll():
-            if not self._checked and not self._continues_with(closed):
-                self._start_anew()
+            if self._unsettled and self._foreign(closed):
                 return self.poll(flush)
-            self._checked = True
+            if closed.ordinal <= self._writer.state.last_ordinal:
+                continue
             if self._writer.add(closed.ordinal, closed.build()) and self._pending_since is None:
                 self._pending_since = time.monotonic()
             if self._writer.pending >= options.batch_episodes or self._writer.pending_bytes > MAX_PENDING_BYTES:
                 self._commit()
+        if self._unsettled and self._foreign(None):
+            return self.poll(flush)
         old = self._pending_since is not None and time.monotonic() - self._pending_since >= options.period_s
         # the first episode is shown at once: a reader then finds a dataset, and an unfit task is noticed early
         if flush or old or (self._writer.pending and self._writer.root == self._staging):
@@ -97,28 +104,31 @@ class Exporter:
         except UnusableDataset:
             return self._empty()
 
+    def _foreign(self, closed: ClosedEpisode | None) -> bool:
+        """Show the datasets the journal's next episode, or its end; True when the journal is taken from its start."""
+        for origin in self._unsettled:
+            origin.look(closed) if closed else origin.ended()
+            if origin.foreign:
+                self._start_anew(origin.dataset)
+                return True
+        self._unsettled = [origin for origin in self._unsettled if not origin.settled]
+        self._stream.reader.follow = not self._unsettled
+        return False
+
     def _empty(self) -> DatasetWriter:
         """An empty dataset in the staging folder."""
         shutil.rmtree(self._staging, ignore_errors=True)
         return DatasetWriter(self._staging, self._spec, self._video)
 
-    def _continues_with(self, closed: ClosedEpisode) -> bool:
-        """Is the dataset's newest episode the journal's of that ordinal?"""
-        state = self._writer.state
-        if (closed.ordinal, closed.info.episode_id) == (state.last_ordinal, state.last_episode_id):
-            return True
-        _log.warning(
-            "%s ends with episode %s, the journal has %s there: it is not this journal's dataset",
-            self._writer.root, state.last_episode_id, closed.info.episode_id,
-        )  # fmt: skip
-        return False
-
-    def _start_anew(self) -> None:
-        """Take the journal from its start into an empty dataset; the one that is not the journal's will be kept."""
-        self._replaced = self._run_dir / f"dataset.foreign-{time.time_ns()}"
+    def _start_anew(self, foreign: Path) -> None:
+        """Take the journal from its start into an empty dataset; a foreign one that was in place will be kept."""
+        if foreign == self.dataset:
+            self._replaced = self._run_dir / f"dataset.foreign-{time.time_ns()}"
+        kept = f"it will be kept as {self._replaced.name}" if foreign == self.dataset else "it is built anew"
+        _log.warning("%s holds episodes of another journal: %s", foreign, kept)
         self._stream.close()
         self._stream = EpisodeStream(self._run_dir, self._spec, follow=True)
-        self._writer, self._checked = self._empty(), True
+        self._writer, self._unsettled = self._empty(), []
 
     def _commit(self) -> None:
         self._writer.commit()
