@@ -43,7 +43,8 @@ def until(condition: Callable[[], Any], seconds: float, what: str) -> float:
 class Rig:
     """One run folder, its gateway, its actors. `close` kills whatever is left."""
 
-    def __init__(self, run: Path, *, pixels: int = 24, hz: float = 20.0, journal: Path | None = None, **changes: Any):
+    def __init__(self, run: Path, *, pixels: int = 24, hz: float = 20.0, journal: Path | None = None,
+                 segment_mb: int = 16, **changes: Any):  # fmt: skip
         self.run, self.pixels, self.hz = run, pixels, hz
         self.ports = free_ports()
         self.gateway: subprocess.Popen | None = None
@@ -55,8 +56,8 @@ class Rig:
             "run": "faults", "seed": 0, "port": self.ports[0], "broadcast_port": self.ports[1],
             "bind_host": "127.0.0.1", "insecure": False,
             "task": {"spec": make_spec(pixels, hz).to_dict()}, "schedule": {"stages": STAGES},
-            "replay": {"capacity_frames": 2000}, "journal": {"segment_mb": 16}, "gateway": {"dead_actor_s": 5.0},
-            "exporter": {"batch_episodes": 100, "video": False}, **changes,
+            "replay": {"capacity_frames": 2000}, "journal": {"segment_mb": segment_mb},
+            "gateway": {"dead_actor_s": 5.0}, "exporter": {"batch_episodes": 100, "video": False}, **changes,
         }  # fmt: skip
         (run / "config.yaml").write_text(yaml.safe_dump(config))
 

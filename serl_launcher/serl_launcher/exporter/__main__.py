@@ -18,8 +18,10 @@ from pathlib import Path
 
 from serl_launcher.exporter.role import Exporter, ExporterOptions
 from serl_launcher.exporter.video import wants_video
-from serl_launcher.replay.journal import JournalCorrupt
+from serl_launcher.replay.durable import MARK_FILE, read_mark
+from serl_launcher.replay.journal import JournalCorrupt, segment_numbers
 from serl_launcher.run.config import read_config, task_spec
+from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.ready import say_ready
 from serl_transport.contract.specs import TaskSpec
 
@@ -59,6 +61,9 @@ def read_run(run_dir: Path) -> tuple[TaskSpec, ExporterOptions]:
 def _export(run_dir: Path, once: bool) -> None:
     spec, options = read_run(run_dir)
     video = wants_video(options.video, spec)
+    journal = RunPaths(run_dir).journal
+    if once and segment_numbers(journal) and read_mark(journal) is None:
+        raise ValueError(f"{journal / MARK_FILE} is missing or damaged: start the learner once, it writes it anew")
     stop, parent = threading.Event(), os.getppid()
     for number in () if once else (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -35,7 +35,6 @@ class DatasetState:
     episodes: int = 0  # finished episodes written
     frames: int = 0  # rows written
     last_ordinal: int = -1  # journal ordinal of the newest episode; -1: none
-    last_episode_id: str = ""  # its id: tells whether this dataset belongs to this journal
     tasks: list[str] = field(default_factory=list)  # prompts in order of first use; the position is the task_index
     stats: dict[str, Stats] = field(default_factory=dict)  # statistics of everything written
 
@@ -49,7 +48,6 @@ class DatasetState:
             episodes=self.episodes + len(rows),
             frames=self.frames + sum(row["length"] for row in rows),
             last_ordinal=rows[-1]["episode_ordinal"],
-            last_episode_id=rows[-1]["episode_id"],
             tasks=list(dict.fromkeys([*self.tasks, *(task for row in rows for task in row["tasks"])])),
             stats=merge([*([self.stats] if self.stats else []), *map(_stats_of, rows)]),
         )

@@ -5,6 +5,7 @@
 
 The dataset itself says which ordinal comes next. One that does not exist yet, or that cannot be continued (another
 task's features, a foreign journal), is built in `dataset.staging/` and takes its place by rename once it has caught up.
+One that holds more than the journal says that the journal is damaged: nothing is exported then (`origin.py`).
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from serl_launcher.exporter.origin import Origin
 from serl_launcher.exporter.quarantine import MAX_DEATHS, Attempt, Quarantine
 from serl_launcher.exporter.recovery import UnusableDataset
 from serl_launcher.exporter.writer import DatasetWriter
@@ -72,9 +74,11 @@ class Exporter:
     def _reopen(self) -> None:
         """Stand where the dataset on disk ends; what was pending is taken from the journal again."""
         self._writer = self._open()
-        first = max(0, self._writer.state.last_ordinal)
-        self._stream = EpisodeStream(self._run_dir, self._spec, first_ordinal=first, follow=True)
-        self._checked = self._writer.state.last_ordinal < 0
+        roots = dict.fromkeys([self.dataset, self._writer.root])
+        origins = [Origin(root, self._run_dir) for root in roots]
+        self._unsettled = [origin for origin in origins if not origin.settled]  # are they this journal's?
+        # What a dataset holds was synced, whatever the mark says: after a power cut it is older than the dataset.
+        self._stream = EpisodeStream(self._run_dir, self._spec, follow=not self._unsettled)
         self._pending: list[ClosedEpisode] = []
         self._pending_since: float | None = None
 
@@ -108,10 +112,10 @@ class Exporter:
     def _poll(self, flush: bool) -> None:
         options = self._options
         for closed in self._stream.poll():
-            if not self._checked and not self._continues_with(closed):
-                self._start_anew()
+            if self._unsettled and self._foreign(closed):
                 return self._poll(flush)
-            self._checked = True
+            if closed.ordinal <= self._writer.state.last_ordinal:
+                continue
             if self._quarantine.holds(closed.ordinal, closed.info.episode_id):
                 continue
             self._take(closed)
@@ -120,6 +124,8 @@ class Exporter:
                 self._commit()
         for unfit in self._stream.take_unfit():
             self._quarantine.add_item(unfit.name, unfit.why)
+        if self._unsettled and self._foreign(None):
+            return self._poll(flush)
         old = self._pending_since is not None and time.monotonic() - self._pending_since >= options.period_s
         # the first episode is shown at once: a reader then finds a dataset, and an unfit task is noticed early
         if flush or old or (self._writer.pending and self._writer.root == self._staging):
@@ -171,28 +177,31 @@ class Exporter:
         except UnusableDataset:
             return self._empty()
 
+    def _foreign(self, closed: ClosedEpisode | None) -> bool:
+        """Show the datasets the journal's next episode, or its end; True when the journal is taken from its start."""
+        for origin in self._unsettled:
+            origin.look(closed) if closed else origin.ended()
+            if origin.foreign:
+                self._start_anew(origin.dataset)
+                return True
+        self._unsettled = [origin for origin in self._unsettled if not origin.settled]
+        self._stream.reader.follow = not self._unsettled
+        return False
+
     def _empty(self) -> DatasetWriter:
         """An empty dataset in the staging folder."""
         shutil.rmtree(self._staging, ignore_errors=True)
         return DatasetWriter(self._staging, self._spec, self._video)
 
-    def _continues_with(self, closed: ClosedEpisode) -> bool:
-        """Is the dataset's newest episode the journal's of that ordinal?"""
-        state = self._writer.state
-        if (closed.ordinal, closed.info.episode_id) == (state.last_ordinal, state.last_episode_id):
-            return True
-        _log.warning(
-            "%s ends with episode %s, the journal has %s there: it is not this journal's dataset",
-            self._writer.root, state.last_episode_id, closed.info.episode_id,
-        )  # fmt: skip
-        return False
-
-    def _start_anew(self) -> None:
-        """Take the journal from its start into an empty dataset; the one that is not the journal's will be kept."""
-        self._replaced = self._run_dir / f"dataset.foreign-{time.time_ns()}"
+    def _start_anew(self, foreign: Path) -> None:
+        """Take the journal from its start into an empty dataset; a foreign one that was in place will be kept."""
+        if foreign == self.dataset:
+            self._replaced = self._run_dir / f"dataset.foreign-{time.time_ns()}"
+        kept = f"it will be kept as {self._replaced.name}" if foreign == self.dataset else "it is built anew"
+        _log.warning("%s holds episodes of another journal: %s", foreign, kept)
         self._stream.close()
         self._stream = EpisodeStream(self._run_dir, self._spec, follow=True)
-        self._writer, self._checked, self._pending, self._pending_since = self._empty(), True, [], None
+        self._writer, self._unsettled, self._pending, self._pending_since = self._empty(), [], [], None
 
     def _commit(self) -> None:
         """Publish what is pending. When that fails for a batch, each of its episodes is tried alone."""

@@ -10,12 +10,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from serl_launcher.gateway.actors import Actors
-from serl_launcher.gateway.ledger import Ledger, LedgerRow
+from serl_launcher.gateway.ledger import Ledger, LedgerRow, listed_rows
 from serl_launcher.gateway.settings import GatewaySettings
 from serl_launcher.replay.assembler import ClosedEpisode
 from serl_launcher.replay.entries import DataEntry, Entry
 from serl_launcher.replay.episodes import EpisodeStream
-from serl_launcher.replay.journal import JournalReader
+from serl_launcher.replay.journal import JournalCorrupt, JournalReader, how_to_recover
 from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.replay.ring import RingError, RingWriter
 from serl_launcher.run.paths import RunPaths
@@ -38,21 +38,24 @@ class Journalled:
         on_closed: Callable[[LedgerRow], None],
     ) -> None:
         self._relabelled = Relabelled(paths.root)  # read once: labels given later count from the next start on
+        # By the gateway before: ordinal -> episode id.
+        self._listed = {row["ordinal"]: row["episode_id"] for row in listed_rows(paths.episodes)}
         self.ledger = Ledger(paths.episodes)
         self.ring = RingWriter(settings.spec, settings.capacity_frames, paths.root)
-        self._actors, self._reply, self._on_closed = actors, reply, on_closed
+        self._paths, self._actors, self._reply, self._on_closed = paths, actors, reply, on_closed
         self._ticks: deque[tuple[float, int]] = deque()  # (time.monotonic(), ticks) journalled lately
         self._ledger_late = False
         self._stream = EpisodeStream(paths.root, settings.spec)
         self.assembler = self._stream.assembler
 
     def recover(self) -> JournalReader:
-        """Read the journal from its beginning; the reader stands at its end."""
+        """Read the journal from its beginning; the reader stands at its end. JournalCorrupt."""
         started, reader = time.monotonic(), self._stream.reader
         for closed in self._stream.poll():
             self._add(closed)
         for unfit in self._stream.take_unfit():
             log.error("item %s of the journal does not fit and is left out: %s", unfit.name, unfit.why)
+        self._check_listed()
         self.write_ledger()
         if reader.next_sequence:
             log.info(
@@ -64,6 +67,18 @@ class Journalled:
             )
         self._stream.close()
         return reader
+
+    def _check_listed(self) -> None:
+        """What episodes.jsonl lists was journalled before: where the mark is gone, too, it still testifies."""
+        closed = self.assembler.next_ordinal
+        lost = [episode_id for ordinal, episode_id in self._listed.items() if ordinal >= closed]
+        if lost:
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            raise JournalCorrupt(
+                f"{self._paths.journal} ends too early: {self._paths.episodes} lists {closed + len(lost)} episodes, "
+                f"the journal closes {closed}. Missing: {', '.join(lost[:3])}{more}. {how_to_recover(self._paths.root)}"
+            )
+        self._listed.clear()
 
     def take(self, entry: DataEntry, tokens: Sequence[bytes], error: WireError | None, time_ns: int) -> None:
         """An item is on disk, or `error` says why not: tell those who wait for it, then use it."""

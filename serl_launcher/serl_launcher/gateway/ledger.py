@@ -78,6 +78,19 @@ class LedgerRow:
         return json.dumps(row)
 
 
+def listed_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of an episodes.jsonl, none where there is no file; one that a power cut tore says nothing."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.keys() >= {"ordinal", "episode_id", "n_ticks"}:
+            rows.append(row)
+    return rows
+
+
 class Ledger:
     """Counts of all rows, and their lines in `path`."""
 

@@ -7,10 +7,10 @@ The queue is bounded by the actors' windows of unacknowledged items; the thread 
 A group that fails is cut off the file again, so that what follows a full disk is a valid journal.
 """
 
+import contextlib
 import errno
 import fcntl
 import logging
-import mmap
 import os
 import queue
 import threading
@@ -20,21 +20,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.replay.journal import (
-    MARK_FILE,
-    SEGMENT_MAGIC,
-    JournalReader,
-    Position,
-    encode_mark,
-    record_header,
-    segment_path,
-)
+from serl_launcher.replay.durable import SEGMENT_MAGIC, DurableMark, Mark, Position
+from serl_launcher.replay.journal import JournalReader, record_header, segment_path
 from serl_launcher.run.files import sync
 from serl_transport.contract.errors import StorageFull
 from serl_transport.wire.blob import write_buffers
 
 log = logging.getLogger("gateway")
 GROUP_BYTES = 64 << 20
+PID_BYTES = 16
 SLOW_S = 2.0  # a write and sync that took longer is reported
 Done = Callable[[StorageFull | None, int], None]  # (error or None, the record's wall clock in ns)
 
@@ -53,14 +47,14 @@ class JournalLock:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            owner = os.pread(self._fd, PID_BYTES, 0).decode(errors="replace").strip() or "unknown"
             os.close(self._fd)
             raise RunFolderBusyError(
                 f"a gateway (pid {owner}) already serves {folder.parent}: "
                 "stop it, or start this run under another name (run=…)"
             ) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, only its owner's name is missing
+            os.pwrite(self._fd, f"{os.getpid():<{PID_BYTES}}".encode(), 0)
 
     def release(self) -> None:
         """Let the next gateway in."""
@@ -90,10 +84,13 @@ class JournalWriter:
         self._end = reader.position
         self._file: int | None = None
         try:
-            self._mark = self._open_mark()
+            self._mark = DurableMark(folder)
             # Cut a torn tail, and sync what a killed writer left unsynced: from now on it counts as taken.
-            self._writable_segment()
-            self._publish()
+            self._open_segment()
+            self._mark.begin(self._synced)
+            for above in (folder.parent, folder.parent.parent):  # or a power cut takes a new run's folder with it
+                with contextlib.suppress(PermissionError):
+                    sync(above)
             if first is not None and self._sequence == 0:
                 self._write_group([[first]], time.time_ns())
         except OSError as failure:
@@ -117,7 +114,8 @@ class JournalWriter:
         self._thread.join()
         if self._file is not None:
             os.close(self._file)
-        self._mark.close()
+        with contextlib.suppress(OSError):  # a disk that takes no more: the mark that is on it is older, never wrong
+            self._mark.close()
 
     def _run(self) -> None:
         stopping = False
@@ -168,7 +166,11 @@ class JournalWriter:
             raise
         self._sequence += len(payloads)
         self._end = Position(self._end.segment, synced + written)
-        self._publish()
+        self._mark.store(self._synced)
+
+    @property
+    def _synced(self) -> Mark:
+        return Mark(self._end, self._sequence)
 
     def _cut_back(self, file: int) -> None:
         """Remove a group that was not synced. If even that fails, the next group opens the segment anew and retries."""
@@ -180,15 +182,23 @@ class JournalWriter:
 
     def _writable_segment(self) -> int:
         """The open segment, ending exactly at `_end`; a new one when the last is full."""
-        if self._file is not None and self._end.offset < self._segment_bytes:
-            return self._file
-        if self._file is not None:
+        if self._file is not None and self._end.offset >= self._segment_bytes:
             os.close(self._file)
             self._file = None
-        if self._end.offset >= self._segment_bytes:
-            self._end = Position(self._end.segment + 1)
-        file = os.open(segment_path(self._folder, self._end.segment), os.O_CREAT | os.O_RDWR, 0o644)
+        if self._file is None:
+            if self._end.offset >= self._segment_bytes:
+                self._end = Position(self._end.segment + 1)
+            self._open_segment()
+        assert self._file is not None
+        return self._file
+
+    def _open_segment(self) -> None:
+        """Open the segment of `_end`, cut off what lies behind it, and sync what lies in front."""
+        path = segment_path(self._folder, self._end.segment)
+        file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
         try:
+            if (torn := os.fstat(file).st_size - self._end.offset) > 0:
+                log.info("%s: cut off a torn tail of %d bytes that was never acknowledged", path, torn)
             os.ftruncate(file, self._end.offset)
             write_buffers(file, [SEGMENT_MAGIC], 0)
             os.fsync(file)
@@ -197,20 +207,6 @@ class JournalWriter:
             os.close(file)
             raise
         self._file = file
-        return file
-
-    def _open_mark(self) -> mmap.mmap:
-        fd = os.open(self._folder / MARK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            if os.fstat(fd).st_size != 8:
-                # Real bytes: a mapped hole could not be filled on a full disk.
-                os.pwrite(fd, encode_mark(Position()), 0)
-            return mmap.mmap(fd, 8)
-        finally:
-            os.close(fd)
-
-    def _publish(self) -> None:
-        self._mark[:] = encode_mark(self._end)
 
 
 def _explain(failure: OSError, folder: Path) -> str:

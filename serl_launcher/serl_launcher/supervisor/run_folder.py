@@ -224,6 +224,8 @@ def _readable(paths: RunPaths) -> DictConfig:
 
 def holds_data(paths: RunPaths) -> bool:
     """Was anything recorded or trained here? A journal's first record is the task's spec, no data yet."""
+    if paths.episodes.exists() and paths.episodes.stat().st_size:
+        return True  # perhaps all that is left: then the gateway tells that the journal is gone
     if paths.summary.exists() or (read_json(paths.latest_params) or {}).get("step", 0) > 0:
         return True
     reader = JournalReader(paths.journal)

@@ -14,16 +14,8 @@ from pathlib import Path
 import pytest
 from replay_samples import open_writer, wait_for
 
-from serl_launcher.replay.journal import (
-    FIRST_OFFSET,
-    OLD_MAGIC,
-    SEGMENT_MAGIC,
-    JournalCorrupt,
-    JournalReader,
-    Position,
-    segment_numbers,
-    segment_path,
-)
+from serl_launcher.replay.durable import FIRST_OFFSET, SEGMENT_MAGIC, Mark, Position, write_mark
+from serl_launcher.replay.journal import OLD_MAGIC, JournalCorrupt, JournalReader, segment_numbers, segment_path
 from serl_launcher.replay.journal_writer import JournalLock, RunFolderBusyError
 from serl_transport.contract.errors import StorageFull
 
@@ -44,6 +36,14 @@ def read(folder: Path, start: Position | None = None, follow: bool = False) -> l
     payloads = [record.payload for record in reader.poll()]
     reader.close()
     return payloads
+
+
+def vouch_for(folder: Path, records: int) -> None:
+    """The durable mark as it was when so many records had been synced."""
+    reader = JournalReader(folder)
+    ends = [Position(), *(record.end for record in reader.poll())]
+    reader.close()
+    write_mark(folder, Mark(ends[records], records))
 
 
 PAYLOADS = [bytes([k]) * (50 + 7 * k) for k in range(20)]
@@ -82,6 +82,7 @@ def test_follows_a_growing_journal(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [1, 20, 60])
 def test_a_torn_tail_is_dropped_and_written_over(tmp_path: Path, cut: int) -> None:
     write(tmp_path, PAYLOADS)
+    vouch_for(tmp_path, 19)
     segment = segment_path(tmp_path, 1)
     os.truncate(segment, segment.stat().st_size - cut)
     assert read(tmp_path) == PAYLOADS[:-1]
@@ -114,7 +115,7 @@ def test_records_of_the_release_before_are_read_and_continued(tmp_path: Path) ->
     write(tmp_path, [b"new"])
     assert read(tmp_path) == [b"old", b"new"]
     flip(segment_path(tmp_path, 1), FIRST_OFFSET + len(old) - 1)
-    with pytest.raises(JournalCorrupt, match="a record that was synced is damaged"):
+    with pytest.raises(JournalCorrupt, match="what was synced is damaged"):
         read(tmp_path)
 
 
@@ -152,6 +153,7 @@ def test_damage_within_the_last_unsynced_group_is_a_torn_tail(tmp_path: Path) ->
     # Rebuild the file as one group: the same first record twice, each saying that only `end` bytes were synced.
     segment_path(tmp_path, 1).write_bytes(raw[:end] + record + record)
     flip(segment_path(tmp_path, 1), end + 50)
+    write_mark(tmp_path, Mark(Position(1, end), 3))
     assert read(tmp_path) == PAYLOADS[:3]
 
 

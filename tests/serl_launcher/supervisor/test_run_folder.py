@@ -4,6 +4,7 @@ import copy
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -301,3 +302,17 @@ def test_ctrl_c_while_it_waits_for_its_port_is_one_line_and_exit_130(tmp_path, f
         learner.send_signal(signal.SIGINT)
         said = learner.communicate(timeout=30)[1]
     assert (learner.returncode, said) == (130, "learner: interrupted before anything was started\n")
+
+
+@pytest.mark.parametrize("lost", ["segment", "journal"])
+def test_a_folder_that_lost_its_journal_still_holds_data_and_nothing_of_it_is_put_aside(compose, lost):
+    folder = prepare(compose())
+    record(folder)
+    folder.paths.episodes.write_text('{"ordinal": 0, "episode_id": "e1"}\n')
+    if lost == "segment":
+        (folder.paths.journal / "000001.seg").unlink()
+    else:
+        shutil.rmtree(folder.paths.journal)
+    with pytest.raises(RunError, match="holds another experiment"):
+        prepare(compose("task=pick_gym_hil"))
+    assert not list(folder.paths.root.glob("unused.*"))
