@@ -55,7 +55,8 @@ class Rig:
             "run": "faults", "seed": 0, "port": self.ports[0], "broadcast_port": self.ports[1],
             "bind_host": "127.0.0.1", "insecure": False,
             "task": {"spec": make_spec(pixels, hz).to_dict()}, "schedule": {"stages": STAGES},
-            "replay": {"capacity_frames": 2000}, "journal": {"segment_mb": 16}, "gateway": {"dead_actor_s": 5.0},
+            "replay": {"capacity_frames": 2000}, "journal": {"segment_mb": 16},
+            "gateway": {"dead_actor_s": 5.0, "unticketed": True},
             "exporter": {"batch_episodes": 100, "video": False}, **changes,
         }  # fmt: skip
         (run / "config.yaml").write_text(yaml.safe_dump(config))
