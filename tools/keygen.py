@@ -61,6 +61,7 @@ def add_lines(path: Path, lines: list[str]) -> None:
     text = path.read_text() if path.exists() else HEADER
     part = path.with_name(path.name + ".part")
     part.write_text(text + "".join(lines))
+    part.chmod(0o644)  # whatever the umask says: a list that others can write is refused
     os.replace(part, path)
 
 

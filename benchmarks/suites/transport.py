@@ -127,7 +127,8 @@ def drive(pipe: Any, ports: tuple[int, int], spec_dict: dict[str, Any], first: i
             time.sleep(max(0.0, due + i / count * BATCH / HZ - time.monotonic()))  # robots do not tick in step
             episode, place = divmod(turn, MAX_TICKS // BATCH)
             body = bodies[client.name][place]
-            info = body["episode"] | {"episode_id": f"{client.boot_id}-{episode}", "actor_id": client.name}
+            info = body["episode"] | {"episode_id": f"{client.boot_id}-{episode}"}
+            info |= {"actor_id": client.name, "boot_id": client.boot_id}
             try:
                 client.send_item(body | {"episode": info})
             except SpoolFull:
@@ -163,7 +164,7 @@ def gateway_process(folder: Path, spec: TaskSpec) -> Iterator[tuple[int, int]]:
         "run": "bench", "seed": 0, "port": ports[0], "broadcast_port": ports[1],
         "task": {"spec": spec.to_dict()}, "schedule": {"stages": [stage]},
         "replay": {"capacity_frames": 4 * (MAX_TICKS + 1)}, "bind_host": "127.0.0.1", "insecure": True,
-        "journal": {"segment_mb": 256}, "gateway": {"dead_actor_s": 30.0},
+        "journal": {"segment_mb": 256}, "gateway": {"dead_actor_s": 30.0, "unticketed": "auto"},
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
     command = [sys.executable, "-m", "serl_launcher.gateway", str(folder)]

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from serl_config.nearest import nearest
-from serl_robot_infra.task_yaml import check_keys, check_task
+from serl_robot_infra.task_yaml import check_keys, check_names, check_task
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
 
@@ -179,6 +179,7 @@ def _check_task(config: DictConfig, file: str) -> DictConfig:
         check_keys(config.task, file)
         config = _resolve(config)
         check_task(OmegaConf.to_container(config.task), file)
+        check_names(config.run, config.unique_identifier)
     except ConfigError:
         raise
     except ValueError as mistake:

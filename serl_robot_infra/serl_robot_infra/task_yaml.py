@@ -10,6 +10,7 @@ from typing import Any
 
 from serl_config.nearest import nearest
 from serl_robot_infra.safety import SafetyChain
+from serl_transport.contract.bounds import check_name
 from serl_transport.contract.specs import TaskSpec
 
 KEYS = ("name", "spec", "env", "operator", "reward", "safety", "rate_hz", "noop_dims")
@@ -36,6 +37,12 @@ def check_keys(task: Any, file: str) -> None:
         for field in fields(TaskSpec):
             if field.name not in task["spec"]:
                 raise ValueError(f"{file}: missing key 'spec.{field.name}'")
+
+
+def check_names(run: Any, unique_identifier: Any) -> None:
+    """The names that become folders, and part of every line about a run or an actor."""
+    check_name("run", run)
+    check_name("unique_identifier", unique_identifier)
 
 
 def check_task(task: Any, file: str) -> None:

@@ -57,7 +57,8 @@ class Rig:
             "bind_host": "127.0.0.1", "insecure": False,
             "task": {"spec": make_spec(pixels, hz).to_dict()}, "schedule": {"stages": STAGES},
             "replay": {"capacity_frames": 2000}, "journal": {"segment_mb": segment_mb},
-            "gateway": {"dead_actor_s": 5.0}, "exporter": {"batch_episodes": 100, "video": False}, **changes,
+            "gateway": {"dead_actor_s": 5.0, "unticketed": True},
+            "exporter": {"batch_episodes": 100, "video": False}, **changes,
         }  # fmt: skip
         (run / "config.yaml").write_text(yaml.safe_dump(config))
 

@@ -29,7 +29,7 @@ def test_spec_survives_its_dict_and_the_wire():
         ({"cameras": {"front": [6, -1]}}, r"cameras.front: expected \[height, width\]"),
         ({"control_hz": 0}, "control_hz: expected a number above 0, got 0"),
         ({"action_names": ["dx", "dx"]}, "names must differ"),
-        ({"prompt": ""}, "prompt: expected a non-empty text"),
+        ({"prompt": ""}, "prompt: expected a text of 1 to 4096 characters"),
     ],
 )
 def test_spec_names_the_offending_key(changes, message):

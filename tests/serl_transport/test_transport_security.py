@@ -2,6 +2,7 @@
 
 import os
 import stat
+import subprocess
 import time
 
 import pytest
@@ -71,6 +72,60 @@ def test_the_notify_port_is_guarded_too(locked, connect):
         time.sleep(0.05)
     assert not spy.poll(300)
     plain.destroy(linger=0)
+
+
+def test_a_revoked_key_hears_no_notification_and_the_others_go_on(locked, keys, connect, caplog):
+    """Seen at the socket: the client of the revoked key still wants to hear, and its SUB connects again and again."""
+    heard: dict[str, list] = {"robot-1": [], "alice": []}
+    connect(locked, "robot-1").on_notify(heard["robot-1"].append)
+    connect(locked, "alice", role="operator").on_notify(heard["alice"].append)
+
+    def both_hear() -> bool:
+        locked.notify({"topic": "x"})
+        return all(heard.values())
+
+    eventually(both_hear, "both heard a notification")
+    kept = [line for line in (keys / "allow_list").read_text().splitlines() if "robot-1" not in line]
+    (keys / "allow_list").write_text("\n".join(kept) + "\n")
+    eventually(lambda: "every listener of notifications has to connect again" in caplog.text, "the key was revoked")
+    heard["robot-1"].clear()
+    heard["alice"].clear()
+
+    def alice_hears() -> bool:
+        locked.notify({"topic": "secret"})
+        return len(heard["alice"]) >= 20  # long after both have tried to come back
+
+    eventually(alice_hears, "the other listener came back by itself")
+    assert not any(body["topic"] == "secret" for body in heard["robot-1"])
+
+
+def test_a_changed_line_that_revokes_nobody_disturbs_nobody(locked, keys, connect, caplog):
+    with (keys / "allow_list").open("a") as file:
+        file.write(f"actor robot-9 {KeyPair.new().public.decode()}\n")
+    eventually(lambda: len(locked.authenticator._allow_list._entries) == 3, "the new line was read")
+    assert "has to connect again" not in caplog.text
+
+
+def test_the_notify_port_is_tried_again_until_it_is_free(serve, caplog):
+    server = serve()
+    port = server.config.broadcast_port
+    rival = zmq.Context()
+    taken = rival.socket(zmq.PUB)
+
+    def steal() -> None:
+        server._publisher._socket.close()
+        while True:  # libzmq lets go of a port a moment after the close
+            try:
+                taken.bind(f"tcp://127.0.0.1:{port}")
+                break
+            except zmq.ZMQError:
+                time.sleep(0.01)
+        server._publisher._bind_again(0.0)
+
+    server.call_soon(steal)
+    eventually(lambda: "nobody is notified: cannot listen on" in caplog.text, "the lost port is told")
+    rival.destroy(linger=0)
+    eventually(lambda: not server._publisher._socket.closed, "the port was bound again")
 
 
 def test_strangers_are_told_that_their_key_is_not_listed(locked, connect):
@@ -184,6 +239,44 @@ def test_key_files_are_checked(keys, tmp_path):
     (tmp_path / "learner.secret").chmod(0o600)
     with pytest.raises(ValueError, match="belongs to another secret"):
         ServerKeys.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "mode", "message"),
+    [
+        ("robot-1.secret", 0o620, r"robot-1.secret can be read by others \(mode 0620\): chmod 600 "),
+        ("learner.public", 0o664, r"learner.public can be written by others \(mode 0664\): chmod go-w "),
+        ("", 0o777, r"keys can be written by others \(mode 0777\): chmod go-w "),
+        ("", 0o1775, r"keys can be written by others \(mode 1775\): chmod go-w "),
+    ],
+)
+def test_key_files_that_others_can_change_are_refused_with_the_chmod_that_mends_it(keys, place, mode, message):
+    where = keys / place
+    ClientKeys.load(keys, "robot-1")
+    before = stat.S_IMODE(where.stat().st_mode)
+    where.chmod(mode)
+    with pytest.raises(ValueError, match=message) as refusal:
+        ClientKeys.load(keys, "robot-1")
+    said = str(refusal.value).partition("): ")[2].split(",")[0].split()
+    assert said[0] == "chmod"
+    assert subprocess.run(said, check=False).returncode == 0
+    ClientKeys.load(keys, "robot-1")
+    where.chmod(before)
+
+
+@pytest.mark.parametrize("place", ["allow_list", ""])
+def test_an_allow_list_that_others_can_change_admits_nobody(keys, place, caplog):
+    allowed = AllowList(keys / "allow_list")
+    robot = ClientKeys.load(keys, "robot-1").pair.public
+    (keys / place).chmod(0o775)
+    (keys / "allow_list").touch()
+    eventually(lambda: allowed.lookup(robot) is None, "the mode was noticed")
+    assert "can be written by others (mode 0775): chmod go-w" in caplog.text
+    with pytest.raises(ValueError, match="can be written by others"):
+        AllowList(keys / "allow_list")
+    (keys / place).chmod(0o755)
+    (keys / "allow_list").touch()
+    eventually(lambda: allowed.lookup(robot) is not None, "mended, it admits again")
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_a_silent_rival_is_replaced_told_so_and_still_delivers(learner, started,
 class Rival:
     def __init__(self, boot, session=None, last_seen=0.0):
         self.address, self.boot_id, self.last_seen = boot.encode(), boot, last_seen
-        self.hello = {"session": session}
+        self.session, self.host = session, None
 
 
 def test_what_decides(monkeypatch):
@@ -168,7 +168,7 @@ def test_one_links_refusal_does_not_make_the_other_wait_anew(monkeypatch):
     """Both links of a newcomer say hello every second; the rival is heard between, never between the two."""
     now = 100.0
     monkeypatch.setattr("serl_transport.connection.sessions.time.monotonic", lambda: now)
-    rival = Peer(b"r", "robot", "older", last_seen=99.0, hello={})
+    rival = Peer(b"r", "robot", "older", last_seen=99.0)
     sessions = Sessions(lambda name, boot: [rival], lambda address: True, lambda address: None)
     for delivers in (True, False):
         with pytest.raises(NotReady):

@@ -5,6 +5,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from serl_transport.contract.bounds import INT32, INT64, check_name, check_whole
+from serl_transport.contract.errors import SchemaMismatch
+
 log = logging.getLogger("gateway")
 
 
@@ -48,14 +51,19 @@ class Actors:
         return state
 
     def heartbeat(self, actor: str, body: dict[str, Any]) -> None:
-        """What it says of itself once a second."""
+        """What it says of itself once a second. SchemaMismatch names what nobody could show."""
         state = self.seen(actor)
         if state is None:
             return
         backlog, mode, version = body.get("backlog"), body.get("mode"), body.get("policy_version")
-        state.backlog = backlog if isinstance(backlog, int) else state.backlog
-        state.mode = mode if isinstance(mode, str) else state.mode
-        state.policy_version = version if isinstance(version, int) else state.policy_version
+        try:
+            state.backlog = state.backlog if backlog is None else check_whole("backlog", backlog, 0, INT64)
+            state.mode = state.mode if mode is None else check_name("mode", mode)
+            state.policy_version = (
+                state.policy_version if version is None else check_whole("policy_version", version, -1, INT32)
+            )
+        except ValueError as error:
+            raise SchemaMismatch(f"heartbeat: {error}") from None
 
     def delivered(self, actor: str, boot: str, version: int) -> None:
         """An item of `boot` is in the journal; version: that drove its last tick."""

@@ -22,6 +22,7 @@ from serl_launcher.gateway.ledger import ADHOC, LedgerRow, scope_of
 from serl_launcher.gateway.operator_state import OperatorState
 from serl_launcher.gateway.progress import TrainerProgress
 from serl_launcher.gateway.published import PublishedParams
+from serl_launcher.gateway.seal import Seal, load_secret
 from serl_launcher.gateway.settings import GatewaySettings
 from serl_launcher.gateway.tickets import Ticket, TicketOffice, stop, wait
 from serl_launcher.gateway.troubles import Troubles
@@ -33,7 +34,8 @@ from serl_launcher.run.paths import RunPaths, internal_endpoint
 from serl_launcher.run.schedule import Stage, StageState, current_stage
 from serl_transport.config import TrainerConfig
 from serl_transport.connection.router import Peer
-from serl_transport.contract.errors import BadFrame, UnknownKind
+from serl_transport.contract.bounds import INT32, shown
+from serl_transport.contract.errors import BadFrame, Unauthorized, UnknownKind
 from serl_transport.security.allow_list import OPERATOR_REQUESTS
 from serl_transport.server import TrainerServer
 from serl_transport.wire.codec import Frames, pack
@@ -81,10 +83,12 @@ class Gateway:
         self.actors = Actors(settings.dead_actor_s)
         self.progress = TrainerProgress(paths.stage_progress, settings.stages)
         self.params = PublishedParams(paths.params)
-        self.tickets = TicketOffice(settings.seed, min(TICKET_GRACE_S, settings.dead_actor_s), self.actors.alive)
         self.journalled = Journalled(settings, paths, self.actors, server.reply, self._episode_closed)
         reader = self.journalled.recover()
-        self.ingest = Ingest(settings, paths, self.actors, self.journalled, reader, server.call_soon)
+        seal = Seal(load_secret(paths.ticket_secret, used=reader.next_sequence > 1), settings.unticketed)
+        grace_s = min(TICKET_GRACE_S, settings.dead_actor_s)
+        self.tickets = TicketOffice(settings.seed, grace_s, self.actors.alive, seal)
+        self.ingest = Ingest(settings, paths, self.actors, self.journalled, reader, server.call_soon, seal)
         self.troubles = Troubles(self.ingest)
         self._restore_tickets()
         self._roles = server.add_router(internal_endpoint(paths.root))
@@ -167,6 +171,8 @@ class Gateway:
     def _request(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any] | Frames | None:
         self.actors.seen(peer.actor_id)
         if envelope.target == "next_episode":
+            if peer.role != "actor":
+                raise Unauthorized(f"next_episode: this connection said hello as an {peer.role}'s, not an actor's")
             return self.next_episode(peer.actor_id, peer.boot_id, body)
         if envelope.target == "status":
             return self.status()
@@ -194,9 +200,11 @@ class Gateway:
         """Run, wait or stop, as the schedule (`want: follow`) or the actor itself says."""
         want, limit = payload.get("want", "follow"), payload.get("episodes")
         if want not in WANTS:
-            raise BadFrame(f"next_episode: want: expected one of {', '.join(WANTS)}, got {want!r}")
-        if limit is not None and (type(limit) is not int or limit < 1):
-            raise BadFrame(f"next_episode: episodes: expected a whole number from 1, or null, got {limit!r}")
+            raise BadFrame(f"next_episode: want: expected one of {', '.join(WANTS)}, got {shown(want)}")
+        if limit is not None and (type(limit) is not int or not 1 <= limit <= INT32):
+            raise BadFrame(
+                f"next_episode: episodes: expected a whole number from 1 to {INT32}, or null, got {shown(limit)}"
+            )
         if self.operator.stopped:
             return stop("an operator stopped the run")
         if self.operator.paused:

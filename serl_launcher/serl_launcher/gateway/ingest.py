@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from serl_launcher.gateway.actors import Actors
 from serl_launcher.gateway.journalled import Journalled
+from serl_launcher.gateway.seal import Seal
 from serl_launcher.gateway.settings import GatewaySettings
 from serl_launcher.replay.entries import CloseEntry, DataEntry, SpecEntry
 from serl_launcher.replay.journal import JournalReader
@@ -27,7 +28,7 @@ SETTLE_S = 1.0  # after a newer process has delivered, its forerunner's last ite
 
 
 class Ingest:
-    """reader: at the journal's end; post: runs a callable on the loop (thread-safe)."""
+    """reader: at the journal's end; post: runs a callable on the loop (thread-safe); seal: whose an episode is."""
 
     def __init__(
         self,
@@ -37,7 +38,9 @@ class Ingest:
         journalled: Journalled,
         reader: JournalReader,
         post: Callable[[Callable[[], None]], None],
+        seal: Seal,
     ) -> None:
+        self._seal = seal
         self._settings, self._actors, self._journalled = settings, actors, journalled
         self._in_flight: dict[tuple[str, str, int], list[bytes]] = {}  # item -> who waits for its acknowledgement
         self._since: dict[tuple[str, str, int], float] = {}  # the same items -> time.monotonic() of their arrival
@@ -63,7 +66,10 @@ class Ingest:
             if envelope.seq < 1:
                 raise BadFrame(f"data: expected a seq from 1, got {envelope.seq}")
             entry = DataEntry.of(*key, frames, self._settings.spec)
+            entry.check_sender(self._settings.spec)
             assembler.check(entry)
+            if entry.batch.episode.episode_id not in assembler.open:  # an open one's is the same, by `check`
+                self._seal.check(entry.batch.episode)
         except WireError as error:
             self.problems.note(peer.actor_id, error)
             raise

@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from serl_launcher.run.config import read_config
 from serl_launcher.run.schedule import Stage, read_stages
+from serl_transport.contract.bounds import check_name, shown
 from serl_transport.contract.specs import TaskSpec
 
 
@@ -29,6 +30,7 @@ class GatewaySettings:
     capacity_frames: int  # replay.capacity_frames: observation slots of the ring
     segment_mb: int  # journal.segment_mb
     dead_actor_s: float  # gateway.dead_actor_s: an actor silent this long is taken for dead
+    unticketed: bool  # gateway.unticketed: are episodes taken without a ticket? auto: where there are no keys
 
     @staticmethod
     def load(path: Path) -> "GatewaySettings":
@@ -50,8 +52,11 @@ class GatewaySettings:
                 f"(max_ticks + 1), got {capacity}"
             )
         security = cfg.get("security") or {}
+        unticketed = _need(cfg, "gateway.unticketed")
+        if unticketed not in (True, False, "auto"):
+            raise ValueError(f"config: gateway.unticketed: expected auto, true or false, got {shown(unticketed)}")
         return GatewaySettings(
-            run=str(_need(cfg, "run")),
+            run=check_name("config: run", _need(cfg, "run")),
             spec=spec,
             stages=read_stages(_need(cfg, "schedule.stages")),
             seed=int(_need(cfg, "seed")),
@@ -64,6 +69,7 @@ class GatewaySettings:
             capacity_frames=int(capacity),
             segment_mb=int(_number(cfg, "journal.segment_mb", 1)),
             dead_actor_s=float(_number(cfg, "gateway.dead_actor_s", 0.1)),
+            unticketed=security.get("keys_dir") is None if unticketed == "auto" else unticketed,
         )
 
 
@@ -80,5 +86,5 @@ def _number(cfg: dict[str, Any], key: str, low: float, high: float = float("inf"
     value = _need(cfg, key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         limit = f"at least {low}" if high == float("inf") else f"{low} to {high}"
-        raise ValueError(f"config: {key}: expected a number, {limit}, got {value!r}")
+        raise ValueError(f"config: {key}: expected a number, {limit}, got {shown(value)}")
     return value

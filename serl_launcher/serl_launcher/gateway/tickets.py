@@ -1,20 +1,21 @@
 """Tickets: what each actor does next, and which seed it does it with.
 
-    actor ── next_episode ─▶ issue() ─▶ run (episode id, seed) | wait | stop          ledger row ─▶ finish()
+    actor ── next_episode ─▶ issue() ─▶ run (sealed id, seed) | wait | stop          ledger row ─▶ finish()
 
 A ticket lives from its issue until its episode is in the ledger. It is void when its actor's process is gone, or when
 the actor has asked for the next one and the episode has not come for `grace_s`; its seed is then issued again.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
+from serl_launcher.gateway.seal import Seal
 from serl_launcher.run.schedule import FIRST_EVAL_SEED, Stage
 
 WAIT_S = 0.2
+HELD = 16  # tickets of one actor whose episodes are still awaited
 Scope = tuple[str, ...]  # (stage name,) or, for what an actor asked for itself, (stage name, actor, boot)
 
 
@@ -41,8 +42,9 @@ class ScopeCounts:
 class TicketOffice:
     """Issues tickets. run_seed: the run's `seed`; alive(actor, boot): is that process still there?"""
 
-    def __init__(self, run_seed: int, grace_s: float, alive: Callable[[str, str], bool]) -> None:
+    def __init__(self, run_seed: int, grace_s: float, alive: Callable[[str, str], bool], seal: Seal) -> None:
         self._run_seed = run_seed
+        self._seal = seal
         self._grace_s = grace_s
         self._alive = alive
         self._live: dict[str, Ticket] = {}  # whose episode is not in the ledger yet
@@ -65,6 +67,8 @@ class TicketOffice:
     ) -> dict[str, Any]:
         """The reply to `next_episode` for an actor that works in `scope`."""
         self._void_stale(actor, boot, now)
+        if sum(ticket.actor == actor for ticket in self._live.values()) >= HELD:
+            return wait(WAIT_S, f"{HELD} episodes of {actor} are awaited already")
         held = [ticket for ticket in self._live.values() if ticket.scope == scope]
         # Episodes on their way may be all that is missing; with a steps goal the stage goes on regardless.
         if stage.episodes and not stage.steps and len(held) >= stage.episodes - counts.counted:
@@ -72,7 +76,7 @@ class TicketOffice:
         seed = self._seed(stage, counts.seeds | {ticket.seed for ticket in held})
         if seed is None:
             return wait(WAIT_S, f"every seed of stage {stage.name} is taken")
-        ticket = Ticket(f"{stage.name}-{seed:07d}-{os.urandom(4).hex()}", scope, seed, actor, boot)
+        ticket = Ticket(self._seal.episode_id(stage.name, stage.mode, seed, actor, boot), scope, seed, actor, boot)
         self._live[ticket.episode_id] = ticket
         return {
             "action": "run",

@@ -11,7 +11,7 @@ from typing import Any
 import msgpack
 
 from serl_launcher.replay.journal import JournalCorrupt
-from serl_transport.contract.errors import BadFrame, WireError
+from serl_transport.contract.errors import BadFrame, Refused, WireError
 from serl_transport.contract.schema import StepBatch
 from serl_transport.contract.specs import TaskSpec
 from serl_transport.wire import blob, codec
@@ -49,6 +49,17 @@ class DataEntry:
         if not isinstance(item, dict):
             raise BadFrame(f"data: expected a step batch, got {type(item).__name__}")
         return DataEntry(actor_id, boot_id, seq, StepBatch.from_body(item, spec), frames)
+
+    def check_sender(self, spec: TaskSpec) -> None:
+        """What only a new item must be, beyond what `of` asks of every record of a journal.
+
+        SchemaMismatch for a value that a later reader could not take, Refused for another's episode.
+        """
+        self.batch.check_ranges(spec)
+        info = self.batch.episode
+        for key, mine, theirs in (("actor", self.actor_id, info.actor_id), ("boot", self.boot_id, info.boot_id)):
+            if mine != theirs:
+                raise Refused(f"episode {info.episode_id!r}: its {key}_id is {theirs!r}, the item is of {mine!r}")
 
     @property
     def key(self) -> tuple[str, str, int]:

@@ -26,6 +26,7 @@ class RunPaths:
         self.metrics = root / "metrics"  # trainer.jsonl and TensorBoard files
         self.videos = root / "videos"  # evaluation and online episodes, mp4
         self.logs = root / "logs"  # one a role
+        self.ticket_secret = root / "ticket.secret"  # by which the gateway knows whose an episode is; nobody else's
         self.status = root / "status.json"  # the last status document
         self.stage_progress = root / "stage_progress.json"  # what the trainer last reported of each stage
         self.summary = root / "summary.json"  # figures of a finished run

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serl_config.nearest import nearest
+from serl_transport.contract.bounds import INT32, INT64, check_name, check_whole
 
 MODES = ("demo", "train", "eval", "online")
 FIRST_EVAL_SEED = 1_000_000  # evaluation seeds start here; demonstrations and online episodes draw below
@@ -104,7 +105,7 @@ def _read_stage(where: str, row: Mapping[str, Any]) -> Stage:
         if key not in _KEYS:
             raise ValueError(f"{where}: unknown key {key!r}{nearest(str(key), _KEYS)}")
     name, mode = row.get("name"), row.get("mode")
-    if not isinstance(name, str) or not name or name.startswith("adhoc_"):
+    if check_name(f"{where}.name", name).startswith("adhoc_"):
         raise ValueError(f"{where}.name: expected a text that does not start with 'adhoc_', got {name!r}")
     if mode not in MODES:
         raise ValueError(f"{where}.mode: expected one of {', '.join(MODES)}, got {mode!r}")
@@ -114,8 +115,7 @@ def _read_stage(where: str, row: Mapping[str, Any]) -> Stage:
         raise ValueError(f"{where}: a train stage names steps (and no episodes)")
     if mode == "eval" and not episodes:
         raise ValueError(f"{where}: an eval stage names episodes")
-    if not isinstance(first_seed, int) or first_seed < FIRST_EVAL_SEED:
-        raise ValueError(f"{where}.first_seed: expected at least {FIRST_EVAL_SEED}, got {first_seed!r}")
+    check_whole(f"{where}.first_seed", first_seed, FIRST_EVAL_SEED, INT64 - INT32)  # seeds count up from it
     takeover = row.get("takeover", True)
     if not isinstance(takeover, bool):
         raise ValueError(f"{where}.takeover: expected true or false, got {takeover!r}")
@@ -126,6 +126,4 @@ def _count(where: str, row: Mapping[str, Any], key: str) -> int | None:
     value = row.get(key)
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{where}.{key}: expected a whole number, got {value!r}")
-    return value or None
+    return check_whole(f"{where}.{key}", value, 0, INT32) or None

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from serl_transport.contract.bounds import INT64, PROMPT_CHARACTERS, check_text, check_whole, shown
 from serl_transport.contract.schema import MODES, Observation
 from serl_transport.contract.specs import TaskSpec
 
@@ -42,13 +43,13 @@ def query_from_body(body: dict[str, Any], spec: TaskSpec) -> Query:
     checked = Observation(images=observation["images"], state=observation.get("state"))
     spec.check_observation(checked)
     if body.get("mode") not in (None, *MODES):
-        raise ValueError(f"infer: mode: expected one of {', '.join(MODES)}, got {body['mode']!r}")
+        raise ValueError(f"infer: mode: expected one of {', '.join(MODES)}, got {shown(body['mode'])}")
     prefix = _prefix_actions(body.get("prefix_actions"), spec)
     return Query(
         images=dict(checked.images),
         state=checked.state,
-        prompt=str(body.get("prompt") or spec.prompt),
-        seed=_whole(body, "seed", None, 0, None),
+        prompt=check_text("infer: prompt", body.get("prompt") or spec.prompt, PROMPT_CHARACTERS),
+        seed=_whole(body, "seed", None, 0, INT64),
         samples=_whole(body, "samples", None, 1, MAX_SAMPLES),
         prefix_actions=prefix,
         inference_delay=_whole(body, "inference_delay", 0, 0, 0 if prefix is None else len(prefix)) or 0,
@@ -67,11 +68,6 @@ def _prefix_actions(value: Any, spec: TaskSpec) -> np.ndarray | None:
     return value if len(value) else None
 
 
-def _whole(body: dict[str, Any], key: str, default: int | None, low: int, high: int | None) -> int | None:
+def _whole(body: dict[str, Any], key: str, default: int | None, low: int, high: int) -> int | None:
     value = body.get(key)
-    if value is None:
-        return default
-    if type(value) is not int or value < low or (high is not None and value > high):
-        upper = "" if high is None else f" to {high}"
-        raise ValueError(f"infer: {key}: expected a whole number from {low}{upper}, got {value!r}")
-    return value
+    return default if value is None else check_whole(f"infer: {key}", value, low, high)

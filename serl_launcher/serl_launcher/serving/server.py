@@ -30,6 +30,7 @@ from serl_launcher.serving.batching import BatchQueue, Waiting
 from serl_launcher.serving.engine import PolicyEngine
 from serl_launcher.serving.figures import ServingFigures
 from serl_launcher.serving.query import query_from_body
+from serl_transport.contract.bounds import INT32, check_whole, shown
 from serl_transport.contract.errors import DeadlineMissed, Internal, NotReady, SchemaMismatch, WireError
 
 log = logging.getLogger("policy")
@@ -126,7 +127,7 @@ class PolicyServer:
     def _waiting(self, request: InferRequest) -> Waiting | None:
         """The validated question; None while a version that it wants is on its way."""
         body, version = request.body, self._engine.version
-        wanted = int(body.get("min_version") or 0)
+        wanted = check_whole("infer: min_version", body.get("min_version") or 0, -1, INT32)
         if version < wanted:
             if self._engine.will_serve(wanted) and len(self._parked) < self._max_parked:
                 return None
@@ -183,7 +184,7 @@ def _deadline_s(body: dict) -> float:
     if value is None:
         return math.inf
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"infer: deadline_ms: expected a number above 0, got {value!r}")
+        raise ValueError(f"infer: deadline_ms: expected a number above 0, got {shown(value)}")
     return value / 1e3
 
 

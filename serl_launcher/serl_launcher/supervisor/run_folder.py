@@ -22,6 +22,7 @@ from serl_launcher.run.config import plain, task_spec
 from serl_launcher.run.files import read_json, write_text
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.schedule import Stage, read_stages
+from serl_transport.contract.bounds import check_name
 from serl_transport.security.auth import is_loopback
 
 MIN_FREE_MB = 500
@@ -50,8 +51,10 @@ class RunFolder:
 
 def run_paths(cfg: DictConfig) -> RunPaths:
     """Paths of the run that `cfg` names, absolute. RunError: the name is no folder name."""
-    if not cfg.run or cfg.run.startswith(".") or "/" in cfg.run:
-        raise RunError(f"run={cfg.run!r} names a folder in {cfg.runs_dir}/; use letters, digits, - and _")
+    try:
+        check_name(f"run names a folder in {cfg.runs_dir}/", cfg.run)
+    except ValueError as error:
+        raise RunError(str(error)) from None
     return RunPaths(Path(cfg.runs_dir).resolve() / cfg.run)
 
 

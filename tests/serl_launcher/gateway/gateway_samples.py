@@ -37,7 +37,7 @@ def config(**changes: Any) -> dict[str, Any]:
         "schedule": {"stages": STAGES},
         "replay": {"capacity_frames": 400},
         "journal": {"segment_mb": 1},
-        "gateway": {"dead_actor_s": 30.0},
+        "gateway": {"dead_actor_s": 30.0, "unticketed": "auto"},
     }
     for key, value in changes.items():
         node, parts = cfg, key.split("__")

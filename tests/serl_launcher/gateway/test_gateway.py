@@ -29,8 +29,10 @@ from serl_transport.wire.codec import pack, unpack
 
 
 def send(client: TrainerClient, parts: list[StepBatch]) -> None:
+    """As the client's own."""
     for part in parts:
-        client.send_item(part.to_body())
+        own = replace(part.episode, actor_id=client.name, boot_id=client.boot_id)
+        client.send_item(replace(part, episode=own).to_body())
 
 
 def ledger(run_dir: Path) -> list[dict]:
@@ -51,8 +53,9 @@ def run_ticket(client: TrainerClient, success: bool = True, driven=(), **payload
 
 
 def deliver_as(client: TrainerClient, boot: str, seq: int, part: StepBatch) -> dict:
-    """Deliver an item under an earlier boot's number, as a client does with what its last process left."""
+    """Deliver an item of an earlier boot, as a client does with what its last process left."""
     box: list = []
+    part = replace(part, episode=replace(part.episode, actor_id=client.name, boot_id=boot))
     client._data.loop.call_soon(
         lambda: client._data.submit("data", pack(part.to_body()), box.append, seq=seq, boot_id=boot)
     )

@@ -59,8 +59,14 @@ def test_no_stages_and_a_stage_without_conditions_never_end() -> None:
         ({"name": "x", "mode": "demo", "episods": 1}, r"unknown key 'episods'; did you mean 'episodes'"),
         ({"name": "x", "mode": "train"}, "a train stage names steps"),
         ({"name": "x", "mode": "eval"}, "an eval stage names episodes"),
-        ({"name": "x", "mode": "demo", "episodes": -1}, r"episodes: expected a whole number, got -1"),
-        ({"name": "x", "mode": "eval", "episodes": 5, "first_seed": 7}, "first_seed: expected at least 1000000, got 7"),
+        (
+            {"name": "x", "mode": "demo", "episodes": -1},
+            r"episodes: expected a whole number from 0 to 2147483647, got -1",
+        ),
+        (
+            {"name": "x", "mode": "eval", "episodes": 5, "first_seed": 7},
+            "first_seed: expected a whole number from 1000000 to",
+        ),
         ({"name": "adhoc_x", "mode": "demo"}, "does not start with 'adhoc_'"),
         ("demos", "expected {name, mode"),
     ],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from serl_launcher.gateway.tickets import ScopeCounts, Ticket, TicketOffice, training_seed
+from serl_launcher.gateway.seal import Seal
+from serl_launcher.gateway.tickets import HELD, ScopeCounts, Ticket, TicketOffice, training_seed
 from serl_launcher.run.schedule import Stage
 
 EVAL = Stage("before", "eval", episodes=3, takeover=False)
@@ -16,7 +17,7 @@ class Desk:
 
     def __init__(self, seed: int = 0) -> None:
         self.alive = {"a", "b"}
-        self.office = TicketOffice(seed, 10.0, lambda actor, boot: actor in self.alive)
+        self.office = TicketOffice(seed, 10.0, lambda actor, boot: actor in self.alive, Seal(b"s" * 32, False))
         self.now = 0.0
 
     def ask(self, stage: Stage, actor: str = "a", counted: int = 0, seeds=frozenset()) -> dict:
@@ -69,7 +70,19 @@ def test_no_more_demonstrations_than_needed() -> None:
 
 def test_a_stage_that_waits_for_steps_goes_on() -> None:
     desk = Desk()
-    assert {desk.ask(ONLINE)["action"] for _ in range(50)} == {"run"}
+    for _ in range(50):
+        ticket = desk.ask(ONLINE)
+        assert ticket["action"] == "run"
+        desk.office.finish(ticket["episode_id"])
+
+
+def test_an_actor_that_makes_none_of_its_episodes_waits_and_the_others_do_not() -> None:
+    desk = Desk()
+    assert {desk.ask(ONLINE)["action"] for _ in range(HELD)} == {"run"}
+    assert desk.ask(ONLINE) == {"action": "wait", "seconds": 0.2, "reason": "16 episodes of a are awaited already"}
+    assert desk.ask(ONLINE, "b")["action"] == "run"
+    desk.now = 11.0
+    assert desk.ask(ONLINE)["action"] == "run"  # those that were given back long ago are not awaited any more
 
 
 def test_training_seeds_are_reproducible_and_below_the_evaluation_range() -> None:

@@ -168,8 +168,8 @@ def test_samples_come_from_one_prefix(lab):
         ({"prefix_actions": np.zeros((2, 3), np.float32)}, r"prefix_actions: expected float32\[k, 2\], got float32"),
         ({"prefix_actions": np.full((2, 2), np.nan, np.float32)}, "prefix_actions: expected finite"),
         ({"inference_delay": 3, "prefix_actions": np.zeros((2, 2), np.float32)}, "inference_delay: .* 0 to 2, got 3"),
-        ({"seed": -1}, "seed: expected a whole number from 0, got -1"),
-        ({"min_version": "x"}, "invalid literal"),
+        ({"seed": -1}, "seed: expected a whole number from 0 to 9223372036854775807, got -1"),
+        ({"min_version": "x"}, "min_version: expected a whole number from -1 to 2147483647, got 'x'"),
     ],
 )
 def test_a_malformed_question_is_named(lab, change, message):

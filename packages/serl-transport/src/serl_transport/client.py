@@ -21,6 +21,7 @@ from typing import Any
 from serl_transport.config import TrainerConfig
 from serl_transport.connection.link import Link
 from serl_transport.connection.subscriber import Subscriber
+from serl_transport.contract.bounds import check_name
 from serl_transport.contract.errors import ServerSilent
 from serl_transport.contract.specs import TaskSpec
 from serl_transport.data_store import DataStoreBase
@@ -65,8 +66,7 @@ class TrainerClient:
         SpoolError say what is wrong with `spool_dir`. `run`: a learner of another run refuses this client; None: any
         will do.
         """
-        if not 0 < len(name) <= 128:
-            raise ValueError(f"a client's name (unique_identifier) has 1 to 128 characters, got {name!r}")
+        check_name("a client's name (unique_identifier)", name)
         self.name, self.config, self.timeout_ms = name, config, timeout_ms
         self._server = f"{server_ip}:{config.port_number}"
         self._spec, self._role, self._run = spec, role, run

@@ -18,16 +18,18 @@ import numpy as np
 import zmq
 
 from serl_transport.config import TrainerConfig
+from serl_transport.connection.publisher import Publisher
 from serl_transport.connection.router import Handler, Peer, Reply, Router
 from serl_transport.connection.sessions import RETIRED, Sessions
 from serl_transport.connection.subscriber import NOTIFY_TOPIC
+from serl_transport.contract.bounds import INT64, check_name, check_text, check_whole, shown
 from serl_transport.contract.errors import BadFrame, CannotListen, Refused, SchemaMismatch, UnknownKind
 from serl_transport.contract.specs import TaskSpec
 from serl_transport.data_store import DataStoreBase
 from serl_transport.delivery.dedup import SeenItems
 from serl_transport.parameters.params import Offer, read_chunk
 from serl_transport.security import auth
-from serl_transport.security.allow_list import ROLES, AllowList
+from serl_transport.security.allow_list import CHECK_S, ROLES, AllowList
 from serl_transport.security.keys import ServerKeys
 from serl_transport.security.zap import Authenticator
 from serl_transport.wire.blob import join_parts
@@ -36,6 +38,8 @@ from serl_transport.wire.envelope import PROTOCOL, Envelope
 from serl_transport.wire.loop import EventLoop
 
 log = logging.getLogger(__name__)
+
+HELLO_CHARACTERS = 512  # of each text of a hello
 
 DataCallback = Callable[[str, dict[str, Any]], Any]
 RequestCallback = Callable[[str, Any], dict[str, Any]]
@@ -76,8 +80,10 @@ class TrainerServer:
         self.authenticator = (
             None if allowed is None else Authenticator(self.loop, self.context, allowed, self._authenticator_died)
         )
-        self._publisher = self.context.socket(zmq.PUB)
-        auth.configure(self._publisher, config.limits, keys)
+        self._publisher = Publisher(self.loop, self.context, config.limits, keys)
+        if allowed is not None:
+            allowed.on_revoked = self._publisher.renew
+            self.loop.every(CHECK_S / 2, allowed.refresh)
         permit = None if allowed is None else allowed.permit
         self.router = Router(
             self.loop, self.context, limits=config.limits, require_hello=True, keys=keys, permit=permit
@@ -167,7 +173,7 @@ class TrainerServer:
     def notify(self, body: dict[str, Any]) -> None:
         """Tell every listening client; whoever is away misses it. Thread-safe."""
         frames = [NOTIFY_TOPIC, *pack(body, self.config.limits)]
-        self.loop.call_soon(lambda: self._publisher.send_multipart(frames, zmq.NOBLOCK))
+        self.loop.call_soon(lambda: self._publisher.send(frames))
 
     def announce_params(self, version: int) -> None:
         """Say that `version` is the newest; clients that want parameters pull it with a `params` request."""
@@ -181,20 +187,14 @@ class TrainerServer:
         address = f"[{host}]" if ":" in host else host
         try:
             if ":" in host:
-                for socket in (self.router.socket, self._publisher):
-                    socket.setsockopt(zmq.IPV6, 1)
+                self.router.socket.setsockopt(zmq.IPV6, 1)
             endpoint = self.router.bind(f"tcp://{address}:{config.port_number or '*'}", _port_hint("port"))
-            try:
-                self._publisher.bind(f"tcp://{address}:{config.broadcast_port or '*'}")
-            except zmq.ZMQError as error:
-                wanted = f"tcp://{address}:{config.broadcast_port}"
-                raise CannotListen(
-                    f"cannot listen on {wanted}: {zmq.strerror(error.errno or 0)}. {_port_hint('broadcast_port')}"
-                ) from None
+            broadcast = self._publisher.bind(
+                f"tcp://{address}:{config.broadcast_port or '*'}", _port_hint("broadcast_port")
+            )
         except CannotListen:
             self._close()
             raise
-        broadcast = self._publisher.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         return replace(config, port_number=_port_of(endpoint), broadcast_port=_port_of(broadcast))
 
     def _default_handlers(self) -> dict[str, Handler]:
@@ -210,17 +210,16 @@ class TrainerServer:
         return {"params_version": self.params_version}
 
     def _hello(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> Reply:
-        if not envelope.actor_id:
-            raise BadFrame("hello: an actor needs a name (unique_identifier)")
+        _check_words(envelope, body)
         if body.get("version") != self.config.version:
             raise SchemaMismatch(
-                f"version: {body.get('version')!r} on the actor, {self.config.version!r} on the learner; "
+                f"version: {shown(body.get('version'))} on the actor, {self.config.version!r} on the learner; "
                 "install the same release on both"
             )
         self._check_limits(body.get("limits"))
         role = body.get("role", "actor")
-        if role not in ROLES:
-            raise BadFrame(f"hello: role: expected actor or operator, got {role!r}")
+        if not isinstance(role, str) or role not in ROLES:
+            raise BadFrame(f"hello: role: expected actor or operator, got {shown(role)}")
         if role == "actor":
             self._check_run(body.get("run"))
             self._check_spec(body.get("spec"))
@@ -229,7 +228,8 @@ class TrainerServer:
         ):
             role = RETIRED
         peer.role = role
-        peer.actor_id, peer.boot_id, peer.hello = envelope.actor_id, envelope.boot_id, body
+        peer.actor_id, peer.boot_id = envelope.actor_id, envelope.boot_id
+        peer.session, peer.host = body.get("session"), body.get("host")
         extra = self._on_hello(peer, body) if self._on_hello and role != RETIRED else None
         self.router.peers[peer.address] = peer
         return {"protocol": PROTOCOL, "params_version": self.params_version, **(extra or {})}
@@ -248,7 +248,7 @@ class TrainerServer:
             raise BadFrame("hello: limits: expected a map")
         for key, mine in asdict(self.config.limits).items():
             if type(theirs.get(key)) is not int or theirs[key] > mine:
-                raise SchemaMismatch(f"limits.{key}: {theirs.get(key)} on the actor, {mine} on the learner")
+                raise SchemaMismatch(f"limits.{key}: {shown(theirs.get(key))} on the actor, {mine} on the learner")
 
     def _check_spec(self, theirs: Any) -> None:
         if self.spec is None:
@@ -313,6 +313,20 @@ class TrainerServer:
             self.authenticator.close()
         self.loop.close()
         self.context.destroy(linger=0)
+
+
+def _check_words(envelope: Envelope, body: dict[str, Any]) -> None:
+    """Every text of a hello can be shown and remembered; SchemaMismatch names the one that cannot."""
+    try:
+        check_name("hello: the actor's name (unique_identifier)", envelope.actor_id)
+        check_name("hello: the process's boot id", envelope.boot_id)
+        for key in ("run", "session", "host", "link"):
+            if body.get(key) is not None:
+                check_text(f"hello: {key}", body[key], HELLO_CHARACTERS)
+        if body.get("backlog") is not None:
+            check_whole("hello: backlog", body["backlog"], 0, INT64)
+    except ValueError as error:
+        raise SchemaMismatch(str(error)) from None
 
 
 def _port_hint(option: str) -> str:

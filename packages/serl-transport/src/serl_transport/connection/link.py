@@ -27,6 +27,7 @@ from serl_transport.contract.errors import (
     HelloRequired,
     NotReady,
     ProtocolMismatch,
+    SchemaMismatch,
     ServerSilent,
     Unauthorized,
     WireError,
@@ -280,7 +281,9 @@ class Link:
         self._submit(envelope, pack(self._heartbeat(), self.limits), self._beaten)
 
     def _beaten(self, result: Frames | WireError) -> None:
-        if not isinstance(result, WireError) and result and self._on_heartbeat is not None:
+        if isinstance(result, SchemaMismatch):
+            log.warning("%s does not take this client's heartbeat: %s", self.endpoint, result.message)
+        elif not isinstance(result, WireError) and result and self._on_heartbeat is not None:
             self._on_heartbeat(unpack(result, self.limits))
 
     def _receive(self) -> None:

@@ -52,7 +52,8 @@ class Peer:
     actor_id: str = ""  # from its hello, or its last message when no hello is needed
     boot_id: str = ""
     last_seen: float = 0.0  # time.monotonic() of its last message
-    hello: dict[str, Any] = field(default_factory=dict)  # the body of its hello
+    session: str | None = None  # names its spool, as its hello said
+    host: str | None = None  # where it runs, for people
     role: str = "actor"  # as its hello said: actor, or operator (which asks and pushes nothing); retired: see sessions
     window: ReplayWindow = field(default_factory=ReplayWindow)  # request ids it has used
     key: bytes = b""  # the public key (Z85) of its connection, where there are keys

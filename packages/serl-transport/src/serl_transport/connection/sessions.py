@@ -30,7 +30,8 @@ class Rival(Protocol):
     address: bytes
     boot_id: str
     last_seen: float
-    hello: dict
+    session: str | None
+    host: str | None
 
 
 class Sessions:
@@ -51,7 +52,7 @@ class Sessions:
         # (name, boot, data link?) -> its first hello. Each link by itself: one refusal must not restart the other wait.
         self._asked: OrderedDict[tuple[str, str, bool], float] = OrderedDict()
 
-    def enter(self, name: str, boot: str, session: object, *, delivers: bool) -> bool:
+    def enter(self, name: str, boot: str, session: str | None, *, delivers: bool) -> bool:
         """Let that process in; False when it is retired and may only deliver (`delivers`: its data link).
 
         Raises Refused when another living process speaks as `name` or has replaced this one, NotReady while the other
@@ -66,7 +67,7 @@ class Sessions:
             )
         rivals = self._rivals(name, boot)
         for rival in rivals:
-            same_spool = isinstance(session, str) and session and rival.hello.get("session") == session
+            same_spool = bool(session) and rival.session == session
             if not same_spool and self._is_connected(rival.address):
                 self._look((name, boot, delivers), rival)
         self._asked.pop((name, boot, delivers), None)
@@ -83,7 +84,7 @@ class Sessions:
             self._asked.popitem(last=False)
         if rival.last_seen > asked:
             del self._asked[newcomer]
-            where = str(rival.hello.get("host") or "another host")[:80]
+            where = rival.host or "another host"
             raise Refused(
                 f"another living process speaks as {name!r} ({where}, heard {now - rival.last_seen:.1f} s ago): two "
                 "actors need two names, give this one another unique_identifier="

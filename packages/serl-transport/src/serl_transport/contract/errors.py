@@ -1,9 +1,14 @@
 """What may go wrong on the wire, each with a stable code.
 
 Servers raise these in handlers and send `to_body()`; clients turn the code back into the same class with `from_code`.
-A message says what was expected, what came, and what to change.
+A message says what was expected, what came, and what to change. It may quote a stranger and ends on a terminal: it is
+one line without control characters, and not longer than MESSAGE_CHARACTERS.
 """
 # ruff: noqa: N818  (the names are the contract: they read as what happened)
+
+from serl_transport.contract.bounds import printable
+
+MESSAGE_CHARACTERS = 2000
 
 
 class WireError(Exception):
@@ -12,8 +17,9 @@ class WireError(Exception):
     code = "internal"
 
     def __init__(self, message: str):
-        super().__init__(message)
-        self.message = message
+        short = message if len(message) <= MESSAGE_CHARACTERS else f"{message[:MESSAGE_CHARACTERS]}…"
+        self.message = printable(short)
+        super().__init__(self.message)
 
     def to_body(self) -> dict[str, str]:
         """The error as it travels: `{code, message}`."""
@@ -23,7 +29,7 @@ class WireError(Exception):
     def from_code(code: str, message: str) -> "WireError":
         """The class of `code` with `message`; a code of a newer version becomes a plain `WireError` naming it."""
         known = _BY_CODE.get(code)
-        return known(message) if known else WireError(f"{code}: {message}")
+        return known(message) if known else WireError(f"{code[:64]}: {message}")
 
 
 class ProtocolMismatch(WireError):

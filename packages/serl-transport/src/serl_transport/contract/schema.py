@@ -12,6 +12,21 @@ from typing import Any
 
 import numpy as np
 
+from serl_transport.contract.bounds import (
+    ID_BYTES,
+    INT32,
+    INT64,
+    LARGEST,
+    LARGEST_REWARD,
+    LAST_SECOND,
+    PROMPT_CHARACTERS,
+    check_name,
+    check_number,
+    check_row_range,
+    check_text,
+    check_whole,
+    shown,
+)
 from serl_transport.contract.errors import BadFrame, SchemaMismatch
 from serl_transport.contract.specs import Observation, TaskSpec, all_finite, check_array, check_finite
 
@@ -62,6 +77,7 @@ class EpisodeInfo:
     start_time: float  # unix seconds
 
 
+_REMEMBERED = 2 * PROMPT_CHARACTERS  # characters of an info that is kept: a longer one is not taken anyway
 _INFO_TYPES = {field.name: field.type for field in fields(EpisodeInfo)}
 
 
@@ -140,13 +156,31 @@ class StepBatch:
         try:
             batch.check(spec)
         except ValueError as error:
-            raise SchemaMismatch(f"episode {batch.episode.episode_id!r} tick {batch.first_tick}: {error}") from None
+            raise batch._mismatch(error) from None
         return batch
+
+    def check_ranges(self, spec: TaskSpec) -> None:
+        """Raise SchemaMismatch naming the first value that a later reader could not take (`contract.bounds`).
+
+        Not part of `from_body`, which also reads the journals of earlier releases.
+        """
+        try:
+            _check_info_ranges(self.episode)
+            check_finite(STATE, self.arrays[STATE], spec.state_names, LARGEST)
+            check_finite(ACTION, self.arrays[ACTION], spec.action_names, LARGEST)
+            check_row_range("next.reward", self.arrays["next.reward"], -LARGEST_REWARD, LARGEST_REWARD)
+            check_row_range("policy_version", self.arrays["policy_version"], -1, INT32)
+            check_row_range("time_ns", self.arrays["time_ns"], 0, INT64)
+        except ValueError as error:
+            raise self._mismatch(error) from None
+
+    def _mismatch(self, error: ValueError) -> SchemaMismatch:
+        return SchemaMismatch(f"episode {shown(self.episode.episode_id)} tick {self.first_tick}: {error}")
 
     def check(self, spec: TaskSpec) -> None:
         """Raise ValueError naming the first key, dim or rule of the task that the batch breaks."""
         if self.episode.task != spec.name:
-            raise ValueError(f"expected task {spec.name!r}, got {self.episode.task!r}")
+            raise ValueError(f"expected task {spec.name!r}, got {shown(self.episode.task)}")
         rows = _rows(tuple(spec.cameras.items()), spec.state_dim, spec.action_dim)
         n = _check_keys(self.arrays, rows.keys(), spec)
         if self.first_tick < 0 or self.first_tick + n > spec.max_ticks:
@@ -239,7 +273,7 @@ def _check_map(label: str, value: Any, types: Mapping[str, Any], optional: Set[s
     wanted = types.keys() | optional
     if value.keys() != wanted:
         missing, extra = sorted(wanted - value.keys()), sorted(value.keys() - wanted)
-        raise BadFrame(f"{label}: missing keys {missing}, unknown keys {extra}")
+        raise BadFrame(f"{label}: missing keys {missing}, unknown keys {shown(extra)}")
     for key, kind in types.items():
         item = value[key]
         if not isinstance(item, kind) or (kind is int and isinstance(item, bool)):
@@ -249,6 +283,8 @@ def _check_map(label: str, value: Any, types: Mapping[str, Any], optional: Set[s
 def _read_info(value: Any) -> EpisodeInfo:
     """The batches of an episode repeat its info: what was found right is not looked at again."""
     try:
+        if sum(len(text) for text in value.values() if type(text) is str) > _REMEMBERED:
+            return _checked_info(value)
         return _read_info_once(tuple(value.items()), tuple(map(type, value.values())))
     except (AttributeError, TypeError):  # not a map, or values that are no info's
         return _checked_info(value)
@@ -263,7 +299,7 @@ def _checked_info(value: Any) -> EpisodeInfo:
     _check_map("episode", value, _INFO_TYPES)
     info = EpisodeInfo(**value)
     if info.mode not in MODES:
-        raise BadFrame(f"episode: mode: expected one of {MODES}, got {info.mode!r}")
+        raise BadFrame(f"episode: mode: expected one of {MODES}, got {shown(info.mode)}")
     for key in ("episode_id", "actor_id", "boot_id"):
         if not 0 < len(getattr(info, key)) <= 256:
             raise BadFrame(f"episode: {key}: expected 1 to 256 characters, got {len(getattr(info, key))}")
@@ -272,12 +308,23 @@ def _checked_info(value: Any) -> EpisodeInfo:
     return info
 
 
+@lru_cache(256)
+def _check_info_ranges(info: EpisodeInfo) -> None:
+    check_name("episode_id", info.episode_id, ID_BYTES)
+    if "~" in info.episode_id:
+        raise ValueError(f"episode_id: expected no ~, which marks the late part of one, got {shown(info.episode_id)}")
+    for key in ("actor_id", "boot_id", "stage"):
+        check_name(key, getattr(info, key))
+    check_text("prompt", info.prompt, PROMPT_CHARACTERS)
+    check_whole("seed", info.seed, 0, INT64)
+    check_number("start_time", info.start_time, 0, LAST_SECOND)
+
+
 def _read_outcome(value: Any) -> Outcome:
     _check_map("outcome", value, {"success": bool, "success_source": str}, {"truncated_by"})
-    if value["success_source"] not in SUCCESS_SOURCES:
-        raise BadFrame(f"outcome: success_source: expected one of {SUCCESS_SOURCES}, got {value['success_source']!r}")
-    if value["truncated_by"] not in TRUNCATED_BY:
-        raise BadFrame(f"outcome: truncated_by: expected one of {TRUNCATED_BY}, got {value['truncated_by']!r}")
+    for key, known in (("success_source", SUCCESS_SOURCES), ("truncated_by", TRUNCATED_BY)):
+        if value[key] not in known:
+            raise BadFrame(f"outcome: {key}: expected one of {known}, got {shown(value[key])}")
     return Outcome(**value)
 
 
@@ -296,7 +343,7 @@ def _check_keys(arrays: Mapping[str, np.ndarray], wanted: Set[str], spec: TaskSp
     """The number of ticks, after checking that exactly the contract's keys are there."""
     if arrays.keys() != wanted:
         missing, extra = sorted(wanted - arrays.keys()), sorted(arrays.keys() - wanted)
-        raise ValueError(f"arrays: missing {missing}, unknown {extra}")
+        raise ValueError(f"arrays: missing {missing}, unknown {shown(extra)}")
     action = arrays[ACTION]
     if not isinstance(action, np.ndarray) or action.ndim != 2:
         raise ValueError(f"action: expected float32[n, {spec.action_dim}], got {np.shape(action)}")

@@ -14,6 +14,19 @@ from typing import Any
 
 import numpy as np
 
+from serl_transport.contract.bounds import (
+    INT32,
+    LARGEST,
+    NAME_BYTES,
+    PROMPT_CHARACTERS,
+    check_name,
+    check_text,
+    check_whole,
+    shown,
+)
+
+HIGHEST_HZ = 10_000
+
 
 def new_boot_id() -> str:
     """A name for this process that no other process has; names sort by start time."""
@@ -59,8 +72,8 @@ class TaskSpec:
         """Build and validate a spec from yaml or from the wire; ValueError names the offending key."""
         _check_keys(data, [field.name for field in fields(cls)])
         spec = cls(
-            name=_text("name", data["name"]),
-            prompt=_text("prompt", data["prompt"]),
+            name=check_name("task spec: name", data["name"]),
+            prompt=check_text("task spec: prompt", data["prompt"], PROMPT_CHARACTERS),
             cameras=_cameras(data["cameras"]),
             state_names=_names("state_names", data["state_names"]),
             state_low=_numbers("state_low", data["state_low"]),
@@ -69,8 +82,10 @@ class TaskSpec:
             action_low=_numbers("action_low", data["action_low"]),
             action_high=_numbers("action_high", data["action_high"]),
             control_hz=_positive("control_hz", data["control_hz"]),
-            max_ticks=int(_positive("max_ticks", data["max_ticks"])),
+            max_ticks=check_whole("task spec: max_ticks", _as_whole(data["max_ticks"]), 1, INT32),
         )
+        if spec.control_hz > HIGHEST_HZ:
+            raise ValueError(f"task spec: control_hz: expected at most {HIGHEST_HZ}, got {spec.control_hz:g}")
         _check_range("state", spec.state_names, spec.state_low, spec.state_high)
         _check_range("action", spec.action_names, spec.action_low, spec.action_high)
         if not np.isfinite(spec.action_low + spec.action_high).all():
@@ -113,12 +128,12 @@ class TaskSpec:
         if extra:
             raise ValueError(f"camera {extra[0]!r} is not in task {self.name!r}, which has {sorted(self.cameras)}")
         check_array("state", observation.state, np.float32, (self.state_dim,))
-        check_finite("state", observation.state, self.state_names)
+        check_finite("state", observation.state, self.state_names, LARGEST)
 
     def check_action(self, action: np.ndarray) -> None:
         """Raise ValueError unless the action is finite float32[ad]; limits are the safety layer's business."""
         check_array("action", action, np.float32, (self.action_dim,))
-        check_finite("action", action, self.action_names)
+        check_finite("action", action, self.action_names, LARGEST)
 
 
 def check_array(label: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> None:
@@ -135,13 +150,17 @@ def all_finite(array: np.ndarray) -> bool:
     return b"\0" not in np.isfinite(array).tobytes()
 
 
-def check_finite(label: str, array: np.ndarray, names: Sequence[str]) -> None:
-    """Raise ValueError naming the first dim (last axis) of `array` that is NaN or infinite."""
+def check_finite(label: str, array: np.ndarray, names: Sequence[str], largest: float = np.inf) -> None:
+    """Raise ValueError naming the first dim (last axis) of `array` that is NaN, infinite or beyond ±`largest`."""
     if not all_finite(array):
-        bad = np.argwhere(~np.isfinite(array))
-        *tick, dim = (int(i) for i in bad[0])
-        where = f" at tick {tick[0]}" if tick else ""
-        raise ValueError(f"{label} dim {names[dim]!r}{where}: expected a finite number, got {array[tuple(bad[0])]}")
+        wrong, wanted = ~np.isfinite(array), "a finite number"
+    elif largest < np.inf and array.size and max(-array.min(), array.max()) > largest:
+        wrong, wanted = np.abs(array) > largest, f"a number from {-largest:g} to {largest:g}"
+    else:
+        return
+    at = tuple(int(i) for i in np.argwhere(wrong)[0])
+    where = f" at tick {at[0]}" if len(at) > 1 else ""
+    raise ValueError(f"{label} dim {names[at[-1]]!r}{where}: expected {wanted}, got {array[at]}")
 
 
 def _check_keys(data: Mapping[str, Any], wanted: list[str]) -> None:
@@ -151,16 +170,15 @@ def _check_keys(data: Mapping[str, Any], wanted: list[str]) -> None:
         if key not in wanted:
             close = difflib.get_close_matches(str(key), wanted, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; the keys are {wanted}"
-            raise ValueError(f"task spec: unknown key {key!r}{hint}")
+            raise ValueError(f"task spec: unknown key {shown(key)}{hint}")
     missing = [key for key in wanted if key not in data]
     if missing:
         raise ValueError(f"task spec: missing key {missing[0]!r}")
 
 
-def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"task spec: {key}: expected a non-empty text, got {value!r}")
-    return value
+def _as_whole(value: Any) -> Any:
+    """60.0 as 60; anything else as it is."""
+    return int(value) if isinstance(value, np.integer | float) and float(value).is_integer() else value
 
 
 def _is_number(value: Any) -> bool:
@@ -169,7 +187,7 @@ def _is_number(value: Any) -> bool:
 
 def _positive(key: str, value: Any) -> float:
     if not _is_number(value) or not np.isfinite(value) or value <= 0:
-        raise ValueError(f"task spec: {key}: expected a number above 0, got {value!r}")
+        raise ValueError(f"task spec: {key}: expected a number above 0, got {shown(value)}")
     return float(value)
 
 
@@ -179,18 +197,20 @@ def _is_list(value: Any) -> bool:
 
 def _cameras(value: Any) -> Mapping[str, tuple[int, int]]:
     if not isinstance(value, Mapping):  # none: a task of states alone
-        raise ValueError(f"task spec: cameras: expected {{name: [height, width]}}, got {value!r}")
+        raise ValueError(f"task spec: cameras: expected {{name: [height, width]}}, got {shown(value)}")
     for camera, size in value.items():
-        if not isinstance(camera, str) or not camera or "." in camera:
-            raise ValueError(f"task spec: cameras: a camera's name is a text without dots, got {camera!r}")
+        if "." in check_name("task spec: cameras", camera):
+            raise ValueError(f"task spec: cameras: a camera's name is a text without dots, got {shown(camera)}")
         if not _is_list(size) or len(size) != 2 or not all(isinstance(n, int) and 0 < n <= 8192 for n in size):
-            raise ValueError(f"task spec: cameras.{camera}: expected [height, width] in pixels, got {size!r}")
+            raise ValueError(f"task spec: cameras.{camera}: expected [height, width] in pixels, got {shown(size)}")
     return MappingProxyType({camera: (int(size[0]), int(size[1])) for camera, size in value.items()})
 
 
 def _names(key: str, value: Any) -> tuple[str, ...]:
-    if not _is_list(value) or not len(value) or not all(isinstance(name, str) and name for name in value):
-        raise ValueError(f"task spec: {key}: expected a list of names, got {value!r}")
+    if not _is_list(value) or not len(value):
+        raise ValueError(f"task spec: {key}: expected a list of names, got {shown(value)}")
+    for name in value:
+        check_text(f"task spec: {key}: a name", name, NAME_BYTES)
     if len(set(value)) != len(value):
         raise ValueError(f"task spec: {key}: names must differ, got {list(value)}")
     return tuple(value)
@@ -198,7 +218,7 @@ def _names(key: str, value: Any) -> tuple[str, ...]:
 
 def _numbers(key: str, value: Any) -> tuple[float, ...]:
     if not _is_list(value) or not all(_is_number(number) and not np.isnan(number) for number in value):
-        raise ValueError(f"task spec: {key}: expected a list of numbers, got {value!r}")
+        raise ValueError(f"task spec: {key}: expected a list of numbers, got {shown(value)}")
     return tuple(float(number) for number in value)
 
 

@@ -12,10 +12,13 @@ be read admits nobody.
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from serl_transport.contract.bounds import shown
 from serl_transport.contract.errors import Unauthorized
+from serl_transport.security.files import check_unwritable
 from serl_transport.security.keys import check_key
 from serl_transport.wire.envelope import Envelope
 
@@ -37,18 +40,19 @@ class Entry:
 
 
 class AllowList:
-    """Owns the file's newest content. One thread."""
+    """Owns the file's newest content. One thread. on_revoked: called when a key is not listed any more."""
 
     def __init__(self, path: str | Path):
         """Read it; ValueError names the line that is wrong."""
         self.path = Path(path)
+        self.on_revoked: Callable[[], None] = lambda: None
         self._stamp = self._look()
         self._entries = read_allow_list(self.path)
         self._next_look = time.monotonic() + CHECK_S
 
     def lookup(self, key: bytes) -> Entry | None:
         """The line of a public key, None for a stranger."""
-        self._refresh()
+        self.refresh()
         return self._entries.get(key)
 
     def permit(self, key: bytes, envelope: Envelope) -> None:
@@ -57,13 +61,14 @@ class AllowList:
         if entry is None:
             raise Unauthorized("this key is not in the learner's allow-list (any more)")
         if entry.name not in ("*", envelope.actor_id):
-            raise Unauthorized(f"this key belongs to {entry.name!r}, not to {envelope.actor_id!r}")
+            raise Unauthorized(f"this key belongs to {entry.name!r}, not to {shown(envelope.actor_id)}")
         if envelope.kind not in ACTOR_KINDS:
-            raise Unauthorized(f"role {entry.role} may not send {envelope.kind!r}")
+            raise Unauthorized(f"role {entry.role} may not send {shown(envelope.kind)}")
         if envelope.kind == "request" and envelope.target in OPERATOR_REQUESTS and entry.role != "operator":
             raise Unauthorized(f"{envelope.target}: expected an operator's key, {entry.name!r} has role {entry.role}")
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
+        """Read the file again when it has changed; looked at once a second at most."""
         now = time.monotonic()
         if now < self._next_look:
             return
@@ -72,24 +77,28 @@ class AllowList:
         if stamp == self._stamp:
             return
         self._stamp = stamp
+        before = self._entries.keys()
         try:
             self._entries = read_allow_list(self.path)
             log.info("allow-list %s: %d keys", self.path, len(self._entries))
         except ValueError as error:
             self._entries = {}
             log.error("nobody is admitted until this is mended: %s", error)
+        if before - self._entries.keys():
+            self.on_revoked()
 
-    def _look(self) -> tuple[int, int, int] | None:
+    def _look(self) -> tuple[int, ...] | None:
         try:
             stat = self.path.stat()
         except OSError:
             return None
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_mode
 
 
 def read_allow_list(path: Path) -> dict[bytes, Entry]:
     """Key -> entry. ValueError names file, line, what was expected and what came."""
     try:
+        check_unwritable(path)
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the allow-list {path}: {error}; tools/keygen.py writes one") from None

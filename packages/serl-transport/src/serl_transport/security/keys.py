@@ -10,12 +10,13 @@ names the file and what to do.
 """
 
 import os
-import stat
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
+
+from serl_transport.security.files import check_private, check_unwritable
 
 LEARNER = "learner"
 _Z85_CHARS = 40
@@ -69,16 +70,16 @@ def write_pair(folder: Path, name: str, pair: KeyPair) -> None:
 
 
 def read_public(path: Path) -> bytes:
-    """The public key in a file."""
-    return _read(path, "public")["public"]
+    """The public key in a file that nobody else may change."""
+    public = _read(path, "public")["public"]
+    check_unwritable(path)
+    return public
 
 
 def read_secret(path: Path) -> KeyPair:
-    """The pair in a secret file that nobody else may read."""
+    """The pair in a secret file that nobody else may read or change."""
     lines = _read(path, "public", "secret")
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
-        raise ValueError(f"{path} can be read by others (mode {mode:04o}): chmod 600 {path}, or make new keys")
+    check_private(path)
     if zmq.curve_public(lines["secret"]) != lines["public"]:
         raise ValueError(f"{path}: its public key belongs to another secret; make new keys with tools/keygen.py")
     return KeyPair(lines["public"], lines["secret"])

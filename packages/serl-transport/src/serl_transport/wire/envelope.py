@@ -12,6 +12,7 @@ from typing import Any
 
 import msgpack
 
+from serl_transport.contract.bounds import INT64
 from serl_transport.contract.errors import BadFrame, Corrupt, WireError
 from serl_transport.wire.blob import checksum64
 from serl_transport.wire.codec import buffer_of
@@ -70,8 +71,10 @@ class Envelope:
         kind, actor_id, boot_id, target, seq = get("k"), get("a"), get("b"), get("t"), get("s")
         if not (type(kind) is type(actor_id) is type(boot_id) is type(target) is str and type(seq) is int):
             raise BadFrame("an envelope has k, a, b, t: texts and s: a whole number")
-        if max(len(kind), len(actor_id), len(boot_id), len(target)) > 256 or seq < 0:
-            raise BadFrame("an envelope has k, a, b, t of at most 256 characters and s from 0")
+        if max(len(kind), len(actor_id), len(boot_id), len(target)) > 256 or not 0 <= seq <= INT64:
+            raise BadFrame(f"an envelope has k, a, b, t of at most 256 characters and s from 0 to {INT64}")
+        if not (kind + actor_id + boot_id + target).isprintable():
+            raise BadFrame("an envelope has k, a, b, t without control characters")
         error = None if "error" not in wire else _read_error(wire["error"])
         stem = b""
         if "c" in wire:
