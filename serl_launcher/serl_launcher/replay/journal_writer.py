@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from serl_config.clock import steady_time_ns
 from serl_launcher.replay.journal import (
     MARK_FILE,
     SEGMENT_MAGIC,
@@ -95,7 +96,7 @@ class JournalWriter:
             self._writable_segment()
             self._publish()
             if first is not None and self._sequence == 0:
-                self._write_group([[first]], time.time_ns())
+                self._write_group([[first]], steady_time_ns())
         except OSError as failure:
             raise StorageFull(_explain(failure, folder)) from None
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
@@ -142,7 +143,7 @@ class JournalWriter:
         return group
 
     def _commit(self, group: list[tuple[Sequence[Any], Done]]) -> None:
-        now = time.time_ns()
+        now = steady_time_ns()
         try:
             self._write_group([payload for payload, _ in group], now)
             error = None
