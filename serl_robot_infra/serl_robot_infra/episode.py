@@ -17,6 +17,7 @@ import numpy as np
 
 from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.realtime_chunk_broker import RealtimeChunkBroker
+from serl_config.clock import steady_time
 from serl_robot_infra.adder import Adder
 from serl_robot_infra.envs.base import Environment, StepResult
 from serl_robot_infra.guard import RobotGuard
@@ -128,7 +129,7 @@ class EpisodeRunner:
             mode=ticket.mode,
             stage=ticket.stage,
             seed=ticket.seed,
-            start_time=time.time(),
+            start_time=steady_time(),
         )
         self.stack.adder.begin(info)
         self.observer.episode_started(info)

@@ -11,7 +11,7 @@ is a mistake of the user (ValueError).
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from openpi_client.websocket_client_policy import (
     PolicyServerError,
     WebsocketClientPolicy,
 )
+from serl_config.secrets import secret
 from serl_transport.contract.errors import Internal, NotReady, WireError
 from serl_transport.contract.specs import TaskSpec
 
@@ -44,7 +45,7 @@ class OpenpiSettings:
 
     host: str = "127.0.0.1"  # or a whole ws:// or wss:// address
     port: int | None = 8000
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     auth: str = "Api-Key"  # Api-Key | Bearer
     ca_file: str | None = None  # PEM
     timeout_s: float = 10.0  # for connecting and for each answer
@@ -55,10 +56,10 @@ class OpenpiSettings:
     @staticmethod
     def of(node: Mapping[str, Any], spec: TaskSpec) -> "OpenpiSettings":
         """Raises ValueError in the user's words."""
-        if unknown := sorted(set(node) - {field.name for field in fields(OpenpiSettings)}):
-            known = ", ".join(field.name for field in fields(OpenpiSettings))
+        if unknown := sorted(set(node) - {one.name for one in fields(OpenpiSettings)}):
+            known = ", ".join(one.name for one in fields(OpenpiSettings))
             raise ValueError(f"{_KEY}.{unknown[0]}: no such key; the keys are {known}")
-        settings = OpenpiSettings(**node)
+        settings = OpenpiSettings(**{**node, "token": secret(node.get("token"), f"{_KEY}.token")})
         if settings.auth not in ("Api-Key", "Bearer"):
             raise ValueError(f"{_KEY}.auth: expected Api-Key or Bearer, got {settings.auth!r}")
         scheme, found, _ = settings.host.partition("://")

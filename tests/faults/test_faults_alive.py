@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from whole_run import STEPS, Run, check
+from whole_run import Run, check
 
 MODULES = {
     "gateway": "serl_launcher.gateway",
@@ -30,8 +30,14 @@ signal.signal(signal.SIGUSR1, hang)
 
 
 def small(folder: Path, ports: tuple[int, int], **env: str) -> Run:
-    """A run whose online stage lasts until 30 episodes are there; its roles are looked at meanwhile."""
-    return Run(folder, ports, "+schedule.stages.3.episodes=30", "serving.openpi_port=0", env=env)
+    """A run of online episodes only, long enough for its roles to be looked after."""
+    stages = "schedule.stages=[{name: online, mode: online, episodes: 60, steps: 20}]"
+    return Run(folder, ports, stages, "serving.openpi_port=0", stages_of_its_own=True, env=env)
+
+
+def is_well(status: dict) -> bool:
+    """Every role works, and episodes come in."""
+    return not status["troubles"] and status["trainer"]["alive"] and status["counts"]["online"] >= 2
 
 
 def within(run: Run, pattern: str, seconds: float, start: int = 0) -> float:
@@ -53,62 +59,58 @@ def shown(run: Run, role: str, start: int) -> float:
     return time.monotonic() - began
 
 
+def shown_and_started_again(run: Run, signum: int, *roles: str, again_s: float = 60) -> dict[str, float]:
+    """Send the signal to all these roles at once; the seconds until both screens told of each."""
+    start, names = len(run.text()), [role.removesuffix(" launcher") for role in roles]
+    for role, name in zip(roles, names, strict=True):
+        os.kill(run.pid(MODULES[name], launcher=role != name), signum)
+    began, took = time.monotonic(), {}
+    for role, name in zip(roles, names, strict=True):
+        shown(run, name, start)
+        took[role] = round(time.monotonic() - began, 1)
+    for name in names:
+        within(run, rf"^\[learner\] \S+ {name} started again", again_s, start)
+    run.wait_for(is_well, 90)
+    return took
+
+
+ROUNDS = ("policy", "trainer", "exporter", "openpi"), ("gateway",)
+
+
 @pytest.mark.timeout(500)
-def test_each_role_that_is_stopped_is_shown_on_both_screens_and_started_again(tmp_path, free_ports, figures):
+def test_a_role_that_is_stopped_is_shown_on_both_screens_and_started_again(tmp_path, free_ports, figures):
     took: dict[str, float] = {}
     with small(tmp_path, free_ports) as run:
-        run.wait_for(lambda status: status["counts"]["online"] >= 2 and status["trainer"]["step"] > STEPS["sft"], 180)
-        for role, module in [*MODULES.items(), ("launcher", MODULES["trainer"])]:
-            start, name = len(run.text()), "trainer" if role == "launcher" else role
-            os.kill(run.pid(module, launcher=role == "launcher"), signal.SIGSTOP)
-            took[role] = shown(run, name, start)
-            within(run, rf"^\[learner\] \S+ {name} started again", 30, start)
-            run.wait_for(lambda status: not status["troubles"] and status["trainer"]["alive"], 90)
-        summary = run.end(300)
-    figures.row("stopped roles", "shown on both screens within 10 s", max(took.values()) <= 10,
-                **{role: round(seconds, 1) for role, seconds in took.items()})  # fmt: skip
-    assert summary["success_rate_episodes"] == 4
+        run.wait_for(is_well, 180)
+        for roles in (*ROUNDS, ("trainer launcher",)):
+            took |= shown_and_started_again(run, signal.SIGSTOP, *roles)
+        a_stopped_supervisor_is_shown_and_the_run_goes_on(run)
+        run.end(300)
+    figures.row("stopped roles", "shown on both screens within 10 s", max(took.values()) <= 10, **took)
     assert "nothing lost" in check(run.folder)
 
 
+def a_stopped_supervisor_is_shown_and_the_run_goes_on(run: Run) -> None:
+    supervisor, start, before = run.pid("learner=true"), len(run.text()), run.status()["counts"]["online"]
+    os.kill(supervisor, signal.SIGSTOP)
+    within(run, r"^\[actor\] learner: supervisor silent for", 10, start)
+    within(run, r"^\[learner\] the learner is stopped \(SIGSTOP\)", 10, start)
+    run.wait_for(lambda status: status["counts"]["online"] > before, 60)
+    os.kill(supervisor, signal.SIGCONT)
+    within(run, r"^\[actor\] learner: supervisor is well again", 10, start)
+    assert "started again (pid" not in run.text()[start:]
+
+
 @pytest.mark.timeout(500)
-def test_each_role_whose_work_loop_hangs_is_shown_and_started_again_and_says_where_it_hung(
-    tmp_path, free_ports, figures
-):
+def test_a_role_whose_work_loop_hangs_is_shown_started_again_and_says_where_it_hung(tmp_path, free_ports, figures):
     (tmp_path / "sitecustomize.py").write_text(HANG)
     took: dict[str, float] = {}
     with small(tmp_path, free_ports, PYTHONPATH=str(tmp_path)) as run:
-        run.wait_for(lambda status: status["counts"]["online"] >= 2 and status["trainer"]["step"] > STEPS["sft"], 180)
-        for roles in (("policy", "trainer", "exporter", "openpi"), ("gateway",)):
-            start = len(run.text())
-            for role in roles:
-                os.kill(run.pid(MODULES[role]), signal.SIGUSR1)
-            began = time.monotonic()
-            for role in roles:
-                shown(run, role, start)
-                took[role] = time.monotonic() - began
-            for role in roles:
-                within(run, rf"^\[learner\] \S+ {role} started again", 60, start)
-                assert "in hang" in (run.folder / "logs" / f"{role}.log").read_text()
-            run.wait_for(lambda status: not status["troubles"] and status["trainer"]["alive"], 90)
-        summary = run.end(300)
-    figures.row("hanging roles", "shown on both screens within 10 s", max(took.values()) <= 10,
-                **{role: round(seconds, 1) for role, seconds in took.items()})  # fmt: skip
-    assert summary["success_rate_episodes"] == 4
-    assert "nothing lost" in check(run.folder)
-
-
-@pytest.mark.timeout(300)
-def test_a_stopped_supervisor_is_shown_and_the_run_goes_on(tmp_path, free_ports):
-    with small(tmp_path, free_ports) as run:
-        run.wait_for(lambda status: status["counts"]["online"] >= 1, 180)
-        supervisor, start = run.pid("learner=true"), len(run.text())
-        os.kill(supervisor, signal.SIGSTOP)
-        within(run, r"^\[actor\] learner: supervisor silent for", 10, start)
-        within(run, r"^\[learner\] the learner is stopped \(SIGSTOP\)", 10, start)
-        before = run.status()["counts"]["online"]
-        run.wait_for(lambda status: status["counts"]["online"] > before, 60)
-        os.kill(supervisor, signal.SIGCONT)
+        run.wait_for(is_well, 180)
+        for roles in ROUNDS:
+            took |= shown_and_started_again(run, signal.SIGUSR1, *roles)
         run.end(300)
-    assert "started again" not in run.text()
-    assert "is killed" not in run.text()
+    figures.row("hanging roles", "shown on both screens within 10 s", max(took.values()) <= 10, **took)
+    for role in MODULES:
+        assert "in hang" in (run.folder / "logs" / f"{role}.log").read_text(), role
+    assert "nothing lost" in check(run.folder)

@@ -11,13 +11,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 STEPS = {"sft": 40, "online": 60}
+QUICKSTART = [
+    "schedule.stages.0.episodes=4",
+    f"schedule.stages.1.steps={STEPS['sft']}",
+    "schedule.stages.2.episodes=4",
+    f"schedule.stages.3.steps={STEPS['online']}",
+    "schedule.stages.4.episodes=4",
+]
 
 
 class Run:
     """`bash start.sh --no-tmux` in a folder of its own; killed with its children when the test ends."""
 
     def __init__(
-        self, folder: Path, ports: tuple[int, int], *overrides: str, env: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        ports: tuple[int, int],
+        *overrides: str,
+        stages_of_its_own: bool = False,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder / "small"
         self.log = folder / "start.log"
@@ -26,11 +38,7 @@ class Run:
             f"runs_dir={folder}",
             f"port={ports[0]}",
             f"broadcast_port={ports[1]}",
-            "schedule.stages.0.episodes=4",
-            f"schedule.stages.1.steps={STEPS['sft']}",
-            "schedule.stages.2.episodes=4",
-            f"schedule.stages.3.steps={STEPS['online']}",
-            "schedule.stages.4.episodes=4",
+            *([] if stages_of_its_own else QUICKSTART),
             "replay.capacity_frames=4000",
             "trainer.checkpoint_period=10",
             "trainer.publish_period=10",

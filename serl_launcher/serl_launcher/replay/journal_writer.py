@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from serl_config.clock import steady_time_ns
 from serl_launcher.replay.durable import SEGMENT_MAGIC, DurableMark, Mark, Position
 from serl_launcher.replay.journal import JournalReader, record_header, segment_path
 from serl_launcher.run.files import sync
@@ -92,7 +93,7 @@ class JournalWriter:
                 with contextlib.suppress(PermissionError):
                     sync(above)
             if first is not None and self._sequence == 0:
-                self._write_group([[first]], time.time_ns())
+                self._write_group([[first]], steady_time_ns())
         except OSError as failure:
             raise StorageFull(_explain(failure, folder)) from None
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
@@ -140,7 +141,7 @@ class JournalWriter:
         return group
 
     def _commit(self, group: list[tuple[Sequence[Any], Done]]) -> None:
-        now = time.time_ns()
+        now = steady_time_ns()
         try:
             self._write_group([payload for payload, _ in group], now)
             error = None

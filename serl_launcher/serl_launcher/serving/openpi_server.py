@@ -23,7 +23,7 @@ import ssl
 import sys
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 
 from openpi_client import msgpack_numpy
+from serl_config.secrets import check_private, secret
 from serl_launcher.run.alive import beat
 from serl_launcher.run.files import read_json
 from serl_launcher.run.paths import RunPaths
@@ -53,7 +54,7 @@ class OpenpiSettings:
 
     host: str
     port: int  # 0: any free one
-    token: str | None  # bearer token; None: everyone who reaches the port
+    token: str | None = field(repr=False)  # bearer token; None: everyone who reaches the port
     tls: tuple[str, str] | None  # certificate chain and key files
     max_bytes: int  # of one message
     max_clients: int
@@ -70,8 +71,10 @@ class OpenpiSettings:
         for name, path in (("cert", cert), ("key", key)):
             if path is not None and not Path(path).is_file():
                 raise ValueError(f"serving.openpi_tls_{name}: no file {path}")
-        token = serving.openpi_token
-        if token is not None and not str(token).isascii():
+        if key is not None:
+            check_private(Path(key), "serving.openpi_tls_key", others=0o007)
+        token = secret(serving.openpi_token, "serving.openpi_token")
+        if token is not None and not token.isascii():
             raise ValueError("serving.openpi_token: expected ASCII characters, as HTTP headers take them")
         if token is None and not is_loopback(serving.openpi_host) and not cfg.insecure:
             raise ValueError(
@@ -85,7 +88,7 @@ class OpenpiSettings:
         return OpenpiSettings(
             host=serving.openpi_host,
             port=serving.openpi_port,
-            token=None if token is None else str(token),
+            token=token,
             tls=None if cert is None else (cert, key),
             max_bytes=serving.openpi_max_mb << 20,
             max_clients=serving.openpi_max_clients,

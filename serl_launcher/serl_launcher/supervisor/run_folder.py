@@ -10,16 +10,17 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from serl_config.secrets import literal_secrets, secret
 from serl_launcher.replay.journal import JournalCorrupt, JournalReader
 from serl_launcher.run import config as run_config
 from serl_launcher.run.config import plain, task_spec
-from serl_launcher.run.files import read_json, write_text
+from serl_launcher.run.files import read_json, write_whole
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.schedule import Stage, read_stages
 from serl_transport.contract.bounds import check_name
@@ -76,6 +77,7 @@ def prepare(cfg: DictConfig) -> RunFolder:
             f"checkpoint_path={cfg.checkpoint_path}: no such file or folder ({Path.cwd()} is the work folder)"
         )
     _check_reward(cfg)
+    _check_token(cfg)
     lock = _open_folder(paths)
     if is_complete(paths, cfg) and cfg.on_complete == "rotate":
         print(f"the finished run {paths.root.name} was moved to {rotate(paths)}", flush=True)
@@ -86,8 +88,26 @@ def prepare(cfg: DictConfig) -> RunFolder:
         wait_for_ports(cfg)
         _archive_summary(paths)
         paths.status.unlink(missing_ok=True)  # the last start's "done" is not ours
-        write_text(paths.config, OmegaConf.to_yaml(cfg, resolve=True), durable=True)
+        _write_config(paths, cfg)
     return RunFolder(paths, stages, state, lock)
+
+
+def _write_config(paths: RunPaths, cfg: DictConfig) -> None:
+    """config.yaml; one that holds a secret itself is for its owner alone, and the screen says what to do better."""
+    exposed = list(literal_secrets(OmegaConf.to_container(cfg, resolve=True)))
+    for key in exposed:
+        print(
+            f"warning: {key} is given as it is: whoever may list this machine's processes can read it, and so can "
+            f"whoever reads the config of a copy of {paths.root}; give {key}=env:NAME or {key}=file:PATH",
+            flush=True,
+        )
+
+    def write(part: Path) -> None:
+        part.unlink(missing_ok=True)
+        part.touch(mode=0o600 if exposed else 0o666)
+        part.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+
+    write_whole(paths.config, write, durable=True)
 
 
 def is_complete(paths: RunPaths, cfg: DictConfig) -> bool:
@@ -100,12 +120,14 @@ def is_complete(paths: RunPaths, cfg: DictConfig) -> bool:
 def rotate(paths: RunPaths) -> Path:
     """Move a finished run's folder aside; returns its new place."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(paths.summary.stat().st_mtime))
-    target = paths.root.with_name(f"{paths.root.name}.{stamp}")
-    for k in range(2, 100):
-        if not target.exists():
-            break
-        target = paths.root.with_name(f"{paths.root.name}.{stamp}-{k}")
-    return paths.root.rename(target)
+    return paths.root.rename(_unused(paths.root.with_name(f"{paths.root.name}.{stamp}")))
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or one beside it: a clock that was set back gives the same time twice."""
+    if not path.exists():
+        return path
+    return next(p for k in count(2) if not (p := path.with_name(f"{path.stem}-{k}{path.suffix}")).exists())
 
 
 def read_config(paths: RunPaths) -> DictConfig:
@@ -177,6 +199,15 @@ def _check_reward(cfg: DictConfig) -> None:
         )
 
 
+def _check_token(cfg: DictConfig) -> None:
+    """A reference to a token leads somewhere; the openpi server would wait for it for ever."""
+    if OmegaConf.select(cfg, "serving.openpi_port") is not None:
+        try:
+            secret(OmegaConf.select(cfg, "serving.openpi_token"), "serving.openpi_token")
+        except ValueError as error:
+            raise RunError(str(error)) from None
+
+
 def _open_folder(paths: RunPaths) -> IO[str]:
     """Create the folder, check that it takes data and lock it."""
     try:
@@ -246,8 +277,8 @@ def _put_aside(paths: RunPaths) -> None:
     if not found:
         return
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    aside = paths.root / f"unused.{stamp}"
-    aside.mkdir(exist_ok=True)
+    aside = _unused(paths.root / f"unused.{stamp}")
+    aside.mkdir()
     for name in found:
         (paths.root / name).rename(aside / name)
     print(f"nothing was recorded here with the task or policy of before; what it left is in {aside}", flush=True)
@@ -276,5 +307,5 @@ def _archive_summary(paths: RunPaths) -> None:
     """A summary of an earlier schedule (data collection before training) keeps its figures under its own time."""
     if paths.summary.exists():
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(paths.summary.stat().st_mtime))
-        kept = paths.summary.rename(paths.root / f"summary.{stamp}.json")
+        kept = paths.summary.rename(_unused(paths.root / f"summary.{stamp}.json"))
         print(f"another schedule finished here before; its figures are kept in {kept}", flush=True)

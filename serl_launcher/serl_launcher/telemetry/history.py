@@ -65,7 +65,7 @@ class RunHistory:
     config: Mapping[str, Any]  # config.yaml
     status: Mapping[str, Any]  # status.json, or empty
     episodes: tuple[EpisodeRecord, ...]  # in journal order
-    stages: tuple[StageRecord, ...]  # in the order in which they began
+    stages: tuple[StageRecord, ...]  # in their order, which no clock decides
     metrics: tuple[Mapping[str, Any], ...]  # rows of metrics/trainer.jsonl
     quarantined: int = 0  # episodes and items that the dataset goes on without
     accepted: int | None = None  # episodes that are imitated, by the newest verdicts; None: no trainer has judged any
@@ -116,7 +116,18 @@ def _stages(
     modes = {stage["name"]: stage["mode"] for stage in (config.get("schedule") or {}).get("stages") or ()}
     modes |= {episode.stage: episode.mode for episode in episodes if episode.stage not in modes}
     records = [_stage(name, mode, episodes, metrics, steps.get(name, 0)) for name, mode in modes.items()]
-    return tuple(sorted((r for r in records if r is not None), key=lambda record: record.start_time))
+    took_place = [record for record in records if record is not None]
+    first = _first_ordinals(took_place, episodes)
+    return tuple(sorted(took_place, key=lambda record: first[record.name]))  # stable: else in the schedule's order
+
+
+def _first_ordinals(stages: Sequence[StageRecord], episodes: Sequence[EpisodeRecord]) -> dict[str, int]:
+    """Stage -> journal ordinal of its first episode; one without episodes stands behind the one before it."""
+    first = {episode.stage: episode.ordinal for episode in reversed(episodes)}
+    before = -1
+    for stage in stages:
+        before = first.setdefault(stage.name, before)
+    return first
 
 
 def _stage(

@@ -3,6 +3,9 @@
 The trainer calls `write(step, {group/name: value})` and `close()`. After a resume from an older checkpoint the steps
 that are done again replace the old ones in the file and in TensorBoard. In W&B the step is a metric of its own, because
 W&B silently ignores a step that goes backwards.
+
+Metrics never end or hold up training: a backend that fails is switched off with one warning (W&B runs in a process of
+its own), and rows that the file does not take (a full disk) are missing, of which the first is told.
 """
 
 import atexit
@@ -10,18 +13,26 @@ import json
 import logging
 import math
 import os
-import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from omegaconf import OmegaConf
 
+from serl_config.clock import steady_time
 from serl_launcher.run.files import write_text
 from serl_launcher.run.paths import RunPaths
+from serl_launcher.telemetry.wandb_process import WandbProcess
 
 _log = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """Takes numbers; may raise anything."""
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class MetricsWriter:
@@ -31,50 +42,91 @@ class MetricsWriter:
         telemetry = cfg.get("telemetry") or {}
         paths.metrics.mkdir(parents=True, exist_ok=True)
         self._path = paths.metrics / "trainer.jsonl"
-        self._tensorboard_dir = paths.metrics / "tensorboard" if telemetry.get("tensorboard", True) else None
-        self._tensorboard: Any = None
-        self._wandb = _start_wandb(paths, cfg) if telemetry.get("wandb", False) else None
         self._file: int | None = None
+        self._torn = self._missing = False
+        self._backends: dict[str, Backend] = {}
+        if telemetry.get("tensorboard", True):
+            self._backends["tensorboard"] = TensorBoard(paths.metrics / "tensorboard")
+        if telemetry.get("wandb", False):
+            config = OmegaConf.to_container(OmegaConf.create(dict(cfg)), resolve=True)
+            name, project = paths.root.name, telemetry.get("project") or "flowserl"
+            self._or_off("wandb", lambda: self._backends.update(
+                wandb=WandbProcess(paths.metrics, name, project, config)))  # type: ignore[arg-type]  # fmt: skip
         atexit.register(self.close)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One step's metrics: numbers (a tensor of one element will do) and texts such as the stage."""
         row = {key: value if isinstance(value, str) else float(value) for key, value in metrics.items()}
-        if self._file is None:
-            self._open(step)
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
-        os.write(self._file, (json.dumps({"step": step, "time": time.time(), **finite}) + "\n").encode())
+        try:
+            self._write_row(step, row)
+        except OSError as error:
+            if not self._missing:
+                _log.warning("%s takes no more rows, from step %d on: %s", self._path, step, error.strerror)
+            self._missing = True
         numbers = {key: value for key, value in row.items() if not isinstance(value, str)}
-        if self._tensorboard is not None:
-            for key, value in numbers.items():
-                self._tensorboard.add_scalar(key, value, step)
-        if self._wandb is not None:
-            self._wandb.log({"trainer/step": step, **numbers})
+        for name, backend in list(self._backends.items()):
+            self._or_off(name, lambda backend=backend: backend.write(step, numbers))
 
     def close(self) -> None:
         """Flush and close everything; may be called twice, and is called at exit."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb = None
+        for name, backend in list(self._backends.items()):
+            self._or_off(name, backend.close)
+        self._backends.clear()
         atexit.unregister(self.close)
 
+    def _or_off(self, name: str, act: Callable[[], object]) -> None:
+        """A backend that fails has failed for good: its metrics are in the file."""
+        try:
+            act()
+        except Exception as error:
+            self._backends.pop(name, None)
+            _log.warning("telemetry.%s is switched off, training goes on: %s", name, error)
+            _log.debug("where it came from", exc_info=True)
+
+    def _write_row(self, step: int, row: Mapping[str, Any]) -> None:
+        if self._file is None:
+            self._open(step)
+        assert self._file is not None
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
+        line = (json.dumps({"step": step, "time": steady_time(), **finite}) + "\n").encode()
+        written = os.write(self._file, b"\n" + line if self._torn else line)
+        self._torn = written < len(line)
+        if self._torn:
+            raise OSError(None, "the disk is full")
+        self._missing = False
+
     def _open(self, step: int) -> None:
-        """Open the file and TensorBoard at the first step that is written, dropping what it is about to repeat."""
+        """Open the file at the first step that is written, dropping what it is about to repeat."""
         kept = [row for row in read_metrics(self._path) if row["step"] < step]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
-        if self._tensorboard_dir is not None:
+
+
+class TensorBoard:
+    """Event files in `folder`, from the first step that is written on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: Any = None
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """One step's metrics; those of later steps, of before a resume, are dropped."""
+        if self._writer is None:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(self._tensorboard_dir), purge_step=step)
+            self._writer = SummaryWriter(str(self._folder), purge_step=step)
+        for key, value in numbers.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flush."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -89,35 +141,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             rows.pop()
         rows.append(row)
     return rows
-
-
-def _start_wandb(paths: RunPaths, cfg: Mapping[str, Any]) -> Any:
-    """A W&B run that resumes under the same id; offline unless a key (or WANDB_MODE) says otherwise.
-
-    A W&B that cannot start costs its own metrics only: training goes on, and the log says why.
-    """
-    import wandb
-
-    mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-    id_path = paths.metrics / "wandb_run_id"
-    if not id_path.exists():
-        write_text(id_path, uuid.uuid4().hex[:12])
-    try:
-        run = wandb.init(
-            project=(cfg.get("telemetry") or {}).get("project") or "flowserl",
-            name=paths.root.name,
-            id=id_path.read_text(encoding="utf-8"),
-            resume="allow",
-            dir=str(paths.metrics),
-            mode=mode,  # type: ignore[arg-type]
-            config=OmegaConf.to_container(OmegaConf.create(cfg), resolve=True),
-            settings=wandb.Settings(console="off"),
-        )
-    except (wandb.Error, OSError) as error:
-        _log.warning("telemetry.wandb: W&B did not start (%s); its metrics are in %s only", error, paths.metrics)
-        return None
-    run.define_metric("trainer/step")
-    run.define_metric("*", step_metric="trainer/step")
-    if mode == "offline":
-        _log.info("W&B is offline (no WANDB_API_KEY): `wandb sync %s/wandb/offline-run-*` uploads it", paths.metrics)
-    return run

@@ -70,12 +70,12 @@ def summarise(history: RunHistory) -> dict[str, Any]:
 
 def _evaluations(stages: Sequence[StageRecord]) -> tuple[StageRecord | None, StageRecord | None]:
     """The last evaluation before online training began, and the last one after (or the only one, without online)."""
-    begin = min((stage.start_time for stage in stages if stage.mode == "online"), default=None)
-    evaluations = [stage for stage in stages if stage.mode == "eval" and stage.episodes]
+    begin = next((k for k, stage in enumerate(stages) if stage.mode == "online"), None)
+    evaluations = [(k, stage) for k, stage in enumerate(stages) if stage.mode == "eval" and stage.episodes]
     if begin is None:
-        return None, evaluations[-1] if evaluations else None
-    before = [stage for stage in evaluations if stage.start_time < begin]
-    after = [stage for stage in evaluations if stage.start_time >= begin]
+        return None, evaluations[-1][1] if evaluations else None
+    before = [stage for k, stage in evaluations if k < begin]
+    after = [stage for k, stage in evaluations if k >= begin]
     return before[-1] if before else None, after[-1] if after else None
 
 
