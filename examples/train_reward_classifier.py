@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from flowserl_cli.compose import CONFIG_DIR, ConfigError, type_mismatch
 from serl_config.nearest import nearest
-from serl_launcher.run.config import read_config
+from serl_launcher.run.foreign import foreign_config
 from serl_transport.contract.specs import TaskSpec
 
 
@@ -75,7 +75,7 @@ def _read(word: str, settings: DictConfig) -> DictConfig:
 def _spec_of(folder: Path) -> TaskSpec:
     if not (folder / "config.yaml").exists():
         raise FileNotFoundError(f"run={folder}: expected a run folder with config.yaml and a journal")
-    config = read_config(folder / "config.yaml", "task.spec")
+    config = foreign_config(folder, "task.spec")
     return TaskSpec.from_dict(OmegaConf.to_container(config.task.spec, resolve=True))
 
 

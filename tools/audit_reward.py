@@ -26,8 +26,11 @@ from serl_launcher.replay.episodes import journal_episodes
 from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.rewards.judging import balanced_accuracy, confusion, episode_score, stages_reached, verdict_at
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, load
-from serl_launcher.run.config import read_config, task_spec
+from serl_launcher.run.config import task_spec
+from serl_launcher.run.foreign import foreign_config
+from serl_transport.contract.bounds import printable
 from serl_transport.contract.schema import Episode
+from serl_transport.contract.specs import TaskSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +53,14 @@ class Row:
 
 
 def audit(
-    run: Path, model: RewardClassifier, relabelled: Relabelled, words: Mapping[str, bool], mode: str | None
+    run: Path,
+    spec: TaskSpec,
+    model: RewardClassifier,
+    relabelled: Relabelled,
+    words: Mapping[str, bool],
+    mode: str | None,
 ) -> Iterator[Row]:
     """Every judged episode of the run. ValueError when one that `words` relabel is not there."""
-    spec = task_spec(read_config(run / "config.yaml", "task.spec"))
     unknown = set(words)
     for ordinal, episode in journal_episodes(run, spec, relabelled=relabelled):
         unknown.discard(episode.info.episode_id)
@@ -96,13 +103,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--mode", choices=["demo", "online", "eval"])
     args = parser.parse_args(argv)
     try:
+        spec = task_spec(foreign_config(args.run, "task.spec"))  # first: it looks where the folder's links lead
         words, relabelled = read_words(args.relabel) if args.relabel else {}, Relabelled(args.run)
         relabelled.add(words, _login(), datetime.now(UTC).isoformat(timespec="seconds"))
-        rows = list(audit(args.run, load(args.model or args.run / "reward"), relabelled, words, args.mode))
+        rows = list(audit(args.run, spec, load(args.model or args.run / "reward"), relabelled, words, args.mode))
         if words:
             relabelled.save()
     except (OSError, ValueError) as mistake:
-        print(f"audit_reward: {mistake}", file=sys.stderr)
+        print(f"audit_reward: {printable(str(mistake))}", file=sys.stderr)
         return 2
     show(rows)
     if words:
@@ -138,7 +146,8 @@ def show(rows: list[Row]) -> None:
     """Disagreements, then the counts, over the episodes whose truth is known: not from a classifier."""
     for row in rows:
         if row.verdict != "agrees":
-            print(f"  {row.verdict:14}  score {row.score:.2f}  {row.mode:6}  {row.episode_id}  ({row.source})")
+            name = printable(row.episode_id)
+            print(f"  {row.verdict:14}  score {row.score:.2f}  {row.mode:6}  {name}  ({row.source})")
     known = [row for row in rows if row.source != "classifier"]
     if len(known) < len(rows):
         print(f"  {len(rows) - len(known)} episodes that only a classifier judged are not counted: --relabel them")

@@ -31,6 +31,7 @@ from serl_launcher.replay.assembler import Assembler
 from serl_launcher.replay.entries import DataEntry, UnfitEntry, decode_entry
 from serl_launcher.replay.journal import JournalCorrupt, JournalReader
 from serl_launcher.run.paths import RunPaths
+from serl_transport.contract.bounds import printable
 from serl_transport.contract.schema import Episode
 from serl_transport.contract.specs import TaskSpec
 
@@ -47,7 +48,7 @@ class Report:
 
     def problem(self, kind: str, line: str) -> None:
         """Note something that must not be."""
-        self.problems.setdefault(kind, []).append(line)
+        self.problems.setdefault(kind, []).append(printable(line))
 
     def text(self) -> str:
         """The table, the problems, the verdict."""

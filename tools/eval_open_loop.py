@@ -34,11 +34,12 @@ from serl_launcher.policies.open_loop import (
     hold_still,
     run_episode,
 )
-from serl_launcher.run.config import read_config
+from serl_launcher.run.foreign import foreign_config
 from serl_launcher.run.parameters import PublishedVersion, find_parameters
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.serving.engine import PolicyEngine
 from serl_launcher.serving.query import Query
+from serl_transport.contract.bounds import printable
 
 COLOURS = {"policy": "tab:blue", "hold_still": "tab:gray", "repeat_last": "tab:orange"}
 SHOWN = 8  # trajectory pictures at most
@@ -181,14 +182,15 @@ def main(argv: list[str] | None = None) -> int:
         paths = RunPaths(args.run)
         if not paths.config.is_file():
             raise FileNotFoundError(f"{args.run}: not a run folder (no config.yaml)")
-        cfg = read_config(paths.config, "task.spec", "policy", "algo", "rollout.execute_horizon")
+        needed = ("task.spec", "policy", "algo", "rollout.execute_horizon")
+        cfg = foreign_config(args.run, *needed, builds=("policy", "algo"))
         stride = args.stride or cfg.rollout.execute_horizon
         output, dataset = args.output or args.run / "open_loop", args.dataset or paths.dataset
         if not (dataset / "meta" / "info.json").is_file():
             raise FileNotFoundError(f"{dataset}: no LeRobot dataset (meta/info.json); name one with --dataset")
         out = evaluate(cfg, args.run, dataset, args.episodes, stride, output)
     except (ValueError, OSError) as mistake:
-        print(f"eval_open_loop: {mistake}", file=sys.stderr)
+        print(f"eval_open_loop: {printable(str(mistake))}", file=sys.stderr)
         return 2
     print(text(out))
     print(f"written: {output}/open_loop.json, errors.png and {min(SHOWN, out['episodes'])} trajectories")

@@ -17,9 +17,10 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from serl_launcher.agents.build import build_policy
-from serl_launcher.run.config import read_config
+from serl_launcher.run.foreign import foreign_config
 from serl_launcher.run.parameters import base_sha256, find_parameters, load_into
 from serl_launcher.run.paths import RunPaths
+from serl_transport.contract.bounds import printable
 from serl_transport.contract.specs import TaskSpec
 
 
@@ -31,7 +32,7 @@ def export(run: Path, folder: Path, version: str | None = None) -> Path:
     config = RunPaths(run).config
     if not config.is_file():
         raise FileNotFoundError(f"{run}: not a run folder (no config.yaml)")
-    cfg = read_config(config, "task.spec", "policy")
+    cfg = foreign_config(run, "task.spec", "policy", builds=("policy", "algo"))
     path = run / "params" / version if version else find_parameters(run)
     policy = build_policy(cfg, TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True)))
     metadata = load_into(policy, path, base_sha256(policy))
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         export(args.run, args.folder, args.version)
     except (ValueError, OSError) as mistake:
-        print(f"export_checkpoint: {mistake}", file=sys.stderr)
+        print(f"export_checkpoint: {printable(str(mistake))}", file=sys.stderr)
         return 2
     return 0
 

@@ -25,6 +25,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from visualize_dataset import episodes, find_dataset
 
+from serl_launcher.run.foreign import inside
+
 Frames = Iterator[np.ndarray]  # uint8[h, w, 3]
 
 
@@ -114,10 +116,11 @@ def read_episode(root: Path, info: dict[str, Any], row: dict[str, Any]) -> Frame
 def _camera(root: Path, info: dict[str, Any], row: dict[str, Any], key: str) -> Frames:
     if info["features"][key]["dtype"] == "video":
         place = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
-        path = root / info["video_path"].format(video_key=key, **place)
+        path = inside(root, info["video_path"].format(video_key=key, **place))
         yield from read_video(path, row[f"videos/{key}/from_timestamp"], row["length"])
         return
-    path = root / info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
+    place = {name: row[f"data/{name}"] for name in ("chunk_index", "file_index")}
+    path = inside(root, info["data_path"].format(**place))
     table = pq.read_table(path, columns=[key], filters=[("episode_index", "=", row["episode_index"])])
     for cell in table[key].to_pylist():
         yield np.array(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))

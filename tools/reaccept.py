@@ -32,7 +32,9 @@ from serl_config.mistakes import mistake_message
 from serl_launcher.replay.episodes import journal_episodes
 from serl_launcher.replay.rulebook import RuleBook
 from serl_launcher.replay.verdicts import Verdict, rule_text
-from serl_launcher.run.config import read_config, task_spec
+from serl_launcher.run.config import task_spec
+from serl_launcher.run.foreign import foreign_config
+from serl_transport.contract.bounds import printable, shown
 
 KEYS = re.compile(r"rule|algo\.(rule|threshold)(\..+)?")
 
@@ -68,7 +70,7 @@ def part(algo: DictConfig, name: str) -> Any:
     """The rule or the threshold that `algo` names, built. Raises ValueError where it names none."""
     node = algo[name]
     if not isinstance(node, DictConfig) or "_target_" not in node:
-        raise ValueError(f"algo.{name}: expected {{_target_: <class>, …}}, got {node}")
+        raise ValueError(f"algo.{name}: expected {{_target_: <class>, …}}, got {shown(node)}")
     return instantiate(node)
 
 
@@ -107,11 +109,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     try:
-        cfg = read_config(args.run / "config.yaml", "task.spec", "algo.rule")
+        cfg = foreign_config(args.run, "task.spec", "algo.rule", builds=("algo",))
         other = by(cfg, args.overrides)
         before, after = judge(args.run, cfg), judge(args.run, other)
     except (OSError, ValueError, HydraException, OmegaConfBaseException) as error:
-        print(f"reaccept: {mistake_message(error)}", file=sys.stderr)
+        print(f"reaccept: {printable(mistake_message(error))}", file=sys.stderr)
         return 2
     print("\n".join(changes(before, after)) or "  no verdict changes")
     for name, verdicts in (("this run's rule", before), (rule_text(instantiate(other.algo.rule)), after)):

@@ -20,6 +20,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from serl_transport.contract.bounds import printable
+
 COLUMNS = ["episode_index", "mode", "stage", "success", "truncated_by", "length", "seed", "episode_id"]
 
 
@@ -66,7 +68,7 @@ def episodes(root: Path) -> list[dict[str, Any]]:
 
 
 def episode_table(root: Path) -> str:
-    rows = [[str(row.get(name, "")) for name in COLUMNS] for row in episodes(root)]
+    rows = [[printable(str(row.get(name, ""))) for name in COLUMNS] for row in episodes(root)]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                      for row in [COLUMNS, *rows])  # fmt: skip

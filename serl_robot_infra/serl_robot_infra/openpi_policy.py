@@ -26,6 +26,7 @@ from openpi_client.websocket_client_policy import (
     WebsocketClientPolicy,
 )
 from serl_config.secrets import secret
+from serl_transport.contract.bounds import printable
 from serl_transport.contract.errors import Internal, NotReady, WireError
 from serl_transport.contract.specs import TaskSpec
 
@@ -207,7 +208,7 @@ class OpenpiPolicy(BasePolicy):
             raise WireError.from_code(match[1], f"{match[2]} ({_KEY})") from error
         self.close()  # a stock server hangs up after its traceback
         lines = [line for line in error.reason.strip().splitlines() if line.strip()]
-        reason = lines[-1].strip() if lines else "without a word"
+        reason = printable(lines[-1].strip()[:500]) if lines else "without a word"
         where = f"{self._settings.host}:{self._settings.port}"
         if self._is_flowserl or not self._has_answered:  # it never understood us
             raise ValueError(

@@ -40,7 +40,7 @@ def tiny_policy(seed: int = 0) -> PI0FlowPolicy:
 def tiny_config(algo: str = "reject_sampling_pi0", **changes: object) -> DictConfig:
     """config/ with the tiny task and policy; `changes` are dotted keys with __ for the dots."""
     cfg = composed(f"algo={algo}")
-    cfg.task = {"name": "tiny", "spec": SPEC.to_dict(), "noop_dims": None}
+    cfg.task = {"name": "tiny", "spec": SPEC.to_dict(), "noop_dims": None, "rate_hz": None}
     cfg.policy = OmegaConf.load(ROOT / "config" / "policy" / "pi0_tiny.yaml")
     cfg.policy.action_horizon = HORIZON
     cfg.policy.size.update({"width": 16, "vision_width": 16, "image_size": 32})

@@ -17,7 +17,7 @@ def publish_tiny(run, left_out=()):
     tensors = {name: p.detach() for name, p in trainable(policy).items() if name not in left_out}
     published = dict(version=3, step=0, base=base_sha256(policy), policy="t", now=0.0, keep=1)
     publish(run / "params", tensors, **published)
-    OmegaConf.save(tiny_config(rollout__execute_horizon=2), run / "config.yaml")
+    OmegaConf.save(tiny_config(rollout__execute_horizon=2), run / "config.yaml", resolve=True)
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def test_a_mistyped_rule_key_is_one_line(run, capsys):
         ("algo.rul.min_return=5", "'algo.rul.min_return=5' changes no verdict"),
         ("algo=sft_pi0", "'algo=sft_pi0' changes no verdict"),
         ("task.noop_dims=[0]", "'task.noop_dims=[0]' changes no verdict"),
-        ("algo.rule=strict", "algo.rule: expected {_target_: <class>, …}, got strict"),
+        ("algo.rule=strict", "algo.rule: expected {_target_: <class>, …}, got 'strict'"),
         ("algo.threshold.start=0.7", "algo.threshold: expected {_target_: <class>, …}, got {'start': 0.7}"),
         ("algo.rule.min_return={", "cannot read 'algo.rule.min_return={'"),
         ("algo.rule.min_return=high", "algo.rule.min_return: expected a number, got 'high'"),

@@ -24,7 +24,21 @@ TOOLS = {
         (b"task: \xff\xfe", "config.yaml cannot be read"),
         (b"", "config.yaml cannot be read: it is empty"),
         (b"task: {}", "config.yaml: task.spec is missing"),
-        (b"task: {spec: '${nowhere}'}", "config.yaml: task.spec: Interpolation key"),
+        (
+            b"task: {spec: '${nowhere}'}",
+            "task.spec: expected a plain value, got the interpolation '${nowhere}'",
+        ),
+        (
+            b"task: {spec: {x: '${oc.env:HOME}'}}",
+            "task.spec.x: expected a plain value, got the interpolation",
+        ),
+        (b"a: &a [1]\nb: [*a, *a]", "config.yaml line 2: an alias (*'a'); a run's config has none"),
+        (
+            b"a: !!python/object/apply:os.system ['true']",
+            "cannot be read: could not determine a constructor",
+        ),
+        (b"a: " + b"[" * 5000, "config.yaml cannot be read: "),
+        (b"a: " + b"x" * (5 << 20), "config.yaml: expected at most 4194304 bytes, got 5242883"),
     ],
 )
 def test_an_unreadable_config_is_one_line(tool, text, message, tmp_path, capsys):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from serl_launcher.run.files import read_json
+from serl_transport.contract.bounds import check_name
 from serl_transport.contract.errors import NotReady, Refused
 from serl_transport.parameters.params import Offer, read_chunk
 
@@ -57,7 +58,8 @@ class PublishedParams:
             if version != self.version:
                 raise Refused(f"version {version!r} is not held, the newest is {self.version}")
             try:
-                with (self._dir / self._latest["file"]).open("rb") as file:  # only ever replaced, never changed
+                path = self._dir / check_name("latest.json: file", self._latest["file"])
+                with path.open("rb") as file:  # only ever replaced, never changed
                     blob = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
             except FileNotFoundError:
                 raise NotReady(f"version {version} is being replaced, ask again") from None

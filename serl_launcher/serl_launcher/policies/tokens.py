@@ -57,7 +57,9 @@ class HubTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_offline(source))
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                source, local_files_only=is_offline(source), trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"policy.tokenizer={source}: cannot be loaded ({str(error).splitlines()[0]}); "

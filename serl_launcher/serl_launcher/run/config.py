@@ -1,6 +1,8 @@
 """Read the resolved config.yaml of a run folder. Called by the learner, the exporter and every tool that takes a run.
 
 The file may have been edited by hand or torn by a full disk: a ValueError then says in one line what is wrong with it.
+It may come from a stranger (`run.foreign`) and is data: no interpolation, which could read this machine's environment,
+no alias, which could make gigabytes of a line, no tag of Python's. A start writes it without any of these.
 """
 
 from pathlib import Path
@@ -10,7 +12,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from serl_transport.contract.bounds import printable, shown
 from serl_transport.contract.specs import TaskSpec
+
+MAX_BYTES = 4 << 20  # of a config.yaml; a start's has some ten thousand
 
 
 def read_config(path: Path, *needed: str) -> DictConfig:
@@ -18,11 +23,13 @@ def read_config(path: Path, *needed: str) -> DictConfig:
     if not path.exists():
         raise ValueError(f"{path} does not exist: expected a run's folder, for example runs/quickstart")
     try:
+        _check_aliases(path)
         config = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {printable(' '.join(str(error).split()))}") from None
     if not isinstance(config, DictConfig) or not config:
         raise ValueError(f"{path} cannot be read: it is empty or no mapping of keys")
+    _check_interpolations(OmegaConf.to_container(config), path)
     for key in needed:
         try:
             value = OmegaConf.select(config, key)
@@ -31,6 +38,25 @@ def read_config(path: Path, *needed: str) -> DictConfig:
         if value is None:
             raise ValueError(f"{path}: {key} is missing; is it the config of a run?")
     return config
+
+
+def _check_aliases(path: Path) -> None:
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{path}: expected at most {MAX_BYTES} bytes, got {size}")
+    with path.open("rb") as file:
+        for event in yaml.parse(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            if isinstance(event, yaml.AliasEvent):
+                line = event.start_mark.line + 1
+                raise ValueError(f"{path} line {line}: an alias (*{shown(event.anchor)}); a run's config has none")
+
+
+def _check_interpolations(node: Any, path: Path, key: str = "") -> None:
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, child in items:
+        where = f"{key}.{name}" if key else str(name)
+        if (isinstance(child, str) and "${" in child) or (isinstance(name, str) and "${" in name):
+            raise ValueError(f"{path}: {where}: expected a plain value, got the interpolation {shown(child)}")
+        _check_interpolations(child, path, where)
 
 
 def plain(config: DictConfig, key: str, default: Any = None) -> Any:

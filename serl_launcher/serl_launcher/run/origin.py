@@ -9,7 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from serl_launcher.run.config import plain, read_config
+from serl_launcher.run.config import plain
+from serl_launcher.run.foreign import foreign_config
 
 # What decides which of a policy's tensors are published, and what a yaml without the key means.
 WHAT_TRAINS = {"policy.train": "full", "policy.lora_rank": None, "policy.tune": None}
@@ -18,12 +19,12 @@ WHAT_TRAINS = {"policy.train": "full", "policy.lora_rank": None, "policy.tune": 
 def config_of_run(path: str | Path) -> DictConfig | None:
     """config.yaml of the run that a parameters file, a checkpoint or a run folder lies in; None where there is none.
 
-    Raises ValueError in the user's words when it cannot be read.
+    Raises ValueError in the user's words when it cannot be read, or names what a folder may not call.
     """
     path = Path(path).absolute()
     for folder in (path, *path.parents[:3]):  # runs/<name>/checkpoints/step_000900/tensors.safetensors
         if (folder / "config.yaml").is_file():
-            return read_config(folder / "config.yaml", "policy")
+            return foreign_config(folder, "policy", builds=("policy", "algo"))
     return None
 
 

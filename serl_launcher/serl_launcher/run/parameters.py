@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from serl_launcher.run.files import write_json, write_whole
+from serl_transport.contract.bounds import check_name
 
 # Of a trainer's checkpoint (learner.checkpoint), which `checkpoint_path` may name as well.
 CHECKPOINT_TENSORS = "tensors.safetensors"
@@ -36,9 +37,11 @@ class PublishedVersion:
     def read(cls, params_dir: Path) -> "PublishedVersion | None":
         """The newest version, or None before the first."""
         try:
-            return cls(**json.loads((params_dir / "latest.json").read_text()))
+            entry = cls(**json.loads((params_dir / "latest.json").read_text()))
         except FileNotFoundError:
             return None
+        check_name(f"{params_dir / 'latest.json'}: file", entry.file)
+        return entry
 
 
 def published_tensors(policy: nn.Module) -> dict[str, Tensor]:

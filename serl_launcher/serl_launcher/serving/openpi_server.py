@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from websockets.asyncio.server import Request, Response, Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
@@ -35,6 +35,7 @@ from websockets.frames import CloseCode
 from openpi_client import msgpack_numpy
 from serl_config.secrets import check_private, secret
 from serl_launcher.run.alive import beat
+from serl_launcher.run.config import read_config, task_spec
 from serl_launcher.run.files import read_json
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.ready import say_ready
@@ -239,8 +240,8 @@ def main(run_dir: str) -> int:
     logging.getLogger("websockets").setLevel(logging.WARNING)
     paths = RunPaths(Path(run_dir))
     try:
-        cfg = OmegaConf.load(paths.config)
-        spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
+        cfg = read_config(paths.config)
+        spec = task_spec(cfg)
         server = OpenpiServer(OpenpiSettings.of(cfg), spec, cfg.run, paths)
         asyncio.run(run(server))
     except (ValueError, OSError) as mistake:

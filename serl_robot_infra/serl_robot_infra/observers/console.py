@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from serl_robot_infra.observers.base import EpisodeReport, Observer
+from serl_transport.contract.bounds import printable
 from serl_transport.contract.schema import EpisodeInfo, Observation, TimeStep
 
 _LIVE_PERIOD_S = 1.0
@@ -61,6 +62,7 @@ class ConsoleObserver(Observer):
 
     def message(self, text: str) -> None:
         """Print once, and again each 15 s while only its numbers change; on a terminal the live line shows it anew."""
+        text = printable(text)  # it may quote a server
         kind, now = re.sub(r"[\d.]+", "#", text), time.monotonic()
         if now - self._told_at.get(kind, -_REPEAT_PERIOD_S) >= _REPEAT_PERIOD_S:
             self._told_at[kind] = now

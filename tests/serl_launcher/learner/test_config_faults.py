@@ -36,7 +36,7 @@ def write(root, algo, word):
     cfg = tiny_config(algo, trainer__device="cpu", serving__device="cpu", rollout__execute_horizon=2)
     cfg.merge_with(OmegaConf.from_dotlist([word]))
     paths = RunPaths(root)
-    OmegaConf.save(cfg, paths.config)
+    OmegaConf.save(cfg, paths.config, resolve=True)
     return str(root)
 
 

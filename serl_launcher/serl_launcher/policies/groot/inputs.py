@@ -94,7 +94,7 @@ class QwenInputs:
 
         offline = is_offline(source)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+            self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
             self.pictures = Qwen2VLImageProcessor.from_pretrained(source, local_files_only=offline)
         except (OSError, ValueError) as error:
             raise ValueError(
