@@ -91,7 +91,7 @@ def start_and_export(new: Path) -> None:
     """The gateway takes the new run, and its dataset holds what the journal closes."""
     config = yaml.safe_load((new / "config.yaml").read_text()) | {"port": 0, "broadcast_port": 0}
     config |= {"bind_host": "127.0.0.1", "insecure": False, "replay": {"capacity_frames": 2000}}
-    config |= {"journal": {"segment_mb": 1}, "gateway": {"dead_actor_s": 30.0}}
+    config |= {"journal": {"segment_mb": 1}, "gateway": {"dead_actor_s": 30.0, "unticketed": "auto"}}
     gateway = Gateway(GatewaySettings.of(config), RunPaths(new))
     gateway.ingest.close()
     gateway.server.stop()
