@@ -85,7 +85,7 @@ class Gateway:
         self.journalled = Journalled(settings, paths, self.actors, server.reply, self._episode_closed)
         reader = self.journalled.recover()
         self.ingest = Ingest(settings, paths, self.actors, self.journalled, reader, server.call_soon)
-        self.troubles = Troubles(self.ingest)
+        self.troubles = Troubles(self.ingest, self.progress)
         self._restore_tickets()
         self._roles = server.add_router(internal_endpoint(paths.root))
         self.forwarder = InferForwarder(self._roles)

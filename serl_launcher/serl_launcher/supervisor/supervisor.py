@@ -120,7 +120,10 @@ class Supervisor:
 
     def _lines(self, troubles: Mapping[str, str]) -> list[str]:
         """The dashboard; old figures are not shown as if they were news."""
-        return render(self._status.body, self._status.silent_s, troubles, whole=self._screen.is_terminal)
+        told = self._status.body.get("troubles") or {}  # of the gateway and the trainer; ours come back a second late
+        others = {name: text for name, text in told.items() if name not in self._budgets and name != "supervisor"}
+        silent_s = self._status.silent_s
+        return render(self._status.body, silent_s, {**others, **troubles}, whole=self._screen.is_terminal)
 
     def _look_after(self, child: Child) -> int | None:
         """Notice a death, start again when due; an exit code when the run cannot go on."""
