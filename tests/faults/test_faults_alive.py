@@ -31,7 +31,7 @@ signal.signal(signal.SIGUSR1, hang)
 
 def small(folder: Path, ports: tuple[int, int], **env: str) -> Run:
     """A run of online episodes only, long enough for its roles to be looked after."""
-    stages = "schedule.stages=[{name: online, mode: online, episodes: 60, steps: 20}]"
+    stages = "schedule.stages=[{name: online, mode: online, episodes: 45, steps: 20}]"
     return Run(folder, ports, stages, "serving.openpi_port=0", stages_of_its_own=True, env=env)
 
 

@@ -4,13 +4,22 @@ One run ends by itself; in the other (marker `faults`) trainer, gateway and acto
 acknowledged is compared with the journal and the dataset.
 """
 
+from pathlib import Path
+
 import pytest
 from whole_run import STEPS, Run, check
+
+SECRETS = {
+    "OPENPI_TOKEN": "serve-3f9a7c21d0", "WANDB_API_KEY": "4b" * 20, "HF_TOKEN": "hf_AbCdEfGh0123456789",
+}  # fmt: skip
+AS_IT_IS = "drive-8e1b55aa42"  # not by reference, so that it stands in the config
 
 
 @pytest.mark.timeout(400)
 def test_a_small_run_goes_through_every_stage_and_ends_by_itself(tmp_path, free_ports):
-    with Run(tmp_path, free_ports) as run:
+    words = ["serving.openpi_port=0", "serving.openpi_token=env:OPENPI_TOKEN", f"rollout.openpi.token={AS_IT_IS}"]
+    env = {**SECRETS, "WANDB_MODE": "offline"}
+    with Run(tmp_path, free_ports, *words, "telemetry.wandb=true", env=env) as run:
         summary = run.end()
     assert summary["transitions"] > 0
     assert summary["episodes"] >= 4 + 4 + 3 + 4
@@ -18,9 +27,21 @@ def test_a_small_run_goes_through_every_stage_and_ends_by_itself(tmp_path, free_
     assert {stage["name"]: stage["steps"] for stage in summary["stages"]}["online"] >= STEPS["online"] - 20
     assert summary["policy_versions"] >= (STEPS["sft"] + STEPS["online"]) // 10
     assert (run.folder / "learning_curve.png").stat().st_size > 10_000
-    assert len(list((run.folder / "logs").glob("*.log"))) == 4
+    assert len(list((run.folder / "logs").glob("*.log"))) == 5
     assert not list((run.folder / "logs").glob("*.starting"))  # every role said that it was ready
     assert "nothing lost" in check(run.folder)
+    assert (run.folder / "config.yaml").stat().st_mode & 0o077 == 0
+    assert list((run.folder / "metrics/wandb").glob("offline-run-*/*.wandb"))
+    assert files_with(tmp_path, *SECRETS.values()) == []
+    assert files_with(tmp_path, AS_IT_IS) == [run.folder / "config.yaml"]
+    assert "warning: rollout.openpi.token is given as it is" in run.text()
+
+
+def files_with(folder: Path, *words: str) -> list[Path]:
+    """Every file below that holds one of these words: journal, dataset, logs, W&B, screens and all."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    assert len(files) > 30
+    return [path for path in files if any(word.encode() in path.read_bytes() for word in words)]
 
 
 @pytest.mark.faults

@@ -5,6 +5,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -82,6 +83,20 @@ def test_the_next_boot_finds_what_was_left_in_order(tmp_path):
         second.ack(key)
     second.close()
     assert items(DiskSpool(tmp_path)) == [b"second 0"]
+
+
+def test_a_boot_after_the_clock_was_set_back_still_comes_after_the_last(tmp_path, monkeypatch):
+    first = DiskSpool(tmp_path)
+    first.append([b"first"])
+    first.close()
+    wall = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: wall - 5 * 3600 * 10**9)
+    second = DiskSpool(tmp_path)
+    second.append([b"second"])
+    assert second.boot_id > first.boot_id
+    assert second.session == first.session
+    assert [key.boot_id for key in second.pending()] == sorted([first.boot_id, second.boot_id])
+    second.close()
 
 
 def test_a_clean_end_leaves_no_file_behind(tmp_path):

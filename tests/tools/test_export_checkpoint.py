@@ -17,6 +17,7 @@ from serl_launcher.serving.engine import PolicyEngine
 from serl_launcher.serving.query import Query
 
 ROOT = Path(__file__).parents[2]
+TOKEN = "serve-3f9a7c21d0"  # of the run; it goes nowhere
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def write_config(folder, checkpoint, **policy):
     }
     named = {"_target_": "serl_launcher.policies.pi0.build.build_pi0", "name": "pi0", "init": "checkpoint", "seed": 0}
     named |= {"action_horizon": AH, "checkpoint": str(checkpoint), "size": size, **policy}
-    cfg = {"seed": 0, "task": {"spec": SPEC.to_dict()}, "policy": named}
+    cfg = {"seed": 0, "task": {"spec": SPEC.to_dict()}, "policy": named, "serving": {"openpi_token": TOKEN}}
     OmegaConf.save(OmegaConf.create(cfg), folder / "config.yaml")
 
 
@@ -56,6 +57,9 @@ def test_the_folder_holds_what_was_trained_and_the_rest_as_it_was(run, started_f
     moved = [name for name in was if not torch.equal(was[name], now[name])]
     assert moved == ["model.action_out_proj.weight"]
     torch.testing.assert_close(now[moved[0]], was[moved[0]] + 1)
+    assert not [
+        path for path in (tmp_path / "out").rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()
+    ]
 
 
 def test_mistakes_are_told_in_one_line(run, tmp_path, capsys):

@@ -89,7 +89,7 @@ class Gateway:
         grace_s = min(TICKET_GRACE_S, settings.dead_actor_s)
         self.tickets = TicketOffice(settings.seed, grace_s, self.actors.alive, seal)
         self.ingest = Ingest(settings, paths, self.actors, self.journalled, reader, server.call_soon, seal)
-        self.troubles = Troubles(self.ingest)
+        self.troubles = Troubles(self.ingest, self.progress)
         self._restore_tickets()
         self._roles = server.add_router(internal_endpoint(paths.root))
         self.forwarder = InferForwarder(self._roles)

@@ -26,6 +26,7 @@ class TrainerProgress:
         self.stage_steps: dict[str, int] = kept.get("stage_steps", {})
         self.end_versions: dict[str, int] = kept.get("end_versions", {})  # stage -> version when its steps were done
         self.metrics: dict[str, float] = {}
+        self.troubles: dict[str, str] = {}  # what the trainer goes on without, by name, for people
         self._last = -float("inf")
         self._resumed = False
 
@@ -43,6 +44,10 @@ class TrainerProgress:
             raise BadFrame(f"progress: expected stage_steps: {{stage: int}}, got {steps!r}")
         if not isinstance(metrics, dict):
             raise BadFrame(f"progress: expected metrics: {{name: number}}, got {metrics!r}")
+        troubles = body.get("troubles", {})
+        if not isinstance(troubles, dict) or not all(isinstance(text, str) for text in troubles.values()):
+            raise BadFrame(f"progress: expected troubles: {{name: text}}, got {troubles!r}")
+        self.troubles = troubles
         before = (self.step, self.version, dict(self.stage_steps), dict(self.end_versions))
         if self._resumed:
             self.stage_steps, self._resumed = dict(steps), False

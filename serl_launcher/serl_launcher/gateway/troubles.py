@@ -1,6 +1,7 @@
 """What ails the roles of this run, for the status document and the actors' screens. Owned by the gateway.
 
-    supervisor ─▶ take(), once a second ─▶ current() ─▶ status `troubles`, every heartbeat's reply
+    supervisor ─▶ take(), once a second ─┐
+    trainer ─▶ progress ─────────────────┴▶ current() ─▶ status `troubles`, every heartbeat's reply
 
 The gateway adds what only it can see: a supervisor that says nothing any more, a disk that keeps nothing.
 """
@@ -9,6 +10,7 @@ import time
 from typing import Any
 
 from serl_launcher.gateway.ingest import Ingest
+from serl_launcher.gateway.progress import TrainerProgress
 from serl_transport.connection.router import Peer
 from serl_transport.contract.errors import BadFrame
 from serl_transport.wire.envelope import Envelope
@@ -17,10 +19,10 @@ SILENT_S = 5.0
 
 
 class Troubles:
-    """ingest: told by its oldest item that waits for the disk."""
+    """ingest: asked for its oldest item that waits for the disk; progress: for what the trainer goes on without."""
 
-    def __init__(self, ingest: Ingest) -> None:
-        self._ingest = ingest
+    def __init__(self, ingest: Ingest, progress: TrainerProgress) -> None:
+        self._ingest, self._progress = ingest, progress
         self._roles: dict[str, str] = {}
         self._told: float | None = None  # time.monotonic(); None: no supervisor so far
 
@@ -37,6 +39,7 @@ class Troubles:
         silent_s = 0.0 if self._told is None else time.monotonic() - self._told
         if silent_s > SILENT_S:
             found = {"supervisor": f"silent for {silent_s:.0f} s: a role that dies is not started again"}
+        found |= self._progress.troubles
         if (waits_s := self._ingest.waits_s()) > SILENT_S:
             found["journal"] = f"has kept nothing for {waits_s:.0f} s: the disk is slow, nothing is acknowledged"
         return found

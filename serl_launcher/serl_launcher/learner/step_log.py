@@ -29,6 +29,11 @@ class StepLog:
             self._writer.write(step, self.shown | {"stage": stage})
             self._pending = dict(metrics)
 
+    @property
+    def troubles(self) -> dict[str, str]:
+        """Where metrics no longer go, and why, for people."""
+        return self._writer.troubles
+
     def close(self) -> None:
         self._writer.close()
 

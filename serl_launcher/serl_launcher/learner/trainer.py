@@ -152,6 +152,7 @@ class Trainer:
             stage_steps=self.stages.steps,
             version=self.publisher.version,
             metrics=self.step_log.shown | self.faults.metrics() | accepted,
+            troubles=self.step_log.troubles,
         )
 
     def stop(self) -> None:

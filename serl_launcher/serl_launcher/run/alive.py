@@ -12,6 +12,7 @@ import faulthandler
 import os
 import signal
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,7 +51,11 @@ class _Heart:
         self._busy: list[tuple[float, str]] = []  # innermost last
         self._fd: int | None = None
         if path := os.environ.get(BEAT_FILE):
-            self._fd = os.open(path, os.O_WRONLY)
+            try:
+                self._fd = os.open(path, os.O_WRONLY)
+            except OSError as error:  # the role works; that it hangs would not be noticed
+                print(f"no sign of life can be given through {path}: {error.strerror}", file=sys.stderr, flush=True)
+                return
             faulthandler.register(DUMP_SIGNAL, all_threads=True)
 
     def beat(self) -> None:

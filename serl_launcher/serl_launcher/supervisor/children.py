@@ -27,7 +27,7 @@ EndsRun = Literal["always", "until ready", "never"]
 PR_SET_PDEATHSIG = 1
 READY_AFTER_S = 60.0  # for a child that cannot say so itself
 LEFTOVER_GRACE_S = 15.0  # for what a dead leader left in its group
-DUMP_S = 0.5  # for a role that hangs to write down where
+DUMP_S = 3.0  # for a role that hangs to write down where
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -183,9 +183,22 @@ class Child:
         if dump and pid in group_members(self._process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, DUMP_SIGNAL)
-            time.sleep(DUMP_S)
+            self._await_dump()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _await_dump(self) -> None:
+        """Until the log has grown and grows no more, for DUMP_S at most."""
+        before = size = self._log_size()
+        deadline = time.monotonic() + DUMP_S
+        while time.monotonic() < deadline:
+            time.sleep(0.3)
+            last, size = size, self._log_size()
+            if size == last > before:
+                return
+
+    def _log_size(self) -> int:
+        return self.spec.log.stat().st_size if self.spec.log else 0
 
     def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
         """End the whole group: SIGTERM, wait (not when `hurry` says so), SIGKILL. Returns when no member is left."""

@@ -72,13 +72,19 @@ class Supervisor:
 
     def run(self) -> int:
         """Exit code: 0 every stage is done, 2 a role reported a mistake of the user, 3 gave up, 128 + signal."""
+        try:
+            link = SupervisorLink(self._paths.root)
+        except OSError as error:  # a folder of somebody else's where the roles' socket belongs
+            self._screen.event(f"the roles cannot meet: {error}")
+            return USER_MISTAKE
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             for child in self._children:
                 child.start()
             pids = ", ".join(f"{child.spec.name} {child.pid}" for child in self._children)
             self._screen.event(f"learner of run {self._paths.root.name}: {pids}; logs in {self._paths.logs}")
-            code = self._loop()
+            with closing(link):
+                code = self._loop(link)
         finally:
             self._stop_all()
             for signum, handler in previous.items():
@@ -87,26 +93,25 @@ class Supervisor:
             self._sum_up()
         return code
 
-    def _loop(self) -> int:
+    def _loop(self, link: SupervisorLink) -> int:
         last_look, next_dashboard = time.monotonic() - LOOK_S, 0.0
-        with closing(SupervisorLink(self._paths.root)) as link:
-            while self._signal is None:
-                for child in self._children:
-                    code = self._look_after(child)
-                    if code is not None:
-                        return code
-                now = time.monotonic()
-                if now - last_look >= LOOK_S:
-                    troubles = self._look(now - last_look)
-                    link.tell(troubles)
-                    last_look = now
-                    if self._status.body.get("done") and self._ends:
-                        self._screen.event("every stage is done")
-                        return DONE
-                    if now >= next_dashboard and (lines := self._lines(troubles)):
-                        next_dashboard = now + self._period_s
-                        self._screen.dashboard(lines)
-                time.sleep(TICK_S)
+        while self._signal is None:
+            for child in self._children:
+                code = self._look_after(child)
+                if code is not None:
+                    return code
+            now = time.monotonic()
+            if now - last_look >= LOOK_S:
+                troubles = self._look(now - last_look)
+                link.tell(troubles)
+                last_look = now
+                if self._status.body.get("done") and self._ends:
+                    self._screen.event("every stage is done")
+                    return DONE
+                if now >= next_dashboard and (lines := self._lines(troubles)):
+                    next_dashboard = now + self._period_s
+                    self._screen.dashboard(lines)
+            time.sleep(TICK_S)
         self._screen.event(f"{signal.Signals(self._signal).name}: stopping the roles (once more: at once)")
         return 128 + self._signal
 
@@ -120,7 +125,10 @@ class Supervisor:
 
     def _lines(self, troubles: Mapping[str, str]) -> list[str]:
         """The dashboard; old figures are not shown as if they were news."""
-        return render(self._status.body, self._status.silent_s, troubles, whole=self._screen.is_terminal)
+        told = self._status.body.get("troubles") or {}  # of the gateway and the trainer; ours come back a second late
+        others = {name: text for name, text in told.items() if name not in self._budgets and name != "supervisor"}
+        silent_s = self._status.silent_s
+        return render(self._status.body, silent_s, {**others, **troubles}, whole=self._screen.is_terminal)
 
     def _look_after(self, child: Child) -> int | None:
         """Notice a death, start again when due; an exit code when the run cannot go on."""

@@ -44,6 +44,7 @@ class MetricsWriter:
         self._path = paths.metrics / "trainer.jsonl"
         self._file: int | None = None
         self._torn = self._missing = False
+        self.troubles: dict[str, str] = {}  # backend -> why it is switched off, for people
         self._backends: dict[str, Backend] = {}
         if telemetry.get("tensorboard", True):
             self._backends["tensorboard"] = TensorBoard(paths.metrics / "tensorboard")
@@ -83,6 +84,7 @@ class MetricsWriter:
             act()
         except Exception as error:
             self._backends.pop(name, None)
+            self.troubles[f"telemetry.{name}"] = f"switched off: {error}"
             _log.warning("telemetry.%s is switched off, training goes on: %s", name, error)
             _log.debug("where it came from", exc_info=True)
 

@@ -24,6 +24,7 @@ from serl_launcher.run.files import write_text
 
 _log = logging.getLogger(__name__)
 START_S, FINISH_S = 20, 20
+CLOSE_S = 8.0  # less than a trainer has when its launcher ends
 _MESSAGE_BYTES = 1 << 20
 
 
@@ -64,22 +65,21 @@ class WandbProcess:
             raise OSError(self._why()) from None
 
     def close(self) -> None:
-        """Let it finish, for FINISH_S at most."""
+        """Let it finish. What takes longer than CLOSE_S is not waited for: it goes on by itself, up to its alarm."""
         self._socket.close()
-        try:
-            code = self._process.wait(START_S + FINISH_S + 5)
-        except subprocess.TimeoutExpired:  # it was stopped from outside: its own alarm does not come
-            self._process.kill()
-            code = self._process.wait()
-        if code:
-            _log.warning("telemetry.wandb: %s", self._why())
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if self._process.wait(CLOSE_S) == 0:
+                return
+        _log.warning("telemetry.wandb: %s", self._why())
 
     def _why(self) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(1.0)
-        took = f"W&B could not be reached or did not answer within {START_S} s"
-        kept = f"the metrics are in {self._folder}, what W&B took in {self._folder}/wandb (`wandb sync`)"
-        return f"{took if self._process.returncode == -signal.SIGALRM else 'W&B ended, see above'}; {kept}"
+        code = self._process.poll()
+        if code is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self._process.wait(0.5)
+        silent = "W&B could not be reached or does not answer"
+        what = {None: f"{silent}; it is not waited for any longer", -signal.SIGALRM: silent}.get(code, "W&B has failed")
+        return f"{what}; the metrics are in {self._folder}, what W&B took is in wandb/ there (`wandb sync`)"
 
 
 def main(descriptor: int, folder: Path, name: str, project: str) -> int:

@@ -7,6 +7,7 @@ person who demonstrates asks the learner nothing.
 """
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Protocol
 
 SILENT_S = 4.0  # a learner that is there answers a heartbeat every second
 LOOK_S = 1.0
+AGAIN_S = 60.0  # what lasts is repeated
 
 
 class Heard(Protocol):
@@ -31,13 +33,13 @@ class Heard(Protocol):
 
 
 class LearnerWatch:
-    """say: shows a line; a line that only counts on is its business."""
+    """say: shows a line."""
 
     def __init__(self, link: Heard, say: Callable[[str], None]) -> None:
         self._link, self._say = link, say
         self._silent_since: float | None = None  # monotonic
         self._since = ""  # the same for people
-        self._ailing: set[str] = set()
+        self._told: dict[str, tuple[str, float]] = {}  # name -> what was said of it without its numbers, and when
 
     def look(self) -> None:
         """Once a second."""
@@ -54,11 +56,15 @@ class LearnerWatch:
         self._tell_troubles(self._link.troubles)
 
     def _tell_troubles(self, troubles: dict[str, str]) -> None:
+        now = time.monotonic()
         for name, text in troubles.items():
-            self._say(f"learner: {name} {text}")
-        for name in self._ailing - set(troubles):
+            kind, (told, at) = re.sub(r"[\d.]+", "#", text), self._told.get(name, ("", 0.0))
+            if kind != told or now - at > AGAIN_S:
+                self._told[name] = kind, now
+                self._say(f"learner: {name} {text}")
+        for name in self._told.keys() - troubles.keys():
+            del self._told[name]
             self._say(f"learner: {name} is well again")
-        self._ailing = set(troubles)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
-"""The roles that a small run does not start say that they are ready, too: openpi's server and the reward server.
+"""The roles that a small run does not start say that they are ready, and beat: openpi's server and the reward server.
 
 The real processes, started as the supervisor starts them. tests/integration/test_whole_run.py asks the others.
 """
 
+import os
+import signal
 import socket
 import time
 
@@ -10,7 +12,7 @@ from omegaconf import OmegaConf
 
 from flowserl_cli.compose import load_config
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, save
-from serl_launcher.supervisor.children import Child
+from serl_launcher.supervisor.children import Child, stopped_groups
 from serl_launcher.supervisor.roles import roles_for
 from serl_launcher.supervisor.run_folder import prepare
 
@@ -24,6 +26,17 @@ def free_port() -> int:
             port = first.getsockname()[1]
             if second.connect_ex(("127.0.0.1", port + 1)) != 0:
                 return port
+
+
+def beats(child: Child, more: int, deadline: float) -> tuple[int, int]:
+    """Wait for further beats; how many there were before and after."""
+    child.look(1.0, ())
+    first = child._pulse.last.count
+    while child._pulse.last.count < first + more:
+        assert time.monotonic() < deadline, child.tail()
+        time.sleep(0.05)
+        assert child.look(0.05, ()) is None
+    return first, child._pulse.last.count
 
 
 def test_openpi_s_server_and_the_reward_server_say_that_they_are_ready(tmp_path, free_ports):
@@ -45,6 +58,16 @@ def test_openpi_s_server_and_the_reward_server_say_that_they_are_ready(tmp_path,
                 assert not any(child.poll() for child in children), [child.tail() for child in children]
                 assert time.monotonic() < deadline, [child.tail() for child in children]
                 time.sleep(0.05)
+            counts = [beats(child, 3, deadline) for child in children]  # without any client
+            assert all(first < last for first, last in counts)
+            os.kill(children[1].pid, signal.SIGSTOP)
+            while children[1].pid not in stopped_groups():
+                time.sleep(0.02)
+            assert children[1].look(1.0, stopped_groups()).stopped
+            children[1].kill(dump=False)
+            while not (death := children[1].poll()):
+                time.sleep(0.02)
+            assert (death.cause, death.ready) == ("signal SIGKILL", True)
         finally:
             for child in children:
                 child.stop(hurry=lambda: True)

@@ -189,7 +189,16 @@ def test_one_that_hangs_at_the_end_is_ended(tmp_path, caplog, stand_in):
     process = writer._backends["wandb"]._process
     writer.close()
     assert process.returncode == -signal.SIGALRM
-    assert "did not answer within" in caplog.text
+    assert "W&B could not be reached or does not answer" in caplog.text
+
+
+def test_the_end_of_training_waits_for_seconds_only(tmp_path, caplog, stand_in, monkeypatch):
+    monkeypatch.setattr(wandb_process, "CLOSE_S", 0.2)
+    stand_in(finish=HANG)
+    link = WandbProcess(tmp_path, "run", "project", {})
+    link.close()
+    assert "it is not waited for any longer" in caplog.text
+    assert link._process.wait(60) == -signal.SIGALRM  # and no process is left behind
 
 
 def test_what_does_not_fit_is_dropped_not_waited_for(tmp_path, caplog, stand_in):

@@ -51,6 +51,24 @@ def test_the_figures(run):
     assert len(summary["config_sha256"]) == 64
 
 
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_clock_that_was_set_between_two_starts_reorders_nothing(tmp_path, hours):
+    """The learner was started anew at another time of day before its online stage, and again after it."""
+    sample = SampleRun(tmp_path, STAGES)
+    sample.episode("demo", "demos", 1, True)
+    sample.train("sft", 40, 0.9)
+    sample.episode("eval", "before", 1_000_000, False)
+    sample.now += hours * 3600
+    sample.episode("online", "online", 50, True)
+    sample.train("online", 20, 0.3)
+    sample.now -= 2 * hours * 3600
+    sample.episode("eval", "after", 1_000_000, True)
+    summary = write_summary(sample.save())
+    assert [stage["name"] for stage in summary["stages"]] == [name for name, _ in STAGES]
+    assert (summary["success_rate_from"], summary["success_rate"]) == ("after", 1.0)
+    assert summary["success_rate_before_online"] == 0.0
+
+
 def test_steps_of_a_stage_are_the_trainers_own_count_where_it_is_kept(run):
     (run / "stage_progress.json").write_text('{"stage_steps": {"online": 345}}')
     stages = {stage["name"]: stage["steps"] for stage in write_summary(run)["stages"]}

@@ -4,6 +4,7 @@ Both sides compose a `TaskSpec` from the task yaml; the handshake compares them 
 policies check single observations and actions with it, the gateway checks whole step batches (`schema.py`).
 """
 
+import contextlib
 import difflib
 import os
 import time
@@ -28,9 +29,12 @@ from serl_transport.contract.bounds import (
 HIGHEST_HZ = 10_000
 
 
-def new_boot_id() -> str:
-    """A name for this process that no other process has; names sort by start time."""
-    return f"{time.time_ns():016x}-{os.urandom(4).hex()}"
+def new_boot_id(after: str = "") -> str:
+    """A name for this process that no other process has; names sort by start time, and behind `after` at any rate."""
+    started = time.time_ns()
+    with contextlib.suppress(ValueError):  # an older release's name
+        started = max(started, int(after.partition("-")[0], 16) + 1)  # the clock may have been set back since
+    return f"{started:016x}-{os.urandom(4).hex()}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,6 +147,8 @@ class DiskSpool(Spool):
         except BaseException:
             os.close(self._lock_fd)
             raise
+        # What earlier boots left is sent first, also when the clock was set back since.
+        self.boot_id = new_boot_id(after=max((segment.boot_id for segment in self._segments), default=self.boot_id))
         self._number = max((segment.number for segment in self._segments), default=0)
         self._current: Segment | None = None
         self._count = sum(len(segment.pending) for segment in self._segments)
