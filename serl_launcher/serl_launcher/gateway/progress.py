@@ -26,6 +26,7 @@ class TrainerProgress:
         self.stage_steps: dict[str, int] = kept.get("stage_steps", {})
         self.end_versions: dict[str, int] = kept.get("end_versions", {})  # stage -> version when its steps were done
         self.metrics: dict[str, float] = {}
+        self.waits: str | None = None  # for what, as the trainer says
         self._last = -float("inf")
         self._resumed = False
 
@@ -43,6 +44,10 @@ class TrainerProgress:
             raise BadFrame(f"progress: expected stage_steps: {{stage: int}}, got {steps!r}")
         if not isinstance(metrics, dict):
             raise BadFrame(f"progress: expected metrics: {{name: number}}, got {metrics!r}")
+        waits = body.get("waits")
+        if waits is not None and not isinstance(waits, str):
+            raise BadFrame(f"progress: expected waits: text or null, got {waits!r}")
+        self.waits = waits
         before = (self.step, self.version, dict(self.stage_steps), dict(self.end_versions))
         if self._resumed:
             self.stage_steps, self._resumed = dict(steps), False
@@ -57,7 +62,8 @@ class TrainerProgress:
     def to_status(self) -> dict[str, Any]:
         """The `trainer` part of the status document."""
         alive = time.monotonic() - self._last < ALIVE_S
-        return {"step": self.step, "version": self.version, "metrics": self.metrics, "alive": alive}
+        waits = self.waits if alive else None
+        return {"step": self.step, "version": self.version, "metrics": self.metrics, "alive": alive, "waits": waits}
 
     def _note_ends(self) -> None:
         for stage, goal in self._goals.items():

@@ -82,11 +82,17 @@ class InternalClient(_Link):
         return self.call("status", {})
 
     def progress(
-        self, *, step: int, stage_steps: Mapping[str, int], version: int, metrics: Mapping[str, float] | None = None
+        self,
+        *,
+        step: int,
+        stage_steps: Mapping[str, int],
+        version: int,
+        metrics: Mapping[str, float] | None = None,
+        waits: str | None = None,
     ) -> dict[str, Any]:
-        """The trainer's report, at least once a second; the status document."""
+        """The trainer's report, at least once a second; the status document. waits: what it waits for, for people."""
         body = {"step": step, "stage_steps": dict(stage_steps), "version": version, "metrics": dict(metrics or {})}
-        return self.call("progress", body)
+        return self.call("progress", body | {"waits": waits})
 
     def call(self, kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """One request, repeated until answered (every kind may be repeated without harm)."""

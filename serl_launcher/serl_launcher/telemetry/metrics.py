@@ -6,6 +6,7 @@ W&B silently ignores a step that goes backwards.
 """
 
 import atexit
+import contextlib
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from serl_launcher.run.files import write_text
+from serl_launcher.run.files import append_whole, write_text
 from serl_launcher.run.paths import RunPaths
 
 _log = logging.getLogger(__name__)
@@ -35,46 +36,87 @@ class MetricsWriter:
         self._tensorboard: Any = None
         self._wandb = _start_wandb(paths, cfg) if telemetry.get("wandb", False) else None
         self._file: int | None = None
+        self._behind: int | None = None  # first step that TensorBoard does not have; None: it has all
         atexit.register(self.close)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One step's metrics: numbers (a tensor of one element will do) and texts such as the stage."""
+        """One step's metrics: numbers (a tensor of one element will do) and texts such as the stage.
+
+        OSError when the disk refuses the file: call it again, nothing is lost or doubled. TensorBoard's files catch up
+        from the file when they can; a W&B that fails is switched off, and the log says so.
+        """
         row = {key: value if isinstance(value, str) else float(value) for key, value in metrics.items()}
         if self._file is None:
             self._open(step)
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
-        os.write(self._file, (json.dumps({"step": step, "time": time.time(), **finite}) + "\n").encode())
+        append_whole(self._file, (json.dumps({"step": step, "time": time.time(), **finite}) + "\n").encode())
         numbers = {key: value for key, value in row.items() if not isinstance(value, str)}
-        if self._tensorboard is not None:
-            for key, value in numbers.items():
-                self._tensorboard.add_scalar(key, value, step)
+        if self._tensorboard_dir is not None:
+            self._to_tensorboard(step, numbers)
         if self._wandb is not None:
-            self._wandb.log({"trainer/step": step, **numbers})
+            self._to_wandb({"trainer/step": step, **numbers})
 
     def close(self) -> None:
         """Flush and close everything; may be called twice, and is called at exit."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        self._close_tensorboard()
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
         atexit.unregister(self.close)
 
     def _open(self, step: int) -> None:
-        """Open the file and TensorBoard at the first step that is written, dropping what it is about to repeat."""
+        """Open the file at the first step that is written, dropping what it is about to repeat."""
         kept = [row for row in read_metrics(self._path) if row["step"] < step]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
-        if self._tensorboard_dir is not None:
-            from torch.utils.tensorboard.writer import SummaryWriter
+        self._behind = step
 
-            self._tensorboard = SummaryWriter(str(self._tensorboard_dir), purge_step=step)
+    def _to_tensorboard(self, step: int, numbers: Mapping[str, float]) -> None:
+        """One step, and before it those that it missed: as text they are in the file."""
+        try:
+            if self._tensorboard is None:
+                self._tensorboard = self._open_tensorboard(step)
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, step)
+            self._tensorboard.flush()
+            self._behind = None
+        except OSError as error:
+            if self._behind is None:
+                _log.warning("TensorBoard's files lag behind (%s): %s has every row", error.strerror, self._path)
+                self._behind = step
+            self._close_tensorboard()
+
+    def _open_tensorboard(self, step: int) -> Any:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        behind = step if self._behind is None else self._behind
+        writer = SummaryWriter(str(self._tensorboard_dir), purge_step=behind)
+        for row in read_metrics(self._path) if behind < step else ():
+            for key, value in row.items() if behind <= row["step"] < step else ():
+                if key not in ("step", "time") and isinstance(value, int | float):
+                    writer.add_scalar(key, value, row["step"], row["time"])
+        return writer
+
+    def _close_tensorboard(self) -> None:
+        """Also one whose disk is full: what it still holds is in the file, too."""
+        if self._tensorboard is not None:
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
+            self._tensorboard = None
+
+    def _to_wandb(self, numbers: Mapping[str, float]) -> None:
+        import wandb
+
+        try:
+            self._wandb.log(numbers)
+        except (wandb.Error, OSError) as error:
+            _log.warning("W&B fails (%s) and is switched off: its metrics are in %s", error, self._path)
+            self._wandb = None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
