@@ -146,6 +146,7 @@ class Gateway:
             "done": self.done,
             "operator": self.operator.to_status(),
             "ring": str(self.journalled.ring.path),
+            "storage": self.ingest.storage,
             "counts": ledger.counts(),
             "rates": {"transitions_per_s": self.journalled.transitions_per_s(), **ledger.rates()},
             "eval": ledger.evaluations(),

@@ -6,6 +6,7 @@ Owned by the loop's thread; the bound is the actors' own windows of unacknowledg
 """
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from serl_transport.wire.codec import Frames
 from serl_transport.wire.envelope import Envelope
 
 log = logging.getLogger("gateway")
+REFUSED_S = 10.0  # so long the last refusal of the disk stands
 SETTLE_S = 1.0  # after a newer process has delivered, its forerunner's last items get this long
 
 
@@ -49,6 +51,7 @@ class Ingest:
         self.problems = Problems()
         self._started = time.monotonic()
         self._heard: dict[str, float] = {}  # open episode -> time.monotonic() of its last item in this process
+        self._refused = (-math.inf, "")  # time.monotonic() of the last record that the disk refused, and why
         first = SpecEntry(settings.spec).payload()
         self._writer = JournalWriter(paths.journal, reader, post, settings.segment_mb << 20, first)
 
@@ -79,13 +82,21 @@ class Ingest:
             del self._since[key]
             if error is None:
                 self._heard[entry.batch.episode.episode_id] = time.monotonic()
+                self._refused = (-math.inf, "")
                 self._newest[entry.actor_id, entry.boot_id] = entry.batch.episode.episode_id
             else:
+                self._refused = (time.monotonic(), error.message)
                 self.problems.note(entry.actor_id, error)
             self._journalled.take(entry, self._in_flight.pop(key), error, time_ns)
 
         self._writer.append(entry.payload(), done)
         return None
+
+    @property
+    def storage(self) -> str | None:
+        """Why the disk takes no records now, for people. Actors try again every second: an older word is no news."""
+        since, why = self._refused
+        return why if time.monotonic() - since < REFUSED_S else None
 
     def close_abandoned(self) -> None:
         """Close, through the journal, the episodes whose rest will not come; call once a second."""

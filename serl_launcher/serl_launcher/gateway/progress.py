@@ -27,6 +27,7 @@ class TrainerProgress:
         self.end_versions: dict[str, int] = kept.get("end_versions", {})  # stage -> version when its steps were done
         self.metrics: dict[str, float] = {}
         self.troubles: dict[str, str] = {}  # what the trainer goes on without, by name, for people
+        self.waits: str | None = None  # for what, as the trainer says
         self._last = -float("inf")
         self._resumed = False
 
@@ -48,6 +49,10 @@ class TrainerProgress:
         if not isinstance(troubles, dict) or not all(isinstance(text, str) for text in troubles.values()):
             raise BadFrame(f"progress: expected troubles: {{name: text}}, got {troubles!r}")
         self.troubles = troubles
+        waits = body.get("waits")
+        if waits is not None and not isinstance(waits, str):
+            raise BadFrame(f"progress: expected waits: text or null, got {waits!r}")
+        self.waits = waits
         before = (self.step, self.version, dict(self.stage_steps), dict(self.end_versions))
         if self._resumed:
             self.stage_steps, self._resumed = dict(steps), False
@@ -62,7 +67,8 @@ class TrainerProgress:
     def to_status(self) -> dict[str, Any]:
         """The `trainer` part of the status document."""
         alive = time.monotonic() - self._last < ALIVE_S
-        return {"step": self.step, "version": self.version, "metrics": self.metrics, "alive": alive}
+        waits = self.waits if alive else None
+        return {"step": self.step, "version": self.version, "metrics": self.metrics, "alive": alive, "waits": waits}
 
     def _note_ends(self) -> None:
         for stage, goal in self._goals.items():

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from serl_launcher.run.files import sync
-from serl_launcher.run.parameters import CHECKPOINT_TENSORS
+from serl_launcher.run.parameters import CHECKPOINT_TENSORS, save_tensors
 
 FILES = (CHECKPOINT_TENSORS, "optimizer.pt", "state.json")
 RAW = "raw."  # what the policy's names begin with among the tensors; of their average it is AVERAGED
@@ -24,24 +24,46 @@ RAW = "raw."  # what the policy's names begin with among the tensors; of their a
 def save(
     root: Path, step: int, tensors: dict[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any], keep: int
 ) -> Path:
-    """Write a checkpoint, then drop all but the newest `keep`. `state` must be JSON; returns the folder."""
+    """Write a checkpoint, then drop all but the newest `keep`. `state` must be JSON; returns the folder.
+
+    OSError when the disk refuses: nothing of it is left then.
+    """
     folder = root / f"step_{step:06d}"
     part = root / f".{folder.name}.part"
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, part / FILES[0])
-    torch.save(optimizer, part / FILES[1])
+    try:
+        part.mkdir(parents=True)
+        _write(part, step, tensors, optimizer, state)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)  # half a checkpoint would keep a full disk full
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+    for old in complete(root)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def _write(part: Path, step: int, tensors: dict[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any]) -> None:
+    save_tensors({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, part / FILES[0])
+    _save_optimizer(optimizer, part / FILES[1])
     (part / FILES[2]).write_text(json.dumps(state))
     manifest = {"step": step, "files": {name: (part / name).stat().st_size for name in FILES}}
     for name in FILES:
         sync(part / name)
     (part / "manifest.json").write_text(json.dumps(manifest))
     sync(part / "manifest.json")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
-    for old in complete(root)[:-keep]:
-        shutil.rmtree(old)
-    return folder
+
+
+def _save_optimizer(optimizer: dict[str, Any], path: Path) -> None:
+    """torch.save, whose zip writer puts an error of its own in front of what the disk said."""
+    try:
+        with path.open("wb") as file:
+            torch.save(optimizer, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def complete(root: Path) -> list[Path]:

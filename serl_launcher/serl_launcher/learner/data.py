@@ -25,7 +25,10 @@ class TrainingData:
         return self._verdicts.accepted
 
     def refresh(self, ring: str | None) -> bool:
-        """Take in what came since the last call; False while there is no ring. ring: path that the status names."""
+        """Take in what came since the last call; False while there is no ring. ring: path that the status names.
+
+        OSError when the verdicts on it cannot be written yet.
+        """
         if ring and ring != self._ring:
             try:
                 self._view.attach(RingReader(ring))
@@ -35,6 +38,7 @@ class TrainingData:
         if self._ring is None:
             return False
         self._view.refresh()
+        self._verdicts.write()
         return True
 
     def problem(self, mode: str) -> str | None:

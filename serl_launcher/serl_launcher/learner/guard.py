@@ -7,7 +7,7 @@ status.eval ─▶ EvaluationWatch.look ─▶ a fall ─▶ RollbackGuard: best
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from serl_launcher.run.parameters import PublishedVersion, read_tensors
 log = logging.getLogger("trainer")
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Best:
     """The best evaluation so far, and which stages were judged; kept in params/kept.json."""
 
@@ -61,14 +61,15 @@ class EvaluationWatch:
             return stage, rate
         if rate >= best.rate and newest is not None:
             write_whole(self.kept, partial(shutil.copyfile, self._dir / newest.file))
-            best.stage, best.rate, best.version = stage, rate, newest.version
+            self.best = replace(best, stage=stage, rate=rate, version=newest.version)
         self.settle(stage)
         return None
 
     def settle(self, stage: str) -> None:
         """This stage's evaluation needs nothing more."""
-        self.best.judged.append(stage)
-        write_json(self._file, asdict(self.best))
+        best = replace(self.best, judged=[*self.best.judged, stage])
+        write_json(self._file, asdict(best))
+        self.best = best
 
 
 class RollbackGuard:

@@ -28,18 +28,18 @@ class Publisher:
 
     @busy(600.0, "publishing a version")
     def publish(self) -> None:
-        """The next version, whole or not at all."""
-        self.version += 1
+        """The next version, whole or not at all. OSError when the disk refuses."""
         publish(
             self._folder,
             self._learner.averaged,
-            version=self.version,
+            version=self.version + 1,
             step=self._learner.step_count,
             base=self._base,
             policy=self._name,
             now=time.time(),
             keep=self._keep,
         )
+        self.version += 1
 
     def publish_on_request(self, status: Mapping[str, Any]) -> None:
         """An operator may ask for a version out of turn; a count that falls belongs to a restarted gateway."""

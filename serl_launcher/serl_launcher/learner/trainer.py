@@ -7,15 +7,19 @@ learner.wiring builds it from the run's config.
           ▲                 └───────────┴── no: a moment's rest                       │
           └───────────────────── report (≥ 1/s, and when a stage is done) ◀───────────┘
 
-Blocks on: the gateway's answer (bounded by a timeout, retried), and the limiter (until new transitions arrive).
+Blocks on: the gateway's answer (bounded by a timeout, retried), the limiter (until new transitions arrive), and a disk
+that refuses to be written (learner.disk: no step is taken until what is due is written).
 """
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from serl_launcher.learner.data import TrainingData
+from serl_launcher.learner.disk import DiskWait
 from serl_launcher.learner.faults import Faults, Reminder
 from serl_launcher.learner.guard import RollbackGuard
 from serl_launcher.learner.learner import Learner
@@ -62,6 +66,8 @@ class Trainer:
         self.gateway, self.learner, self.data, self.stages = gateway, learner, data, stages
         self.publisher, self.checkpoints, self.faults, self.rollback = publisher, checkpoints, faults, rollback
         self.step_log, self.settings = step_log, settings
+        self.disk = DiskWait(publisher)
+        self._written_steps = dict(stages.steps)  # of each stage, once what was due after them is written
         self._reminder = Reminder()
         self._pace = Pace("a training step")
         self._stopping = False
@@ -70,21 +76,37 @@ class Trainer:
         """Until the gateway says that every stage is done, or `stop`."""
         self.gateway.hello()
         if not self.publisher.newest_can_be_served():
-            self.publisher.publish()
-        while not self._stopping:
+            self._bear(lambda: self.disk.write([self.publisher.publish]))
+        over = None
+        while not self._stopping and not over:
             beat()
-            status = self.report()
-            self.rollback.check(status)
-            if status.get("done"):
-                break
-            self.publisher.publish_on_request(status)
-            stage = self.stages.due(status)
-            if stage is not None and self.may_train(stage, status):
-                self.train(stage, status["counts"]["experience"])
-            else:
-                time.sleep(REST_S)
-            say_ready()  # after its first steps, where steps are due: a trainer that dies of them was never up
+            over = self._bear(partial(self.turn, self.report()))
         self.end()
+
+    def _bear(self, act: Callable[[], bool | None]) -> bool | None:
+        """Act and return what it returns; where the disk refuses a write, wait a moment: None."""
+        try:
+            result = act()
+        except OSError as error:
+            self.disk.refused(error)
+            return None
+        self.disk.taken()
+        return result
+
+    def turn(self, status: dict[str, Any]) -> bool:
+        """What is to be done by this status; True when that is nothing more. OSError when the disk refuses a write."""
+        self.disk.catch_up()
+        self.rollback.check(status)
+        if status.get("done"):
+            return True
+        self.publisher.publish_on_request(status)
+        stage = self.stages.due(status)
+        if stage is not None and self.may_train(stage, status):
+            self.train(stage, status["counts"]["experience"])
+        else:
+            time.sleep(REST_S)
+        say_ready()  # after its first steps, where steps are due: a trainer that dies of them was never up
+        return False
 
     def train(self, stage: TrainingStage, experience: int) -> None:
         """Steps of a stage until the gateway must hear of it, or no step may be taken now.
@@ -104,7 +126,10 @@ class Trainer:
                 return
 
     def take_step(self, stage: TrainingStage, experience: int) -> bool:
-        """Sample, step, and what is due after it (log, publish, checkpoint); False when the step was refused."""
+        """Sample, step, and what is due after it (log, publish, checkpoint); False when the step was refused.
+
+        OSError when the disk refuses: the step is taken, what is due stays due.
+        """
         began = time.perf_counter()
         try:
             with self._pace.timed():
@@ -117,11 +142,10 @@ class Trainer:
         self.faults.taken()
         self.stages.count(stage)
         times = {"time/sample_s": sampled - began, "time/step_s": time.perf_counter() - sampled}
-        self.log_step(stage, experience, metrics | {"batch/size": float(len(batch))} | times)
-        if self._due(stage, self.settings.publish_period):
-            self.publisher.publish()
-        if self._due(stage, self.settings.checkpoint_period):
-            self.checkpoints.save()
+        due = [partial(self.log_step, stage, experience, metrics | {"batch/size": float(len(batch))} | times)]
+        due += [self.publisher.publish] if self._due(stage, self.settings.publish_period) else []
+        due += [self.checkpoints.save] if self._due(stage, self.settings.checkpoint_period) else []
+        self.disk.write(due)
         return True
 
     def may_train(self, stage: TrainingStage, status: dict[str, Any]) -> bool:
@@ -145,14 +169,20 @@ class Trainer:
 
     @busy(GATEWAY_S, "waiting for the gateway")
     def report(self) -> dict[str, Any]:
-        """Tell the gateway where the trainer is; returns the status document."""
+        """Tell the gateway where the trainer is; returns the status document.
+
+        Steps count once what was due after them is written: a stage must not end before its last version is published.
+        """
+        if not self.disk.behind:
+            self._written_steps = dict(self.stages.steps)
         accepted = {"replay/accepted": float(self.data.accepted)}
         return self.gateway.progress(
             step=self.learner.step_count,
-            stage_steps=self.stages.steps,
+            stage_steps=self._written_steps,
             version=self.publisher.version,
             metrics=self.step_log.shown | self.faults.metrics() | accepted,
             troubles=self.step_log.troubles,
+            waits=self.disk.waits,
         )
 
     def stop(self) -> None:
@@ -164,10 +194,21 @@ class Trainer:
         """What a trainer leaves behind. RuntimeError when frozen parameters have changed."""
         say_ready()
         if self._stopping:
-            self.checkpoints.save()
-            log.info("stopped at step %d, checkpoint written", self.learner.step_count)
+            self._save_last()
         self.step_log.close()
         self.publisher.check_frozen()
+
+    def _save_last(self) -> None:
+        """A checkpoint on the way out. A disk that refuses is not waited for: the next start takes the one before."""
+        try:
+            self.disk.write([self.checkpoints.save])
+            log.info("stopped at step %d, checkpoint written", self.learner.step_count)
+        except OSError as error:
+            last = self.checkpoints.last_own()
+            log.error(
+                "stopped at step %d without a checkpoint (%s): the next start goes on from %s",
+                self.learner.step_count, error.strerror, last.name if last else "the beginning",
+            )  # fmt: skip
 
     def _due(self, stage: TrainingStage, period: int) -> bool:
         return self.stages.finished(stage) or self.learner.step_count % period == 0

@@ -8,7 +8,6 @@ A group that fails is cut off the file again, so that what follows a full disk i
 """
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -23,7 +22,7 @@ from typing import Any
 from serl_config.clock import steady_time_ns
 from serl_launcher.replay.durable import SEGMENT_MAGIC, DurableMark, Mark, Position
 from serl_launcher.replay.journal import JournalReader, record_header, segment_path
-from serl_launcher.run.files import sync
+from serl_launcher.run.files import FULL, sync
 from serl_transport.contract.errors import StorageFull
 from serl_transport.wire.blob import write_buffers
 
@@ -211,6 +210,6 @@ class JournalWriter:
 
 
 def _explain(failure: OSError, folder: Path) -> str:
-    full = failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = failure.errno in FULL
     what = "the learner's disk is full" if full else f"the learner cannot write ({failure.strerror})"
     return f"{what} at {folder}: free space or make it writable; unacknowledged items stay in the actor's spool"

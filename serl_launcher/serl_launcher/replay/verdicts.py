@@ -4,11 +4,14 @@ The chunk view (replay.views) reports verdicts; the trainer keeps them in runs/<
 be made again from the journal, with the run's rule or with another one (tools/reaccept.py).
 """
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
+
+from serl_launcher.run.files import append_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class VerdictLedger:
             else:
                 written.clear()
         self._newest = newest(rows)
+        self._lines: list[str] = []  # not in the file yet
         self._returns = {row["ordinal"]: (row["mode"], row["return"]) for row in rows}
         if path.exists():
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill may have torn the last line
@@ -73,7 +77,10 @@ class VerdictLedger:
         return sum(self._newest.values())
 
     def note(self, verdict: Verdict) -> None:
-        """Append one line, unless this rule's verdict on the episode is written already."""
+        """Append one line, unless this rule's verdict on the episode is written already.
+
+        What the disk refuses is kept for `write`: the view that tells a verdict is in the middle of its own work.
+        """
         self._returns[verdict.ordinal] = (verdict.mode, verdict.return_)
         key, written = (verdict.accepted, verdict.reason), self._written.setdefault(verdict.ordinal, set())
         if key in written:
@@ -82,8 +89,20 @@ class VerdictLedger:
         self._newest[verdict.ordinal] = verdict.accepted
         row = asdict(verdict)
         row["return"] = row.pop("return_")
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | {"rule": self._rule}) + "\n")
+        self._lines.append(json.dumps(row | {"rule": self._rule}) + "\n")
+        with contextlib.suppress(OSError):
+            self.write()
+
+    def write(self) -> None:
+        """Put into the file what is not in it yet; the trainer calls it after each refresh. OSError: nothing was."""
+        if not self._lines:
+            return
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            append_whole(descriptor, "".join(self._lines).encode())
+        finally:
+            os.close(descriptor)
+        self._lines.clear()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

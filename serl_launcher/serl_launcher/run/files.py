@@ -1,11 +1,17 @@
-"""Files that other processes read while they change: written beside, then renamed. Every role writes them so."""
+"""Files that other processes read while they change: written beside, then renamed. Every role writes them so.
 
+A disk that refuses to be written may take writes again: `disk_trouble` tells that from a mistake.
+"""
+
+import errno
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (errno.EROFS, errno.EIO, errno.ESTALE)
 PART = ".part"  # suffix of a file that is being written
 
 
@@ -16,8 +22,12 @@ def write_whole(path: Path, write: Callable[[Path], object], durable: bool = Fal
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + PART)
-    write(part)
-    publish(part, path, durable)
+    try:
+        write(part)
+        publish(part, path, durable)
+    except OSError:
+        part.unlink(missing_ok=True)  # half a file would keep a full disk full
+        raise
 
 
 def publish(part: Path, path: Path, durable: bool = False) -> None:
@@ -27,6 +37,24 @@ def publish(part: Path, path: Path, durable: bool = False) -> None:
     os.replace(part, path)
     if durable:
         sync(path.parent)
+
+
+def append_whole(descriptor: int, block: bytes) -> None:
+    """Append to an open file (O_APPEND) all of these bytes or, where the disk refuses, none of them: OSError then."""
+    length = os.fstat(descriptor).st_size
+    try:
+        if os.write(descriptor, block) < len(block):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        os.ftruncate(descriptor, length)
+        raise
+
+
+def disk_trouble(error: OSError) -> str | None:
+    """What to tell people of a write that may succeed later, because there is room again, say; None: a mistake."""
+    if error.errno in FULL:
+        return "the disk is full"
+    return f"the disk takes no writes ({error.strerror})" if error.errno in REFUSED else None
 
 
 def sync(path: Path) -> None:

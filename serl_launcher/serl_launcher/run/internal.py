@@ -91,10 +91,14 @@ class InternalClient(_Link):
         version: int,
         metrics: Mapping[str, float] | None = None,
         troubles: Mapping[str, str] | None = None,
+        waits: str | None = None,
     ) -> dict[str, Any]:
-        """The trainer's report, at least once a second; the status document. troubles: of it, by name, for people."""
+        """The trainer's report, at least once a second; the status document.
+
+        troubles: of it, by name; waits: what it waits for; both for people.
+        """
         body = {"step": step, "stage_steps": dict(stage_steps), "version": version, "metrics": dict(metrics or {})}
-        return self.call("progress", body | {"troubles": dict(troubles or {})})
+        return self.call("progress", body | {"troubles": dict(troubles or {}), "waits": waits})
 
     def call(self, kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """One request, repeated until answered (every kind may be repeated without harm)."""

@@ -6,11 +6,13 @@ with a local policy. Only trainable tensors travel, with a hash of the frozen re
 
 import hashlib
 import json
+import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -61,6 +63,17 @@ def base_sha256(policy: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. OSError when the disk refuses: the library gives only the words of one."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
 def publish(
     params_dir: Path,
     tensors: dict[str, Tensor],
@@ -76,7 +89,7 @@ def publish(
     path = params_dir / f"v{version:06d}.safetensors"
     metadata = {"version": str(version), "step": str(step), "base_sha256": base, "policy": policy}
     on_host = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_whole(path, lambda part: save_file(on_host, part, metadata=metadata))
+    write_whole(path, lambda part: save_tensors(on_host, part, metadata))
     entry = _point_at(path, version, step, now)
     for old in sorted(params_dir.glob("v*.safetensors"))[:-keep]:
         old.unlink()

@@ -5,7 +5,6 @@ Every role gets the run folder and finds the rest here. `internal_endpoint` name
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 
@@ -46,7 +45,8 @@ class RunPaths:
 
 def internal_endpoint(run_dir: str | Path) -> str:
     """ipc://… of the gateway's internal socket: short (107 bytes at most), in a folder only this user may enter."""
-    folder = Path(tempfile.gettempdir()) / f"flowserl-{os.getuid()}"
+    # Not tempfile's choice: it passes over a folder whose disk is full, and the roles must agree however they start.
+    folder = Path(os.environ.get("TMPDIR") or "/tmp") / f"flowserl-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     owner = folder.stat()
     if owner.st_uid != os.getuid() or owner.st_mode & 0o077:

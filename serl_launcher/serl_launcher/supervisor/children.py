@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from serl_launcher.run.alive import BEAT_FILE, DUMP_SIGNAL
 from serl_launcher.run.ready import STARTING_FILE
@@ -122,15 +122,13 @@ class Child:
         if spec.exit_file:
             spec.exit_file.unlink(missing_ok=True)
         if spec.starting_file:
-            spec.starting_file.parent.mkdir(parents=True, exist_ok=True)
-            spec.starting_file.touch()
+            with contextlib.suppress(OSError):  # a full disk: it counts as ready, and so is never given up
+                spec.starting_file.parent.mkdir(parents=True, exist_ok=True)
+                spec.starting_file.touch()
         with contextlib.ExitStack() as stack:
             if spec.log:
-                spec.log.parent.mkdir(parents=True, exist_ok=True)
-                out = stack.enter_context(spec.log.open("ab", buffering=0))
-                with contextlib.suppress(OSError):  # a full disk takes no line, and need not keep a role from starting
-                    out.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} start\n".encode())
-                self._log_offset = out.tell()
+                out = stack.enter_context(_open_log(spec.log))
+                self._log_offset = os.fstat(out.fileno()).st_size
             self._process = subprocess.Popen(
                 spec.argv,
                 stdin=subprocess.DEVNULL,
@@ -221,6 +219,18 @@ class Child:
             with contextlib.suppress(ValueError):
                 return int(self.spec.exit_file.read_text())
         return code
+
+
+def _open_log(path: Path) -> IO[bytes]:
+    """The log at its end, behind a line that tells of the start. A full disk costs the line, or even the log."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.open("ab", buffering=0)
+    except OSError:
+        return open(os.devnull, "ab", buffering=0)
+    with contextlib.suppress(OSError):
+        log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} start\n".encode())
+    return log
 
 
 def group_members(group: int) -> list[int]:

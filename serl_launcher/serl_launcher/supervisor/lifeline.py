@@ -5,6 +5,7 @@ on alone, and the trainer's exit code (2: a mistake of the user) must reach the 
 every failure into 1. The code is written to the file named by FLOWSERL_EXIT_FILE.
 """
 
+import contextlib
 import os
 import runpy
 import signal
@@ -27,7 +28,8 @@ def main(argv: list[str]) -> int:
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     code = _run(argv)
     if path := os.environ.get(EXIT_FILE):
-        Path(path).write_text(str(code))
+        with contextlib.suppress(OSError):  # a full disk: then the launcher's own code stands
+            Path(path).write_text(str(code))
     return code
 
 

@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
+from serl_launcher.run.files import disk_trouble
+
 
 class Screen:
     """Prints to `out`."""
@@ -24,19 +26,27 @@ class Screen:
     def plain(self, text: str) -> None:
         """Text without a time, such as the final table."""
         self._erase()
-        print(text, file=self._out, flush=True)
+        self._print(text)
 
     def dashboard(self, lines: Sequence[str]) -> None:
         """Replace the last dashboard (terminal), or print it below."""
         if not self.is_terminal:
-            print("\n".join(lines), file=self._out, flush=True)
+            self._print("\n".join(lines))
             return
         self._erase()
         columns, rows = os.get_terminal_size(self._out.fileno())
         # A wrapped or scrolled line could not be erased.
         shown = [line[: max(1, columns - 1)] for line in lines[: max(1, rows - 1)]]
-        print("\n".join(shown), file=self._out, flush=True)
+        self._print("\n".join(shown))
         self._drawn = len(shown)
+
+    def _print(self, text: str) -> None:
+        """A line that a full disk refuses, where the screen is a file, is lost; the run is not."""
+        try:
+            print(text, file=self._out, flush=True)
+        except OSError as error:
+            if disk_trouble(error) is None:
+                raise
 
     def _erase(self) -> None:
         if self._drawn:

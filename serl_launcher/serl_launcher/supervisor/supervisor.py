@@ -24,6 +24,7 @@ from typing import Any, TextIO
 from serl_launcher.run.internal import SupervisorLink
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.supervisor.children import Child, ChildSpec, Death, RestartBudget, stopped_groups
+from serl_launcher.supervisor.disk import DiskWatch
 from serl_launcher.supervisor.health import Health, StatusFile
 from serl_launcher.supervisor.roles import STOP_ORDER
 from serl_launcher.supervisor.screen import Screen
@@ -67,6 +68,7 @@ class Supervisor:
         self._status = StatusFile(paths.status)
         self._ends = ends
         self._screen = Screen(out)
+        self._disk = DiskWatch(paths.root, self._screen.event)
         self._period_s = 1.0 if out.isatty() else dashboard_period_s
         self._signal: int | None = None
 
@@ -89,9 +91,7 @@ class Supervisor:
             self._stop_all()
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
-        if code == DONE:
-            self._sum_up()
-        return code
+        return self._sum_up() if code == DONE else code
 
     def _loop(self, link: SupervisorLink) -> int:
         last_look, next_dashboard = time.monotonic() - LOOK_S, 0.0
@@ -102,6 +102,7 @@ class Supervisor:
                     return code
             now = time.monotonic()
             if now - last_look >= LOOK_S:
+                self._disk.look()
                 troubles = self._look(now - last_look)
                 link.tell(troubles)
                 last_look = now
@@ -196,14 +197,22 @@ class Supervisor:
                 child.stop(hurry=lambda: self._signal is not None)
         self._signal = self._signal or first
 
-    def _sum_up(self) -> None:
+    def _sum_up(self) -> int:
+        """The figures of a finished run; the exit code."""
         from serl_launcher.telemetry.summary import write_summary
 
-        rows = write_summary(self._paths.root)
+        try:
+            rows = write_summary(self._paths.root)
+        except OSError as error:
+            self._screen.event(
+                f"every stage is done, but {self._paths.summary} cannot be written: {error}. Start again"
+            )
+            return GAVE_UP
         width = max(map(len, rows))
         table = "\n".join(f"  {key:<{width}}  {_short(value)}" for key, value in rows.items())
         self._screen.plain(f"run {self._paths.root.name} is complete\n{table}")
         self._screen.plain(f"  {self._paths.summary}\n  {self._paths.learning_curve}")
+        return DONE
 
     def _on_signal(self, signum: int, _frame: object) -> None:
         self._signal = signum

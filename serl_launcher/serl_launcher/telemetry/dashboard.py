@@ -70,7 +70,9 @@ def render_line(status: Mapping[str, Any]) -> str:
 
 
 def waits_for(status: Mapping[str, Any]) -> str | None:
-    """What only a person can bring: demonstrations for a stage that trains on them, an actor for any other."""
+    """What only a person can bring: room on the disk, demonstrations for a stage that trains on them, an actor."""
+    if refused := status.get("storage") or _get(status, "trainer", "waits"):
+        return str(refused)
     mode, counts = _get(status, "stage", "mode"), status.get("counts")
     if status.get("done") or counts is None:
         return None

@@ -4,11 +4,12 @@ The trainer calls `write(step, {group/name: value})` and `close()`. After a resu
 that are done again replace the old ones in the file and in TensorBoard. In W&B the step is a metric of its own, because
 W&B silently ignores a step that goes backwards.
 
-Metrics never end or hold up training: a backend that fails is switched off with one warning (W&B runs in a process of
-its own), and rows that the file does not take (a full disk) are missing, of which the first is told.
+A backend never ends or holds up training: one that fails is switched off with one warning (W&B runs in a process of its
+own). The file is data: while the disk refuses it the trainer waits, and TensorBoard's files catch up from it.
 """
 
 import atexit
+import contextlib
 import json
 import logging
 import math
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 from omegaconf import OmegaConf
 
 from serl_config.clock import steady_time
-from serl_launcher.run.files import write_text
+from serl_launcher.run.files import append_whole, write_text
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.wandb_process import WandbProcess
 
@@ -43,11 +44,10 @@ class MetricsWriter:
         paths.metrics.mkdir(parents=True, exist_ok=True)
         self._path = paths.metrics / "trainer.jsonl"
         self._file: int | None = None
-        self._torn = self._missing = False
         self.troubles: dict[str, str] = {}  # backend -> why it is switched off, for people
         self._backends: dict[str, Backend] = {}
         if telemetry.get("tensorboard", True):
-            self._backends["tensorboard"] = TensorBoard(paths.metrics / "tensorboard")
+            self._backends["tensorboard"] = TensorBoard(paths.metrics / "tensorboard", self._path)
         if telemetry.get("wandb", False):
             config = OmegaConf.to_container(OmegaConf.create(dict(cfg)), resolve=True)
             name, project = paths.root.name, telemetry.get("project") or "flowserl"
@@ -56,14 +56,17 @@ class MetricsWriter:
         atexit.register(self.close)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One step's metrics: numbers (a tensor of one element will do) and texts such as the stage."""
+        """One step's metrics: numbers (a tensor of one element will do) and texts such as the stage.
+
+        OSError when the disk refuses the file: call it again, nothing is lost or doubled.
+        """
         row = {key: value if isinstance(value, str) else float(value) for key, value in metrics.items()}
-        try:
-            self._write_row(step, row)
-        except OSError as error:
-            if not self._missing:
-                _log.warning("%s takes no more rows, from step %d on: %s", self._path, step, error.strerror)
-            self._missing = True
+        if self._file is None:
+            self._open(step)
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
+        append_whole(self._file, (json.dumps({"step": step, "time": steady_time(), **finite}) + "\n").encode())
         numbers = {key: value for key, value in row.items() if not isinstance(value, str)}
         for name, backend in list(self._backends.items()):
             self._or_off(name, lambda backend=backend: backend.write(step, numbers))
@@ -88,20 +91,6 @@ class MetricsWriter:
             _log.warning("telemetry.%s is switched off, training goes on: %s", name, error)
             _log.debug("where it came from", exc_info=True)
 
-    def _write_row(self, step: int, row: Mapping[str, Any]) -> None:
-        if self._file is None:
-            self._open(step)
-        assert self._file is not None
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
-        line = (json.dumps({"step": step, "time": steady_time(), **finite}) + "\n").encode()
-        written = os.write(self._file, b"\n" + line if self._torn else line)
-        self._torn = written < len(line)
-        if self._torn:
-            raise OSError(None, "the disk is full")
-        self._missing = False
-
     def _open(self, step: int) -> None:
         """Open the file at the first step that is written, dropping what it is about to repeat."""
         kept = [row for row in read_metrics(self._path) if row["step"] < step]
@@ -110,25 +99,45 @@ class MetricsWriter:
 
 
 class TensorBoard:
-    """Event files in `folder`, from the first step that is written on."""
+    """Event files in `folder`, from the first step that is written on; rows: the file that has every row."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, rows: Path) -> None:
+        self._folder, self._rows = folder, rows
         self._writer: Any = None
+        self._behind: int | None = None  # first step that is not here; None: all are
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """One step's metrics; those of later steps, of before a resume, are dropped."""
-        if self._writer is None:
-            from torch.utils.tensorboard.writer import SummaryWriter
+        """One step's metrics, and before it those that a full disk refused; of before a resume, later ones go."""
+        try:
+            if self._writer is None:
+                self._writer = self._open(step)
+            for key, value in numbers.items():
+                self._writer.add_scalar(key, value, step)
+            self._writer.flush()
+            self._behind = None
+        except OSError as error:
+            if self._behind is None:
+                _log.warning("TensorBoard's files lag behind (%s): %s has every row", error.strerror, self._rows)
+                self._behind = step
+            self.close()
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=step)
-        for key, value in numbers.items():
-            self._writer.add_scalar(key, value, step)
+    def _open(self, step: int) -> Any:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        behind = step if self._behind is None else self._behind
+        writer = SummaryWriter(str(self._folder), purge_step=behind)
+        for row in read_metrics(self._rows) if behind < step else ():
+            for key, value in row.items() if behind <= row["step"] < step else ():
+                if key not in ("step", "time") and isinstance(value, int | float):
+                    writer.add_scalar(key, value, row["step"], row["time"])
+        return writer
 
     def close(self) -> None:
-        """Flush."""
+        """Flush; what a full disk does not take is in the file of rows, too."""
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            self._writer = None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

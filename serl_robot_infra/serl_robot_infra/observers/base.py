@@ -3,6 +3,7 @@
 episode_started ─▶ tick × n ─▶ episode_ended, and message at any time
 """
 
+import errno
 import logging
 import traceback
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from serl_transport.contract.schema import EpisodeInfo, Observation, Outcome, TimeStep
 
 log = logging.getLogger(__name__)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # refusals of a disk, which may pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,8 @@ class Observer:
 
 
 class ObserverGroup(Observer):
-    """Several observers as one. An observer that fails is reported once and left out: watching never stops a robot."""
+    """Several observers as one. Watching never stops a robot: an observer that fails is reported and left out, one
+    whose write the disk refused misses that one and stays."""
 
     def __init__(self, observers: Sequence[Observer]):
         self._observers = list(observers)
@@ -73,6 +76,13 @@ class ObserverGroup(Observer):
             try:
                 getattr(observer, method)(*arguments)
             except Exception as error:
-                self._observers.remove(observer)
                 log.debug("%s", traceback.format_exc())
-                self.message(f"{type(observer).__name__} failed and is switched off: {error}")
+                self._failed(observer, method, error)
+
+    def _failed(self, observer: Observer, method: str, error: Exception) -> None:
+        name = type(observer).__name__
+        if not isinstance(error, OSError) or error.errno not in _DISK:
+            self._observers.remove(observer)
+            self.message(f"{name} failed and is switched off: {error}")
+        elif method != "message":  # else the message about it would fail in the same way, again and again
+            self.message(f"{name} could not write, this one is missing: {error}")

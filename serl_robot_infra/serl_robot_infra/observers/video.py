@@ -56,8 +56,12 @@ class VideoObserver(Observer):
         frames += [frame_of(last_observation, result, f"return {report.return_:.1f}")] * self._fps
         self._folder.mkdir(parents=True, exist_ok=True)
         temporary = self._folder / f".{name}.part"
-        write_mp4(temporary, frames, self._fps)
-        temporary.replace(self._folder / name)
+        try:
+            write_mp4(temporary, frames, self._fps)
+            temporary.replace(self._folder / name)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def driver_of(step: TimeStep) -> str:

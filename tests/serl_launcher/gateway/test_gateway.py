@@ -158,7 +158,8 @@ def test_the_schedule_leads_an_actor_through_the_stages(tmp_path: Path) -> None:
             "index": 2, "name": "before", "mode": "eval", "steps_goal": None, "episodes_goal": 2, "steps": 0,
             "episodes": 0, "min_version": 4,
         }  # fmt: skip
-        assert status["trainer"] == {"step": 10, "version": 4, "metrics": {"losses/flow": 0.5}, "alive": True}
+        assert status["trainer"] == {"step": 10, "version": 4, "metrics": {"losses/flow": 0.5}, "alive": True,
+                                     "waits": None}  # fmt: skip
         evals = [run_ticket(client, success=k == 0) for k in range(2)]
         assert [ticket["seed"] for ticket in evals] == [1_000_000, 1_000_001]
         assert [(ticket["min_version"], ticket["takeover"]) for ticket in evals] == [(4, False)] * 2
