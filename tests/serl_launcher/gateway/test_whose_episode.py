@@ -101,10 +101,10 @@ WHOLE_ANSWER = {
 
 
 @pytest.mark.parametrize("how", ["start", "extend", "end as success", "end as failure"])
-@pytest.mark.parametrize("with_keys", ["own key", "* key", "no keys"])
+@pytest.mark.parametrize("with_keys", ["own key", "* key", "operator key", "no keys"])
 def test_only_who_holds_the_ticket_moves_the_episode(tmp_path: Path, keys: Path, how: str, with_keys: str) -> None:
     folder = None if with_keys == "no keys" else keys
-    attacker = {"own key": "robot-1", "* key": "third", "no keys": "robot-1"}[with_keys]
+    attacker = {"own key": "robot-1", "* key": "third", "operator key": "alice", "no keys": "robot-1"}[with_keys]
     security = {"keys_dir": None if folder is None else str(folder)}
     with (
         serving(tmp_path / "run", schedule__stages=STAGES, security=security) as gateway,
