@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -19,6 +20,7 @@ from run_samples import SPEC, entries, episode, write_journal
 
 from flowserl_cli.compose import ConfigError, load_config
 from serl_launcher.learner.checkpoint import FILES, load
+from serl_launcher.policies.tokens import HubTokenizer
 from serl_launcher.run.foreign import TRUST, check_links, foreign_config
 from serl_launcher.run.parameters import find_parameters
 
@@ -174,10 +176,17 @@ def test_an_optimizers_state_is_data_too(tmp_path):
     assert not (tmp_path / "mark").exists()
 
 
+def test_a_tokenizers_folder_runs_no_code(tmp_path):
+    (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'mark')!r})\nclass Tok: pass\n")
+    named = {"tokenizer_class": "Tok", "auto_map": {"AutoTokenizer": ["evil.Tok", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    with pytest.raises(ValueError, match=r"policy\.tokenizer=.*cannot be loaded"):
+        HubTokenizer(str(tmp_path), 48)
+    assert not (tmp_path / "mark").exists()
+
+
 @pytest.mark.parametrize("name", ["../../x.safetensors", "/etc/passwd", "..", ".x", "a\nb"])
 def test_a_pointer_to_parameters_stays_in_its_folder(name, tmp_path):
-    import json
-
     entry = {"version": 1, "step": 1, "file": name, "bytes": 1, "sha256": "", "time": 0.0}
     (tmp_path / "latest.json").write_text(json.dumps(entry))
     with pytest.raises(ValueError, match=r"latest\.json: file: expected a name"):

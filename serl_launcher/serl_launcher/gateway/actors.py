@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from serl_transport.contract.bounds import INT32, INT64, check_name, check_whole
-from serl_transport.contract.errors import SchemaMismatch
+from serl_transport.contract.errors import NotReady, SchemaMismatch
 
 log = logging.getLogger("gateway")
+ACTORS = 1024  # names that are known at a time
 
 
 @dataclass(slots=True)
@@ -33,12 +34,23 @@ class Actors:
         self._known: dict[str, ActorState] = {}
 
     def joined(self, actor: str, boot: str) -> None:
-        """A hello was accepted (each of an actor's connections says one)."""
+        """A hello was accepted (each of an actor's connections says one). NotReady: too many are there."""
         state = self._known.get(actor)
+        if state is None:
+            self._make_room()
         if state is None or state.boot != boot:
             log.info("actor %s %s (boot %s)", actor, "joined" if state is None else "restarted", boot[-8:])
             self._known[actor] = ActorState(boot, time.monotonic())
         self.seen(actor)
+
+    def _make_room(self) -> None:
+        if len(self._known) < ACTORS:
+            return
+        oldest = min(self._known, key=lambda name: self._known[name].last_seen)
+        if not self._silent(self._known[oldest]):
+            raise NotReady(f"{ACTORS} actors are here, as many as one learner knows; ask again")
+        log.warning("more than %d actors: %s, silent for longest, is forgotten", ACTORS, oldest)
+        del self._known[oldest]
 
     def seen(self, actor: str) -> ActorState | None:
         """Any message came from its connection."""

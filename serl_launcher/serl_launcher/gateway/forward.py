@@ -12,6 +12,7 @@ place, whatever is in flight is answered with `not_ready`, so that no actor wait
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from serl_transport.wire.envelope import Envelope
 log = logging.getLogger("gateway")
 Answer = Callable[[bytes, Reply], None]
 SILENT_S = 5.0
+ASKING = 64  # unanswered questions of one actor; it asks one or two at a time
 
 
 class InferForwarder:
@@ -34,7 +36,9 @@ class InferForwarder:
         self._server: bytes | None = None  # the policy server's address
         self._pid: Any = None
         self._last = 0.0
-        self._in_flight: dict[bytes, tuple[Answer, bytes]] = {}  # our token -> how to answer, token of who asked
+        # our token -> how to answer, token of who asked, its name
+        self._in_flight: dict[bytes, tuple[Answer, bytes, str]] = {}
+        self._asking: Counter[str] = Counter()  # name -> its questions in flight
         self._ids = itertools.count(1)
         self._serving: dict[str, Any] = {}
 
@@ -42,8 +46,11 @@ class InferForwarder:
         """An actor asks, or a role for somebody behind it (the openpi server). NotReady when nobody serves."""
         if self._server is None:
             raise NotReady("no policy server is running yet (or it is restarting); ask again")
+        if self._asking[envelope.actor_id] >= ASKING:
+            raise NotReady(f"{ASKING} questions of {envelope.actor_id!r} are unanswered; ask again")
         token = next(self._ids).to_bytes(8)
-        self._in_flight[token] = (answer, envelope.token)
+        self._in_flight[token] = (answer, envelope.token, envelope.actor_id)
+        self._asking[envelope.actor_id] += 1
         question = Envelope(INFER, envelope.actor_id, seq=time.monotonic_ns(), request_id=token)
         self._roles.push(self._server, question, frames)
 
@@ -52,7 +59,10 @@ class InferForwarder:
         token = envelope.request_id
         if not isinstance(token, bytes) or token not in self._in_flight:
             return
-        answer, asker = self._in_flight.pop(token)
+        answer, asker, name = self._in_flight.pop(token)
+        self._asking[name] -= 1
+        if not self._asking[name]:
+            del self._asking[name]
         answer(asker, frames if envelope.error is None else WireError.from_code(*envelope.error))
 
     def serving(self, peer: Peer, body: dict[str, Any]) -> None:
@@ -76,5 +86,6 @@ class InferForwarder:
 
     def _give_up(self, why: str) -> None:
         waiting, self._in_flight = self._in_flight, {}
-        for answer, asker in waiting.values():
+        self._asking.clear()
+        for answer, asker, _ in waiting.values():
             answer(asker, NotReady(why))

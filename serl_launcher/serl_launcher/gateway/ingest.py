@@ -8,8 +8,8 @@ Owned by the loop's thread; the bound is the actors' own windows of unacknowledg
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from serl_launcher.gateway.actors import Actors
 from serl_launcher.gateway.journalled import Journalled
@@ -19,13 +19,20 @@ from serl_launcher.replay.entries import CloseEntry, DataEntry, SpecEntry
 from serl_launcher.replay.journal import JournalReader
 from serl_launcher.replay.journal_writer import JournalWriter
 from serl_launcher.run.paths import RunPaths
+from serl_transport.connection.bounded import Bounded
 from serl_transport.connection.router import Peer, Reply
-from serl_transport.contract.errors import BadFrame, WireError
-from serl_transport.wire.codec import Frames
+from serl_transport.contract.errors import BadFrame, NotReady, WireError
+from serl_transport.wire.codec import Frames, nbytes
 from serl_transport.wire.envelope import Envelope
 
 log = logging.getLogger("gateway")
 REFUSED_S = 10.0  # so long the last refusal of the disk stands
+# What one actor may have between the socket and the disk. Its own window is smaller; each process that it left behind
+# has one as well.
+ITEMS, BYTES = 512, 256 << 20
+WAITING = 8  # connections that are told of one item: whoever sent it again
+KINDS = 1024  # (actor, code) of refusals that are counted
+OPEN = 8  # episodes of one actor that have begun and not ended; it makes one at a time
 SETTLE_S = 1.0  # after a newer process has delivered, its forerunner's last items get this long
 
 
@@ -47,7 +54,10 @@ class Ingest:
         self._in_flight: dict[tuple[str, str, int], list[bytes]] = {}  # item -> who waits for its acknowledgement
         self._since: dict[tuple[str, str, int], float] = {}  # the same items -> time.monotonic() of their arrival
         self._closing: set[str] = set()  # episodes whose CloseEntry is on its way to the journal
-        self._newest: dict[tuple[str, str], str] = {}  # (actor, boot) -> episode of its last item
+        self._loads: dict[str, _Load] = {}  # actor -> what of it is in flight
+        self._newest: Bounded[tuple[str, str], str] = Bounded(
+            4096, "processes of actors"
+        )  # -> episode of its last item
         self.problems = Problems()
         self._started = time.monotonic()
         self._heard: dict[str, float] = {}  # open episode -> time.monotonic() of its last item in this process
@@ -63,7 +73,7 @@ class Ingest:
         if key in assembler.seen:
             return {"duplicate": True}
         if key in self._in_flight:
-            self._in_flight[key].append(envelope.token)
+            self._in_flight[key] = [*self._in_flight[key][1 - WAITING :], envelope.token]
             return None
         try:
             if envelope.seq < 1:
@@ -72,7 +82,8 @@ class Ingest:
             entry.check_sender(self._settings.spec)
             assembler.check(entry)
             if entry.batch.episode.episode_id not in assembler.open:  # an open one's is the same, by `check`
-                self._seal.check(entry.batch.episode)
+                self._check_new(entry)
+            size = self._take_load(entry)
         except WireError as error:
             self.problems.note(peer.actor_id, error)
             raise
@@ -80,6 +91,7 @@ class Ingest:
 
         def done(error: WireError | None, time_ns: int) -> None:
             del self._since[key]
+            self._drop_load(entry.actor_id, size)
             if error is None:
                 self._heard[entry.batch.episode.episode_id] = time.monotonic()
                 self._refused = (-math.inf, "")
@@ -97,6 +109,34 @@ class Ingest:
         """Why the disk takes no records now, for people. Actors try again every second: an older word is no news."""
         since, why = self._refused
         return why if time.monotonic() - since < REFUSED_S else None
+
+    def _check_new(self, entry: DataEntry) -> None:
+        """The first item of an episode: Refused when it is another's, NotReady when its actor has too many open."""
+        self._seal.check(entry.batch.episode)
+        self._journalled.ledger.check_stage(entry.batch.episode.stage)
+        if sum(opened.actor == entry.actor_id for opened in self._journalled.assembler.open.values()) >= OPEN:
+            raise NotReady(
+                f"{OPEN} episodes of {entry.actor_id!r} are open, as many as one actor may have: ask again; those that "
+                f"nothing comes for are closed after {self._settings.dead_actor_s:g} s"
+            )
+
+    def _take_load(self, entry: DataEntry) -> int:
+        """Count one more item in flight; its size. NotReady when its actor has too much there."""
+        load, size = self._loads.setdefault(entry.actor_id, _Load()), sum(map(nbytes, entry.frames))
+        if load.items and (load.items >= ITEMS or load.nbytes + size > BYTES):
+            raise NotReady(
+                f"{load.items} items of {entry.actor_id!r}, {load.nbytes >> 20} MiB, wait for the disk: ask again"
+            )
+        load.items += 1
+        load.nbytes += size
+        return size
+
+    def _drop_load(self, actor: str, size: int) -> None:
+        load = self._loads[actor]
+        load.items -= 1
+        load.nbytes -= size
+        if not load.items:
+            del self._loads[actor]
 
     def close_abandoned(self) -> None:
         """Close, through the journal, the episodes whose rest will not come; call once a second."""
@@ -143,17 +183,25 @@ class Ingest:
         return went_on or not self._actors.alive(opened.actor, opened.boot)
 
 
+@dataclass(slots=True)
+class _Load:
+    """What of one actor is on its way to the disk."""
+
+    items: int = 0
+    nbytes: int = 0
+
+
 class Problems:
     """Says each kind of trouble once in full, then only counts it."""
 
     def __init__(self) -> None:
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._told: Counter[tuple[str, str]] = Counter()
+        self._counts: Bounded[tuple[str, str], int] = Bounded(KINDS, "kinds of trouble of actors")
+        self._told: Bounded[tuple[str, str], int] = Bounded(KINDS, "kinds of trouble that were told")
 
     def note(self, actor: str, error: WireError) -> None:
         """One refused item."""
         key = (actor, error.code)
-        self._counts[key] += 1
+        self._counts[key] = self._counts.get(key, 0) + 1
         if self._counts[key] == 1:
             self._told[key] = 1
             log.warning("refused an item of actor %s (%s): %s", actor, error.code, error.message)
@@ -161,6 +209,6 @@ class Problems:
     def report(self) -> None:
         """Log the counts that have grown since they were last told; call once a minute."""
         for key, count in self._counts.items():
-            if count > self._told[key]:
+            if count > self._told.get(key, 0):
                 log.warning("refused %d items of actor %s so far (%s)", count, *key)
                 self._told[key] = count

@@ -20,7 +20,7 @@ from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.replay.ring import RingError, RingWriter
 from serl_launcher.run.paths import RunPaths
 from serl_transport.connection.router import Reply
-from serl_transport.contract.errors import WireError
+from serl_transport.contract.errors import Refused, WireError
 
 log = logging.getLogger("gateway")
 RATE_WINDOW_S = 10.0
@@ -82,8 +82,14 @@ class Journalled:
 
     def take(self, entry: DataEntry, tokens: Sequence[bytes], error: WireError | None, time_ns: int) -> None:
         """An item is on disk, or `error` says why not: tell those who wait for it, then use it."""
+        answer: Reply = error or {"duplicate": False}
+        if error is None:
+            try:  # again: another item that was on its way with this one may have said otherwise first
+                self.assembler.check(entry)
+            except Refused as contradiction:
+                answer = contradiction
         for token in tokens:
-            self._reply(token, error or {"duplicate": False})
+            self._reply(token, answer)
         if error is not None:
             return
         versions = entry.batch.arrays["policy_version"]

@@ -7,7 +7,7 @@ tickets and the status document read it; so do people, with any tool that reads 
 import errno
 import json
 import os
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ from serl_launcher.gateway.tickets import Scope, ScopeCounts
 from serl_launcher.replay.assembler import ClosedEpisode
 from serl_launcher.run.files import write_whole
 from serl_launcher.telemetry.statistics import wilson
+from serl_transport.contract.errors import Refused
 from serl_transport.contract.schema import Episode
 
 WINDOW = 40  # online episodes that the rates look back on
 ADHOC = "adhoc_"
+STAGES = 256  # names of stages that are counted
+SCOPES = 1024  # processes whose own episodes are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,8 @@ class Ledger:
         self.started: dict[str, int] = {}  # stage -> rows of any kind
         self._counted: dict[Scope, int] = {}
         self._seeds: dict[Scope, dict[int, bool]] = {}  # eval: seed -> success of its first whole outcome
+        self._evaluated: dict[str, list[int]] = {}  # stage -> finished seeds, successes among them
+        self._adhoc: OrderedDict[Scope, None] = OrderedDict()  # by their last episode: of processes that come and go
         self._online: deque[tuple[bool, bool]] = deque(maxlen=WINDOW)  # (success without help, had help)
         self._file: int | None = None
         self._length = 0  # of the file, bytes
@@ -147,10 +152,30 @@ class Ledger:
             self._online.append((row.success and not row.interventions, row.interventions > 0))
         if row.mode == "eval":
             seeds = self._seeds.setdefault(scope, {})
-            seeds.setdefault(row.seed, row.success)
+            if row.seed not in seeds:
+                seeds[row.seed] = row.success
+                finished = self._evaluated.setdefault(row.stage, [0, 0])
+                finished[0] += 1
+                finished[1] += row.success
             self._counted[scope] = len(seeds)
         elif row.mode == "online" or row.success:
             self._counted[scope] = self._counted.get(scope, 0) + 1
+        if len(scope) > 1:
+            self._forget_old(scope)
+
+    def _forget_old(self, newest: Scope) -> None:
+        """What a process asked for itself counts for that process, and only the last SCOPES of them are kept."""
+        self._adhoc[newest] = None
+        self._adhoc.move_to_end(newest)
+        if len(self._adhoc) > SCOPES:
+            old, _ = self._adhoc.popitem(last=False)
+            self._counted.pop(old, None)
+            self._seeds.pop(old, None)
+
+    def check_stage(self, stage: str) -> None:
+        """Raise Refused for one more name than is remembered: without tickets an actor may make them up."""
+        if stage not in self.started and len(self.started) >= STAGES:
+            raise Refused(f"stage {stage!r}: this run has episodes of {STAGES} stages, as many as are counted")
 
     def scope(self, scope: Scope) -> ScopeCounts:
         """What tickets need to know."""
@@ -162,12 +187,7 @@ class Ledger:
 
     def evaluations(self) -> dict[str, dict[str, int]]:
         """Stage -> finished evaluation seeds and successes among them (ad hoc ones of all actors together)."""
-        result: dict[str, dict[str, int]] = {}
-        for scope, seeds in self._seeds.items():
-            entry = result.setdefault(scope[0], {"episodes": 0, "successes": 0})
-            entry["episodes"] += len(seeds)
-            entry["successes"] += sum(seeds.values())
-        return result
+        return {stage: {"episodes": n, "successes": wins} for stage, (n, wins) in self._evaluated.items()}
 
     def rates(self) -> dict[str, float | None]:
         """Success without help and share of helped episodes over the last WINDOW online ones; None before the first."""

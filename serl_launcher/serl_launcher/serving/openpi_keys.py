@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from openpi_client.image_tools import resize_with_pad
+from serl_transport.contract.bounds import shown
 from serl_transport.contract.specs import TaskSpec
 
 PASSED_ON = ("seed", "samples", "min_version", "deadline_ms", "prefix_actions", "inference_delay", "mode")
@@ -45,7 +46,9 @@ def _find(message: Mapping[str, Any], paths: list[tuple[str, ...]], what: str) -
         if isinstance(value, np.ndarray):
             return value
     tried = ", ".join("/".join(path) for path in paths)
-    raise ValueError(f"no array for {what}; tried {tried}; the message has {sorted(map(str, message))[:20]}")
+    raise ValueError(
+        f"no array for {what}; tried {tried}; the message has {shown(sorted(map(str, message))[:20], 400)}"
+    )
 
 
 def _image(message: Mapping[str, Any], camera: str, size: tuple[int, int], keys: Mapping[str, str]) -> np.ndarray:

@@ -41,9 +41,10 @@ from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.ready import say_ready
 from serl_launcher.serving.gateway_client import GatewayClient
 from serl_launcher.serving.openpi_keys import infer_body
+from serl_transport.contract.bounds import check_number
 from serl_transport.contract.errors import WireError
 from serl_transport.contract.specs import TaskSpec
-from serl_transport.security.auth import is_loopback
+from serl_transport.security.auth import is_loopback, raise_file_limit
 
 log = logging.getLogger("openpi")
 HANDSHAKE_S, CLOSE_S, IDLE_PING_S, BEAT_S = 10.0, 2.0, 20.0, 0.5
@@ -83,6 +84,7 @@ class OpenpiSettings:
                 "set serving.openpi_token, or insecure=true if that network is yours alone"
             )
         known = {*cfg.task.spec.cameras, "state"}
+        spec = task_spec(cfg)
         keys = {str(k): str(v) for k, v in (serving.openpi_keys or {}).items()}
         if unknown := sorted(set(keys) - known):
             raise ValueError(f"serving.openpi_keys.{unknown[0]}: expected one of {', '.join(sorted(known))}")
@@ -91,7 +93,7 @@ class OpenpiSettings:
             port=serving.openpi_port,
             token=token,
             tls=None if cert is None else (cert, key),
-            max_bytes=serving.openpi_max_mb << 20,
+            max_bytes=_max_bytes(serving.openpi_max_mb, spec),
             max_clients=serving.openpi_max_clients,
             timeout_s=serving.openpi_timeout_s,
             keys=keys,
@@ -120,7 +122,7 @@ class OpenpiServer:
                 raise ValueError(f"serving.openpi_tls_cert and _key do not fit: {error.reason}") from None
         options = {"open_timeout": HANDSHAKE_S, "close_timeout": CLOSE_S, "ping_interval": IDLE_PING_S}
         # max_queue: a client that asks faster than it is answered is slowed down by its socket.
-        options |= {"max_size": settings.max_bytes, "max_queue": 2, "compression": None}
+        options |= {"max_size": settings.max_bytes, "max_queue": 1, "compression": None}
         self._gateway = GatewayClient(self._paths.root)
         try:
             async with serve(
@@ -149,6 +151,9 @@ class OpenpiServer:
         return same and scheme.lower() in ("bearer", "api-key")
 
     async def _serve_client(self, socket: ServerConnection) -> None:
+        if self._clients >= self._settings.max_clients:  # they came at once, all admitted before the first was counted
+            await socket.close(CloseCode.TRY_AGAIN_LATER, "too many clients")
+            return
         self._clients += 1
         name = f"openpi-{socket.remote_address[0]}:{socket.remote_address[1]}"
         log.info("%s connected", name)
@@ -157,8 +162,8 @@ class OpenpiServer:
             total_ms = None
             async for message in socket:
                 started = time.monotonic()
-                try:
-                    observation = decode(message)
+                try:  # beside the event loop: the others are answered meanwhile
+                    observation = await asyncio.to_thread(decode, message)
                 except ValueError as error:
                     await socket.send(f"bad_frame: {error}")
                     await socket.close(CloseCode.INVALID_DATA, "not the openpi protocol")
@@ -166,7 +171,11 @@ class OpenpiServer:
                 await socket.send(await self._answer(name, observation, total_ms))
                 total_ms = (time.monotonic() - started) * 1e3
         except ConnectionClosed as closed:
-            log.debug("%s: %s", name, closed)
+            too_large = closed.sent is not None and closed.sent.code == CloseCode.MESSAGE_TOO_BIG
+            if too_large:
+                log.warning("%s sent more than %d bytes (serving.openpi_max_mb)", name, self._settings.max_bytes)
+            else:
+                log.debug("%s: %s", name, closed)
         finally:
             self._clients -= 1
             log.info("%s left", name)
@@ -176,7 +185,7 @@ class OpenpiServer:
         assert self._gateway is not None
         try:
             started = time.monotonic()
-            body = infer_body(observation, self._spec, self._settings.keys)
+            body = await asyncio.to_thread(infer_body, observation, self._spec, self._settings.keys)
             answer = await self._gateway.infer(body, name, self._settings.timeout_s)
         except ValueError as mistake:
             return f"schema_mismatch: {mistake}"
@@ -209,6 +218,14 @@ class OpenpiServer:
         }
 
 
+def _max_bytes(megabytes: Any, spec: TaskSpec) -> int:
+    """Of one message. auto: the task's observation as float32, a camera of any size up to 640×480 or its own."""
+    if megabytes == "auto":
+        pixels = sum(max(height * width, 640 * 480) for height, width in spec.cameras.values())
+        return (1 << 20) + 4 * (3 * pixels + spec.state_dim)
+    return int(check_number("serving.openpi_max_mb", megabytes, 0.001, 1024) * (1 << 20))
+
+
 def decode(message: str | bytes) -> dict[str, Any]:
     """A client's message. Raises ValueError for text, other bytes, other types and dtypes that would need pickle."""
     if isinstance(message, str):
@@ -239,6 +256,7 @@ def main(run_dir: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("websockets").setLevel(logging.WARNING)
     paths = RunPaths(Path(run_dir))
+    raise_file_limit()  # one per connection, half-open ones included
     try:
         cfg = read_config(paths.config)
         spec = task_spec(cfg)

@@ -101,10 +101,10 @@ WHOLE_ANSWER = {
 
 
 @pytest.mark.parametrize("how", ["start", "extend", "end as success", "end as failure"])
-@pytest.mark.parametrize("with_keys", ["own key", "* key", "no keys"])
+@pytest.mark.parametrize("with_keys", ["own key", "* key", "operator key", "no keys"])
 def test_only_who_holds_the_ticket_moves_the_episode(tmp_path: Path, keys: Path, how: str, with_keys: str) -> None:
     folder = None if with_keys == "no keys" else keys
-    attacker = {"own key": "robot-1", "* key": "third", "no keys": "robot-1"}[with_keys]
+    attacker = {"own key": "robot-1", "* key": "third", "operator key": "alice", "no keys": "robot-1"}[with_keys]
     security = {"keys_dir": None if folder is None else str(folder)}
     with (
         serving(tmp_path / "run", schedule__stages=STAGES, security=security) as gateway,
@@ -268,6 +268,24 @@ def test_the_secret_is_private_kept_and_made_anew_when_lost(tmp_path: Path, capl
     path.unlink()
     with serving(tmp_path, schedule__stages=STAGES):
         assert "ticket.secret is missing: made anew" in caplog.text
+
+
+def test_of_two_beginnings_that_come_at_once_one_is_taken_and_the_other_told(tmp_path: Path) -> None:
+    """Both are in flight before either is on disk; the second was acknowledged, and then dropped."""
+    with serving(tmp_path, schedule__stages=STAGES) as gateway, client(gateway, "robot-1", None) as actor:
+        for n in range(8):  # as many as may be open
+            who = info(f"e{n}", actor=actor.name, boot=actor.boot_id)
+            box: list = []
+
+            def both(who: EpisodeInfo = who, box: list = box, n: int = n) -> None:
+                for k in (0, 1):
+                    part = batches(replace(who, start_time=float(k)), (3, 3))[0]
+                    actor._data.submit("data", pack(part.to_body()), box.append, seq=2 * n + k + 1)
+
+            actor._data.loop.call_soon(both)
+            wait_for(lambda box=box: len(box) == 2)
+            codes = [answer.code if isinstance(answer, WireError) else "taken" for answer in box]
+            assert sorted(codes) == ["refused", "taken"]
 
 
 def test_a_refusal_tells_why(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The openpi protocol in front of a real gateway and policy server: stock client, ours, refusals, hostile bytes."""
 
 import asyncio
+import contextlib
 import subprocess
 import threading
 import urllib.error
@@ -173,6 +174,99 @@ HOSTILE = [
     b"",
     "text",
 ]
+
+
+MAP, BYTES = b"\x80", b"\xc4\x00"
+BOMBS = {  # of as many bytes as a message may have: before, each was decoded to its end
+    "empty maps": b"\x81\xa1a\xdd" + (4_000_000).to_bytes(4, "big") + MAP * 4_000_000,
+    "maps in lists": b"\x81\xa1a\xdc\x03\xe8" + (b"\xdc\x03\xe8" + MAP * 1000) * 1000,
+    "numbers": b"\x81\xa1a\xdd" + (4_000_000).to_bytes(4, "big") + b"\1" * 4_000_000,
+    "arrays of nothing": b"\x81\xa1a\xdc\xff\xff"
+    + msgpack.packb({b"__ndarray__": True, b"data": b"", b"dtype": "<f4", b"shape": [0]}) * 65535,
+    "extensions": b"\x81\xa1a\xdc\x27\x0f" + b"\xd4\x01\x00" * 9999,
+    "a dtype of a million fields": msgpack.packb(
+        {b"a": {b"__ndarray__": True, b"data": b"", b"dtype": "f4," * 1_000_000, b"shape": [0]}}
+    ),
+    "a shape of many dims": msgpack.packb(
+        {b"a": {b"__ndarray__": True, b"data": b"", b"dtype": "<f4", b"shape": [0] * 9000}}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_message_of_too_many_elements_is_refused_early(name):
+    assert len(BOMBS[name]) < OpenpiSettings.of(tiny_config(serving__openpi_port=0)).max_bytes
+    with pytest.raises(ValueError, match=r"more than 10000 elements|exceeds max_|a dtype is a text|a shape holds"):
+        decode(BOMBS[name])
+
+
+def test_an_honest_client_is_answered_beside_one_that_sends_bombs(lab):
+    """Sixteen at a time: each costs its connection, and none the honest client's."""
+    with openpi(lab[0]) as port:
+        honest, stop, refused = StockClient(port), threading.Event(), []
+
+        def attack(message):
+            while not stop.is_set():
+                client = StockClient(port)
+                with contextlib.suppress(ConnectionClosed):
+                    client.socket.send(message)
+                    refused.append(client.socket.recv(timeout=30))
+                client.socket.close()
+
+        attackers = [threading.Thread(target=attack, args=(message,)) for message in BOMBS.values()]
+        for attacker in attackers:
+            attacker.start()
+        try:
+            while len(refused) < 2 * len(BOMBS):
+                assert "actions" in honest.infer({"images": images(), "state": STATE})
+        finally:
+            stop.set()
+            for attacker in attackers:
+                attacker.join(30)
+        assert {message.partition(":")[0] for message in refused} == {"bad_frame"}
+        honest.socket.close()
+
+
+def test_the_largest_message_is_what_the_task_needs_unless_it_is_said(lab, caplog):
+    settings = OpenpiSettings.of(tiny_config(serving__openpi_port=0))
+    assert settings.max_bytes == (1 << 20) + 4 * (2 * 3 * 640 * 480 + 3)
+    assert OpenpiSettings.of(tiny_config(serving__openpi_port=0, serving__openpi_max_mb=64)).max_bytes == 64 << 20
+    with pytest.raises(ValueError, match=r"serving.openpi_max_mb: expected a number from 0\.001 to 1024, got 'big'"):
+        OpenpiSettings.of(tiny_config(serving__openpi_port=0, serving__openpi_max_mb="big"))
+    with openpi(lab[0]) as port:
+        client = StockClient(port)
+        vga = {camera: np.zeros((480, 640, 3), np.float32) for camera in SPEC.cameras}
+        assert client.infer({"images": vga, "state": STATE})["actions"].shape == (HORIZON, 2)
+        with contextlib.suppress(ConnectionClosed):  # it may be told while it is still sending
+            client.socket.send(b"\0" * (26 << 20))
+        with pytest.raises(ConnectionClosed, match="1009"):
+            client.socket.recv(timeout=10)
+    assert f"sent more than {settings.max_bytes} bytes (serving.openpi_max_mb)" in caplog.text
+
+
+def test_clients_that_come_at_once_are_bounded_too(lab):
+    """All pass the door before the first is counted."""
+    with openpi(lab[0], max_clients=2) as port:
+        barrier, results = threading.Barrier(8), []
+
+        def come():
+            barrier.wait()
+            try:
+                client = StockClient(port)
+                results.append(client)
+            except (InvalidStatus, ConnectionClosed) as refusal:
+                results.append(str(refusal))
+
+        comers = [threading.Thread(target=come) for _ in range(8)]
+        for comer in comers:
+            comer.start()
+        for comer in comers:
+            comer.join(20)
+        served = [client for client in results if isinstance(client, StockClient)]
+        assert len(served) == 2
+        assert len(results) == 8
+        for client in served:
+            client.socket.close()
 
 
 @pytest.mark.parametrize("message", HOSTILE)

@@ -2,6 +2,7 @@
 
 An array is `{b"__ndarray__": True, b"data": bytes, b"dtype": str, b"shape": tuple}`, a numpy scalar the same with
 `__npgeneric__`. Only bool, integer and float dtypes pass, in either direction: object arrays would need pickle.
+A message has a bounded number of elements, so that reading one takes no longer than its bytes are worth.
 """
 
 import functools
@@ -12,6 +13,8 @@ import msgpack
 import numpy as np
 
 _KINDS = "biuf"
+ELEMENTS = 10_000  # entries of maps and lists in one message, an array counting as one
+_DTYPE_CHARACTERS, _DIMS = 16, 8
 
 
 def _encode(value: Any) -> Any:
@@ -25,6 +28,8 @@ def _encode(value: Any) -> Any:
 
 
 def _dtype(name: Any) -> np.dtype:
+    if not isinstance(name, str | bytes) or len(name) > _DTYPE_CHARACTERS:
+        raise ValueError(f"a dtype is a text of at most {_DTYPE_CHARACTERS} characters, got {type(name).__name__}")
     dtype = np.dtype(name.decode() if isinstance(name, bytes) else name)
     if dtype.kind not in _KINDS or dtype.subdtype is not None or dtype.fields is not None:
         raise ValueError(f"expected an array of bool, integer or float, got dtype {dtype}")
@@ -41,8 +46,8 @@ def _decode(value: dict) -> Any:
 def _decode_map(value: dict) -> Any:
     if b"__ndarray__" in value:
         dtype, shape = _dtype(value[b"dtype"]), tuple(value[b"shape"])
-        if not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError(f"a shape holds whole numbers from 0, got {shape}")
+        if len(shape) > _DIMS or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"a shape holds at most {_DIMS} whole numbers from 0, got {repr(shape)[:80]}")
         expected = math.prod(shape) * dtype.itemsize
         if len(value[b"data"]) != expected:
             raise ValueError(f"expected {expected} bytes for {dtype}{list(shape)}, got {len(value[b'data'])}")
@@ -57,8 +62,25 @@ packb = functools.partial(msgpack.packb, default=_encode)
 
 
 def unpackb(data: bytes) -> Any:
-    """Bytes -> what was packed; arrays are read-only views. ValueError for anything else."""
+    """Bytes -> what was packed; arrays are read-only views. ValueError for anything else, or more than ELEMENTS."""
+    left = ELEMENTS
+
+    def counted(container: Any) -> Any:
+        nonlocal left
+        left -= 1 + len(container)
+        if left < 0:
+            raise ValueError(f"more than {ELEMENTS} elements")
+        return container
+
     try:
-        return msgpack.unpackb(data, object_hook=_decode, strict_map_key=False)
+        return msgpack.unpackb(
+            data,
+            object_hook=lambda found: _decode(counted(found)),
+            list_hook=counted,
+            strict_map_key=False,
+            max_array_len=ELEMENTS,
+            max_map_len=ELEMENTS,
+            max_ext_len=0,
+        )
     except (msgpack.UnpackException, TypeError, RecursionError) as error:
         raise ValueError(f"not msgpack: {type(error).__name__}: {error}") from None

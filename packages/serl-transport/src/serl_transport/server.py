@@ -223,6 +223,7 @@ class TrainerServer:
         if role == "actor":
             self._check_run(body.get("run"))
             self._check_spec(body.get("spec"))
+        self.router.make_room(peer, envelope.actor_id)
         if role == "actor" and not self._sessions.enter(
             envelope.actor_id, envelope.boot_id, body.get("session"), delivers=body.get("link") == "data"
         ):

@@ -249,6 +249,7 @@ class Link:
         for request_id in [r for r, pending in self._pending.items() if pending.envelope.kind == "hello"]:
             del self._pending[request_id]  # earlier hellos that were lost
         if isinstance(result, Corrupt | NotReady):
+            log.warning("%s lets this client wait: %s", self.endpoint, result.message)
             return  # the next tick says it again; not ready: the server looks whether our name is taken
         if isinstance(result, WireError):
             self._refuse(result)

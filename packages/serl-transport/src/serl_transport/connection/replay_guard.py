@@ -6,8 +6,11 @@ router asks per message, the server per hello.
 
 from collections import OrderedDict
 
+from serl_transport.connection.bounded import Bounded
+
 WINDOW = 1024
 _KNOWN_BOOTS = 64  # per actor
+_KNOWN_ACTORS = 4096
 
 
 class ReplayWindow:
@@ -36,8 +39,8 @@ class Boots:
     """Which process of each actor is the current one; a process that another has replaced is retired for good."""
 
     def __init__(self) -> None:
-        self._current: dict[str, str] = {}
-        self._retired: dict[str, OrderedDict[str, None]] = {}
+        self._current: Bounded[str, str] = Bounded(_KNOWN_ACTORS, "actor names")
+        self._retired: Bounded[str, OrderedDict[str, None]] = Bounded(_KNOWN_ACTORS, "actor names with a past")
 
     def is_retired(self, actor_id: str, boot_id: str) -> bool:
         """Was that process replaced?"""
@@ -45,7 +48,7 @@ class Boots:
 
     def enter(self, actor_id: str, boot_id: str) -> bool:
         """A hello of that process; False when it was replaced earlier."""
-        retired = self._retired.setdefault(actor_id, OrderedDict())
+        retired = self._retired[actor_id] = self._retired.get(actor_id) or OrderedDict()
         if boot_id in retired:
             return False
         before = self._current.get(actor_id, boot_id)

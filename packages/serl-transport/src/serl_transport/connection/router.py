@@ -24,6 +24,7 @@ from serl_transport.contract.errors import (
     Corrupt,
     HelloRequired,
     Internal,
+    NotReady,
     ProtocolMismatch,
     Refused,
     Unauthorized,
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 Reply = dict[str, Any] | WireError | Frames
 Handler = Callable[["Peer", Envelope, Any], Reply | None]
+PEERS = 4096  # connections that have said hello
+PEERS_OF_ACTOR = 64  # of one name: two, and what a flapping link left behind within peer_timeout_s
 _BURST = 64  # messages taken from the socket before timers and other sockets get their turn
 
 
@@ -135,6 +138,17 @@ class Router:
         oldest = time.monotonic() - timeout_s
         for address in [address for address, peer in self.peers.items() if peer.last_seen < oldest]:
             self.forget(address)
+
+    def make_room(self, peer: Peer, name: str) -> None:
+        """Before `peer` is remembered as `name`. NotReady when the connections of all names are too many.
+
+        Of too many of one name, the one that is silent for longest has to say hello again.
+        """
+        mine = [other for other in self.peers.values() if other.actor_id == name]
+        if len(mine) >= PEERS_OF_ACTOR and peer.address not in self.peers:
+            self.forget(min(mine, key=lambda other: other.last_seen).address)
+        if len(self.peers) >= PEERS and peer.address not in self.peers:
+            raise NotReady(f"this learner has {PEERS} connections, as many as it serves; ask again")
 
     def actors_named(self, name: str, but: str) -> list[Peer]:
         """Connections that said hello as actor `name`, those of boot `but` aside."""
