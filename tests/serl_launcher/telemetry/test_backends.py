@@ -25,7 +25,7 @@ def steps(tmp_path) -> list[int]:
     return [row["step"] for row in read_metrics(tmp_path / "metrics/trainer.jsonl")]
 
 
-def test_a_tensorboard_that_cannot_be_written_is_switched_off_with_one_warning(tmp_path, caplog):
+def test_a_tensorboard_that_cannot_be_written_lags_behind_with_one_warning(tmp_path, caplog):
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics/tensorboard").write_text("a file where the folder should be")
     writer = MetricsWriter(RunPaths(tmp_path), {"telemetry": {"tensorboard": True}})
@@ -34,7 +34,7 @@ def test_a_tensorboard_that_cannot_be_written_is_switched_off_with_one_warning(t
     writer.close()
     warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1
-    assert warnings[0].startswith("telemetry.tensorboard is switched off, training goes on: ")
+    assert warnings[0].startswith("TensorBoard's files lag behind (")
     assert steps(tmp_path) == [0, 1, 2, 3, 4]
 
 
@@ -52,8 +52,8 @@ def test_a_backend_may_raise_anything(tmp_path, caplog, monkeypatch, when):
     assert caplog.text.count("is switched off, training goes on: a bug of theirs") == 1
 
 
-def test_rows_that_the_disk_refuses_are_missing_and_the_rest_is_whole(tmp_path, caplog, monkeypatch):
-    """Nothing is taken, then half a row, then all is well again."""
+def test_a_row_that_the_disk_refuses_is_the_trainers_to_write_again(tmp_path, monkeypatch):
+    """Nothing is taken, then half a row, then all is well again: nothing is torn, nothing doubled."""
     writer, real, answers = MetricsWriter(RunPaths(tmp_path), FILE_ONLY), os.write, []
 
     def write(fd, data):
@@ -65,22 +65,25 @@ def test_rows_that_the_disk_refuses_are_missing_and_the_rest_is_whole(tmp_path, 
     writer.write(0, {"losses/flow": 0.5})
     monkeypatch.setattr(os, "write", write)
     answers += ["full", "half"]
-    for step in range(1, 5):
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            writer.write(1, {"losses/flow": 0.5})
+        assert steps(tmp_path) == [0]
+    for step in (1, 2):
         writer.write(step, {"losses/flow": 0.5})
     writer.close()
-    assert steps(tmp_path) == [0, 3, 4]
-    assert caplog.text.count("takes no more rows, from step 1 on: No space left on device") == 1
+    assert steps(tmp_path) == [0, 1, 2]
 
 
-def test_a_file_that_cannot_be_opened_is_tried_again(tmp_path, caplog):
+def test_a_file_that_cannot_be_opened_is_tried_again(tmp_path):
     (tmp_path / "metrics/trainer.jsonl").mkdir(parents=True)
     writer = MetricsWriter(RunPaths(tmp_path), FILE_ONLY)
-    writer.write(1, {"losses/flow": 0.5})
+    with pytest.raises(OSError, match="directory"):
+        writer.write(1, {"losses/flow": 0.5})
     (tmp_path / "metrics/trainer.jsonl").rmdir()
-    writer.write(2, {"losses/flow": 0.5})
+    writer.write(1, {"losses/flow": 0.5})
     writer.close()
-    assert steps(tmp_path) == [2]
-    assert "takes no more rows, from step 1 on" in caplog.text
+    assert steps(tmp_path) == [1]
 
 
 @pytest.fixture
