@@ -189,9 +189,12 @@ def a_body(spec):
     return infer_body(Observation(images, np.arange(len(spec.state_names), dtype=np.float32)), "go", 3, 7)
 
 
-def test_token_sizes_and_the_default_layout(spec):
+def test_token_sizes_and_the_default_layout(spec, monkeypatch):
+    monkeypatch.setenv("OPENPI_TOKEN", "x")
     with Stock(wants=["images", "state", "prompt"], authorization="Bearer x") as stock:
-        asked = policy(spec, port=stock.port, token="x", auth="Bearer", image_size=[48, 64], channels_first=True)
+        asked = policy(
+            spec, port=stock.port, token="env:OPENPI_TOKEN", auth="Bearer", image_size=[48, 64], channels_first=True
+        )
         assert asked.infer(a_body(spec))["actions"].dtype == np.float32
         asked.close()
         assert asked.infer(a_body(spec))["policy_version"] == NO_VERSION  # connects again

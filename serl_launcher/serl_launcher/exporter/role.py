@@ -23,7 +23,7 @@ from serl_launcher.exporter.recovery import UnusableDataset
 from serl_launcher.exporter.writer import DatasetWriter
 from serl_launcher.replay.assembler import ClosedEpisode
 from serl_launcher.replay.episodes import EpisodeStream
-from serl_launcher.run.alive import beat, busy
+from serl_launcher.run.alive import Pace, beat, busy
 from serl_launcher.run.files import write_json
 from serl_transport.contract.specs import TaskSpec
 
@@ -33,7 +33,7 @@ POLL_S = 1.0
 REFUSALS = {getattr(errno, name) for name in (
     "ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "EMFILE", "ENFILE", "ENOMEM", "ENOENT", "ESTALE"
 )}  # of a disk or a system, which no episode can help  # fmt: skip
-EPISODE_S, COMMIT_S, OPEN_S = 300.0, 900.0, 3600.0  # may take so long
+OPEN_S = 3600.0  # may take so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,7 @@ class Exporter:
         self._replaced = self._discarded  # where the dataset goes when the staged one takes its place
         shutil.rmtree(self._discarded, ignore_errors=True)  # a kill may have left it
         self._quarantine, self._attempt = Quarantine(run_dir), Attempt(run_dir)
+        self._encoding, self._committing = Pace("exporting an episode"), Pace("writing the dataset")
         self._alone_until = self._attempt.suspect  # up to this ordinal each episode gets a commit of its own
         self._reopen()
 
@@ -146,7 +147,7 @@ class Exporter:
             why = f"the exporter died {attempt.deaths} times in a row at it"
             raise _UnfitEpisodeError(closed.ordinal, closed.info.episode_id, why)
         attempt.begin(closed.ordinal)
-        with self._or_aside(closed), busy(EPISODE_S, f"exporting episode {closed.ordinal}"):
+        with self._or_aside(closed), self._encoding.timed():
             added = self._writer.add(closed.ordinal, closed.build())
         attempt.end()
         if added:
@@ -155,11 +156,11 @@ class Exporter:
 
     @contextlib.contextmanager
     def _or_aside(self, closed: ClosedEpisode) -> Iterator[None]:
-        """An exception in here is the episode's fault, unless the disk or the memory refused."""
+        """An exception in here is the episode's fault, unless the disk, the memory or the installation is."""
         try:
             yield
         except Exception as error:
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) in REFUSALS:
+            if isinstance(error, MemoryError | ImportError) or getattr(error, "errno", None) in REFUSALS:
                 raise
             _log.debug("where it came from", exc_info=True)
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -210,7 +211,7 @@ class Exporter:
         last = self._pending[-1]
         self._attempt.begin(last.ordinal)
         try:
-            with self._or_aside(last), busy(COMMIT_S, "writing the dataset"):
+            with self._or_aside(last), self._committing.timed():
                 self._writer.commit()
         except _UnfitEpisodeError as unfit:
             if len(self._pending) == 1:

@@ -104,7 +104,7 @@ class Pace:
     first_s: for the first time (it may compile). least_s: from then on, or ten times the longest one if that is more.
     """
 
-    def __init__(self, doing: str, first_s: float = 1800.0, least_s: float = 30.0) -> None:
+    def __init__(self, doing: str, first_s: float = 600.0, least_s: float = 30.0) -> None:
         self._doing, self._first_s, self._least_s = doing, first_s, least_s
         self._longest_s: float | None = None  # forgets a tenth each time
 

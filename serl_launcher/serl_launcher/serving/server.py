@@ -56,7 +56,7 @@ class PolicyServer:
         self._parked: list[InferRequest] = []  # they want a version that is on its way
         self._max_parked: int = serving.max_queue
         self._figures = ServingFigures()
-        self._pace = Pace("a forward pass", first_s=600.0)
+        self._pace = Pace("a forward pass")
         self._reported = -math.inf
         self._stopping = threading.Event()
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from serl_launcher.run.alive import SIZE, Beat
 
 LONGEST_LOOK_S = 2.0
-NOTICED_S = 6.0  # silence is shown
+NOTICED_S = 6.0  # silence is shown, or after a fifth of what the role said that it would take
 STUCK_S = 20.0  # and ends the role, unless it said that it would take longer
 STOPPED_S = 2.0  # a stopped role (SIGSTOP) is ended; it is shown at once
 SLOW_START_S = 30.0  # a start that takes longer is shown
@@ -53,9 +53,9 @@ class Pulse:
             return Silence(f"stopped (SIGSTOP) for {self._stopped_s:.0f} s", self._stopped_s > STOPPED_S, True)
         if not ready:
             return self._start()
-        if beat.count == 0 or self._silent_s < NOTICED_S:  # 0: a role that does not beat
-            return None
         allowed_s = max(STUCK_S, beat.allowed_s)
+        if beat.count == 0 or self._silent_s < max(NOTICED_S, beat.allowed_s / 5):  # 0: a role that does not beat
+            return None
         doing = f": {beat.doing}, which may take {allowed_s:.0f} s" if beat.doing else ""
         return Silence(f"silent for {self._silent_s:.0f} s{doing}", self._silent_s > allowed_s)
 

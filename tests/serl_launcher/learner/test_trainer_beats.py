@@ -47,8 +47,8 @@ def test_each_part_that_may_take_long_is_announced_with_time_enough(tmp_path, ri
     assert {name: found[0] for name, found in seen.items()} == {
         "progress": ("waiting for the gateway", 90.0),
         "refresh": ("judging the episodes of the ring", 600.0),
-        "sample": ("a training step", 1800.0),  # the first one may compile
-        "step": ("a training step", 1800.0),
+        "sample": ("a training step", 600.0),  # the first one may compile
+        "step": ("a training step", 600.0),
         "publish": ("publishing a version", 600.0),
         "save": ("writing a checkpoint", 1800.0),
         "check_frozen": ("ending", 1800.0),

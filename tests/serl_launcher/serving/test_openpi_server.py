@@ -351,6 +351,11 @@ def test_tls(lab, tmp_path):
         ({"serving__openpi_tls_cert": "/x"}, "expected both or none"),
         ({"serving__openpi_keys": {"frnt": "a"}}, "openpi_keys.frnt: expected one of front, state, wrist"),
         ({"serving__openpi_token": "schlüssel"}, "openpi_token: expected ASCII"),
+        ({"serving__openpi_token": "env:NOT_SET"}, "openpi_token=env:NOT_SET: the environment has no NOT_SET"),
+        (
+            {"serving__openpi_tls_cert": __file__, "serving__openpi_tls_key": "/etc/passwd"},
+            "tls_key: .* read by others",
+        ),
     ],
 )
 def test_mistakes_in_the_config_are_named(change, message):

@@ -77,7 +77,8 @@ def test_silence_is_shown_and_then_ends_the_role(memory, role):
 
 def test_work_that_was_announced_is_shown_and_not_ended_within_what_it_may_take(memory, role):
     role.do("work = busy(600.0, 'writing a checkpoint'); work.__enter__()")
-    found = look(memory, 500)
+    assert look(memory, 120) is None
+    found = look(memory, 380)
     assert found.text == "silent for 499 s: writing a checkpoint, which may take 600 s"
     assert not found.over
     assert look(memory, 102).over
@@ -90,9 +91,9 @@ def test_work_that_was_announced_is_shown_and_not_ended_within_what_it_may_take(
 
 def test_an_allowance_within_another_ends_with_it(memory, role):
     role.do("outer = busy(600.0, 'ending'); outer.__enter__(); inner = busy(60.0, 'publishing'); inner.__enter__()")
-    assert look(memory, 10).text == "silent for 9 s: publishing, which may take 60 s"
+    assert look(memory, 14).text == "silent for 13 s: publishing, which may take 60 s"
     role.do("inner.__exit__(None, None, None)")
-    assert look(memory, 10).text == "silent for 9 s: ending, which may take 600 s"
+    assert look(memory, 131).text == "silent for 130 s: ending, which may take 600 s"
 
 
 def test_time_in_which_nobody_looked_is_nobody_s_silence(memory, role):

@@ -63,6 +63,47 @@ def finish(folder) -> None:
     folder.lock.close()
 
 
+def test_a_token_that_stands_in_the_config_is_for_its_owner_alone_and_warned_of(compose, capsys):
+    word = "s3cret-w0rd"
+    folder = prepare(compose(f"serving.openpi_token={word}", "run=one"))
+    assert folder.paths.config.stat().st_mode & 0o777 == 0o600
+    assert word in folder.paths.config.read_text()
+    said = capsys.readouterr().out
+    assert "warning: serving.openpi_token is given as it is" in said
+    assert "serving.openpi_token=env:NAME or serving.openpi_token=file:PATH" in said
+    assert word not in said
+    folder.lock.close()
+
+
+def test_a_reference_to_a_token_stays_one(compose, capsys, tmp_path):
+    path = tmp_path / "token"
+    path.write_text("s3cret-w0rd")
+    path.chmod(0o600)
+    folder = prepare(compose("serving.openpi_port=0", f"serving.openpi_token=file:{path}", "run=one"))
+    assert "s3cret-w0rd" not in folder.paths.config.read_text()
+    assert OmegaConf.load(folder.paths.config).serving.openpi_token == f"file:{path}"
+    assert "warning" not in capsys.readouterr().out
+    folder.lock.close()
+    path.chmod(0o644)
+    with pytest.raises(RunError, match=r"serving.openpi_token: .* can be read by others \(mode 0644\)"):
+        prepare(compose("serving.openpi_port=0", f"serving.openpi_token=file:{path}", "run=two"))
+    with pytest.raises(RunError, match="the environment has no NOT_SET"):
+        prepare(compose("serving.openpi_port=0", "serving.openpi_token=env:NOT_SET", "run=two"))
+
+
+def test_names_made_of_a_time_never_replace_anything(tmp_path):
+    """The clock was set back: the same second comes twice."""
+    for name in ("summary.20261130-120000.json", "unused.20261130-120000"):
+        path = tmp_path / name
+        assert run_folder._unused(path) == path
+        path.mkdir()
+        second = run_folder._unused(path)
+        assert second not in (path, *tmp_path.iterdir())
+        assert second.suffix == path.suffix
+        second.mkdir()
+        assert not run_folder._unused(path).exists()
+
+
 def test_a_new_run_gets_its_resolved_config(compose):
     folder = prepare(compose("run=one", "seed=5"))
     assert folder.state == "new"
