@@ -8,10 +8,12 @@ import textwrap
 import time
 
 import pytest
+import zmq
 
+from serl_transport.connection.link import Link
 from serl_transport.connection.router import Peer
 from serl_transport.connection.sessions import GONE_S, Sessions
-from serl_transport.contract.errors import NotReady, Refused
+from serl_transport.contract.errors import NotReady, Refused, ServerSilent
 
 ACTOR = """
     import json, sys, time
@@ -177,3 +179,21 @@ def test_one_links_refusal_does_not_make_the_other_wait_anew(monkeypatch):
     for delivers in (True, False):
         with pytest.raises(Refused, match="another living process"):
             sessions.enter("robot", "newer", "s", delivers=delivers)
+
+
+def test_a_link_that_is_closed_before_its_hello_was_answered_ends_whole():
+    """Its thread ends, its context with it, and whoever asked is told."""
+    context = zmq.Context()
+    mute = context.socket(zmq.ROUTER)
+    port = mute.bind_to_random_port("tcp://127.0.0.1")
+    link = Link(f"tcp://127.0.0.1:{port}", name="x", actor_id="a", boot_id="b", hello=dict, heartbeat=dict)
+    link.start()
+    assert mute.poll(10_000)  # its hello
+    answers = [link.ask("infer", {}) for _ in range(3)]
+    link.stop()
+    assert link.context.closed
+    assert link.refused is None
+    for answer in answers:
+        with pytest.raises(ServerSilent, match="was closed"):
+            answer.result(5.0)
+    context.destroy(linger=0)

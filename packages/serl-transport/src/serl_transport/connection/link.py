@@ -246,8 +246,7 @@ class Link:
             self._pending[_id(envelope)] = _Pending(envelope, [], self._hello_answered, sent_at=now)
 
     def _hello_answered(self, result: Frames | WireError) -> None:
-        for request_id in [r for r, pending in self._pending.items() if pending.envelope.kind == "hello"]:
-            del self._pending[request_id]  # earlier hellos that were lost
+        self._forget_hellos()  # earlier ones were lost
         if isinstance(result, Corrupt | NotReady):
             log.warning("%s lets this client wait: %s", self.endpoint, result.message)
             return  # the next tick says it again; not ready: the server looks whether our name is taken
@@ -255,6 +254,10 @@ class Link:
             self._refuse(result)
         else:
             self._accepted(unpack(result, self.limits) if result else {})
+
+    def _forget_hellos(self) -> None:
+        for request_id in [r for r, pending in self._pending.items() if pending.envelope.kind == "hello"]:
+            del self._pending[request_id]
 
     def _accepted(self, reply: dict[str, Any]) -> None:
         self.hello_reply, self.refused = reply, None
@@ -382,6 +385,7 @@ class Link:
             self._close()
 
     def _close(self) -> None:
+        self._forget_hellos()  # nobody refused this client
         for request_id in list(self._pending):
             self._finish(request_id, ServerSilent(f"the link to {self.endpoint} was closed"))
         self._socket.close()
