@@ -61,7 +61,7 @@ class Health:
     def troubles(self, restart_at: Mapping[str, float]) -> dict[str, str]:
         """What ails the roles, by name; empty when all is well. restart_at: role -> monotonic time of its start."""
         now = time.monotonic()
-        found = {name: f"started again, after it ended ({how})" for name, how in self._ended.items()}
+        found = {name: f"is coming up again after it ended ({how})" for name, how in self._ended.items()}
         for name, at in restart_at.items():
             if name in self._ended:
                 found[name] = f"ended ({self._ended[name]}), starts again in {max(0.0, at - now):.0f} s"
