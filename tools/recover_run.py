@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from check_run import find_ledgers, read_ledger
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.gateway.ledger import listed_rows
 from serl_launcher.replay.entries import DataEntry, SpecChangedError, SpecEntry, decode_entry
@@ -162,7 +162,7 @@ def _fill(paths: RunPaths, part: Path, target: Path) -> str:
     return "\n".join([*places, *_listed(kinds, SHOWN), *end])
 
 
-def _config(paths: RunPaths):
+def _config(paths: RunPaths) -> DictConfig | None:
     try:
         return read_config(paths.config, "task.spec")
     except (ValueError, OSError):

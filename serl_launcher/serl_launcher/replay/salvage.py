@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from serl_launcher.replay.durable import FIRST_OFFSET, SEGMENT_MAGIC, Mark, Position, read_mark, write_mark
 from serl_launcher.replay.journal import Record, record_header, segment_numbers, segment_path, whole_records
@@ -99,13 +100,13 @@ def write_journal(folder: Path, records: Iterable[tuple[bytes, int]], segment_by
     return count
 
 
-def _new_segment(folder: Path, end: Position):
+def _new_segment(folder: Path, end: Position) -> BinaryIO:
     file = segment_path(folder, end.segment).open("xb")
     file.write(SEGMENT_MAGIC)
     return file
 
 
-def _sync_and_close(file) -> None:
+def _sync_and_close(file: BinaryIO) -> None:
     with file:
         file.flush()
         os.fsync(file.fileno())
