@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from serl_config.nearest import nearest
 from serl_robot_infra import lerobot_devices as devices
 from serl_robot_infra.envs.base import PartLostError, StepResult
+from serl_robot_infra.envs.images import fitted, shape_refusal
 from serl_transport.contract.schema import Observation
 from serl_transport.contract.specs import TaskSpec
 
@@ -207,7 +207,7 @@ class LeRobotEnv:
                 self._froze = self._froze or check.is_frozen(seen[camera])
                 if self._froze:
                     raise TimeoutError(f"camera {camera}: the same picture for {check.limit_s:g} s")
-        images = {camera: _fitted(seen[camera], size) for camera, size in self.spec.cameras.items()}
+        images = {camera: fitted(seen[camera], size) for camera, size in self.spec.cameras.items()}
         return Observation(images, np.array([seen[name] for name in self.spec.state_names], np.float32))
 
     def _sees(self, camera: Any) -> bool:
@@ -270,19 +270,8 @@ def _check_names(
     for name in spec.action_names:
         if name not in still and not (name in states and name.endswith(_POSITIONS)):
             raise ValueError(f"task.env.still: {name!r} is no position of a joint; name its value at rest, such as 0.0")
-    for camera, (height, width) in spec.cameras.items():
-        taken = sizes[camera]
-        if taken[2] != 3 or taken[0] < height or taken[0] * width != taken[1] * height:
-            raise ValueError(
-                f"task.spec.cameras.{camera}: expected {list(taken[:2])} as the camera takes it or a smaller size of "
-                f"the same shape, got {[height, width]}"
-            )
+    for camera, size in spec.cameras.items():
+        if refusal := shape_refusal(camera, sizes[camera], size):
+            raise ValueError(refusal)
     if not home_speed > 0:
         raise ValueError(f"task.env.home_speed: expected a number above 0, got {home_speed}")
-
-
-def _fitted(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8[h, w, 3] of the spec's size, averaged where the camera's is larger."""
-    if image.shape[:2] == size:
-        return np.ascontiguousarray(image)
-    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BOX))
