@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv ready: called first by start.sh, test.sh and every run script, with nothing but Python 3.12 and bash at hand.
-#   tools/bootstrap.sh [learner|actor]
-# learner (default): everything, torch included. actor: a robot host, no torch; a learner environment serves it as well.
+#   tools/bootstrap.sh [learner|actor|lerobot]
+# learner (default): everything, torch included. actor: a robot host, no torch. lerobot: a robot host that uses LeRobot's
+# drivers, which import torch: its CPU build. Each serves those after it: learner, lerobot, actor.
 # A stamp (hash of the pins, the members and this script) makes the second call a no-op; an interrupted install has no
 # stamp and is repaired by the next call. Exit code 2: something the user can fix, said in one message.
 set -euo pipefail
@@ -79,20 +80,38 @@ make_venv() {
   fi
 }
 
+pinned() { grep -m1 "^$1==" "$root/requirements/learner.txt" | cut -d' ' -f1; } # pinned NAME: NAME==VERSION, the learner's
+
+# PyPI's torch for Linux is the CUDA build, 2.5 GB of it; uv knows where the CPU build is. Its hashes are not pinned.
+install_torch() {
+  local want; want=$(pinned torch)
+  if "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.__version__.split("+")[0] != sys.argv[1])' "${want#*==}" 2>/dev/null; then
+    say "$want is there already"
+    return
+  fi
+  say "installing the CPU build of $want"
+  VIRTUAL_ENV=$venv "$venv/bin/uv" pip install --torch-backend cpu --no-deps "$want" "$(pinned torchvision)" >&2 ||
+    die "could not install the CPU build of $want from PyTorch's own index (message above). No way there from this network? Install any build of $want and $(pinned torchvision) into .venv and run this again: VIRTUAL_ENV=.venv .venv/bin/uv pip install $want $(pinned torchvision)"
+}
+
 install() {
-  local need_mb=1000 hint="about 0.4 GB, some seconds to a minute" edit=()
+  local need_mb=1000 hint="about 0.4 GB, some seconds to a minute" edit=() more=()
   if [[ $kind == learner ]]; then
     need_mb=8000 hint="about 6.4 GB with torch, half a minute to ten minutes by the network"; members+=(serl_launcher)
     [[ ! -d $venv/lib/python3.12/site-packages/torch ]] || need_mb=1000
   fi
+  if [[ $kind == lerobot ]]; then
+    need_mb=3000 hint="about 1.5 GB with torch's CPU build"; more=(--no-deps) # its list is whole, but for torch
+  fi
   check_disk "$need_mb"
   rm -f "$venv"/.flowserl-*
   make_venv
+  [[ $kind != lerobot ]] || install_torch
   say "installing the $kind environment from requirements/$kind.txt ($hint)"
   # The hashes are the protection; pip is the second try because it alone knows a mirror named in pip.conf.
-  VIRTUAL_ENV=$venv "$venv/bin/uv" pip install --require-hashes -r "$root/requirements/$kind.txt" >&2 || {
+  VIRTUAL_ENV=$venv "$venv/bin/uv" pip install --require-hashes "${more[@]}" -r "$root/requirements/$kind.txt" >&2 || {
     say "uv failed (message above); trying pip, which also reads pip.conf"
-    "$venv/bin/python" -m pip install --disable-pip-version-check --require-hashes -r "$root/requirements/$kind.txt" >&2
+    "$venv/bin/python" -m pip install --disable-pip-version-check --require-hashes "${more[@]}" -r "$root/requirements/$kind.txt" >&2
   } || die "could not install requirements/$kind.txt (message above); run the same command again to continue"
   for member in "${members[@]}"; do edit+=(-e "$root/$member"); done
   VIRTUAL_ENV=$venv "$venv/bin/uv" pip install --quiet --offline --no-deps --no-build-isolation "${edit[@]}" >&2 ||
@@ -105,9 +124,11 @@ install() {
   say "ready: $venv"
 }
 
-[[ $kind == learner || $kind == actor ]] || die "unknown environment '$kind'; expected learner or actor"
-# A learner environment, even one whose pins moved on, stays a learner environment.
-[[ $kind == actor && -e $venv/.flowserl-learner ]] && kind=learner
+[[ $kind == learner || $kind == actor || $kind == lerobot ]] ||
+  die "unknown environment '$kind'; expected learner, actor or lerobot"
+# A larger environment, even one whose pins moved on, stays what it is.
+[[ $kind == actor && -e $venv/.flowserl-lerobot ]] && kind=lerobot
+[[ $kind != learner && -e $venv/.flowserl-learner ]] && kind=learner
 ready "$kind" && exit 0
 
 # Two panes start together: the second waits for the first. The script itself is the lock file, so none is left behind.

@@ -5,7 +5,7 @@ same libraries beside the others; where PYTHONDONTWRITEBYTECODE is set, at every
 libraries). Only what is imported is compiled: a quarter of the environment's files. A failing import is an environment
 that does not work, and ends this with its traceback.
 
-    python tools/compile_imports.py learner|actor
+    python tools/compile_imports.py learner|actor|lerobot
 """
 
 import importlib
@@ -14,11 +14,13 @@ import sys
 
 OURS = {
     "actor": ("serl_config", "openpi_client", "serl_transport", "serl_robot_infra"),
+    "lerobot": ("serl_config", "openpi_client", "serl_transport", "serl_robot_infra"),
     "learner": ("flowserl_cli", "serl_config", "openpi_client", "serl_transport", "serl_robot_infra", "serl_launcher"),
 }
 # What our modules import inside functions, where it is needed.
 LATER = {
     "actor": ("serl_config", "mujoco", "av"),
+    "lerobot": ("serl_config", "mujoco", "av", "lerobot.robots.so_follower", "lerobot.teleoperators.so_leader", "cv2"),
     "learner": (
         "accelerate.commands.launch",
         "gym_hil.envs",

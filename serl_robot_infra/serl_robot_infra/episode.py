@@ -19,7 +19,7 @@ from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.realtime_chunk_broker import RealtimeChunkBroker
 from serl_config.clock import steady_time
 from serl_robot_infra.adder import Adder
-from serl_robot_infra.envs.base import Environment, StepResult
+from serl_robot_infra.envs.base import Environment, PartLostError, StepResult
 from serl_robot_infra.guard import RobotGuard
 from serl_robot_infra.interventions.base import Intervention
 from serl_robot_infra.interventions.none import NoIntervention
@@ -99,7 +99,7 @@ class EpisodeRunner:
                 self.stack.pace.wait()
                 ended = self._tick(now, operator)
             outcome = ended
-        except (EpisodeCutError, UnsafeTickError) as cut:
+        except (EpisodeCutError, UnsafeTickError, PartLostError) as cut:
             reason = f"episode {ticket.episode_id} cut at tick {now.tick}: {cut}"
         except BaseException:
             # The robot stops, what was executed is recorded, then the error goes on.
@@ -164,6 +164,8 @@ class EpisodeRunner:
         with self._driver("step"):
             stepped = self.stack.env.step(action)
         now.declared = stepped.terminated or stepped.truncated
+        if stepped.executed is not None:
+            action = self.stack.safety.executed(stepped.executed)
         result = self._limit_time(now, self.stack.reward.judge(stepped))
         now.seen_at = time.monotonic_ns()
         self.stack.safety.check_observation(result.observation)
@@ -260,10 +262,10 @@ class EpisodeRunner:
 
     @contextmanager
     def _driver(self, what: str) -> Iterator[None]:
-        """A driver may raise anything; ValueError and OSError are in the user's words already."""
+        """A driver may raise anything; ValueError is in the user's words already, a lost part cuts the episode."""
         try:
             yield
-        except (ValueError, OSError):
+        except (ValueError, PartLostError):
             raise
         except Exception as fault:
             at = traceback.extract_tb(fault.__traceback__)[-1]

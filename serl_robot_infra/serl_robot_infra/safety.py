@@ -120,6 +120,20 @@ class SafetyChain:
         self._sent, self._last_move = action, action - tick.origin
         return action
 
+    def executed(self, action: np.ndarray) -> np.ndarray:
+        """What the driver made of the action sent last, float32[ad]: it is what the next tick's limits start from.
+
+        UnsafeTickError when it is not finite or misshapen.
+        """
+        action = np.asarray(action, np.float32)
+        try:
+            self._spec.check_action(action)
+        except ValueError as error:
+            raise UnsafeTickError(f"executed: {error}") from None
+        assert self._sent is not None, "executed before filter"
+        self._sent, self._last_move = action, self._last_move + (action - self._sent)
+        return action
+
     def _origin(self, state: np.ndarray) -> np.ndarray:
         origin = np.zeros(self._spec.action_dim, np.float32)
         for action, sensed in self._targets.items():

@@ -171,9 +171,9 @@ class PlainPick(NoisyPick):
 class BrokenPick(NoisyPick):
     """Its driver gives up."""
 
-    def __init__(self, when: str):
+    def __init__(self, when: str, kind: str = "RuntimeError"):
         super().__init__()
-        self._when = when
+        self._when, self._error = when, {"RuntimeError": RuntimeError, "ConnectionError": ConnectionError}[kind]
 
     def reset(self, seed: int, *, actuator_noise: float = 0.0):
         self._look("reset")
@@ -185,7 +185,7 @@ class BrokenPick(NoisyPick):
 
     def _look(self, at: str) -> None:
         if at == self._when:
-            raise RuntimeError("camera front is gone")
+            raise self._error("camera front is gone")
 
 
 class RobotPick(PickEnv):

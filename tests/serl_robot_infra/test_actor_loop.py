@@ -208,15 +208,16 @@ def test_another_task_at_the_learner_is_one_clear_message(spec, tmp_path):
     assert "prompt: stack the cubes on the actor, pick up the red cube on the learner" in stream.getvalue()
 
 
+@pytest.mark.parametrize("kind", ["RuntimeError", "ConnectionError"])
 @pytest.mark.parametrize("when", ["reset", "step"])
-def test_a_driver_that_fails_is_one_line_and_exit_1(spec, tmp_path, when):
+def test_a_driver_that_fails_is_one_line_and_exit_1(spec, tmp_path, when, kind):
     with ScriptedLearner(spec, [ticket("demo", 1)]) as learner:
         config = actor_config(learner, tmp_path)
-        config.task.env = {"_target_": "scripted_learner.BrokenPick", "when": when}
+        config.task.env = {"_target_": "scripted_learner.BrokenPick", "when": when, "kind": kind}
         stream = io.StringIO()
         assert main(config, stream) == 1
     out = stream.getvalue()
-    assert f"actor: error: BrokenPick.{when} failed: RuntimeError: camera front is gone (" in out
+    assert f"actor: error: BrokenPick.{when} failed: {kind}: camera front is gone (" in out
     assert "scripted_learner.py, line" in out
     assert "Traceback" not in out
 

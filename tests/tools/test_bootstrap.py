@@ -43,8 +43,10 @@ class Clone:
         (root / "tools").mkdir()
         shutil.copy(source / "tools" / "bootstrap.sh", root / "tools")
         (root / "requirements").mkdir()
-        for kind in ("actor", "learner"):
+        for kind in ("actor", "lerobot", "learner"):
             (root / "requirements" / f"{kind}.txt").write_text(f"# {kind}\n")
+        with (root / "requirements" / "learner.txt").open("a") as file:
+            file.write("torch==2.0.0 \\\n    --hash=sha256:0\ntorchvision==0.5.0 \\\n")
         (self.venv / "bin").mkdir(parents=True)
         # torch there: the disk is asked for a repair's space only
         (self.venv / "lib" / "python3.12" / "site-packages" / "torch").mkdir(parents=True)
@@ -99,6 +101,24 @@ def test_a_learner_environment_serves_an_actor(clone):
     clone.calls()
     done = clone.bootstrap("actor")
     assert (done.returncode, clone.calls()) == (0, "")
+
+
+def test_a_robot_host_with_lerobots_drivers_gets_torchs_cpu_build_first(clone):
+    python = clone.venv / "bin" / "python"
+    python.write_text(PYTHON.replace("exit 0", "[[ $* == *torch.__version__* ]] && exit 1\nexit 0"))
+    assert clone.bootstrap("lerobot").returncode == 0
+    calls = clone.calls()
+    torch = calls.index("uv pip install --torch-backend cpu --no-deps torch==2.0.0 torchvision==0.5.0")
+    rest = calls.index(f"uv pip install --require-hashes --no-deps -r {clone.root}/requirements/lerobot.txt")
+    assert torch < rest
+    assert "serl_launcher" not in calls
+    done = clone.bootstrap("actor")  # what run_actor.sh asks for
+    assert (done.returncode, clone.calls(), clone.stamp("lerobot").exists()) == (0, "", True)
+
+
+def test_a_torch_that_is_there_is_kept(clone):
+    assert clone.bootstrap("lerobot").returncode == 0
+    assert "--torch-backend" not in clone.calls()
 
 
 def test_an_actor_environment_is_completed_for_a_learner(clone):
@@ -202,7 +222,7 @@ def test_a_python_off_the_path_is_found(clone, tmp_path, place):
 def test_an_unknown_environment_is_refused(clone):
     done = clone.bootstrap("robot")
     assert done.returncode == 2
-    assert "expected learner or actor" in done.stderr
+    assert "expected learner, actor or lerobot" in done.stderr
 
 
 def test_a_full_disk_is_said_first(clone, tmp_path):

@@ -22,6 +22,18 @@ class StepResult:
     terminated: bool  # a success or failure state was reached (no bootstrap)
     truncated: bool  # the time limit was reached (bootstrap)
     success: bool  # the task is solved
+    executed: np.ndarray | None = (
+        None  # float32[ad] that the driver really sent, after its own limits; None: the action
+    )
+
+
+class PartLostError(Exception):
+    """A camera, a bus or the operator's device does not answer; the message says which, for people.
+
+    Raised by `reset`, `step` and an operator's `act` where the next call opens the part anew: the episode is cut, the
+    robot holds, and the actor goes on. A driver that cannot do so lets its OSError pass: the actor ends with exit
+    code 1 and is started again.
+    """
 
 
 @runtime_checkable
@@ -50,7 +62,10 @@ class Environment(Protocol):
         ...
 
     def step(self, action: np.ndarray) -> StepResult:
-        """Execute float32[ad] for one control tick; an action outside the limits is clipped."""
+        """Execute float32[ad] for one control tick; an action outside the limits is clipped.
+
+        OSError and anything else but ValueError: the driver failed. PartLostError: the next `reset` mends it.
+        """
         ...
 
     def close(self) -> None:
