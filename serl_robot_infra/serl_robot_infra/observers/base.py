@@ -26,6 +26,7 @@ class EpisodeReport:
     operator_ticks: int  # ticks that the operator drove
     seconds: float  # wall time from reset to end
     policy_version: int  # that drove last; -1: none did
+    last: bool = False  # a person said that no episode shall follow
 
 
 class Observer:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from serl_robot_infra.observers.base import EpisodeReport, Observer
-from serl_transport.contract.schema import EpisodeInfo, Observation, TimeStep
+from serl_transport.contract.schema import DISCARD, EpisodeInfo, Observation, TimeStep
 
 _LIVE_PERIOD_S = 1.0
 _REPEAT_PERIOD_S = 15.0
@@ -95,7 +95,7 @@ def episode_line(report: EpisodeReport) -> str:
     if report.outcome.success:
         result = "success"
     else:
-        result = {None: "failure", "time_limit": "failure (time limit)"}.get(
+        result = {None: "failure", "time_limit": "failure (time limit)", DISCARD: "discarded"}.get(
             report.outcome.truncated_by, f"cut ({report.outcome.truncated_by})"
         )
     policy_ticks = report.ticks - report.operator_ticks
