@@ -157,7 +157,9 @@ class EpisodeRunner:
         if self.ready is not None:
             self._hear(now)
             now.said = NOTHING_SAID  # said while the robot homed
-            self._wait_for(now, lambda: None if now.said.ready else f"{now.ticket.episode_id}: {self.ready}")
+            asked = f"{now.ticket.episode_id}: {self.ready}"
+            self.observer.ask(asked)
+            self._wait_for(now, lambda: None if now.said.ready else asked)
             look = getattr(self.stack.env, "observe", None)  # the scene is another one than after the reset
             with self._driver("observe"):
                 seen = look() if look else self._home(now)

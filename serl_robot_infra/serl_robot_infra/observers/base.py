@@ -44,6 +44,9 @@ class Observer:
     def message(self, text: str) -> None:
         """Something people should know: waiting, holding, stopping. Repeated while it lasts."""
 
+    def ask(self, text: str) -> None:
+        """A person is asked to do something now, and waited for."""
+
     def close(self) -> None:
         """The rollout is over."""
 
@@ -65,6 +68,9 @@ class ObserverGroup(Observer):
 
     def message(self, text: str) -> None:
         self._tell("message", text)
+
+    def ask(self, text: str) -> None:
+        self._tell("ask", text)
 
     def close(self) -> None:
         self._tell("close")
