@@ -29,7 +29,7 @@ from serl_launcher.rewards.model import RewardCard, RewardClassifier, load
 from serl_launcher.run.config import task_spec
 from serl_launcher.run.foreign import foreign_config
 from serl_transport.contract.bounds import printable
-from serl_transport.contract.schema import Episode
+from serl_transport.contract.schema import DISCARD, Episode
 from serl_transport.contract.specs import TaskSpec
 
 
@@ -64,7 +64,7 @@ def audit(
     unknown = set(words)
     for ordinal, episode in journal_episodes(run, spec, relabelled=relabelled):
         unknown.discard(episode.info.episode_id)
-        if mode in (None, episode.info.mode) and episode.outcome.truncated_by not in ("dead_actor", "stop"):
+        if mode in (None, episode.info.mode) and episode.outcome.truncated_by not in ("dead_actor", "stop", DISCARD):
             yield _row(ordinal, episode, model, episode.info.episode_id in relabelled.labels)
     if unknown:
         raise ValueError(f"--relabel names episodes that {run} does not hold: {', '.join(sorted(unknown)[:5])}")

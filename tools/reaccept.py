@@ -35,6 +35,7 @@ from serl_launcher.replay.verdicts import Verdict, rule_text
 from serl_launcher.run.config import task_spec
 from serl_launcher.run.foreign import foreign_config
 from serl_transport.contract.bounds import printable, shown
+from serl_transport.contract.schema import DISCARD
 
 KEYS = re.compile(r"rule|algo\.(rule|threshold)(\..+)?")
 
@@ -81,7 +82,7 @@ def judge(run: Path, cfg: DictConfig) -> list[Verdict]:
     book = RuleBook(part(cfg.algo, "rule"), spec, threshold)
     last: dict[int, Verdict] = {}
     for ordinal, episode in journal_episodes(run, spec):
-        if episode.info.mode == "eval":
+        if episode.info.mode == "eval" or episode.outcome.truncated_by == DISCARD:
             continue
         _, verdicts = book.judge(ordinal, episode.info.mode, episode.outcome.success, episode.arrays)
         last.update({verdict.ordinal: verdict for verdict in verdicts})

@@ -24,7 +24,8 @@ FINAL_CODES = (0, USER_MISTAKE, GAVE_UP, 128 + signal.SIGHUP, 128 + signal.SIGIN
 class Side:
     """The process of one side, `actor` or `learner`: started, watched, started again when it crashes.
 
-    root: the checkout. prefixed: its lines get `[name]` in front; otherwise it writes to our terminal itself.
+    root: the checkout. prefixed: its lines get `[name]` in front; otherwise our terminal is its own: it writes there,
+    and the actor reads its keys (e-stop, operator, verdict).
     """
 
     def __init__(self, name: str, overrides: Sequence[str], root: Path, prefixed: bool) -> None:
@@ -42,7 +43,9 @@ class Side:
 
     def start(self) -> None:
         """Spawn the process."""
-        process = self._child.start(subprocess.PIPE if self._prefixed else None)
+        # A shared window's keys are the shell's: whoever sends us to the background would lose them to the actor.
+        keys = None if self.name == "actor" and not self._prefixed else subprocess.DEVNULL
+        process = self._child.start(subprocess.PIPE if self._prefixed else None, keys)
         if self._prefixed:
             self._pump = threading.Thread(target=pump, args=(process.stdout, self.name), daemon=True)
             self._pump.start()

@@ -20,7 +20,7 @@ class Panes:
         self._ids: dict[str, str] = {}
 
     def open(self, commands: dict[str, Sequence[str]], folder: Path) -> None:
-        """Start the session; `commands` maps a pane's name to its command, left to right."""
+        """Start the session; `commands` maps a pane's name to its command, left to right; the first has the keys."""
         for name, command in commands.items():
             words = ["new-session", "-d", "-s", SESSION, "-x", "200", "-y", "50"] if not self._ids else []
             words = words or ["split-window", "-h", "-t", f"{SESSION}:"]
@@ -29,6 +29,7 @@ class Panes:
             # A pane that ended keeps its text: the reason is read from there.
             self._run("set-option", "-w", "-t", f"{SESSION}:", "remain-on-exit", "on")
         self._run("select-layout", "-t", f"{SESSION}:", "even-horizontal")
+        self._run("select-pane", "-t", next(iter(self._ids.values())))  # what is typed goes to the leftmost
 
     def attach(self) -> subprocess.Popen:
         """Show the session on our terminal, in a child."""

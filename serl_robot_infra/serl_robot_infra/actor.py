@@ -6,6 +6,7 @@
            stop ─▶ flush the spool, sum up, leave
 
 A silent learner is waited for: the loop says so and asks again. Nothing that was recorded depends on its being there.
+A person's "stop" ends it after the episode in hand, between two at once.
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from serl_robot_infra.link import LearnerLink, Run, Stop, Ticket, Wait, parse_ti
 from serl_robot_infra.observers.base import Observer
 from serl_robot_infra.pacing import StopSignal
 from serl_transport.contract.errors import Internal, NotReady, ServerSilent, StorageFull
+from serl_transport.contract.schema import DISCARD
 
 _RETRY_S = 1.0
 _LATCHED_S = 0.1
@@ -37,6 +39,7 @@ class Actor:
     mode: str  # what to ask for: follow (the learner's schedule), demo, online or eval
     episodes: int | None  # stop after this many; None: until told to
     _count: int = field(default=0, init=False)
+    _last: bool = field(default=False, init=False)  # a person said stop
     _evaluation: EvaluationSummary = field(default_factory=EvaluationSummary, init=False)
 
     def __post_init__(self) -> None:
@@ -44,7 +47,7 @@ class Actor:
             raise ValueError(f"rollout.mode: expected one of {', '.join(_WANTS)}, got {self.mode!r}")
 
     def run(self) -> str:
-        """The loop; why it ended and after how many episodes (of a tick at least), for people."""
+        """The loop; why it ended and after how many episodes (of a tick at least, not discarded), for people."""
         try:
             reason = self._loop()
         finally:
@@ -54,6 +57,8 @@ class Actor:
 
     def _loop(self) -> str:
         while not self.stop:
+            if self._last or self.runner.asked_to_stop():
+                return "stopped by the operator"
             if self.episodes is not None and self._count >= self.episodes:
                 return f"{self._count} episodes done"
             if reason := self.estop.reason():
@@ -74,9 +79,10 @@ class Actor:
         runner = self.evaluation_runner if ticket.mode == "eval" else self.runner
         report = runner.run(ticket, self._count + 1)
         self._evaluation.add(report)
-        if report.ticks:
+        if report.ticks and report.outcome.truncated_by != DISCARD:
             self._count += 1
-        if report.cut_reason:
+        self._last = report.last
+        if report.cut_reason and not report.last:
             self.stop.wait(_RETRY_S)  # whatever cut it may last; do not spin
 
     def _next_ticket(self) -> Ticket:

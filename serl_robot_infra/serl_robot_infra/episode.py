@@ -1,6 +1,7 @@
 """Runs one episode: reset, then tick by tick until it ends or is cut. Called by `actor.Actor` with a ticket.
 
-One tick:  policy chunk ─▶ operator ─▶ safety ─▶ guard ─▶ env.step ─▶ reward ─▶ adder
+    operator there? ─▶ reset ─▶ [scene set? "ready"] ─▶ tick × n ─▶ the end, its outcome, the robot at rest
+    one tick:  policy chunk ─▶ operator ─▶ safety ─▶ guard ─▶ env.step ─▶ reward ─▶ a person's words ─▶ adder
 
 What is recorded as `action` is what left the safety chain, so what was executed. A tick that may not be executed
 (NaN, silent policy, e-stop, watchdog, stop) ends the episode before it: truncated, with every executed tick kept.
@@ -9,7 +10,7 @@ Whatever ends it but the environment's own word, the robot is told to hold or to
 
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,7 @@ from serl_config.clock import steady_time
 from serl_robot_infra.adder import Adder
 from serl_robot_infra.envs.base import Environment, PartLostError, StepResult
 from serl_robot_infra.guard import RobotGuard
-from serl_robot_infra.interventions.base import Intervention
+from serl_robot_infra.interventions.base import NOTHING_SAID, Intervention, OperatorGoneError, Voice, Words
 from serl_robot_infra.interventions.none import NoIntervention
 from serl_robot_infra.link import Run
 from serl_robot_infra.observers.base import EpisodeReport, Observer
@@ -30,13 +31,18 @@ from serl_robot_infra.policy_client import infer_body
 from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.safety import SafetyChain, UnsafeTickError
 from serl_transport.contract.errors import DeadlineMissed, Internal, NotReady, ServerSilent
-from serl_transport.contract.schema import EpisodeInfo, Observation, Outcome, TimeStep
+from serl_transport.contract.schema import DISCARD, EpisodeInfo, Observation, Outcome, TimeStep
 
 _RETRY_S = 0.2
+_LISTEN_S = 0.05  # between two looks at what a person says while the robot waits for them
 
 
 class EpisodeCutError(Exception):
     """The episode cannot go on; the message says why, for people."""
+
+
+class DiscardedError(EpisodeCutError):
+    """A person threw the episode away while the policy was waited for."""
 
 
 class EnvironmentFailedError(Exception):
@@ -57,6 +63,8 @@ class _Progress:
     operator_ticks: int = 0
     policy_version: int = -1  # that answered last
     declared: bool = False  # the environment itself said that the episode is over
+    said: Words = NOTHING_SAID  # by a person since the last tick
+    last: bool = False  # a person said stop: no episode follows
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,7 @@ class ControlStack:
     adder: Adder
     pace: Pace
     guard: RobotGuard  # e-stop and watchdog
+    voices: Sequence[Voice] = ()  # who may say something: the operator, the keys of a terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +94,7 @@ class EpisodeRunner:
     may_take_over: bool  # may the operator drive in online episodes? demonstrations are always its own
     demo_noise: float  # actuator disturbance in demonstrations, share of the action range
     hold_limit_s: float  # an episode whose policy stays silent for longer is cut
+    ready: str | None = None  # each episode waits for a person's `ready`: how to say it, for people; None: it does not
 
     def run(self, ticket: Run, index: int) -> EpisodeReport:
         """Run the ticket's episode; `index` counts the episodes of this process."""
@@ -93,19 +103,25 @@ class EpisodeRunner:
         reason = None
         operator = self._begin(now)
         try:
-            self._reset(now)
+            self._reset(now, operator)
             ended = None
             while ended is None:
                 self.stack.pace.wait()
                 ended = self._tick(now, operator)
             outcome = ended
-        except (EpisodeCutError, UnsafeTickError, PartLostError) as cut:
+        except DiscardedError:
+            outcome = Outcome(False, "human", DISCARD)
+        except (EpisodeCutError, UnsafeTickError, PartLostError, OperatorGoneError) as cut:
             reason = f"episode {ticket.episode_id} cut at tick {now.tick}: {cut}"
         except BaseException:
             # The robot stops, what was executed is recorded, then the error goes on.
             self._end(now, outcome, "the actor failed", leaving=True)
             raise
         return self._end(now, outcome, reason)
+
+    def asked_to_stop(self) -> bool:
+        """Did a person say stop since the last episode? Whatever else was said between two episodes is forgotten."""
+        return any(voice.words().stop for voice in self.stack.voices if voice.missing() is None)
 
     def _begin(self, now: _Progress) -> Intervention:
         ticket, spec = now.ticket, self.stack.env.spec
@@ -115,8 +131,8 @@ class EpisodeRunner:
             )
         takeover = ticket.mode == "online" and ticket.takeover and self.may_take_over
         operator = self.stack.operator if ticket.mode == "demo" or takeover else NoIntervention()
-        operator.reset(np.random.default_rng([ticket.seed, 2]), from_start=ticket.mode == "demo")
-        self.stack.reward.reset()
+        if ticket.mode == "demo" and isinstance(operator, NoIntervention):
+            raise ValueError("a demonstration needs an operator: set task.operator, or operator=keyboard and the like")
         self.stack.safety.reset()
         if self.stack.broker:
             self.stack.broker.reset()
@@ -135,17 +151,57 @@ class EpisodeRunner:
         self.observer.episode_started(info)
         return operator
 
-    def _reset(self, now: _Progress) -> None:
+    def _reset(self, now: _Progress, operator: Intervention) -> None:
+        """Home, wait for the scene where that is asked for, and forget what was pressed meanwhile."""
+        self._wait_for(now, lambda: None)
+        self._observe(now, self._home(now))
+        if self.ready is not None:
+            self._hear(now)
+            now.said = NOTHING_SAID  # said while the robot homed
+            asked = f"{now.ticket.episode_id}: {self.ready}"
+            self.observer.ask(asked)
+            self._wait_for(now, lambda: None if now.said.ready else asked)
+            look = getattr(self.stack.env, "observe", None)  # the scene is another one than after the reset
+            with self._driver("observe"):
+                seen = look() if look else self._home(now)
+            self._observe(now, seen)
+        operator.reset(np.random.default_rng([now.ticket.seed, 2]), from_start=now.ticket.mode == "demo")
+        self.stack.reward.reset()
+        self.stack.pace.start()
+
+    def _home(self, now: _Progress) -> Observation:
         self._check_stop()
         if (reason := self.stack.guard.begin()) is not None:
             raise EpisodeCutError(reason)
         noise = self.demo_noise if now.ticket.mode == "demo" else 0.0
         with self._driver("reset"):
-            observation = self.stack.env.reset(now.ticket.seed, actuator_noise=noise)
+            return self.stack.env.reset(now.ticket.seed, actuator_noise=noise)
+
+    def _observe(self, now: _Progress, observation: Observation) -> None:
         now.seen_at = time.monotonic_ns()
         self.stack.safety.check_observation(observation)
         now.observation = observation
-        self.stack.pace.start()
+
+    def _missing(self) -> str | None:
+        reasons = [reason for voice in self.stack.voices if (reason := voice.missing()) is not None]
+        return f"waiting for the operator: {reasons[0]}" if reasons else None
+
+    def _wait_for(self, now: _Progress, reason: Callable[[], str | None]) -> None:
+        """Until the operator is there and no reason is left. A person may say stop meanwhile, and the e-stop counts."""
+        while (why := self._missing() or reason()) is not None:
+            self._check_stop()
+            self.observer.message(why)
+            self.stop.wait(_LISTEN_S)
+            if self._missing() is None:
+                self._hear(now)
+            if now.last:
+                raise EpisodeCutError("the operator said stop")
+
+    def _hear(self, now: _Progress) -> None:
+        """What people said since they were asked last; `stop` counts whenever it is said."""
+        for voice in self.stack.voices:
+            now.said |= voice.words()
+        now.last = now.last or now.said.stop
 
     def _tick(self, now: _Progress, operator: Intervention) -> Outcome | None:
         """Execute and record one tick; the outcome when it was the last."""
@@ -159,6 +215,9 @@ class EpisodeRunner:
         if self.stack.guard.held:
             self.stack.safety.reset()
         action = self.stack.safety.filter(action, before.state, source)
+        if not now.tick:  # nothing was there to judge: what was pressed while the robot homed counts for nothing
+            self._hear(now)
+            now.said = NOTHING_SAID
         if (reason := self.stack.guard.feed()) is not None:
             raise EpisodeCutError(reason)
         with self._driver("step"):
@@ -166,7 +225,9 @@ class EpisodeRunner:
         now.declared = stepped.terminated or stepped.truncated
         if stepped.executed is not None:
             action = self.stack.safety.executed(stepped.executed)
-        result = self._limit_time(now, self.stack.reward.judge(stepped))
+        self._hear(now)
+        said, now.said = now.said, NOTHING_SAID
+        result = self._limit_time(now, ruled(self.stack.reward.judge(stepped), said, now.return_))
         now.seen_at = time.monotonic_ns()
         self.stack.safety.check_observation(result.observation)
         step = TimeStep(
@@ -181,7 +242,7 @@ class EpisodeRunner:
             time_ns=seen_at,
         )
         self._record(now, step, result.observation)
-        return self._outcome(result)
+        return self._outcome(result, said)
 
     def _record(self, now: _Progress, step: TimeStep, after: Observation) -> None:
         self.stack.adder.add(step)
@@ -196,11 +257,14 @@ class EpisodeRunner:
         late = now.tick + 1 >= self.stack.env.spec.max_ticks and not result.terminated
         return replace(result, truncated=True) if late else result
 
-    def _outcome(self, result: StepResult) -> Outcome | None:
+    def _outcome(self, result: StepResult, said: Words) -> Outcome | None:
+        if said.discard:
+            return Outcome(False, "human", DISCARD)
         if not (result.terminated or result.truncated):
             return None
         cut = None if result.terminated else "time_limit"
-        return Outcome(result.success, self.stack.reward.success_source, cut)
+        by_person = said.success or said.failure
+        return Outcome(result.success, "human" if by_person else self.stack.reward.success_source, cut)
 
     def _end(self, now: _Progress, outcome: Outcome, reason: str | None, leaving: bool = False) -> EpisodeReport:
         # The robot comes first: what follows waits for a disk, and for people who look on.
@@ -222,6 +286,7 @@ class EpisodeRunner:
             operator_ticks=now.operator_ticks,
             seconds=time.monotonic() - now.started,
             policy_version=now.policy_version,
+            last=now.last,
         )
         self.observer.episode_ended(report, now.observation)
         return report
@@ -257,8 +322,17 @@ class EpisodeRunner:
                     raise EpisodeCutError(f"no action for {waited:.0f} s (hold_limit_s): {problem}") from None
                 who = "learner silent" if isinstance(problem, ServerSilent) else "policy not ready"
                 self.observer.message(f"{who} for {waited:.0f} s; holding ({problem})")
+            self._listen_meanwhile(now)
             self._check_stop()
             self.stop.wait(_RETRY_S)
+
+    def _listen_meanwhile(self, now: _Progress) -> None:
+        """A person need not wait for the policy to throw the episode away, or to stop before its first tick."""
+        self._hear(now)
+        if now.tick and now.said.discard:
+            raise DiscardedError("discarded")
+        if not now.tick and now.last:
+            raise EpisodeCutError("the operator said stop")
 
     @contextmanager
     def _driver(self, what: str) -> Iterator[None]:
@@ -279,3 +353,18 @@ class EpisodeRunner:
             raise EpisodeCutError(reason)
         if self.stop:
             raise EpisodeCutError(f"stopped{f' by {self.stop.signal.name}' if self.stop.signal else ''}")
+
+
+def ruled(result: StepResult, said: Words, return_so_far: float) -> StepResult:
+    """A person's word outranks whoever judged the tick; failure outranks success, and a discard both.
+
+    A success brings what the rewards before lacked to 1, as a relabelled one does (docs/algorithms/rewards.md).
+    """
+    if said.discard:
+        return replace(result, terminated=False, truncated=True, success=False)
+    if said.failure:
+        return replace(result, reward=0.0, terminated=True, truncated=False, success=False)
+    if said.success:
+        reward = max(0.0, 1.0 - return_so_far)
+        return replace(result, reward=reward, terminated=True, truncated=False, success=True)
+    return result

@@ -1,4 +1,4 @@
-"""Keys of the terminal at which the actor runs: the e-stop's and a person's judgement. Started by `wiring`.
+"""Keys of the terminal at which the actor runs: e-stop, operator, verdict. Started by `wiring`.
 
     terminal ─▶ key thread ─▶ fn() of whoever asked for that key, in that thread, within a millisecond
 
@@ -33,6 +33,7 @@ class Keyboard:
     def __init__(self, read_key: ReadKey) -> None:
         self._read_key = read_key
         self._wanted: dict[str, tuple[str, Callable[[], None]]] = {}  # character -> (who asked, what to call)
+        self.closed = False  # the terminal is gone
         self._thread = threading.Thread(target=self._listen, name="keys", daemon=True)
 
     def on(self, key: str, fn: Callable[[], None], owner: str) -> None:
@@ -52,6 +53,7 @@ class Keyboard:
             try:
                 key = self._read_key()
             except TerminalGoneError:
+                self.closed = True
                 log.warning("the terminal was closed: keys do nothing any more")
                 return
             if key in self._wanted:

@@ -18,13 +18,16 @@ from serl_config.nearest import nearest
 from serl_transport.contract.schema import Observation
 from serl_transport.contract.specs import TaskSpec
 
+LEAD_S = 0.5
+"""How far a target may be ahead of what is sensed, in seconds of max_speed. A servo that follows lags by less."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tick:
     """What a limit may look at."""
 
     state: np.ndarray  # float32[s], sensed now
-    origin: np.ndarray  # float32[ad], from where an action is a displacement: 0, or the last target of a target dim
+    origin: np.ndarray  # float32[ad], from where an action is a displacement: 0; of a target dim `SafetyChain._origin`
     last_move: np.ndarray  # float32[ad], displacement that was sent at the tick before; 0 when the robot stood
 
 
@@ -65,6 +68,7 @@ class SafetyChain:
             _index(spec.action_names, action, "targets"): _index(spec.state_names, state, f"targets.{action}")
             for action, state in (targets or {}).items()
         }
+        self._lead = _per_action(spec, max_speed or {}, "max_speed") * LEAD_S
         self._limits: list[Limit] = [absolute_limits(spec)]
         if max_speed:
             self._limits.append(speed_limits(spec, max_speed))
@@ -135,9 +139,14 @@ class SafetyChain:
         return action
 
     def _origin(self, state: np.ndarray) -> np.ndarray:
+        """A target moves on from the one sent before, so that it never jumps, whoever drives from now on. But a robot
+        that does not follow (it is blocked, it was pushed) is not left with a target far away, to which it would shoot
+        once it is free, in whoever's hands: no further than LEAD_S of max_speed from what is sensed.
+        """
         origin = np.zeros(self._spec.action_dim, np.float32)
         for action, sensed in self._targets.items():
-            origin[action] = state[sensed] if self._sent is None else self._sent[action]
+            at, lead = state[sensed], self._lead[action]
+            origin[action] = at if self._sent is None else np.clip(self._sent[action], at - lead, at + lead)
         return origin
 
 
@@ -150,6 +159,11 @@ def describe(section: Mapping[str, Any] | None) -> str:
             parts.append(f"{key} {names}")
     if not parts:
         return "no safety limits beside action_low and action_high: task.safety is not set"
+    unbounded = [name for name in (section or {}).get("targets") or {} if name not in (section.get("max_speed") or {})]
+    if unbounded:
+        parts.append(
+            f"nothing bounds the step of a target without max_speed, not at a hand-over: {', '.join(unbounded)}"
+        )
     return f"safety limits: {'; '.join(parts)}"
 
 

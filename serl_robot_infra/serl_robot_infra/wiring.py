@@ -1,7 +1,7 @@
 """Builds the parts of an actor from a resolved config: one function a part, `build_actor` for the whole.
 
-Called by `main` and the benchmarks. Only `main`, `connect` and this file see cfg; a wrong value is a ValueError that
-names its key.
+Called by `main` and the benchmarks. Only `main`, `connect`, `operators` and this file see cfg; a wrong value is a
+ValueError that names its key.
 """
 
 import logging
@@ -25,13 +25,20 @@ from serl_robot_infra.envs.base import Environment
 from serl_robot_infra.episode import ControlStack, EpisodeRunner
 from serl_robot_infra.estop import EmergencyStop
 from serl_robot_infra.guard import RobotGuard, Stoppable
-from serl_robot_infra.interventions.none import NoIntervention
 from serl_robot_infra.keyboard import character_of, terminal_keyboard
 from serl_robot_infra.link import LearnerLink
 from serl_robot_infra.observers.base import Observer, ObserverGroup
 from serl_robot_infra.observers.console import ConsoleObserver, Vitals
 from serl_robot_infra.observers.status import StatusObserver
 from serl_robot_infra.openpi_policy import OpenpiPolicy, OpenpiSettings
+from serl_robot_infra.operators import (
+    build_operator,
+    configured_rate,
+    control_rate,
+    describe_operator,
+    is_person,
+    ready_hint,
+)
 from serl_robot_infra.pacing import Pace, StopSignal
 from serl_robot_infra.policy_client import MeasuredPolicy, RemotePolicy
 from serl_robot_infra.rewards.base import RewardSource
@@ -77,14 +84,13 @@ def listen_for_estop(cfg: DictConfig, estop: EmergencyStop, stream: TextIO) -> N
 
 def build_guard(cfg: DictConfig, env: Environment, estop: EmergencyStop) -> RobotGuard:
     """The guard of this environment: with a watchdog where the robot moves by itself, or where the config says so."""
-    watchdog, rate = cfg.rollout.get("watchdog") or {}, cfg.rollout.rate_hz
+    watchdog, rate = cfg.rollout.get("watchdog") or {}, control_rate(cfg, env.spec)
     robot = env if isinstance(env, Stoppable) else None
     enabled = watchdog.get("enabled", "auto")
     if enabled not in (True, False, "auto"):
         raise ValueError(f"rollout.watchdog.enabled: expected auto, true or false, got {enabled!r}")
     watched = robot is not None if enabled == "auto" else enabled
     stop_s = watchdog.get("stop_ms", 500.0) / 1e3 if watched else None
-    rate = env.spec.control_hz if rate is None else rate
     stopper, process = getattr(env, "stopper", None), None
     if robot is not None and stopper is not None and stop_s is not None:
         process = WatchdogProcess(stopper, estop.path, 1.0 / (rate or env.spec.control_hz), stop_s)
@@ -130,7 +136,9 @@ def build_actor(
     rollout = cfg.rollout
     policy = build_policy(cfg, link)
     broker = build_broker(cfg, policy)
-    pace = Pace(env.spec.control_hz if rollout.rate_hz is None else rollout.rate_hz)
+    pace = Pace(control_rate(cfg, env.spec))
+    operator, reward = build_operator(cfg, env), build_reward(cfg, waiting(stream, stop))
+    voices = [voice for voice in (operator, reward) if hasattr(voice, "words")]
     observer = ObserverGroup(_observers(cfg, env, link, stream, lambda: Vitals(
         infer_p50_ms=policy.p50_ms if policy else None,
         backlog=link.backlog,
@@ -140,12 +148,13 @@ def build_actor(
     stack = ControlStack(
         env=env,
         broker=broker,
-        operator=build_operator(cfg, env),
+        operator=operator,
         safety=SafetyChain.of(env.spec, plain(cfg.task.get("safety"))),
-        reward=build_reward(cfg, waiting(stream, stop)),
+        reward=reward,
         adder=Adder(keeper(link, observer, stop), rollout.batch_ticks),
         pace=pace,
         guard=guard,
+        voices=voices,
     )
     runner = EpisodeRunner(
         stack,
@@ -156,8 +165,11 @@ def build_actor(
         may_take_over=rollout.operator,
         demo_noise=demo_noise(cfg, env),
         hold_limit_s=rollout.hold_limit_s,
+        ready=ready_hint(cfg, env, voices),
     )
-    evaluation = replace(runner, stack=replace(stack, reward=evaluation_reward(cfg, stack.reward)))
+    evaluation = replace(runner, stack=evaluation_stack(cfg, stack))
+    for line in describe_operator(cfg, env.spec, stack.reward, voices):
+        print(line, file=stream, flush=True)
     return Actor(runner, evaluation, link, observer, stop, guard.estop, rollout.mode, rollout.episodes), observer
 
 
@@ -193,6 +205,15 @@ def build_reward(cfg: DictConfig, on_wait: Callable[[str], None] = log.warning) 
     return source(on_wait=on_wait) if isinstance(source, partial) else source
 
 
+def evaluation_stack(cfg: DictConfig, stack: ControlStack) -> ControlStack:
+    """What evaluations run on: their own judge, and the full rate where no person drives or judges."""
+    reward = evaluation_reward(cfg, stack.reward)
+    voices = [voice for voice in stack.voices if voice is not stack.reward or reward is stack.reward]
+    if is_person(cfg) and reward.success_source != "human":
+        return replace(stack, reward=reward, voices=voices, pace=Pace(configured_rate(cfg, stack.env.spec)))
+    return replace(stack, reward=reward, voices=voices)
+
+
 def evaluation_reward(cfg: DictConfig, reward: RewardSource) -> RewardSource:
     """Who judges evaluations: `reward`, as everything, unless reward.evaluate_with says that the environment does."""
     node = _reward_node(cfg)
@@ -207,14 +228,6 @@ def evaluation_reward(cfg: DictConfig, reward: RewardSource) -> RewardSource:
 
 def _reward_node(cfg: DictConfig) -> DictConfig | None:
     return cfg.task.get("reward") or cfg.get("reward")
-
-
-def build_operator(cfg: DictConfig, env: Environment) -> Any:
-    """The operator of task.operator; nobody where none is named or none can be asked."""
-    may_be_asked = cfg.rollout.mode in ("follow", "demo") or (cfg.rollout.mode == "online" and cfg.rollout.operator)
-    if not cfg.task.get("operator") or not may_be_asked:
-        return NoIntervention()
-    return instantiate(cfg.task.operator, env=env)
 
 
 def _observers(

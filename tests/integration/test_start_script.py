@@ -344,6 +344,28 @@ def test_panes_end_with_the_learner(checkout):
 
 
 @needs_tmux
+def test_the_keys_typed_into_the_panes_are_the_actors(checkout):
+    """Also the e-stop's and Ctrl-C: the actor's pane is the one that is selected."""
+    checkout.side(
+        "actor",
+        "from serl_robot_infra.keyboard import terminal_keyboard\nimport os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\nkeyboard = terminal_keyboard()\n"
+        "for key in 'w ':\n    keyboard.on(key, lambda key=key: (root / 'keys').open('a').write(key), key)\n"
+        "(root / 'actor.pid').write_text(str(os.getpid()))\nprint('listening')\ntime.sleep(600)\n",
+    )
+    terminal = Terminal(checkout)
+    checkout.pid("actor")
+    terminal.wait_for("listening")
+    terminal.type(b"xw w")
+    deadline = time.monotonic() + PATIENCE_S
+    while not (checkout.root / "keys").exists() or (checkout.root / "keys").read_text() != "w w":
+        assert time.monotonic() < deadline, "the keys never came"
+        time.sleep(0.02)
+    terminal.type(b"\x03")
+    assert terminal.wait() == 130
+
+
+@needs_tmux
 @pytest.mark.parametrize("how", ["ctrl-c", "stop"])
 def test_panes_are_ended_by_the_user(checkout, how):
     terminal = Terminal(checkout)

@@ -60,12 +60,10 @@ def test_a_hesitating_operator_stands_still_for_a_while_with_the_gripper_as_the_
     assert 0 <= min(pauses) < max(pauses) <= 5
 
 
-def test_nobody_drives_and_nobody_demonstrates(env):
+def test_nobody_drives(env):
     flags, asked = drive(NoIntervention(), env, 3)
     assert flags == [False] * 3
     assert asked == [0, 1, 2]
-    with pytest.raises(ValueError, match="a demonstration needs an operator"):
-        NoIntervention().reset(np.random.default_rng(0), from_start=True)
 
 
 def test_an_environment_without_expert_is_refused_in_the_users_words():

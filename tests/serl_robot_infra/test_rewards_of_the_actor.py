@@ -4,7 +4,6 @@ import io
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -14,11 +13,13 @@ from scripted_learner import ScriptedLearner, actor_config, ticket
 
 from serl_robot_infra.envs.base import StepResult
 from serl_robot_infra.envs.pick import PickEnv
-from serl_robot_infra.keyboard import Keyboard
+from serl_robot_infra.episode import ruled
+from serl_robot_infra.interventions.base import NOTHING_SAID, Words
 from serl_robot_infra.main import main
 from serl_robot_infra.rewards.classifier import ClassifierReward
 from serl_robot_infra.rewards.goal_pose import GoalPoseReward
 from serl_robot_infra.rewards.human_key import HumanKeyReward
+from serl_robot_infra.rewards.operator import OperatorReward
 from serl_robot_infra.wiring import build_reward, evaluation_reward
 from serl_transport.contract.errors import ServerSilent
 from serl_transport.contract.schema import Observation
@@ -133,17 +134,17 @@ def test_a_goal_that_the_task_has_not_got_is_named():
 TERMINAL = """
 import sys, time
 from serl_robot_infra.rewards.human_key import HumanKeyReward
-from test_rewards_of_the_actor import at
-source = HumanKeyReward()
+from serl_robot_infra.interventions.base import NOTHING_SAID
+source = HumanKeyReward(discard_key="x")
 print("ready", flush=True)
-for expected in (True, False):
-    while not (result := source.judge(at(0.0))).terminated:
+for _ in range(3):
+    while (said := source.words()) == NOTHING_SAID:
         time.sleep(0.01)
-    print("ended", result.success, result.reward, flush=True)
+    print(said.success, said.failure, said.discard, flush=True)
 """
 
 
-def test_keys_of_a_terminal_end_an_episode():
+def test_keys_of_a_terminal_are_a_persons_words():
     master, slave = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", TERMINAL], stdin=slave, stdout=subprocess.PIPE, text=True,
@@ -151,7 +152,7 @@ def test_keys_of_a_terminal_end_an_episode():
     )  # fmt: skip
     try:
         assert process.stdout.readline() == "ready\n"
-        for key, line in ((b"xs", "ended True 1.0\n"), (b"f", "ended False 0.0\n")):
+        for key, line in ((b"?s", "True False False\n"), (b"f", "False True False\n"), (b"x", "False False True\n")):
             os.write(master, key)
             assert process.stdout.readline() == line
         assert process.wait(timeout=30) == 0
@@ -163,20 +164,19 @@ def test_keys_of_a_terminal_end_an_episode():
         os.close(slave)
 
 
-def test_a_key_pressed_before_the_episode_is_forgotten(monkeypatch):
-    keys = ["s"]
+def test_a_persons_word_outranks_whoever_judged_and_brings_the_return_to_one():
+    said = Words(success=True)
+    result = ruled(STEP, said, return_so_far=0.25)
+    assert (result.reward, result.terminated, result.success) == (0.75, True, True)
+    result = ruled(STEP, said | Words(failure=True), return_so_far=0.25)
+    assert (result.reward, result.terminated, result.success) == (0.0, True, False)
+    result = ruled(STEP, said | Words(discard=True), return_so_far=0.0)
+    assert (result.terminated, result.truncated, result.success) == (False, True, False)
+    assert ruled(STEP, NOTHING_SAID, return_so_far=0.0) is STEP
 
-    def read():
-        time.sleep(0.001)
-        return keys.pop() if keys else None
 
-    monkeypatch.setattr("serl_robot_infra.rewards.human_key.terminal_keyboard", lambda: Keyboard(read))
-    source = HumanKeyReward()
-    while keys:
-        time.sleep(0.001)
-    time.sleep(0.1)
-    source.reset()
-    assert not source.judge(at(0.0)).terminated
+def test_with_reward_operator_the_environments_own_word_does_not_count():
+    assert judged(OperatorReward(), 1) == [(0, True, False)]  # its end is a failure
 
 
 def test_without_a_terminal_the_mistake_is_named(monkeypatch):

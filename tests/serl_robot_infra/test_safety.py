@@ -146,7 +146,8 @@ def test_a_mistake_in_the_yaml_names_its_key(section, message):
 def test_the_limits_are_said_in_one_line():
     box = {"x": {"low": -0.1, "high": 0.1, "action": "dx"}}
     assert describe({"max_speed": {"dx": 0.2}, "workspace": box, "targets": {"dy": "y"}}) == (
-        "safety limits: max_speed dx 0.2; workspace x -0.1 to 0.1 (by dx); targets dy follows y"
+        "safety limits: max_speed dx 0.2; workspace x -0.1 to 0.1 (by dx); targets dy follows y; nothing bounds "
+        "the step of a target without max_speed, not at a hand-over: dy"
     )
     for nothing in (None, {}, {"max_speed": {}}):
         assert "task.safety is not set" in describe(nothing)

@@ -123,10 +123,13 @@ class Journalled:
             self._ledger_late = True
 
     def _add(self, closed: ClosedEpisode) -> LedgerRow:
-        """A closed episode into the ledger as it was recorded, and into the ring as people corrected it."""
+        """A closed episode into the ledger as it was recorded, and into the ring as people corrected it.
+
+        What a person discarded does not enter the ring: no view, whatever its rule, ever samples it.
+        """
         episode = closed.build()
         row = LedgerRow.of(closed, episode)
-        if row.mode != "eval":
+        if row.is_experience:
             corrected = self._relabelled.correct(episode)
             try:
                 self.ring.append(closed.ordinal, row.mode, corrected.outcome.success, corrected.arrays)

@@ -19,7 +19,7 @@ from serl_launcher.replay.assembler import ClosedEpisode
 from serl_launcher.run.files import write_whole
 from serl_launcher.telemetry.statistics import wilson
 from serl_transport.contract.errors import Refused
-from serl_transport.contract.schema import Episode
+from serl_transport.contract.schema import DISCARD, Episode
 
 WINDOW = 40  # online episodes that the rates look back on
 ADHOC = "adhoc_"
@@ -74,6 +74,11 @@ class LedgerRow:
             end_time=closed.time_ns / 1e9,
         )
 
+    @property
+    def is_experience(self) -> bool:
+        """May anything be learned from it? Not from evaluations, nor from what a person threw away."""
+        return self.mode != "eval" and self.truncated_by != DISCARD
+
     def to_json(self) -> str:
         """One line of episodes.jsonl."""
         row = asdict(self)
@@ -103,7 +108,7 @@ class Ledger:
         self.successes = 0  # demonstrations and online episodes; what is imitated is the trainer's to say
         self.interventions = 0  # ticks
         self.transitions = 0  # ticks of closed episodes
-        self.experience = 0  # those of demonstrations and online episodes: evaluation is no experience
+        self.experience = 0  # those of demonstrations and online episodes that nobody discarded
         self.per_mode = {"demo": 0, "online": 0, "eval": 0}
         self.started: dict[str, int] = {}  # stage -> rows of any kind
         self._counted: dict[Scope, int] = {}
@@ -137,7 +142,7 @@ class Ledger:
         self.rows += 1
         self.interventions += row.interventions
         self.transitions += row.n_ticks
-        if row.mode != "eval":
+        if row.is_experience:
             self.successes += row.success
             self.experience += row.n_ticks
         self.per_mode[row.mode] += 1

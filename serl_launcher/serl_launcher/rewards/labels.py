@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from serl_transport.contract.schema import Episode
+from serl_transport.contract.schema import DISCARD, Episode
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +62,11 @@ def label_episodes(
     """Labelled copies of (ordinal, episode), and how many were left out because only a classifier judged them.
 
     A classifier that learns from its own word makes its mistakes the truth. Episodes that nobody judged (a dead actor,
-    a stop) are left out, too; one that ran into its time limit without success is a failure.
+    a stop, a discard) are left out, too; one that ran into its time limit without success is a failure.
     """
     found, unjudged = [], 0
     for ordinal, episode in episodes:
-        if episode.outcome.truncated_by in ("dead_actor", "stop"):
+        if episode.outcome.truncated_by in ("dead_actor", "stop", DISCARD):
             continue
         if episode.outcome.success_source == "classifier":
             unjudged += 1

@@ -1,6 +1,6 @@
 """One child process and when to start it again: the shared ground of the supervisor (roles) and the launcher (sides).
 
-    Child.start ─▶ own session, stdin null, dies with us ─▶ poll ─▶ Death ─▶ RestartBudget.died ─▶ wait_s | None
+    Child.start ─▶ own session, dies with us ─▶ poll ─▶ Death ─▶ RestartBudget.died ─▶ wait_s | None
          ├ starting file ─▶ removed by the child once it is up (run.ready)
          └ beats ◀─ its work loop (run.alive) ─▶ look ─▶ Silence ─▶ kill
 
@@ -115,8 +115,11 @@ class Child:
         """Of the group's leader while it runs or is not yet reaped."""
         return self._process.pid if self._process else None
 
-    def start(self, stdout: int | None = None) -> subprocess.Popen:
-        """Spawn it; `stdout` is a Popen argument for a child without a log. OSError: the system refuses."""
+    def start(self, stdout: int | None = None, stdin: int | None = subprocess.DEVNULL) -> subprocess.Popen:
+        """Spawn it; `stdout` and `stdin` are Popen arguments, the former for a child without a log.
+
+        OSError: the system refuses.
+        """
         spec, parent = self.spec, os.getpid()
         self._pulse.reset()
         if spec.exit_file:
@@ -131,7 +134,7 @@ class Child:
                 self._log_offset = os.fstat(out.fileno()).st_size
             self._process = subprocess.Popen(
                 spec.argv,
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=out if spec.log else stdout,
                 stderr=subprocess.STDOUT if spec.log or stdout else None,
                 env={

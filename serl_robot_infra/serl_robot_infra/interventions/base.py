@@ -4,8 +4,8 @@ Implemented by each file beside. An operator's device may be a judge as well: it
 it away, or say that the scene is ready.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
@@ -23,12 +23,46 @@ class Words:
     ready: bool = False  # the scene is set: the next episode may begin
     stop: bool = False  # end after this episode
 
+    def __or__(self, other: "Words") -> "Words":
+        """What either of two said."""
+        return Words(*(getattr(self, name) or getattr(other, name) for name in WORDS))
 
+
+WORDS = tuple(field.name for field in fields(Words))
 NOTHING_SAID = Words()
 
 
-class Intervention(Protocol):
+class OperatorGoneError(Exception):
+    """The operator's device vanished: the episode ends with what was executed. The message is for people."""
+
+
+class Voice(Protocol):
+    """Whoever can say something: an operator, or the keys of a terminal (rewards/human_key.py)."""
+
+    vocabulary: Collection[str] = ()
+    """The fields of `Words` that it has a key or a button for."""
+
+    def words(self) -> Words:
+        """What was said since the last call. Asked after each tick and while the scene is waited for; never waits."""
+        return NOTHING_SAID
+
+    def describe(self) -> Sequence[str]:
+        """A line for each thing that the device can do, for the actor's start: `t: take over, let go`."""
+        return ()
+
+    def missing(self) -> str | None:
+        """Why the device cannot be used now, for people; None: it is there. Looks for it again; never waits.
+
+        Asked before an episode moves anything. Who finds out later raises OperatorGoneError, in `act` or in `words`.
+        """
+        return None
+
+
+class Intervention(Voice, Protocol):
     """A human's device or a script. One episode at a time. A class may inherit from this one: it says nothing then."""
+
+    is_person: bool = False
+    """A person's device: a simulation keeps to real time, and a robot waits for its scene to be set."""
 
     def reset(self, rng: np.random.Generator, *, from_start: bool) -> None:
         """Begin an episode; what was said before is forgotten.
@@ -48,18 +82,12 @@ class Intervention(Protocol):
                 spent on a tick that the operator drives anyway.
             tick: ticks since the episode began.
 
+        Raises OperatorGoneError when the device is not there any more.
+
         Returns:
             The action float32[ad], and whether it is the operator's.
         """
         ...
-
-    def words(self) -> Words:
-        """What was said since the last call. Asked after each tick and while the scene is waited for; never waits."""
-        return NOTHING_SAID
-
-    def describe(self) -> Sequence[str]:
-        """A line for each thing that the device can do, for the actor's start: `space: take over, let go`."""
-        return ()
 
     def close(self) -> None:
         """Let go of the device; idempotent."""

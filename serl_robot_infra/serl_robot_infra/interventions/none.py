@@ -1,4 +1,4 @@
-"""No operator: the policy drives every tick. Used in evaluation and with `rollout.operator=false`."""
+"""No operator: the policy drives every tick. Used in evaluation, with `operator=none` and `rollout.operator=false`."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,7 @@ class NoIntervention(Intervention):
     """Nobody drives, nobody says anything."""
 
     def reset(self, rng: np.random.Generator, *, from_start: bool) -> None:
-        """Nothing to prepare; a demonstration without an operator is refused."""
-        if from_start:
-            raise ValueError("a demonstration needs an operator: set task.operator and rollout.operator=true")
+        """Nothing to prepare. A demonstration is never asked of nobody: the episode runner refuses it."""
 
     def act(self, observation: Observation, propose: Callable[[], np.ndarray], tick: int) -> tuple[np.ndarray, bool]:
         """The policy's action."""

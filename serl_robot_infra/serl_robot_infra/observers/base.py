@@ -28,6 +28,7 @@ class EpisodeReport:
     operator_ticks: int  # ticks that the operator drove
     seconds: float  # wall time from reset to end
     policy_version: int  # that drove last; -1: none did
+    last: bool = False  # a person said that no episode shall follow
 
 
 class Observer:
@@ -44,6 +45,9 @@ class Observer:
 
     def message(self, text: str) -> None:
         """Something people should know: waiting, holding, stopping. Repeated while it lasts."""
+
+    def ask(self, text: str) -> None:
+        """A person is asked to do something now, and waited for."""
 
     def close(self) -> None:
         """The rollout is over."""
@@ -67,6 +71,9 @@ class ObserverGroup(Observer):
 
     def message(self, text: str) -> None:
         self._tell("message", text)
+
+    def ask(self, text: str) -> None:
+        self._tell("ask", text)
 
     def close(self) -> None:
         self._tell("close")

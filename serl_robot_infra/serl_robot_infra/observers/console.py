@@ -9,7 +9,7 @@ from typing import TextIO
 
 from serl_robot_infra.observers.base import EpisodeReport, Observer
 from serl_transport.contract.bounds import printable
-from serl_transport.contract.schema import EpisodeInfo, Observation, TimeStep
+from serl_transport.contract.schema import DISCARD, EpisodeInfo, Observation, TimeStep
 
 _LIVE_PERIOD_S = 1.0
 _REPEAT_PERIOD_S = 15.0
@@ -63,12 +63,17 @@ class ConsoleObserver(Observer):
     def message(self, text: str) -> None:
         """Print once, and again each 15 s while only its numbers change; on a terminal the live line shows it anew."""
         text = printable(text)  # it may quote a server
-        kind, now = re.sub(r"[\d.]+", "#", text), time.monotonic()
+        kind, now = _kind(text), time.monotonic()
         if now - self._told_at.get(kind, -_REPEAT_PERIOD_S) >= _REPEAT_PERIOD_S:
             self._told_at[kind] = now
             self._print(text)
         elif self._is_terminal:
             self._live(text)
+
+    def ask(self, text: str) -> None:
+        """Print it, each time."""
+        self._told_at[_kind(text)] = time.monotonic()
+        self._print(text)
 
     def close(self) -> None:
         """Leave the live line."""
@@ -97,7 +102,7 @@ def episode_line(report: EpisodeReport) -> str:
     if report.outcome.success:
         result = "success"
     else:
-        result = {None: "failure", "time_limit": "failure (time limit)"}.get(
+        result = {None: "failure", "time_limit": "failure (time limit)", DISCARD: "discarded"}.get(
             report.outcome.truncated_by, f"cut ({report.outcome.truncated_by})"
         )
     policy_ticks = report.ticks - report.operator_ticks
@@ -108,6 +113,11 @@ def episode_line(report: EpisodeReport) -> str:
         f"#{report.index} {report.info.stage} · {result} · return {report.return_:.1f} · "
         f"{report.ticks} ticks: {', '.join(drivers)} · {rate:.0f} Hz"
     )
+
+
+def _kind(text: str) -> str:
+    """What a message is when its numbers are not looked at."""
+    return re.sub(r"[\d.]+", "#", text)
 
 
 def _policy(version: int) -> str:

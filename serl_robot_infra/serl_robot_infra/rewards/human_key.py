@@ -1,55 +1,65 @@
-"""A person judges with two keys of the terminal: one for success, one for failure. `reward=human_key`.
+"""A person judges with keys of the actor's terminal. `reward=human_key`: where there is no operator's device, or one
+without buttons, such as a leader arm.
 
-    keyboard.Keyboard ─▶ last key pressed ─▶ judge: consumed at the next tick
-
-A key pressed before an episode is forgotten at its reset. Without a key the environment's own end is a failure.
+    keyboard.Keyboard ─▶ Words ─▶ asked by the episode runner after each tick, with the operator's own
 """
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from serl_robot_infra.envs.base import StepResult
+from serl_robot_infra.interventions.base import NOTHING_SAID, OperatorGoneError, Voice, Words
+from serl_robot_infra.interventions.hand import MEANINGS
 from serl_robot_infra.keyboard import terminal_keyboard
+from serl_robot_infra.rewards.operator import OperatorReward
 
 
-class HumanKeyReward:
-    """Answers `rewards.base.RewardSource`.
+class HumanKeyReward(OperatorReward, Voice):
+    """Answers `rewards.base.RewardSource` and `interventions.base.Voice`.
 
-    success_key, failure_key: single characters, or `space` and the like. Raises ValueError when there is no terminal to
-    press keys at.
+    <word>_key: single characters, or `space` and the like; None: no key for that word. Raises ValueError when there is
+    no terminal to press keys at, or a key has an owner.
     """
 
-    success_source = "human"
-
-    def __init__(self, success_key: str = "s", failure_key: str = "f") -> None:
-        if success_key == failure_key:
-            raise ValueError(f"reward: expected two different keys, got {success_key!r} and {failure_key!r}")
-        self._pressed: str | None = None
+    def __init__(
+        self,
+        success_key: str = "s",
+        failure_key: str = "f",
+        discard_key: str | None = None,
+        ready_key: str | None = None,
+        stop_key: str | None = None,
+    ) -> None:
+        given = {
+            "success": success_key, "failure": failure_key, "discard": discard_key, "ready": ready_key,
+            "stop": stop_key,
+        }  # fmt: skip
+        self._keys = {word: key for word, key in given.items() if key is not None}
+        self.vocabulary = tuple(self._keys)
+        self._said = NOTHING_SAID
         self._lock = threading.Lock()
         keyboard = terminal_keyboard()
         if keyboard is None:
             raise ValueError(
                 "reward=human_key needs a terminal to press keys at; start the actor in one (run_actor.sh)"
             )
-        for outcome, key in (("success", success_key), ("failure", failure_key)):
-            keyboard.on(key, partial(self._press, outcome), f"reward.{outcome}_key")
+        self._keyboard = keyboard
+        for word, key in self._keys.items():
+            keyboard.on(key, partial(self._press, word), f"reward.{word}_key")
 
-    def reset(self) -> None:
-        self._take()
-
-    def judge(self, result: StepResult) -> StepResult:
-        """Success key: reward 1 and the end. Failure key: the end. Otherwise the environment's end, as a failure."""
-        pressed = self._take()
-        success = pressed == "success"
-        ended = pressed is not None or result.terminated
-        return replace(result, reward=float(success), success=success, terminated=ended)
-
-    def _take(self) -> str | None:
+    def words(self) -> Words:
+        if reason := self.missing():
+            raise OperatorGoneError(reason)
         with self._lock:
-            pressed, self._pressed = self._pressed, None
-        return pressed
+            said, self._said = self._said, NOTHING_SAID
+        return said
 
-    def _press(self, outcome: str) -> None:
+    def describe(self) -> Sequence[str]:
+        return [f"{key}: {MEANINGS[word]}" for word, key in self._keys.items()]
+
+    def missing(self) -> str | None:
+        return "the terminal of reward=human_key was closed" if self._keyboard.closed else None
+
+    def _press(self, word: str) -> None:
         with self._lock:
-            self._pressed = outcome
+            self._said = replace(self._said, **{word: True})

@@ -330,6 +330,28 @@ def test_a_stopped_evaluation_is_no_outcome_and_its_seed_goes_out_again(tmp_path
         assert client.request("next_episode", {})["seed"] == ticket["seed"]
 
 
+def test_what_a_person_discarded_is_recorded_and_never_learned_from(tmp_path: Path) -> None:
+    """Also what was acknowledged before the word came: no frame of it reaches the ring, now or after a restart."""
+    stages = [{"name": "demos", "mode": "demo", "episodes": 1}]
+    with serving(tmp_path, schedule__stages=stages) as gateway, connected(gateway) as client:
+        ticket = client.request("next_episode", {})
+        who = info(ticket["episode_id"], boot=client.boot_id, mode="demo", stage="demos", seed=ticket["seed"])
+        first, last = batches(who, (4, 4), success=False)
+        send(client, [first])
+        assert client.flush(10)  # half of it is on the learner's disk
+        send(client, [replace(last, outcome=Outcome(False, "human", "discard"))])
+        assert client.flush(10)
+        (row,) = wait_for(lambda: ledger(tmp_path))
+        assert (row["truncated_by"], row["n_ticks"], row["whole"]) == ("discard", 8, False)
+        again = client.request("next_episode", {})  # the stage still wants its demonstration
+        assert again["action"] == "run"
+        assert again["episode_id"] != ticket["episode_id"]
+        assert gateway.status()["counts"]["experience"] == 0
+        assert RingReader(gateway.status()["ring"]).episodes() == []
+    with serving(tmp_path, schedule__stages=stages) as gateway:
+        assert RingReader(gateway.status()["ring"]).episodes() == []
+
+
 def _run_of(reply: dict) -> dict | None:
     return reply if reply["action"] == "run" else None
 

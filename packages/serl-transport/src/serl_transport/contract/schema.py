@@ -32,7 +32,8 @@ from serl_transport.contract.specs import Observation, TaskSpec, all_finite, che
 
 MODES = ("demo", "online", "eval")
 SUCCESS_SOURCES = ("environment", "human", "classifier")
-TRUNCATED_BY = (None, "time_limit", "dead_actor", "stop")
+DISCARD = "discard"  # a person threw the episode away: it is recorded, and nobody learns from it
+TRUNCATED_BY = (None, "time_limit", "dead_actor", "stop", DISCARD)
 IMAGE_PREFIX = "observation.images."
 STATE = "observation.state"
 ACTION = "action"
@@ -87,7 +88,7 @@ class Outcome:
 
     success: bool  # the task was done
     success_source: str  # environment | human | classifier
-    truncated_by: str | None  # None (it terminated) | time_limit | dead_actor | stop
+    truncated_by: str | None  # None (it terminated) | time_limit | dead_actor | stop | discard
 
 
 @dataclass(frozen=True, slots=True)
