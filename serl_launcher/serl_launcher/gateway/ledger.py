@@ -92,6 +92,7 @@ class Ledger:
         self.started: dict[str, int] = {}  # stage -> rows of any kind
         self._counted: dict[Scope, int] = {}
         self._seeds: dict[Scope, dict[int, bool]] = {}  # eval: seed -> success of its first whole outcome
+        self._evaluated: dict[str, int] = {}  # eval stage -> newest policy version that acted in it
         self._online: deque[tuple[bool, bool]] = deque(maxlen=WINDOW)  # (success without help, had help)
         self._file: int | None = None
         self._length = 0  # of the file, bytes
@@ -135,6 +136,7 @@ class Ledger:
         if row.mode == "eval":
             seeds = self._seeds.setdefault(scope, {})
             seeds.setdefault(row.seed, row.success)
+            self._evaluated[row.stage] = max(row.policy_version_last, self._evaluated.get(row.stage, -1))
             self._counted[scope] = len(seeds)
         elif row.mode == "online" or row.success:
             self._counted[scope] = self._counted.get(scope, 0) + 1
@@ -148,10 +150,14 @@ class Ledger:
         return {scope[0]: count for scope, count in self._counted.items() if len(scope) == 1}
 
     def evaluations(self) -> dict[str, dict[str, int]]:
-        """Stage -> finished evaluation seeds and successes among them (ad hoc ones of all actors together)."""
+        """Stage -> finished evaluation seeds, successes among them, and the newest policy version that acted.
+
+        Ad hoc ones of all actors together.
+        """
         result: dict[str, dict[str, int]] = {}
         for scope, seeds in self._seeds.items():
-            entry = result.setdefault(scope[0], {"episodes": 0, "successes": 0})
+            version = self._evaluated[scope[0]]
+            entry = result.setdefault(scope[0], {"episodes": 0, "successes": 0, "version": version})
             entry["episodes"] += len(seeds)
             entry["successes"] += sum(seeds.values())
         return result

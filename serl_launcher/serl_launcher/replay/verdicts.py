@@ -5,10 +5,14 @@ be made again from the journal, with the run's rule or with another one (tools/r
 """
 
 import json
-import os
+import logging
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
+
+from serl_launcher.run.files import DamagedFileError, clear, seal, unseal, write_text
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,10 @@ class Verdict:
     starts: int  # ticks at which a chunk may begin
     labels: int  # ticks whose action is a label
     threshold: float | None  # m when the episode came, where a schedule sets it
+
+
+KEYS = frozenset({*Verdict.__dataclass_fields__, "return", "rule"} - {"return_"})  # of a line
+NEEDED = frozenset({"ordinal", "mode", "return", "accepted", "reason", "rule"})  # older releases wrote fewer
 
 
 def rule_text(rule: Any, threshold: Any = None) -> str:
@@ -50,7 +58,10 @@ class VerdictLedger:
 
     def __init__(self, path: Path, rule: str) -> None:
         self._path, self._rule = path, rule
-        rows = read(path)
+        clear(path)
+        rows, self.incomplete = _rows(path)  # lines were lost, by a kill in mid-line or by damage: judge_journal
+        if self.incomplete:
+            write_text(path, "".join(_line(row) for row in rows))
         self._written: dict[int, set[tuple[bool, str]]] = {}  # ordinal -> verdicts of this rule since another rule's
         for row in rows:
             written = self._written.setdefault(row["ordinal"], set())
@@ -60,8 +71,6 @@ class VerdictLedger:
                 written.clear()
         self._newest = newest(rows)
         self._returns = {row["ordinal"]: (row["mode"], row["return"]) for row in rows}
-        if path.exists():
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill may have torn the last line
 
     def returns(self, after: int, before: int) -> list[tuple[str, float]]:
         """Mode and return of the episodes whose ordinals lie between these, oldest first."""
@@ -83,15 +92,42 @@ class VerdictLedger:
         row = asdict(verdict)
         row["return"] = row.pop("return_")
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | {"rule": self._rule}) + "\n")
+            file.write(_line(row | {"rule": self._rule}))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a ledger; [] when there is none."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was torn by a kill
-    return [json.loads(line) for line in lines]
+    """Every whole line of a ledger; [] when there is none. Damaged lines are left out, and named in the log."""
+    return _rows(path)[0]
+
+
+def _rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """Whole lines, and whether anything else was there, or nothing at all where a file was."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], any(path.parent.glob(f"{path.name}.damaged-*"))
+    except OSError as error:
+        raise DamagedFileError(f"{path} cannot be read: {error.strerror}. Move it away: it is made again") from None
+    rows, damaged = [], []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(_row(line))
+        except (ValueError, AttributeError):
+            damaged.append(number)
+    if damaged:
+        log.warning(
+            "%s is damaged: %d of %d lines cannot be used, the first is line %d",
+            path, len(damaged), len(lines) - 1, damaged[0],
+        )  # fmt: skip
+    return rows, not rows or bool(damaged) or bool(lines[-1])  # what follows the last newline was torn by a kill
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(seal(row)) + "\n"
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    return unseal(json.loads(line), KEYS, NEEDED)
 
 
 def newest(rows: list[dict[str, Any]]) -> dict[int, bool]:

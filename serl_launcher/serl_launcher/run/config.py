@@ -3,6 +3,7 @@
 The file may have been edited by hand or torn by a full disk: a ValueError then says in one line what is wrong with it.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from serl_transport.contract.specs import TaskSpec
 
 
 def read_config(path: Path, *needed: str) -> DictConfig:
-    """The config, with these dotted keys in it. ValueError names the file, and the line or key; OSError: unreadable."""
-    if not path.exists():
+    """The config, with these dotted keys in it. ValueError names the file, and the line or key."""
+    if not os.path.lexists(path):
         raise ValueError(f"{path} does not exist: expected a run's folder, for example runs/quickstart")
     try:
         config = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(config, DictConfig) or not config:
         raise ValueError(f"{path} cannot be read: it is empty or no mapping of keys")
     for key in needed:

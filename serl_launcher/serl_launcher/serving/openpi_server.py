@@ -33,6 +33,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 
 from openpi_client import msgpack_numpy
+from serl_launcher.run.config import read_config
 from serl_launcher.run.files import read_json
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.ready import say_ready
@@ -232,7 +233,7 @@ def main(run_dir: str) -> int:
     logging.getLogger("websockets").setLevel(logging.WARNING)
     paths = RunPaths(Path(run_dir))
     try:
-        cfg = OmegaConf.load(paths.config)
+        cfg = read_config(paths.config)
         spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
         server = OpenpiServer(OpenpiSettings.of(cfg), spec, cfg.run, paths)
         asyncio.run(run(server))

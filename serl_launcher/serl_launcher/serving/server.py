@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from serl_config.mistakes import is_config_mistake, mistake_message
+from serl_launcher.run.config import read_config
 from serl_launcher.run.internal import InferRequest, PolicyLink
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.ready import say_ready
@@ -188,7 +189,7 @@ def main(run_dir: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     paths = RunPaths(Path(run_dir))
     try:
-        server = PolicyServer(OmegaConf.load(paths.config), paths)
+        server = PolicyServer(read_config(paths.config), paths)
     except (ValueError, FileNotFoundError, InstantiationException) as mistake:
         if not is_config_mistake(mistake):
             raise

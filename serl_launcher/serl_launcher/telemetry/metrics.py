@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from serl_launcher.run.files import write_text
+from serl_launcher.run.files import clear, write_text
 from serl_launcher.run.paths import RunPaths
 
 _log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ class MetricsWriter:
         telemetry = cfg.get("telemetry") or {}
         paths.metrics.mkdir(parents=True, exist_ok=True)
         self._path = paths.metrics / "trainer.jsonl"
+        clear(self._path)
         self._tensorboard_dir = paths.metrics / "tensorboard" if telemetry.get("tensorboard", True) else None
         self._tensorboard: Any = None
         self._wandb = _start_wandb(paths, cfg) if telemetry.get("wandb", False) else None
@@ -78,12 +79,13 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a trainer.jsonl, ascending in step; an absent file is empty, a torn last line is passed over."""
+    """The rows of a trainer.jsonl, ascending in step; an absent file is empty, a damaged line is passed over."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
-        except ValueError:
+            int(row["step"])
+        except (ValueError, TypeError, KeyError):
             continue
         while rows and rows[-1]["step"] >= row["step"]:  # a kill between a resume and its first purge
             rows.pop()
