@@ -184,7 +184,6 @@ def test_a_folder_of_an_older_release_is_read(run, expected, tmp_path):
         ("learner", "checkpoints/step_*/manifest.json", "empty", 2),
         ("learner", "checkpoints/step_000004/tensors.safetensors", "zeroed", 0),
         ("exporter", "dataset/data/chunk-000/file-000.parquet", "flipped", 0),
-        ("serving", "config.yaml", "unreadable", 2),
     ],
 )
 def test_a_role_as_a_process_goes_on_or_ends_with_one_line(run, tmp_path, module, files, damage, code):

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from serl_launcher.run.files import DamagedFileError, read_sealed, sha256_of, sync, write_sealed
+from serl_launcher.run.files import DamagedFileError, clear, read_sealed, sha256_of, sync, write_sealed
 
 log = logging.getLogger(__name__)
 LATEST, KEPT = "latest.json", "kept.json"
@@ -106,8 +106,9 @@ def keep_only(params_dir: Path, kept: Collection[int]) -> None:
     """Remove the versions that are not among these."""
     for number in set(numbers_on_disk(params_dir)) - set(kept):
         # The entry first: without it the file is told of no longer.
-        _entry_path(params_dir, number).unlink(missing_ok=True)
-        file_path(params_dir, number).unlink(missing_ok=True)
+        for path in (_entry_path(params_dir, number), file_path(params_dir, number)):
+            clear(path)
+            path.unlink(missing_ok=True)
 
 
 def file_path(params_dir: Path, version: int) -> Path:

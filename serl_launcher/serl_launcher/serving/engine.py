@@ -65,7 +65,8 @@ class PolicyEngine:
         self._noise = torch.Generator().manual_seed(cfg.seed)
         self._sizes = bucket_sizes(cfg.serving.max_batch)
         self._graphs = self._graph_runner(cfg.serving.get("cuda_graphs", "auto"))
-        self._seen: PublishedVersion | None = None
+        self._seen: PublishedVersion | None = None  # the newest that was told of
+        self._ready: PublishedVersion | None = None  # the last that was staged
         self._refused = -1
         self._staged: deque[Staged] = deque(maxlen=1)  # a newer one replaces it; safe between threads
         self.version = -1
@@ -110,7 +111,7 @@ class PolicyEngine:
         newest = newest_whole(self._params_dir)
         if newest is None or newest.version < told.version:
             self._refused = told.version
-        if newest is None or newest.version == self.version:
+        if newest is None or newest == self._ready:
             return False
         try:
             self.stage_file(self._params_dir / newest.file, newest.version)
@@ -118,6 +119,7 @@ class PolicyEngine:
             self._refused = newest.version
             log.error("version %d refused, serving %d on: %s", newest.version, self.version, problem)
             return False
+        self._ready = newest
         return True
 
     def stage_file(self, path: Path, version: int) -> None:

@@ -140,3 +140,12 @@ def test_a_version_whose_entry_is_damaged_is_not_used_unchecked(tmp_path, caplog
     assert "v000003.json is damaged" in caplog.text
     with pytest.raises(ValueError, match=r"v000003.json is damaged"):
         find_parameters(tmp_path / "v000003.safetensors")
+
+
+def test_pruning_passes_over_a_folder_where_a_version_was(tmp_path):
+    publish_policy(tmp_path, tiny_policy(), 1)
+    (tmp_path / "v000001.safetensors").unlink()
+    (tmp_path / "v000001.safetensors").mkdir()
+    publish_policy(tmp_path, tiny_policy(), 2, keep=1)
+    assert newest_whole(tmp_path).version == 2
+    assert [p.name.split(".damaged-")[0] for p in tmp_path.glob("v000001*")] == ["v000001.safetensors"]

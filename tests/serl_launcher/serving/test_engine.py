@@ -83,6 +83,15 @@ def test_a_flipped_bit_is_not_served_and_the_version_before_is(tmp_path, caplog)
     assert engine.version == 3
 
 
+def test_a_learner_that_began_anew_is_followed_although_its_numbers_repeat(engine, tmp_path):
+    before = engine.act([query_from_body(body(), SPEC)])
+    for path in tmp_path.iterdir():
+        path.unlink()
+    put(tmp_path, 0, shift=0.1)
+    assert engine.refresh()
+    assert not np.allclose(before, engine.act([query_from_body(body(), SPEC)]))
+
+
 def test_a_version_that_is_damaged_while_another_serves_changes_nothing(engine, tmp_path, caplog):
     put(tmp_path, 1, shift=0.1)
     damage(tmp_path / "v000001.safetensors")
