@@ -35,7 +35,7 @@ from serl_launcher.policies.open_loop import (
     run_episode,
 )
 from serl_launcher.run.foreign import foreign_config
-from serl_launcher.run.parameters import PublishedVersion, find_parameters
+from serl_launcher.run.parameters import find_parameters, version_of
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.serving.engine import PolicyEngine
 from serl_launcher.serving.query import Query
@@ -72,9 +72,8 @@ def predictor(engine: PolicyEngine, dataset, first: int) -> Callable[[int], np.n
 def evaluate(cfg: DictConfig, run: Path, dataset_dir: Path, episodes: list[int] | None, stride: int, output: Path):
     """Run all episodes, write the files, return the figures."""
     path = find_parameters(run)
-    published = PublishedVersion.read(path.parent)
     engine = PolicyEngine(cfg, path.parent)
-    engine.stage_file(path, published.version if published else 0)
+    engine.stage_file(path, version_of(path))
     engine.swap()
     spec = engine.spec
     dataset = open_dataset(dataset_dir)

@@ -33,7 +33,7 @@ def export(run: Path, folder: Path, version: str | None = None) -> Path:
     if not config.is_file():
         raise FileNotFoundError(f"{run}: not a run folder (no config.yaml)")
     cfg = foreign_config(run, "task.spec", "policy", builds=("policy", "algo"))
-    path = run / "params" / version if version else find_parameters(run)
+    path = find_parameters(run / "params" / version if version else run)
     policy = build_policy(cfg, TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True)))
     metadata = load_into(policy, path, base_sha256(policy))
     # What GR00T's layout keeps beside the weights; optimizer state never goes along.

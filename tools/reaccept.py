@@ -29,13 +29,11 @@ from yaml import YAMLError
 
 from flowserl_cli.compose import load_config
 from serl_config.mistakes import mistake_message
-from serl_launcher.replay.episodes import journal_episodes
-from serl_launcher.replay.rulebook import RuleBook
+from serl_launcher.replay.rulebook import RuleBook, judge_journal
 from serl_launcher.replay.verdicts import Verdict, rule_text
 from serl_launcher.run.config import task_spec
 from serl_launcher.run.foreign import foreign_config
 from serl_transport.contract.bounds import printable, shown
-from serl_transport.contract.schema import DISCARD
 
 KEYS = re.compile(r"rule|algo\.(rule|threshold)(\..+)?")
 
@@ -80,12 +78,7 @@ def judge(run: Path, cfg: DictConfig) -> list[Verdict]:
     spec = task_spec(cfg)
     threshold = part(cfg.algo, "threshold") if cfg.algo.get("threshold") else None
     book = RuleBook(part(cfg.algo, "rule"), spec, threshold)
-    last: dict[int, Verdict] = {}
-    for ordinal, episode in journal_episodes(run, spec):
-        if episode.info.mode == "eval" or episode.outcome.truncated_by == DISCARD:
-            continue
-        _, verdicts = book.judge(ordinal, episode.info.mode, episode.outcome.success, episode.arrays)
-        last.update({verdict.ordinal: verdict for verdict in verdicts})
+    last = {verdict.ordinal: verdict for verdict in judge_journal(book, run, spec)}
     return [last[ordinal] for ordinal in sorted(last)]
 
 

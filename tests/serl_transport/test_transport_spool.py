@@ -244,3 +244,40 @@ def test_a_spool_of_the_release_before_is_read_and_continued(tmp_path):
     damaged[-6] ^= 1
     path.write_bytes(damaged)
     assert items(DiskSpool(tmp_path)) == [b"new"]
+
+
+@pytest.mark.parametrize("place", ["item", "length", "seq", "checksum"])
+def test_a_damaged_record_costs_its_own_item_alone(tmp_path, caplog, place):
+    spool = DiskSpool(tmp_path)
+    for k in range(4):
+        spool.append([b"item %d" % k * 50])
+    spool.close()
+    path = tmp_path / "000001.seg"
+    content = bytearray(path.read_bytes())
+    second = HEAD_BYTES + (len(content) - HEAD_BYTES) // 4
+    content[second + {"length": 1, "checksum": 4, "seq": 8, "item": 40}[place]] ^= 2
+    path.write_bytes(content)
+    spool = DiskSpool(tmp_path)
+    assert items(spool) == [b"item %d" % k * 50 for k in (0, 2, 3)]
+    assert [key.seq for key in spool.pending()] == [1, 3, 4]
+    assert f"000001.seg is damaged at byte {second}: an item is lost" in caplog.text
+    for key in spool.pending():
+        assert spool.ack(key)
+    spool.close()
+    assert list(tmp_path.glob("*.seg")) == []
+
+
+def test_a_segment_with_a_damaged_boot_id_is_refused_by_name(tmp_path):
+    """Under another boot its items would be taken twice."""
+    spool = DiskSpool(tmp_path)
+    spool.append([b"item"])
+    spool.close()
+    path = tmp_path / "000001.seg"
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(SpoolError, match=r"000001.seg is damaged in its head"):
+        DiskSpool(tmp_path)
+    content[HEAD_BYTES - 4 : HEAD_BYTES] = bytes(4)  # an older release kept no checksum of it
+    path.write_bytes(content)
+    assert items(DiskSpool(tmp_path)) == [b"item"]

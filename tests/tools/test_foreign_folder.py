@@ -21,6 +21,7 @@ from run_samples import SPEC, entries, episode, write_journal
 from flowserl_cli.compose import ConfigError, load_config
 from serl_launcher.learner.checkpoint import FILES, load
 from serl_launcher.policies.tokens import HubTokenizer
+from serl_launcher.run.files import DamagedFileError, clear, write_text
 from serl_launcher.run.foreign import TRUST, check_links, foreign_config
 from serl_launcher.run.parameters import find_parameters
 
@@ -171,7 +172,7 @@ def test_an_optimizers_state_is_data_too(tmp_path):
     folder = tmp_path / "step_000001"
     folder.mkdir()
     (folder / FILES[1]).write_bytes(pickle.dumps(Traced(tmp_path / "mark")))
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(DamagedFileError, match="cannot be read"):
         load(folder)
     assert not (tmp_path / "mark").exists()
 
@@ -206,3 +207,23 @@ def test_a_table_shows_no_escape_sequence(tmp_path, monkeypatch):
     table = visualize_dataset.episode_table(tmp_path)
     assert table.count("\n") == 1
     assert "\\x1b[2J" in table
+
+
+def test_a_link_where_a_file_is_written_is_moved_aside_and_what_it_leads_to_stays(tmp_path):
+    """Of `path` itself and of the file beside it in which a write begins, out of the folder and to a neighbour."""
+    mine, run = tmp_path / "mine", tmp_path / "run"
+    run.mkdir()
+    mine.write_text("mine")
+    (run / "kept.json").write_text("kept")
+    for name, target in (("a", mine), ("b", run / "kept.json"), ("c", tmp_path / "nothing"), ("d", tmp_path)):
+        for path in (run / name, run / f"{name}.part"):
+            path.symlink_to(target)
+        clear(run / name)
+        assert not os.path.lexists(run / name)
+        (run / name).symlink_to(target)
+        write_text(run / name, "new")
+        assert (run / name).read_text() == "new"
+        assert not (run / name).is_symlink()
+    assert (mine.read_text(), (run / "kept.json").read_text()) == ("mine", "kept")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "run"]
+    assert all(path.is_symlink() for path in run.glob("*.damaged-*"))

@@ -21,6 +21,7 @@ from serl_launcher.exporter.video import wants_video
 from serl_launcher.replay.durable import MARK_FILE, read_mark
 from serl_launcher.replay.journal import JournalCorrupt, segment_numbers
 from serl_launcher.run.config import read_config, task_spec
+from serl_launcher.run.files import clear
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.ready import say_ready
 from serl_transport.contract.specs import TaskSpec
@@ -89,6 +90,7 @@ def _export(run_dir: Path, once: bool) -> None:
 def _only_one(run_dir: Path) -> Iterator[None]:
     """Hold the run's export lock; the system lets go of it when the process dies."""
     path = run_dir / "dataset.lock"
+    clear(path)
     try:
         lock = path.open("w")
     except FileNotFoundError:

@@ -63,7 +63,7 @@ def episode_ids(dataset: Path) -> dict[int, str]:
     """Ordinal -> episode id, of every episode of a dataset; a file that cannot be read says nothing."""
     ids: dict[int, str] = {}
     for path in sorted(dataset.glob("meta/episodes/*/*.parquet")):
-        with contextlib.suppress(pa.ArrowException, OSError):
-            table = pq.read_table(path, columns=["episode_ordinal", "episode_id"])
+        with contextlib.suppress(pa.ArrowException, OSError, ValueError):
+            table = pq.read_table(path, columns=["episode_ordinal", "episode_id"], page_checksum_verification=True)
             ids |= dict(zip(table["episode_ordinal"].to_pylist(), table["episode_id"].to_pylist(), strict=True))
     return ids

@@ -12,9 +12,10 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from serl_launcher.run.files import clear, seal, unseal
 
 _log = logging.getLogger(__name__)
 MAX_DEATHS = 3  # in a row at one episode
@@ -25,14 +26,18 @@ def quarantine_path(run_dir: Path) -> Path:
     return Path(run_dir) / "quarantine.jsonl"
 
 
-def read_quarantine(run_dir: Path) -> Iterator[dict[str, Any]]:
+def read_quarantine(run_dir: Path) -> list[dict[str, Any]]:
     """The lines: `{ordinal, episode_id, item, why}`, of a record without an episode only the last two. A line that a
-    kill tore is passed over: its episode is found out again."""
+    kill tore, or that is damaged, is passed over: its episode is found out again."""
     path = quarantine_path(run_dir)
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            if isinstance(row := json.loads(line), dict):
-                yield row
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for line in lines:
+        with contextlib.suppress(ValueError, AttributeError):
+            rows.append(unseal(json.loads(line)))
+    if len(rows) < len(lines) or (path.is_file() and not rows):
+        _log.warning("%s is damaged: %d whole lines; what others set aside is found out again", path, len(rows))
+    return rows
 
 
 class Quarantine:
@@ -40,7 +45,8 @@ class Quarantine:
 
     def __init__(self, run_dir: Path) -> None:
         self._path = quarantine_path(run_dir)
-        rows = list(read_quarantine(run_dir))
+        clear(self._path)
+        rows = read_quarantine(run_dir)
         self._episodes = {(row.get("ordinal"), row.get("episode_id")) for row in rows if row.get("ordinal") is not None}
         self._items = {row["item"] for row in rows if row.get("item") is not None}
 
@@ -69,7 +75,7 @@ class Quarantine:
     def _append(self, row: dict[str, Any]) -> None:
         torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
         with self._path.open("ab") as file:
-            file.write((b"\n" if torn and file.tell() else b"") + json.dumps(row).encode() + b"\n")
+            file.write((b"\n" if torn and file.tell() else b"") + json.dumps(seal(row)).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -83,6 +89,7 @@ class Attempt:
     def __init__(self, run_dir: Path) -> None:
         self._fd: int | None = None
         self.suspect, self.deaths = -1, 0
+        clear(Path(run_dir) / "exporter.attempt")
         with contextlib.suppress(OSError):  # no room for 64 bytes: nothing is exported either
             self._fd = os.open(Path(run_dir) / "exporter.attempt", os.O_RDWR | os.O_CREAT, 0o644)
             with contextlib.suppress(ValueError):

@@ -3,8 +3,12 @@
 Called by the dataset writer when it opens a folder. Commits are checked in order: a commit counts while its episodes
 file, data file and mp4s are whole and continue the one before. The first that does not ends the dataset; it and all
 after it are removed, and the exporter takes those episodes from the journal again. The derived files are written anew.
+
+Whole: the episodes file has the checksums of its pages, and the sha256 of the commit's other files in its metadata
+(none in those of older releases), so a start reads the dataset once.
 """
 
+import json
 import logging
 from pathlib import Path
 
@@ -15,10 +19,11 @@ import pyarrow.parquet as pq
 from serl_launcher.exporter.features import ORDINAL, dataset_features, image_keys
 from serl_launcher.exporter.layout import DATA_PATH, INFO_PATH, VIDEO_PATH, commit_of, place
 from serl_launcher.exporter.metadata import DatasetState, Row, write_derived, write_tasks
-from serl_launcher.run.files import PART, read_json
+from serl_launcher.run.files import PART, clear, read_json, sha256_of
 from serl_transport.contract.specs import TaskSpec
 
 _log = logging.getLogger(__name__)
+SUMS = b"flowserl.sha256"
 
 
 class UnusableDataset(RuntimeError):  # noqa: N818
@@ -56,7 +61,7 @@ def _whole_commits(root: Path, spec: TaskSpec, video: bool) -> list[list[Row]]:
     for commit, path in enumerate(sorted(root.glob("meta/episodes/chunk-*/file-*.parquet"), key=commit_of)):
         try:
             batches.append(_read_commit(root, path, commit, videos, batches[-1][-1] if batches else None))
-        except (OSError, ValueError, pa.ArrowException) as error:
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             _log.warning("dataset: commit %d is damaged (%s); keeping the %d before it", commit, error, commit)
             break
     return batches
@@ -66,7 +71,9 @@ def _read_commit(root: Path, path: Path, commit: int, videos: list[str], before:
     """The episode rows of one commit, after comparing them with its data file and the last row before it."""
     if commit_of(path) != commit:
         raise ValueError(f"expected commit {commit}, found {path.name}")
-    rows = pq.read_table(path).to_pylist()
+    table = pq.read_table(path, page_checksum_verification=True)
+    _check_sums(root, table.schema.metadata or {}, _sealed(commit, videos))
+    rows = table.to_pylist()
     data = pq.read_table(root / place(DATA_PATH, commit), columns=["index", "episode_index", ORDINAL])
     ordinals = [row["episode_ordinal"] for row in rows]
     lengths = [row["length"] for row in rows]
@@ -90,9 +97,27 @@ def _read_commit(root: Path, path: Path, commit: int, videos: list[str], before:
     return rows
 
 
+def file_sums(root: Path, commit: int, videos: list[str]) -> dict[bytes, bytes]:
+    """Metadata for a commit's episodes file: the sha256 of its data file and mp4s, as JSON by relative path."""
+    return {SUMS: json.dumps({name: sha256_of(root / name) for name in _sealed(commit, videos)}).encode()}
+
+
+def _sealed(commit: int, videos: list[str]) -> list[str]:
+    return [place(DATA_PATH, commit), *(place(VIDEO_PATH, commit, video_key=key) for key in videos)]
+
+
+def _check_sums(root: Path, metadata: dict[bytes, bytes], names: list[str]) -> None:
+    sums = json.loads(metadata.get(SUMS, b"{}"))
+    for name in names if sums else ():
+        if sha256_of(root / name) != sums.get(name):
+            raise ValueError(f"{name} does not match its sha256")
+
+
 def _remove_from(root: Path, commit: int) -> None:
     """Delete the files of `commit` and later ones, episodes files first, and everything temporary."""
     for folder in ("meta", "data", "videos"):
         for path in sorted((root / folder).rglob("*")):
-            if path.name.endswith(PART) or (path.name.startswith("file-") and commit_of(path) >= commit):
-                path.unlink()
+            ours = path.name.startswith("file-") and ".damaged-" not in path.name
+            if path.name.endswith(PART) or (ours and commit_of(path) >= commit):
+                clear(path)  # a folder is put aside: nothing of ours made it
+                path.unlink(missing_ok=True)

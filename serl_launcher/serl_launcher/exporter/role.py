@@ -24,15 +24,15 @@ from serl_launcher.exporter.writer import DatasetWriter
 from serl_launcher.replay.assembler import ClosedEpisode
 from serl_launcher.replay.episodes import EpisodeStream
 from serl_launcher.run.alive import Pace, beat, busy
-from serl_launcher.run.files import write_json
+from serl_launcher.run.files import FULL, REFUSED, write_json
 from serl_transport.contract.specs import TaskSpec
 
 _log = logging.getLogger(__name__)
 MAX_PENDING_BYTES = 256 << 20  # a batch is committed early when its compressed rows hold this much memory
 POLL_S = 1.0
-REFUSALS = {getattr(errno, name) for name in (
-    "ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "EMFILE", "ENFILE", "ENOMEM", "ENOENT", "ESTALE"
-)}  # of a disk or a system, which no episode can help  # fmt: skip
+REFUSALS = {*FULL, *REFUSED, *(getattr(errno, name) for name in (
+    "EACCES", "EPERM", "EMFILE", "ENFILE", "ENOMEM", "ENOENT"
+))}  # of a disk or a system, which no episode can help  # fmt: skip
 OPEN_S = 3600.0  # may take so long
 
 

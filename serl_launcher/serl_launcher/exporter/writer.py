@@ -18,7 +18,7 @@ from serl_launcher.exporter.columns import episode_columns, episode_row, episode
 from serl_launcher.exporter.features import frame_rate, image_keys
 from serl_launcher.exporter.layout import DATA_PATH, EPISODES_PATH, VIDEO_PATH, address, place
 from serl_launcher.exporter.metadata import DatasetState, Row, write_derived, write_tasks
-from serl_launcher.exporter.recovery import recover
+from serl_launcher.exporter.recovery import file_sums, recover
 from serl_launcher.exporter.video import CameraVideo
 from serl_launcher.run.files import PART, publish, write_whole
 from serl_transport.contract.schema import Episode
@@ -81,7 +81,12 @@ class DatasetWriter:
         if state.tasks != before.tasks:
             write_tasks(self.root, state.tasks)
         table = pa.Table.from_pylist(self._rows)
-        write_whole(self.root / place(EPISODES_PATH, commit), lambda path: pq.write_table(table, path), durable=True)
+        table = table.replace_schema_metadata(file_sums(self.root, commit, [*self._videos]))
+        write_whole(
+            self.root / place(EPISODES_PATH, commit),
+            lambda path: pq.write_table(table, path, write_page_checksum=True),
+            durable=True,
+        )
         write_derived(self.root, self._spec, self._video, state)
         self.state, self._tables, self._rows, self._videos = state, [], [], {}
 

@@ -81,8 +81,8 @@ class Gateway:
     def _compose(self) -> None:
         settings, paths, server = self.settings, self.paths, self.server
         self.actors = Actors(settings.dead_actor_s)
-        self.progress = TrainerProgress(paths.stage_progress, settings.stages)
-        self.params = PublishedParams(paths.params)
+        self.progress = TrainerProgress(paths.stage_progress, paths.checkpoints, settings.stages)
+        self.params = PublishedParams(paths.params, server.call_soon, self._announce_params)
         self.journalled = Journalled(settings, paths, self.actors, server.reply, self._episode_closed)
         reader = self.journalled.recover()
         seal = Seal(load_secret(paths.ticket_secret, used=reader.next_sequence > 1), settings.unticketed)
@@ -98,8 +98,7 @@ class Gateway:
         self._exported: dict[str, Any] = {}
         self._status_late = False
         self._register_handlers()
-        self._announce_params()
-        server.loop.every(0.25, self._announce_params)
+        server.loop.every(0.25, self.params.look)
         server.loop.every(1.0, self._every_second)
         server.loop.every(0.5, self._beat)
         server.loop.every(60.0, self.ingest.problems.report)
@@ -178,7 +177,7 @@ class Gateway:
         if envelope.target == "status":
             return self.status()
         if envelope.target == "params":
-            self._announce_params()
+            self.params.look()
             return pack(self.params.chunk(body))
         if envelope.target in OPERATOR_REQUESTS:
             return self._operate(peer.actor_id, envelope.target)
@@ -242,7 +241,7 @@ class Gateway:
 
     def _progress(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
         self.progress.report(body)
-        self._announce_params()
+        self.params.look()
         self._update_stage()
         return self.status()
 
@@ -281,10 +280,9 @@ class Gateway:
         for stage, count in started.items():
             self.tickets.skip_seeds(stage, count)
 
-    def _announce_params(self) -> None:
-        if self.params.refresh():
-            log.info("policy version %s is published", self.params.version)
-            self.server.announce_params(self.params.version or 0)
+    def _announce_params(self, version: int) -> None:
+        log.info("policy version %d is published", version)
+        self.server.announce_params(version)
 
     def _every_second(self) -> None:
         self.actors.report_silence()

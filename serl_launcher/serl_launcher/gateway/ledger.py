@@ -4,6 +4,7 @@ Derived from the journal: rewritten at the gateway's start, appended to while it
 tickets and the status document read it; so do people, with any tool that reads JSON lines.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -16,7 +17,7 @@ import numpy as np
 
 from serl_launcher.gateway.tickets import Scope, ScopeCounts
 from serl_launcher.replay.assembler import ClosedEpisode
-from serl_launcher.run.files import write_whole
+from serl_launcher.run.files import seal, unseal, write_whole
 from serl_launcher.telemetry.statistics import wilson
 from serl_transport.contract.errors import Refused
 from serl_transport.contract.schema import DISCARD, Episode
@@ -83,19 +84,24 @@ class LedgerRow:
         """One line of episodes.jsonl."""
         row = asdict(self)
         row["return"] = row.pop("episode_return")
-        return json.dumps(row)
+        return json.dumps(seal(row))
+
+
+@dataclass(slots=True)
+class Evaluated:
+    """What an evaluation stage has so far."""
+
+    episodes: int = 0  # finished seeds
+    successes: int = 0  # among them
+    version: int = -1  # the newest policy that acted
 
 
 def listed_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of an episodes.jsonl, none where there is no file; one that a power cut tore says nothing."""
+    """The whole lines of an episodes.jsonl, none where there is no file; one that is torn or damaged says nothing."""
     rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.keys() >= {"ordinal", "episode_id", "n_ticks"}:
-            rows.append(row)
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, AttributeError):
+            rows.append(unseal(json.loads(line), needed=("ordinal", "episode_id", "n_ticks")))
     return rows
 
 
@@ -113,7 +119,7 @@ class Ledger:
         self.started: dict[str, int] = {}  # stage -> rows of any kind
         self._counted: dict[Scope, int] = {}
         self._seeds: dict[Scope, dict[int, bool]] = {}  # eval: seed -> success of its first whole outcome
-        self._evaluated: dict[str, list[int]] = {}  # stage -> finished seeds, successes among them
+        self._evaluated: dict[str, Evaluated] = {}  # by stage
         self._adhoc: OrderedDict[Scope, None] = OrderedDict()  # by their last episode: of processes that come and go
         self._online: deque[tuple[bool, bool]] = deque(maxlen=WINDOW)  # (success without help, had help)
         self._file: int | None = None
@@ -157,11 +163,12 @@ class Ledger:
             self._online.append((row.success and not row.interventions, row.interventions > 0))
         if row.mode == "eval":
             seeds = self._seeds.setdefault(scope, {})
+            finished = self._evaluated.setdefault(row.stage, Evaluated())
+            finished.version = max(finished.version, row.policy_version_last)
             if row.seed not in seeds:
                 seeds[row.seed] = row.success
-                finished = self._evaluated.setdefault(row.stage, [0, 0])
-                finished[0] += 1
-                finished[1] += row.success
+                finished.episodes += 1
+                finished.successes += row.success
             self._counted[scope] = len(seeds)
         elif row.mode == "online" or row.success:
             self._counted[scope] = self._counted.get(scope, 0) + 1
@@ -191,8 +198,11 @@ class Ledger:
         return {scope[0]: count for scope, count in self._counted.items() if len(scope) == 1}
 
     def evaluations(self) -> dict[str, dict[str, int]]:
-        """Stage -> finished evaluation seeds and successes among them (ad hoc ones of all actors together)."""
-        return {stage: {"episodes": n, "successes": wins} for stage, (n, wins) in self._evaluated.items()}
+        """Stage -> finished evaluation seeds, successes among them, and the newest policy version that acted.
+
+        Ad hoc ones of all actors together.
+        """
+        return {stage: asdict(finished) for stage, finished in self._evaluated.items()}
 
     def rates(self) -> dict[str, float | None]:
         """Success without help and share of helped episodes over the last WINDOW online ones; None before the first."""

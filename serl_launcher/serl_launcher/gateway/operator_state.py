@@ -1,13 +1,14 @@
 """What an operator asked of the run: pause, resume, publish, stop. The gateway's tickets and status obey it.
 
 A pause outlives a restart of the gateway (operator.json); a stop does not, so that the next start of the run goes on.
+Where the file is damaged nobody knows whether the run was paused, and it is taken for paused.
 """
 
 import logging
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.run.files import read_json, write_json
+from serl_launcher.run.files import DamagedFileError, read_sealed, write_sealed
 from serl_transport.contract.errors import StorageFull
 
 log = logging.getLogger("gateway")
@@ -18,7 +19,7 @@ class OperatorState:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.paused: bool = bool((read_json(path) or {}).get("paused", False))  # actors wait between episodes
+        self.paused: bool = _was_paused(path)  # actors wait between episodes
         self.stopped = False  # the run ends as if every stage were done
         self.publish_requests = 0  # the trainer publishes when this has grown
 
@@ -45,7 +46,15 @@ class OperatorState:
         if paused == self.paused:
             return
         try:
-            write_json(self._path, {"paused": paused})
+            write_sealed(self._path, {"paused": paused})
         except OSError as error:
             raise StorageFull(f"cannot write {self._path} ({error.strerror}): nothing was changed") from None
         self.paused = paused
+
+
+def _was_paused(path: Path) -> bool:
+    try:
+        return bool((read_sealed(path, ["paused"], ["paused"]) or {}).get("paused", False))
+    except DamagedFileError as damage:
+        log.warning("%s: the run is taken for paused until an operator says resume (tools/operate.py)", damage)
+        return True

@@ -1,4 +1,8 @@
-"""What the trainer has reported, kept in stage_progress.json so that the stage survives a gateway without a trainer."""
+"""What the trainer has reported, kept in stage_progress.json so that the stage survives a gateway without a trainer.
+
+The file is written while the gateway's loop goes on, and does not wait for the disk. What a power cut or damage took
+from it, the newest checkpoint knows.
+"""
 
 import logging
 import time
@@ -6,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.run.files import read_json, write_json
+from serl_launcher.run import checkpoints
+from serl_launcher.run.files import DamagedFileError, read_sealed, write_sealed
 from serl_launcher.run.schedule import Stage
 from serl_transport.contract.errors import BadFrame
 
@@ -15,16 +20,20 @@ ALIVE_S = 5.0  # a trainer reports once a second
 
 
 class TrainerProgress:
-    """Steps per stage never go back, unless the trainer has said hello (it resumed from a checkpoint)."""
+    """Steps per stage never go back, unless the trainer has said hello (it resumed from a checkpoint).
 
-    def __init__(self, path: Path, stages: Sequence[Stage]) -> None:
+    checkpoints_dir: the trainer's, for what `path` has lost.
+    """
+
+    def __init__(self, path: Path, checkpoints_dir: Path, stages: Sequence[Stage]) -> None:
         self._path = path
         self._goals = {stage.name: stage.steps for stage in stages if stage.steps}
-        kept = read_json(path) or {}
+        kept = _kept(path)
         self.step: int = kept.get("step", 0)
         self.version: int = kept.get("version", -1)
         self.stage_steps: dict[str, int] = kept.get("stage_steps", {})
         self.end_versions: dict[str, int] = kept.get("end_versions", {})  # stage -> version when its steps were done
+        self._take_checkpoint(checkpoints_dir)
         self.metrics: dict[str, float] = {}
         self.troubles: dict[str, str] = {}  # what the trainer goes on without, by name, for people
         self.waits: str | None = None  # for what, as the trainer says
@@ -70,6 +79,16 @@ class TrainerProgress:
         waits = self.waits if alive else None
         return {"step": self.step, "version": self.version, "metrics": self.metrics, "alive": alive, "waits": waits}
 
+    def _take_checkpoint(self, root: Path) -> None:
+        """The newest checkpoint, where it is ahead."""
+        newest = next(checkpoints.whole(root, [checkpoints.STATE]), None)
+        state = checkpoints.read_state(newest) if newest else {}
+        for stage, n in state.get("stage_steps", {}).items():
+            self.stage_steps[stage] = max(n, self.stage_steps.get(stage, 0))
+        self.step = max(self.step, state.get("counters", {}).get("step", 0))
+        self.version = max(self.version, state.get("version", -1))
+        self._note_ends()
+
     def _note_ends(self) -> None:
         for stage, goal in self._goals.items():
             over = self.stage_steps.get(stage, 0) >= goal
@@ -86,6 +105,14 @@ class TrainerProgress:
             "end_versions": self.end_versions,
         }
         try:
-            write_json(self._path, body)
+            write_sealed(self._path, body, durable=False)
         except OSError as error:
             log.warning("cannot write %s (%s): a restarted gateway will ask the trainer", self._path, error.strerror)
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    try:
+        return read_sealed(path, ["step", "version", "stage_steps", "end_versions"]) or {}
+    except DamagedFileError as damage:
+        log.warning("%s; the stages' steps are taken from the newest checkpoint, then from the trainer", damage)
+        return {}

@@ -14,7 +14,7 @@ import logging
 import os
 from pathlib import Path
 
-from serl_launcher.run.files import sync
+from serl_launcher.run.files import DamagedFileError, read_sealed, write_sealed
 from serl_transport.contract.errors import Refused
 from serl_transport.contract.schema import EpisodeInfo
 from serl_transport.security.files import check_private
@@ -64,24 +64,21 @@ def load_secret(path: Path, used: bool) -> bytes:
 
     ValueError when others may read it; OSError when it cannot be written.
     """
+    lost = f"{path} is missing"
     try:
         check_private(path)
-        secret = path.read_bytes()
-        if len(secret) == SECRET_BYTES:
-            return secret
+        body = read_sealed(path, ["secret"], ["secret"])
+        if body is not None:
+            return bytes.fromhex(body["secret"])
     except FileNotFoundError:
-        secret = None
+        pass
+    except DamagedFileError as damage:
+        used, lost = True, str(damage)
     if used:
         log.warning(
-            "%s %s: made anew. What actors recorded under the old one and have not begun to deliver is refused unless "
-            "gateway.unticketed=true", path, "is missing" if secret is None else f"holds {len(secret)} bytes, not 32",
+            "%s: made anew. What actors recorded under the old one and have not begun to deliver is refused unless "
+            "gateway.unticketed=true", lost,
         )  # fmt: skip
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
     secret = os.urandom(SECRET_BYTES)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-        file.write(secret)
-    sync(part)
-    os.replace(part, path)
-    sync(path.parent)
+    write_sealed(path, {"secret": secret.hex()}, mode=0o600)
     return secret

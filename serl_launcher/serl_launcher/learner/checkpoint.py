@@ -1,58 +1,66 @@
-"""Checkpoints of the trainer: everything that resuming needs, published by a manifest that is written last.
+"""Checkpoints of the trainer: everything that resuming needs, on disk before it gets its name.
 
 `runs/<name>/checkpoints/step_000900/` holds tensors.safetensors (parameters, average), optimizer.pt, state.json
-(counters, random states, stage progress, policy version) and manifest.json: without it a folder never existed.
+(counters, random states, stage progress, policy version) and manifest.json with their sizes and checksums.
+run.checkpoints tells which are whole.
 """
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from serl_launcher.run.files import sync
-from serl_launcher.run.parameters import CHECKPOINT_TENSORS, save_tensors
+from serl_launcher.run.checkpoints import FILES, MANIFEST, OPTIMIZER, STATE, TENSORS, complete, read_state, step_of
+from serl_launcher.run.files import DamagedFileError, make_folder, sha256_of, sync, write_sealed
+from serl_launcher.run.parameters import save_tensors
 
-FILES = (CHECKPOINT_TENSORS, "optimizer.pt", "state.json")
+BEFORE = ".before"  # suffix of a checkpoint that makes room for another one of the same step
 RAW = "raw."  # what the policy's names begin with among the tensors; of their average it is AVERAGED
 
 
 def save(
     root: Path, step: int, tensors: dict[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any], keep: int
 ) -> Path:
-    """Write a checkpoint, then drop all but the newest `keep`. `state` must be JSON; returns the folder.
+    """Write a checkpoint, then drop all but the newest `keep` up to it. `state` must be JSON; returns the folder.
 
-    OSError when the disk refuses: nothing of it is left then.
+    On disk when this returns. OSError when the disk refuses: nothing of it is left then, and those before it stay.
+    Later steps are left alone: training went on from before them because they are damaged.
     """
     folder = root / f"step_{step:06d}"
     part = root / f".{folder.name}.part"
     shutil.rmtree(part, ignore_errors=True)
+    make_folder(root, durable=True)
     try:
-        part.mkdir(parents=True)
+        part.mkdir()
         _write(part, step, tensors, optimizer, state)
+        _put_in_place(part, folder)
     except OSError:
         shutil.rmtree(part, ignore_errors=True)  # half a checkpoint would keep a full disk full
         raise
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
-    for old in complete(root)[:-keep]:
+    for old in [other for other in complete(root) if step_of(other) <= step][:-keep]:
         shutil.rmtree(old)
     return folder
 
 
 def _write(part: Path, step: int, tensors: dict[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any]) -> None:
-    save_tensors({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, part / FILES[0])
-    _save_optimizer(optimizer, part / FILES[1])
-    (part / FILES[2]).write_text(json.dumps(state))
-    manifest = {"step": step, "files": {name: (part / name).stat().st_size for name in FILES}}
+    save_tensors({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, part / TENSORS)
+    _save_optimizer(optimizer, part / OPTIMIZER)
+    (part / STATE).write_text(json.dumps(state))
+    manifest = {
+        "step": step,
+        "files": {name: (part / name).stat().st_size for name in FILES},
+        "sha256": {name: sha256_of(part / name) for name in FILES},
+    }
     for name in FILES:
         sync(part / name)
-    (part / "manifest.json").write_text(json.dumps(manifest))
-    sync(part / "manifest.json")
+    write_sealed(part / MANIFEST, manifest)  # and with it the folder's names
 
 
 def _save_optimizer(optimizer: dict[str, Any], path: Path) -> None:
@@ -66,24 +74,30 @@ def _save_optimizer(optimizer: dict[str, Any], path: Path) -> None:
         raise
 
 
-def complete(root: Path) -> list[Path]:
-    """Whole checkpoints, oldest first: the manifest is there and every file has the size it names."""
-    found = []
-    for folder in sorted(root.glob("step_*")):
-        manifest = folder / "manifest.json"
-        if manifest.exists():
-            sizes = json.loads(manifest.read_text())["files"]
-            if all((folder / name).exists() and (folder / name).stat().st_size == size for name, size in sizes.items()):
-                found.append(folder)
-    return found
+def finish(root: Path) -> None:
+    """Bring back a checkpoint that a kill left aside while another one of the same step took its place."""
+    for before in root.glob(f".step_*{BEFORE}"):
+        folder = root / before.name.removeprefix(".").removesuffix(BEFORE)
+        if folder.exists():
+            shutil.rmtree(before)
+        else:
+            os.replace(before, folder)
+
+
+def _put_in_place(part: Path, folder: Path) -> None:
+    finish(folder.parent)
+    before = folder.with_name(f".{folder.name}{BEFORE}")
+    if folder.exists():
+        os.replace(folder, before)
+    os.replace(part, folder)
+    sync(folder.parent)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """tensors, optimizer state, state of a whole checkpoint."""
-    optimizer = torch.load(folder / FILES[1], weights_only=True)
-    return load_file(folder / FILES[0]), optimizer, read_state(folder)
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The state alone."""
-    return json.loads((folder / FILES[2]).read_text())
+    """tensors, optimizer state, state of a whole checkpoint. DamagedFileError where one of an older release is not."""
+    try:
+        optimizer = torch.load(folder / OPTIMIZER, weights_only=True)
+        return load_file(folder / TENSORS), optimizer, read_state(folder)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise DamagedFileError(f"{folder} cannot be read: {' '.join(str(error).split())[:200]}") from None

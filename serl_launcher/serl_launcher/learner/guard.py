@@ -1,14 +1,14 @@
 """Rolls the policy back when an evaluation ends far below the best one. The trainer shows it each status.
 
 status.eval ─▶ EvaluationWatch.look ─▶ a fall ─▶ RollbackGuard: best parameters ─▶ published again ─▶ checkpoint
-                     └ a new best: its parameters are kept in params/kept.safetensors
+                     └ a new best: its version stays in params/ however many follow
+
+params/kept.json says which it is. Damaged, it is made again from the evaluations, which say what version acted.
 """
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
 from serl_launcher.run.alive import busy
-from serl_launcher.run.files import read_json, write_json, write_whole
+from serl_launcher.run.files import DamagedFileError, read_sealed, write_sealed
 from serl_launcher.run.parameters import PublishedVersion, read_tensors
+from serl_launcher.run.versions import KEPT, check_file, file_path
 
 log = logging.getLogger("trainer")
 
@@ -33,7 +34,7 @@ class Best:
 
 
 class EvaluationWatch:
-    """Keeps the parameters of the best evaluated version, and notices a fall.
+    """Knows the best evaluated version, and notices a fall.
 
     goals: episodes of each evaluation stage, in the schedule's order; margin: None judges nothing. A fall is told again
     until `settle` says that its rollback is safe on disk.
@@ -41,34 +42,64 @@ class EvaluationWatch:
 
     def __init__(self, params_dir: Path, goals: Mapping[str, int], margin: float | None) -> None:
         self._dir, self._goals, self._margin = params_dir, goals, margin
-        self._file = params_dir / "kept.json"
-        self.kept = params_dir / "kept.safetensors"  # parameters of the best version
-        self.best = Best(**(read_json(self._file) or {}))
+        self._file = params_dir / KEPT
+        self._rebuilds = False  # what is over was judged before: only the best of it is wanted
+        try:
+            keys = [field.name for field in fields(Best)]
+            self.best = Best(**(read_sealed(self._file, keys, keys) or {}))
+        except DamagedFileError as damage:
+            log.warning("%s; the best version is found again from the evaluations", damage)
+            self.best, self._rebuilds = Best(), True
 
     def look(self, results: Mapping[str, Mapping[str, int]]) -> tuple[str, float] | None:
-        """results: stage -> {episodes, successes}. Stage and rate of one that has just ended below best − margin."""
+        """results: stage -> {episodes, successes, version}. Stage and rate of one that has just ended too low."""
         if self._margin is None:
             return None
         for stage, goal in self._goals.items():
             row = results.get(stage)
             if row and row["episodes"] >= goal and stage not in self.best.judged:
-                return self._judge(stage, row["successes"] / row["episodes"])
+                fall = self._judge(stage, row["successes"] / row["episodes"], row.get("version"))
+                if fall and not self._rebuilds:
+                    return fall
+        self._rebuilds = False
         return None
 
-    def _judge(self, stage: str, rate: float) -> tuple[str, float] | None:
+    @property
+    def kept(self) -> Path | None:
+        """Parameters of the best version, compared with their checksum; None where they are gone or damaged."""
+        path, former = file_path(self._dir, self.best.version), self._dir / "kept.safetensors"
+        try:
+            check_file(path)
+            if path.exists():
+                return path
+            # A copy, as older releases made it.
+            if former.exists() and read_tensors(former)[1].get("version") == str(self.best.version):
+                return former
+        except DamagedFileError as damage:
+            log.error("%s: the best version, %d, cannot be brought back", damage, self.best.version)
+        return None
+
+    def _judge(self, stage: str, rate: float, version: int | None) -> tuple[str, float] | None:
         best, newest = self.best, PublishedVersion.read(self._dir)
-        if rate < best.rate - self._margin and self.kept.exists():
+        if rate < best.rate - self._margin and not self._rebuilds and self.kept is not None:
             return stage, rate
-        if rate >= best.rate and newest is not None:
-            write_whole(self.kept, partial(shutil.copyfile, self._dir / newest.file))
-            self.best = replace(best, stage=stage, rate=rate, version=newest.version)
-        self.settle(stage)
+        if version is None:
+            version = newest.version if newest else -1
+        if rate >= best.rate and file_path(self._dir, version).exists():
+            best = replace(best, stage=stage, rate=rate, version=version)
+        elif rate >= best.rate:
+            log.warning("evaluation %s: version %d is on disk no longer and cannot be brought back", stage, version)
+        self._note(best, stage)
         return None
 
     def settle(self, stage: str) -> None:
         """This stage's evaluation needs nothing more."""
-        best = replace(self.best, judged=[*self.best.judged, stage])
-        write_json(self._file, asdict(best))
+        self._note(self.best, stage)
+
+    def _note(self, best: Best, judged: str) -> None:
+        """OSError when the disk refuses: nothing was judged then."""
+        best = replace(best, judged=[*best.judged, judged])
+        write_sealed(self._file, asdict(best))
         self.best = best
 
 
@@ -79,18 +110,19 @@ class RollbackGuard:
         self, watch: EvaluationWatch, learner: Learner, publisher: Publisher, checkpoints: TrainerCheckpoints
     ) -> None:
         self._watch, self._learner, self._publisher, self._checkpoints = watch, learner, publisher, checkpoints
+        self._published: str | None = None  # stage whose rollback is published; a full disk may refuse its checkpoint
 
     @busy(1800.0, "judging an evaluation")
     def check(self, status: Mapping[str, Any]) -> None:
         """Look at the evaluations of a status document; after a fall, bring the best version's parameters back."""
         fall = self._watch.look(status.get("eval") or {})
-        if fall is None:
+        kept = self._watch.kept if fall else None
+        if fall is None or kept is None:
             return
         (stage, rate), best = fall, self._watch.best
-        tensors = read_tensors(self._watch.kept)[0]  # perhaps of another algorithm, with parts unknown to this one
-        averaged = self._learner.averaged
-        self._learner.start_from({name: tensor for name, tensor in tensors.items() if name in averaged})
-        self._publisher.publish()
+        if self._published != stage:
+            self._bring_back(kept)
+            self._published = stage
         self._checkpoints.save()  # or the next start would go on from the policy that fell
         self._watch.settle(stage)
         version = self._publisher.version
@@ -99,6 +131,12 @@ class RollbackGuard:
             "version %d, published again as version %d",
             stage, rate, best.rate, best.stage, version - 1, best.version, version,
         )  # fmt: skip
+
+    def _bring_back(self, kept: Path) -> None:
+        tensors = read_tensors(kept)[0]  # perhaps of another algorithm, with parts unknown to this one
+        averaged = self._learner.averaged
+        self._learner.start_from({name: tensor for name, tensor in tensors.items() if name in averaged})
+        self._publisher.publish()
 
 
 def evaluation_goals(stages: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -12,7 +12,9 @@ from typing import Any
 from serl_launcher.learner.learner import Learner
 from serl_launcher.policies.base import FlowPolicy
 from serl_launcher.run.alive import busy
-from serl_launcher.run.parameters import PublishedVersion, base_sha256, publish, tensor_names
+from serl_launcher.run.files import DamagedFileError
+from serl_launcher.run.parameters import base_sha256, publish, tensor_names
+from serl_launcher.run.versions import highest_number, newest_whole
 
 log = logging.getLogger("trainer")
 
@@ -28,7 +30,7 @@ class Publisher:
 
     @busy(600.0, "publishing a version")
     def publish(self) -> None:
-        """The next version, whole or not at all. OSError when the disk refuses."""
+        """The next version, whole or not at all; on disk when this returns. OSError when the disk refuses."""
         publish(
             self._folder,
             self._learner.averaged,
@@ -50,15 +52,24 @@ class Publisher:
         self._requests = asked
 
     def continue_after(self, version: int) -> None:
-        """Number on from this version (a checkpoint's), or from the newest on disk: actors have used that one."""
-        newest = PublishedVersion.read(self._folder)
-        self.version = max(version, newest.version if newest else 0)
+        """Number on from this version (a checkpoint's), or from the highest on disk: actors have used that one."""
+        self.version = max(version, highest_number(self._folder))
 
+    def refuse_to_replace_damaged(self) -> None:
+        """DamagedFileError where versions were published and none is whole: the next would be of untrained weights."""
+        if highest_number(self._folder) and newest_whole(self._folder) is None:
+            raise DamagedFileError(
+                f"no version in {self._folder} is whole, and there is no checkpoint to go on from. Restore one, or "
+                "move the folder aside to start anew"
+            )
+
+    @busy(600.0, "looking at the newest version")
     def newest_can_be_served(self) -> bool:
-        """Has the newest version the parts that this algorithm's policy server expects? Another one's may not."""
-        newest = PublishedVersion.read(self._folder)
-        path = self._folder / newest.file if newest else None
-        return path is not None and path.exists() and tensor_names(path) == set(self._learner.averaged)
+        """Is the newest version whole, with the parts that this algorithm's policy server expects?"""
+        newest = newest_whole(self._folder)
+        if newest is None or newest.version < self.version:
+            return False
+        return tensor_names(self._folder / newest.file) == set(self._learner.averaged)
 
     def check_frozen(self) -> None:
         """RuntimeError when training moved what is not published: the versions do not fit their base then."""

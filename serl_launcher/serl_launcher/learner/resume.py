@@ -3,6 +3,9 @@
     save ─▶ checkpoints/step_…/ ─▶ resume: own checkpoint? all of it
                                            another algorithm's? its policy, the counters and the stages' progress
                                    none: checkpoint_path? its parameters; else from scratch
+                                   none of them whole: refused
+
+A damaged checkpoint is named, and the one before it is used.
 
 learner.checkpoint knows the files; the trainer calls `save`, learner.faults `go_back_to`, learner.wiring `resume`.
 """
@@ -17,7 +20,9 @@ from serl_launcher.learner import checkpoint
 from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.stage import StageProgress
+from serl_launcher.run import checkpoints
 from serl_launcher.run.alive import busy
+from serl_launcher.run.files import DamagedFileError
 from serl_launcher.run.parameters import find_parameters, read_tensors
 
 log = logging.getLogger("trainer")
@@ -54,22 +59,39 @@ class TrainerCheckpoints:
         checkpoint.save(self._folder, learner.step_count, learner.tensors(), optimizer, state, self._keep)
 
     def resume(self, checkpoint_path: str | None) -> None:
-        """From the newest whole checkpoint of this run; else from checkpoint_path; else from scratch."""
-        folders = checkpoint.complete(self._folder)
+        """From the newest whole checkpoint of this run; else from checkpoint_path; else from scratch.
+
+        DamagedFileError where that would throw training away: there are checkpoints, or published versions, and none
+        is whole.
+        """
+        checkpoint.finish(self._folder)
+        newest = next(checkpoints.whole(self._folder), None)
         version = 0
-        if folders:
-            version = self._continue_from(folders[-1])
+        if newest is not None:
+            version = self._continue_from(newest)
             if checkpoint_path:
-                log.warning("checkpoint_path is for a new run: this one goes on from %s", folders[-1].name)
+                log.warning("checkpoint_path is for a new run: this one goes on from %s", newest.name)
+        elif checkpoints.folders(self._folder):
+            raise DamagedFileError(self._nothing_whole())
         elif checkpoint_path:
             path = find_parameters(checkpoint_path)
             self._learner.start_from(read_tensors(path)[0])
             log.info("starting from %s", path)
+        else:
+            self._publisher.refuse_to_replace_damaged()
         self._publisher.continue_after(version)
 
+    def _nothing_whole(self) -> str:
+        problems = [checkpoints.problem(folder) for folder in checkpoints.folders(self._folder)]
+        return (
+            f"no checkpoint in {self._folder} is whole: {'; '.join(map(str, problems))}. Restore one, or move the "
+            "folder aside: training then starts anew, from checkpoint_path=<a file of params/> where that is given"
+        )
+
+    @busy(1800.0, "looking for a whole checkpoint")
     def last_own(self) -> Path | None:
-        """The newest checkpoint of the agent that trains now."""
-        return next((f for f in reversed(checkpoint.complete(self._folder)) if self._is_own(f)), None)
+        """The newest whole checkpoint of the agent that trains now."""
+        return next((folder for folder in checkpoints.whole(self._folder) if self._is_own(folder)), None)
 
     @busy(1800.0, "going back to a checkpoint")
     def go_back_to(self, folder: Path) -> None:

@@ -75,13 +75,16 @@ class Trainer:
     def run(self) -> None:
         """Until the gateway says that every stage is done, or `stop`."""
         self.gateway.hello()
-        if not self.publisher.newest_can_be_served():
-            self._bear(lambda: self.disk.write([self.publisher.publish]))
+        self._bear(lambda: self.disk.write([self._publish_first]))
         over = None
         while not self._stopping and not over:
             beat()
             over = self._bear(partial(self.turn, self.report()))
         self.end()
+
+    def _publish_first(self) -> None:
+        if not self.publisher.newest_can_be_served():
+            self.publisher.publish()
 
     def _bear(self, act: Callable[[], bool | None]) -> bool | None:
         """Act and return what it returns; where the disk refuses a write, wait a moment: None."""

@@ -28,6 +28,7 @@ from serl_launcher.learner.step_log import StepLog
 from serl_launcher.learner.trainer import Trainer, TrainerSettings
 from serl_launcher.policies.base import FlowPolicy
 from serl_launcher.policies.parameter_table import parameter_table
+from serl_launcher.replay.rulebook import RuleBook, judge_journal
 from serl_launcher.replay.verdicts import VerdictLedger, rule_text
 from serl_launcher.replay.views import ChunkView, View, ViewSources
 from serl_launcher.run.config import task_spec
@@ -77,6 +78,10 @@ def build_view(cfg: DictConfig, paths: RunPaths, spec: TaskSpec, action_horizon:
     algo = cfg.algo
     rule, threshold = instantiate(algo.rule), instantiate(algo.threshold)
     ledger = VerdictLedger(paths.acceptance, rule_text(rule, threshold))
+    if ledger.incomplete:
+        log.warning("%s has lost lines: every episode of the journal is judged anew", paths.acceptance)
+        for verdict in judge_journal(RuleBook(rule, spec, instantiate(algo.threshold)), paths.root, spec):
+            ledger.note(verdict)
     accepted = ChunkView(
         rule,
         spec,

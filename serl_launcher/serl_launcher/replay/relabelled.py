@@ -6,14 +6,13 @@ What learns reads episodes through `Relabelled.correct`: the views over the ring
 The journal, and with it the dataset and episodes.jsonl, keeps what was recorded.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from serl_launcher.run.files import write_json
+from serl_launcher.run.files import DamagedFileError, read_sealed, write_sealed
 from serl_launcher.run.paths import RunPaths
 from serl_transport.contract.schema import Episode, Outcome
 
@@ -32,9 +31,7 @@ class Relabelled:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = RunPaths(run_dir).relabelled
-        self.labels: dict[str, Label] = {}
-        if self.path.exists():
-            self.labels = _read(self.path)
+        self.labels = _read(self.path)
 
     def add(self, words: Mapping[str, bool], by: str, time: str) -> None:
         """Take these in; a later word replaces an earlier one. `save` keeps them."""
@@ -43,7 +40,7 @@ class Relabelled:
     def save(self) -> None:
         """Replace the file in one step, on disk when this returns."""
         labels = {episode_id: asdict(label) for episode_id, label in self.labels.items()}
-        write_json(self.path, labels, indent=1, durable=True)
+        write_sealed(self.path, labels, indent=1)
 
     def correct(self, episode: Episode) -> Episode:
         """The episode as if the person had pressed the key for success or failure at its last tick.
@@ -66,12 +63,16 @@ class Relabelled:
 
 def _read(path: Path) -> dict[str, Label]:
     try:
-        labels = {episode_id: Label(**row) for episode_id, row in json.loads(path.read_text()).items()}
+        labels = {episode_id: Label(**row) for episode_id, row in (read_sealed(path) or {}).items()}
         if all(type(label.success) is bool for label in labels.values()):
             return labels
-    except (ValueError, TypeError, AttributeError):
-        pass
-    raise ValueError(
+        damage = "a success that is neither true nor false"
+    except DamagedFileError as error:
+        damage = str(error)
+    except TypeError:
+        damage = "an entry that is no label"
+    raise DamagedFileError(
         f'{path}: expected {{"episode id": {{"success": true | false, "by": …, "time": …}}}}, as '
-        "tools/audit_reward.py --relabel writes; got something else. Mend it, or remove it to take every label back"
+        f"tools/audit_reward.py --relabel writes; got something else: {damage}. Mend it, or remove it to take every "
+        "label back (mended, it is taken without its crc32)"
     )

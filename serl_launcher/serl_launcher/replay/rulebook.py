@@ -1,18 +1,22 @@
 """A rule with its threshold schedule: judges a run's episodes one after another, in ordinal order.
 
-The chunk view (replay.views) asks it about the ring's episodes, tools/reaccept.py about the journal's; the same
-episodes in the same order get the same verdicts.
+The chunk view (replay.views) asks it about the ring's episodes; `judge_journal` about the journal's, for
+tools/reaccept.py and for a ledger of verdicts that was damaged. The same episodes in the same order get the same
+verdicts.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from serl_launcher.replay.acceptance import EpisodeColumns, Selection
+from serl_launcher.replay.episodes import journal_episodes
 from serl_launcher.replay.threshold import Threshold
 from serl_launcher.replay.verdicts import Verdict
+from serl_transport.contract.schema import DISCARD
 from serl_transport.contract.specs import TaskSpec
 
 COLUMNS = ("action", "next.reward", "intervention", "policy_version")
@@ -73,6 +77,16 @@ class RuleBook:
     def _overturn(self, m: float) -> list[Verdict]:
         fallen = [self._accepted_online.pop(o) for o, v in list(self._accepted_online.items()) if v.return_ < m]
         return [replace(v, accepted=False, reason="threshold_rose", starts=0, labels=0, threshold=m) for v in fallen]
+
+
+def judge_journal(book: RuleBook, run_dir: Path, spec: TaskSpec) -> Iterator[Verdict]:
+    """Verdicts on every demonstration and online episode of a run, as they come; a later one overturns an earlier.
+
+    Evaluations and what a person threw away are not learned from, so not judged.
+    """
+    for ordinal, episode in journal_episodes(run_dir, spec):
+        if episode.info.mode != "eval" and episode.outcome.truncated_by != DISCARD:
+            yield from book.judge(ordinal, episode.info.mode, episode.outcome.success, episode.arrays)[1]
 
 
 def check_noop_dims(dims: Sequence[int] | None, spec: TaskSpec) -> None:

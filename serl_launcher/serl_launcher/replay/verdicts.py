@@ -6,12 +6,15 @@ be made again from the journal, with the run's rule or with another one (tools/r
 
 import contextlib
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.run.files import append_whole
+from serl_launcher.run.files import DamagedFileError, append_whole, clear, seal, unseal, write_text
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,10 @@ class Verdict:
     starts: int  # ticks at which a chunk may begin
     labels: int  # ticks whose action is a label
     threshold: float | None  # m when the episode came, where a schedule sets it
+
+
+KEYS = frozenset({*Verdict.__dataclass_fields__, "return", "rule"} - {"return_"})  # of a line
+NEEDED = frozenset({"ordinal", "mode", "return", "accepted", "reason", "rule"})  # older releases wrote fewer
 
 
 def rule_text(rule: Any, threshold: Any = None) -> str:
@@ -53,7 +60,10 @@ class VerdictLedger:
 
     def __init__(self, path: Path, rule: str) -> None:
         self._path, self._rule = path, rule
-        rows = read(path)
+        clear(path)
+        rows, self.incomplete = _rows(path)  # lines were lost, by a kill in mid-line or by damage: judge_journal
+        # What is to stand in its place, before the next line; None: the file is in order.
+        self._rewritten = "".join(_line(row) for row in rows) if self.incomplete else None
         self._written: dict[int, set[tuple[bool, str]]] = {}  # ordinal -> verdicts of this rule since another rule's
         for row in rows:
             written = self._written.setdefault(row["ordinal"], set())
@@ -64,8 +74,8 @@ class VerdictLedger:
         self._newest = newest(rows)
         self._lines: list[str] = []  # not in the file yet
         self._returns = {row["ordinal"]: (row["mode"], row["return"]) for row in rows}
-        if path.exists():
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill may have torn the last line
+        with contextlib.suppress(OSError):
+            self.write()
 
     def returns(self, after: int, before: int) -> list[tuple[str, float]]:
         """Mode and return of the episodes whose ordinals lie between these, oldest first."""
@@ -89,12 +99,15 @@ class VerdictLedger:
         self._newest[verdict.ordinal] = verdict.accepted
         row = asdict(verdict)
         row["return"] = row.pop("return_")
-        self._lines.append(json.dumps(row | {"rule": self._rule}) + "\n")
+        self._lines.append(_line(row | {"rule": self._rule}))
         with contextlib.suppress(OSError):
             self.write()
 
     def write(self) -> None:
         """Put into the file what is not in it yet; the trainer calls it after each refresh. OSError: nothing was."""
+        if self._rewritten is not None:
+            write_text(self._path, self._rewritten)
+            self._rewritten = None
         if not self._lines:
             return
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -106,11 +119,38 @@ class VerdictLedger:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a ledger; [] when there is none."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was torn by a kill
-    return [json.loads(line) for line in lines]
+    """Every whole line of a ledger; [] when there is none. Damaged lines are left out, and named in the log."""
+    return _rows(path)[0]
+
+
+def _rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """Whole lines, and whether anything else was there, or nothing at all where a file was."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], any(path.parent.glob(f"{path.name}.damaged-*"))
+    except OSError as error:
+        raise DamagedFileError(f"{path} cannot be read: {error.strerror}. Move it away: it is made again") from None
+    rows, damaged = [], []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(_row(line))
+        except (ValueError, AttributeError):
+            damaged.append(number)
+    if damaged:
+        log.warning(
+            "%s is damaged: %d of %d lines cannot be used, the first is line %d",
+            path, len(damaged), len(lines) - 1, damaged[0],
+        )  # fmt: skip
+    return rows, not rows or bool(damaged) or bool(lines[-1])  # what follows the last newline was torn by a kill
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(seal(row)) + "\n"
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    return unseal(json.loads(line), KEYS, NEEDED)
 
 
 def newest(rows: list[dict[str, Any]]) -> dict[int, bool]:

@@ -4,7 +4,6 @@ Two kinds share it: `outcome` (classes: not yet, success) and `process` (n stage
 rewards.training, served by rewards.server, audited by tools/audit_reward.py.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -12,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from serl_launcher.policies.normalise import Affine
-from serl_launcher.run.files import write_json
+from serl_launcher.run.files import DamagedFileError, read_sealed, sha256_of, write_sealed, write_whole
+from serl_launcher.run.parameters import save_tensors
 from serl_transport.contract.specs import TaskSpec
 
 KINDS = ("outcome", "process")
@@ -93,24 +94,32 @@ class RewardClassifier(nn.Module):
 
 def save(folder: Path, model: RewardClassifier, card: RewardCard, report: dict) -> None:
     """Weights, card and the training's report; the card last, so that a folder without one never existed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / MODEL)
-    write_json(folder / CARD, asdict(card) | {"report": report}, indent=2)
+    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+    write_whole(folder / MODEL, lambda part: save_tensors(weights, part), durable=True)
+    write_sealed(folder / CARD, asdict(card) | {"report": report, "sha256": sha256_of(folder / MODEL)}, indent=2)
 
 
 def load(folder: str | Path) -> RewardClassifier:
-    """A saved classifier. Raises FileNotFoundError or ValueError in the user's words."""
+    """A saved classifier. Raises FileNotFoundError or ValueError in the user's words; a damaged file is named."""
     folder = Path(folder)
-    if not (folder / CARD).exists():
+    values = read_sealed(folder / CARD)
+    if values is None:
         raise FileNotFoundError(
             f"reward.model={folder}: expected a folder with {CARD}, as train_reward.sh writes; there is none"
         )
-    values = json.loads((folder / CARD).read_text())
     values.pop("report", None)
-    card = RewardCard(**(values | {"cameras": tuple(values["cameras"])}))
+    digest = values.pop("sha256", None)  # None: of an older release
+    try:
+        card = RewardCard(**(values | {"cameras": tuple(values["cameras"])}))
+    except (TypeError, KeyError) as error:
+        raise DamagedFileError(f"{folder / CARD} is no card of a reward model: {error}") from None
     model = RewardClassifier(card)
     try:
+        if digest is not None and sha256_of(folder / MODEL) != digest:
+            raise DamagedFileError(f"{folder / MODEL} is damaged: it does not match its sha256; train it again")
         model.load_state_dict(load_file(folder / MODEL))
+    except (SafetensorError, OSError) as error:
+        raise DamagedFileError(f"{folder / MODEL} cannot be read: {error}; train it again") from None
     except RuntimeError as error:
         raise ValueError(f"{folder / MODEL} does not fit {CARD}: {str(error).splitlines()[-1].strip()}") from None
     return model.eval()

@@ -5,6 +5,7 @@ It may come from a stranger (`run.foreign`) and is data: no interpolation, which
 no alias, which could make gigabytes of a line, no tag of Python's. A start writes it without any of these.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ MAX_BYTES = 4 << 20  # of a config.yaml; a start's has some ten thousand
 
 
 def read_config(path: Path, *needed: str) -> DictConfig:
-    """The config, with these dotted keys in it. ValueError names the file, and the line or key; OSError: unreadable."""
-    if not path.exists():
+    """The config, with these dotted keys in it. ValueError names the file, and the line or key."""
+    if not os.path.lexists(path):
         raise ValueError(f"{path} does not exist: expected a run's folder, for example runs/quickstart")
     try:
         _check_aliases(path)
         config = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {printable(' '.join(str(error).split()))}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(config, DictConfig) or not config:
         raise ValueError(f"{path} cannot be read: it is empty or no mapping of keys")
     _check_interpolations(OmegaConf.to_container(config), path)

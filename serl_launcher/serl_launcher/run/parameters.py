@@ -1,49 +1,38 @@
-"""Published policy parameters on disk: one safetensors file a version, and the pointer to the newest.
+"""Tensors of published policy parameters: one safetensors file a version. run.versions knows which of them are whole.
 
 The trainer publishes; the policy server watches `latest.json` and swaps; the gateway hands the same file to actors
 with a local policy. Only trainable tensors travel, with a hash of the frozen rest: both sides know they share a base.
 """
 
 import hashlib
-import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from serl_launcher.run.files import write_json, write_whole
-from serl_transport.contract.bounds import check_name
+from serl_launcher.run import checkpoints
+from serl_launcher.run.files import DamagedFileError, sha256_of, write_whole
+from serl_launcher.run.versions import (
+    LATEST,
+    PublishedVersion,
+    check_file,
+    damages,
+    file_path,
+    keep_newest,
+    keep_only,
+    newest_whole,
+    take_back,
+    write_entry,
+)
 
-# Of a trainer's checkpoint (learner.checkpoint), which `checkpoint_path` may name as well.
-CHECKPOINT_TENSORS = "tensors.safetensors"
-AVERAGED = "averaged."  # what the names of the averaged parameters begin with in it
-
-
-@dataclass(frozen=True, slots=True)
-class PublishedVersion:
-    """What `latest.json` says of a version."""
-
-    version: int
-    step: int  # trainer step it was taken at; -1: not known
-    file: str  # name inside params/
-    bytes: int
-    sha256: str  # of the file
-    time: float  # unix seconds of publishing
-
-    @classmethod
-    def read(cls, params_dir: Path) -> "PublishedVersion | None":
-        """The newest version, or None before the first."""
-        try:
-            entry = cls(**json.loads((params_dir / "latest.json").read_text()))
-        except FileNotFoundError:
-            return None
-        check_name(f"{params_dir / 'latest.json'}: file", entry.file)
-        return entry
+AVERAGED = "averaged."  # what the names of the averaged parameters begin with in a trainer's checkpoint
 
 
 def published_tensors(policy: nn.Module) -> dict[str, Tensor]:
@@ -85,49 +74,72 @@ def publish(
     now: float,
     keep: int,
 ) -> PublishedVersion:
-    """Write version `version` whole or not at all, then point at it; files older than the newest `keep` go."""
-    path = params_dir / f"v{version:06d}.safetensors"
+    """Write version `version` whole or not at all, then tell of it; on disk when this returns. OSError: it is refused.
+
+    Then versions older than the newest `keep` go, but for the best evaluated one.
+    """
+    path = file_path(params_dir, version)
     metadata = {"version": str(version), "step": str(step), "base_sha256": base, "policy": policy}
     on_host = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_whole(path, lambda part: save_tensors(on_host, part, metadata))
-    entry = _point_at(path, version, step, now)
-    for old in sorted(params_dir.glob("v*.safetensors"))[:-keep]:
-        old.unlink()
+    try:
+        write_whole(path, lambda part: save_tensors(on_host, part, metadata), durable=True)
+        entry = PublishedVersion(version, step, path.name, path.stat().st_size, sha256_of(path), now)
+        write_entry(params_dir, entry)
+    except OSError:
+        take_back(params_dir, version)
+        raise
+    keep_newest(params_dir, keep)
     return entry
 
 
 def store(params_dir: Path, version: int, blob: bytes, now: float) -> PublishedVersion:
-    """Keep a published file that came over the wire (its hash was checked there), and point at it."""
-    path = params_dir / f"v{version:06d}.safetensors"
+    """Keep a published file that came over the wire (its hash was checked there), and no other.
+
+    A learner that begins anew counts from 1 again, so the newest to come is not always the highest number.
+    """
+    path = file_path(params_dir, version)
     write_whole(path, lambda part: part.write_bytes(blob))
-    return _point_at(path, version, -1, now)
-
-
-def _point_at(path: Path, version: int, step: int, now: float) -> PublishedVersion:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    entry = PublishedVersion(version, step, path.name, path.stat().st_size, digest, now)
-    write_json(path.with_name("latest.json"), asdict(entry))
+    entry = PublishedVersion(version, -1, path.name, path.stat().st_size, sha256_of(path), now)
+    write_entry(params_dir, entry)
+    keep_only(params_dir, {version})
     return entry
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a published file; of a checkpoint's, what would be published of it: the average."""
-    with safe_open(path, framework="pt") as f:
+    """Tensors and metadata of a published file; of a checkpoint's, what would be published of it: the average.
+
+    DamagedFileError names a file that cannot be read. Checksums are compared by who finds the file.
+    """
+    with _opened(path) as f:
         names = {name: name for name in f.keys()}  # noqa: SIM118
         if _of_checkpoint(path):
             names = {n.removeprefix(AVERAGED): n for n in names if n.startswith(AVERAGED)}
         return {short: f.get_tensor(name) for short, name in names.items()}, f.metadata() or {}
 
 
+def version_of(path: Path) -> int:
+    """The policy version that a published file says it is; 0 where it says none, as a checkpoint's."""
+    with _opened(path) as f:
+        return int((f.metadata() or {}).get("version", 0))
+
+
 def tensor_names(path: Path) -> set[str]:
-    """Names in a published file; nothing of it is read but the header."""
-    with safe_open(path, framework="pt") as f:
+    """Names in a published file; nothing of it is read but the header. DamagedFileError."""
+    with _opened(path) as f:
         return set(f.keys())
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise DamagedFileError(f"{path} cannot be read: {error}") from None
+
+
 def _of_checkpoint(path: Path) -> bool:
-    return path.name == CHECKPOINT_TENSORS and (path.parent / "manifest.json").exists()
+    return path.name == checkpoints.TENSORS and (path.parent / checkpoints.MANIFEST).exists()
 
 
 def checked_tensors(want: dict[str, Tensor], path: Path, base: str | None = None) -> tuple[dict, dict[str, str]]:
@@ -165,21 +177,33 @@ def load_into(policy: nn.Module, path: Path, base: str | None = None) -> dict[st
 def find_parameters(path: str | Path) -> Path:
     """The parameters file that `checkpoint_path` means: a file, a run folder, its params/ or one of its checkpoints.
 
-    Raises FileNotFoundError that says what was looked for.
+    Compared with the checksum that stands beside it; of a folder of versions it is the newest whole one. Raises
+    FileNotFoundError that says what was looked for, DamagedFileError where nothing whole is there.
     """
     path = Path(path)
     if path.is_file():
-        return path
+        return _checked(path)
     for folder in (path / "params", path):
-        latest = PublishedVersion.read(folder)
-        if latest is not None:
-            return folder / latest.file
-    if _of_checkpoint(path / CHECKPOINT_TENSORS) and (path / CHECKPOINT_TENSORS).exists():
-        return path / CHECKPOINT_TENSORS
+        if (folder / LATEST).exists() or PublishedVersion.read(folder) is not None:
+            entry = newest_whole(folder)
+            if entry is None:
+                raise DamagedFileError(f"checkpoint_path={path}: no version is whole: {'; '.join(damages(folder))}")
+            return folder / entry.file
+    if (path / checkpoints.MANIFEST).exists():
+        return _checked(path / checkpoints.TENSORS)
     raise FileNotFoundError(
         f"checkpoint_path={path}: no parameters there; expected a *.safetensors file, a run folder holding "
         "params/latest.json, or a checkpoint folder such as runs/<name>/checkpoints/step_000900"
     )
+
+
+def _checked(path: Path) -> Path:
+    """The path, once compared with a checkpoint's manifest or the entries of a params folder."""
+    if not _of_checkpoint(path):
+        check_file(path)
+    elif problem := checkpoints.problem(path.parent, sums=(path.name,)):
+        raise DamagedFileError(problem)
+    return path
 
 
 def describe_mismatch(want: dict[str, Tensor], got: dict[str, Tensor], limit: int = 5) -> list[str]:

@@ -2,9 +2,10 @@
 
 The policy server (serving.server) and the local policy (serving.local) own one. New parameters are made ready beside
 those in use (`stage`, any thread, reads the disk) and are copied into their place between two batches (`swap`, on the
-device), so that nobody waits for them. A file that does not fit is reported and the last good version goes on serving.
+device), so that nobody waits for them. A file that is damaged or does not fit is reported and the last good version
+goes on serving; at the start it is the newest whole one on disk.
 
-    latest.json ─▶ stage: read, check, copy to the device ─▶ [ one staged version, the newest ] ─▶ swap ─▶ act
+    latest.json ─▶ stage: compare, read, copy to the device ─▶ [ one staged version, the newest ] ─▶ swap ─▶ act
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from serl_launcher.policies.base import PolicyInput, Prefix, sample, trainable
 from serl_launcher.policies.compiling import check_switch
 from serl_launcher.policies.precision import hold
 from serl_launcher.policies.realtime import sample_realtime, soft_mask
-from serl_launcher.run.parameters import PublishedVersion, base_sha256, checked_tensors
+from serl_launcher.run.parameters import base_sha256, checked_tensors
+from serl_launcher.run.versions import PublishedVersion, newest_whole
 from serl_launcher.serving.graphs import GraphRunner, bucket_of, bucket_sizes
 from serl_launcher.serving.query import Query
 from serl_transport.contract.specs import TaskSpec
@@ -63,7 +65,8 @@ class PolicyEngine:
         self._noise = torch.Generator().manual_seed(cfg.seed)
         self._sizes = bucket_sizes(cfg.serving.max_batch)
         self._graphs = self._graph_runner(cfg.serving.get("cuda_graphs", "auto"))
-        self._seen: PublishedVersion | None = None
+        self._seen: PublishedVersion | None = None  # the newest that was told of
+        self._ready: PublishedVersion | None = None  # the last that was staged
         self._refused = -1
         self._staged: deque[Staged] = deque(maxlen=1)  # a newer one replaces it; safe between threads
         self.version = -1
@@ -100,9 +103,15 @@ class PolicyEngine:
         return self.swap()
 
     def stage(self) -> bool:
-        """Make the newest published version ready, if it is new; True when it is. One thread at a time, any thread."""
-        newest = PublishedVersion.read(self._params_dir)
-        if newest is None or newest == self._seen:
+        """Make the newest whole version ready, if it is new; True when it is. One thread at a time, any thread."""
+        told = PublishedVersion.read(self._params_dir)
+        if told is None or told == self._seen:
+            return False
+        self._seen = told
+        newest = newest_whole(self._params_dir)
+        if newest is None or newest.version < told.version:
+            self._refused = told.version
+        if newest is None or newest == self._ready:
             return False
         try:
             self.stage_file(self._params_dir / newest.file, newest.version)
@@ -110,8 +119,7 @@ class PolicyEngine:
             self._refused = newest.version
             log.error("version %d refused, serving %d on: %s", newest.version, self.version, problem)
             return False
-        finally:
-            self._seen = newest
+        self._ready = newest
         return True
 
     def stage_file(self, path: Path, version: int) -> None:

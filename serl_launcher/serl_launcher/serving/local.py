@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from serl_launcher.run.parameters import PublishedVersion, find_parameters, store
+from serl_launcher.run.parameters import find_parameters, store, version_of
 from serl_launcher.serving.engine import PolicyEngine
 from serl_launcher.serving.query import query_from_body
 from serl_transport.client import TrainerClient
@@ -58,9 +58,7 @@ class LocalPolicy:
         """Serve `cfg.checkpoint_path` and nothing newer. Raises FileNotFoundError or ValueError in the user's words."""
         path = find_parameters(cfg.checkpoint_path)
         policy = cls(cfg, path.parent)
-        published = PublishedVersion.read(path.parent)
-        version = published.version if published and published.file == path.name else 0
-        policy._engine.stage_file(path, version)
+        policy._engine.stage_file(path, version_of(path))
         policy._engine.swap()
         return policy
 

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.schedule import Stage
+from serl_launcher.run.versions import newest_whole
 from serl_launcher.supervisor.children import ChildSpec, EndsRun
 from serl_launcher.supervisor.lifeline import EXIT_FILE
 
@@ -29,7 +30,7 @@ STOP_ORDER = ("openpi", "trainer", "policy", "gateway", "exporter")
 def roles_for(cfg: DictConfig, paths: RunPaths, stages: Sequence[Stage]) -> list[ChildSpec]:
     """The roles of this run in start order."""
     serves = not stages or any(stage.mode in ("eval", "online") for stage in stages)
-    trains = any(stage.steps for stage in stages) or (serves and not paths.latest_params.exists())
+    trains = any(stage.steps for stage in stages) or (serves and newest_whole(paths.params) is None)
     roles = [_role(paths, "gateway", "serl_launcher.gateway", grace_s=20.0)]
     if serves:
         roles.append(_role(paths, "policy", "serl_launcher.serving"))

@@ -5,6 +5,7 @@ the roles would trip over later (ports, disk, a missing checkpoint) is found her
 """
 
 import fcntl
+import os
 import shutil
 import socket
 import time
@@ -20,9 +21,10 @@ from serl_config.secrets import literal_secrets, secret
 from serl_launcher.replay.journal import JournalCorrupt, JournalReader
 from serl_launcher.run import config as run_config
 from serl_launcher.run.config import plain, task_spec
-from serl_launcher.run.files import read_json, write_whole
+from serl_launcher.run.files import DamagedFileError, clear, make_folder, read_sealed, write_text
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.schedule import Stage, read_stages
+from serl_launcher.run.versions import PublishedVersion
 from serl_transport.contract.bounds import check_name
 from serl_transport.security.auth import is_loopback
 
@@ -101,18 +103,17 @@ def _write_config(paths: RunPaths, cfg: DictConfig) -> None:
             f"whoever reads the config of a copy of {paths.root}; give {key}=env:NAME or {key}=file:PATH",
             flush=True,
         )
-
-    def write(part: Path) -> None:
-        part.unlink(missing_ok=True)
-        part.touch(mode=0o600 if exposed else 0o666)
-        part.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
-
-    write_whole(paths.config, write, durable=True)
+    write_text(paths.config, OmegaConf.to_yaml(cfg, resolve=True), durable=True, mode=0o600 if exposed else 0o666)
 
 
 def is_complete(paths: RunPaths, cfg: DictConfig) -> bool:
-    """Did a run with this very schedule finish here?"""
-    if not paths.summary.exists() or not paths.config.exists():
+    """Did a run with this very schedule finish here? A damaged summary is made again: the stages are not."""
+    try:
+        if read_sealed(paths.summary) is None or not os.path.lexists(paths.config):
+            return False
+    except DamagedFileError as damage:
+        print(f"{damage}; it is moved aside, and written again when every stage is done", flush=True)
+        paths.summary.rename(paths.summary.with_name(f"{paths.summary.name}.damaged-{time.time_ns()}"))
         return False
     return plain(read_config(paths), "schedule") == plain(cfg, "schedule")
 
@@ -135,7 +136,9 @@ def read_config(paths: RunPaths) -> DictConfig:
     try:
         return run_config.read_config(paths.config)
     except (ValueError, OSError) as error:
-        raise RunError(f"{error}; take run=<new name>") from None
+        raise RunError(
+            f"{error}; take run=<new name>. Where this start's words are the run's own you may remove the file instead"
+        ) from None
 
 
 def wait_for_ports(cfg: DictConfig) -> None:
@@ -211,7 +214,9 @@ def _check_token(cfg: DictConfig) -> None:
 def _open_folder(paths: RunPaths) -> IO[str]:
     """Create the folder, check that it takes data and lock it."""
     try:
-        paths.logs.mkdir(parents=True, exist_ok=True)
+        make_folder(paths.logs, durable=True)
+        for path in _plain_files(paths):
+            clear(path)
         lock = (paths.root / ".lock").open("a")
     except OSError as error:
         raise RunError(f"cannot write into {paths.root}: {error.strerror}; choose another runs_dir=") from None
@@ -227,13 +232,21 @@ def _open_folder(paths: RunPaths) -> IO[str]:
     return lock
 
 
+def _plain_files(paths: RunPaths) -> list[Path]:
+    """What is opened where it lies and holds nothing that a run cannot do without: locks, logs, what is derived."""
+    locks = [paths.root / ".lock", paths.root / "dataset.lock", paths.journal / "lock"]
+    derived = [paths.status, paths.acceptance, paths.metrics / "trainer.jsonl"]
+    logs = [path for pattern in ("*.log", "*.starting", "*.exit") for path in paths.logs.glob(pattern)]
+    return [*locks, *derived, *logs]
+
+
 def _state(paths: RunPaths, cfg: DictConfig) -> str:
-    if not paths.config.exists() and not paths.journal.exists():
+    if not os.path.lexists(paths.config) and not paths.journal.exists():
         return "new"
     used = holds_data(paths)
     if used and cfg.resume == "never":
         raise RunError(f"{paths.root} holds a run and resume=never; choose another run=, or resume=auto to continue it")
-    if paths.config.exists():
+    if os.path.lexists(paths.config):
         old = read_config(paths) if used else _readable(paths)
         if changed := [*differences(old, cfg, IDENTITY)]:
             if used:
@@ -260,7 +273,8 @@ def holds_data(paths: RunPaths) -> bool:
     """Was anything recorded or trained here? A journal's first record is the task's spec, no data yet."""
     if paths.episodes.exists() and paths.episodes.stat().st_size:
         return True  # perhaps all that is left: then the gateway tells that the journal is gone
-    if paths.summary.exists() or (read_json(paths.latest_params) or {}).get("step", 0) > 0:
+    published = PublishedVersion.read(paths.params)
+    if paths.summary.exists() or (published is not None and published.step > 0):
         return True
     reader = JournalReader(paths.journal)
     try:

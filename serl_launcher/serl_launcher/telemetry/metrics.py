@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from omegaconf import OmegaConf
 
 from serl_config.clock import steady_time
-from serl_launcher.run.files import append_whole, write_text
+from serl_launcher.run.files import append_whole, clear, write_text
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.wandb_process import WandbProcess
 
@@ -43,6 +43,7 @@ class MetricsWriter:
         telemetry = cfg.get("telemetry") or {}
         paths.metrics.mkdir(parents=True, exist_ok=True)
         self._path = paths.metrics / "trainer.jsonl"
+        clear(self._path)
         self._file: int | None = None
         self.troubles: dict[str, str] = {}  # backend -> why it is switched off, for people
         self._backends: dict[str, Backend] = {}
@@ -141,12 +142,13 @@ class TensorBoard:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a trainer.jsonl, ascending in step; an absent file is empty, a torn last line is passed over."""
+    """The rows of a trainer.jsonl, ascending in step; an absent file is empty, a damaged line is passed over."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
-        except ValueError:
+            int(row["step"])
+        except (ValueError, TypeError, KeyError):
             continue
         while rows and rows[-1]["step"] >= row["step"]:  # a kill between a resume and its first purge
             rows.pop()

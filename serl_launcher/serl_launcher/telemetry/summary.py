@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.run.files import write_json
+from serl_launcher.run.files import write_sealed
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.history import EpisodeRecord, RunHistory, StageRecord, read_history
 from serl_launcher.telemetry.statistics import wilson
@@ -29,7 +29,7 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
     paths, history = RunPaths(Path(run_dir)), read_history(Path(run_dir))
     digest = hashlib.sha256(paths.config.read_bytes()).hexdigest()
     summary = summarise(history) | {"run": paths.root.name, "config_sha256": digest}
-    write_json(paths.summary, summary, indent=2)
+    write_sealed(paths.summary, summary, indent=2)
     draw(history, paths.learning_curve)
     return summary
 

@@ -205,7 +205,7 @@ def test_names_of_processes_and_troubles_are_forgotten_oldest_first_and_that_is_
 
 def row(n: int, stage: str, boot: str, seed: int, success: bool) -> LedgerRow:
     return LedgerRow(
-        f"e{n}", n, "a", boot, "eval", stage, seed, 5, 0.0, success, 0, 0, 0, None, True, 1.0, 2.0
+        f"e{n}", n, "a", boot, "eval", stage, seed, 5, 0.0, success, 0, 0, n, None, True, 1.0, 2.0
     )  # fmt: skip
 
 
@@ -216,7 +216,7 @@ def test_stages_and_ad_hoc_counts_are_bounded_and_the_totals_are_not(tmp_path: P
     for n in range(10):
         book.add(row(n, "adhoc_eval", f"b{n}", seed=1_000_000, success=n % 2 == 0))
     book.add(row(10, "adhoc_eval", "b9", seed=1_000_000, success=True))  # a seed of that process again
-    assert book.evaluations() == {"adhoc_eval": {"episodes": 10, "successes": 5}}
+    assert book.evaluations() == {"adhoc_eval": {"episodes": 10, "successes": 5, "version": 10}}
     assert [book.scope(("adhoc_eval", "a", f"b{n}")).counted for n in (0, 8, 9)] == [0, 1, 1]
     for stage in ("before", "after"):
         book.check_stage(stage)

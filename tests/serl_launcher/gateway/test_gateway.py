@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.replay.ring import RingReader
 from serl_launcher.replay.transitions import TransitionView
 from serl_launcher.replay.views import ChunkView
+from serl_launcher.run.files import sha256_of
 from serl_launcher.run.internal import InternalClient, PolicyLink
+from serl_launcher.run.versions import PublishedVersion, file_path, write_entry
 from serl_transport.client import TrainerClient
 from serl_transport.contract.errors import BadFrame, NotReady, Refused, SchemaMismatch, UnknownKind
 from serl_transport.contract.schema import Outcome, StepBatch
@@ -167,7 +170,7 @@ def test_the_schedule_leads_an_actor_through_the_stages(tmp_path: Path) -> None:
         assert {ticket["stage"] for ticket in online} == {"online"}
         assert online[0]["takeover"]
         status = client.request("status")
-        assert status["eval"] == {"before": {"episodes": 2, "successes": 1}}
+        assert status["eval"] == {"before": {"episodes": 2, "successes": 1, "version": 3}}
         assert status["rates"]["success_rate"] == 0.5  # of four: a failure, a helped one, two alone
         assert status["rates"]["intervention_rate"] == 0.25
         assert not status["done"]
@@ -295,6 +298,36 @@ def test_parameters_are_announced_and_pulled(tmp_path: Path) -> None:
         assert wait_for(lambda: [body for body in heard if body["topic"] == "params"])[0]["version"] == 2
         with pytest.raises(Refused, match="newest is 2"):
             client.fetch_params(1)
+
+
+def test_a_damaged_version_is_neither_announced_nor_handed_out(tmp_path: Path) -> None:
+    params = tmp_path / "params"
+
+    def publish(version: int) -> None:
+        path = file_path(params, version)
+        path.write_bytes(b"%d" % version * 1000)
+        write_entry(params, PublishedVersion(version, 0, path.name, 1000, sha256_of(path), 0.0))
+
+    params.mkdir()
+    publish(1)
+    publish(2)
+    file_path(params, 2).write_bytes(b"3" + b"2" * 999)
+    with serving(tmp_path) as gateway, connected(gateway) as client:
+        assert client.fetch_params().version == gateway.params.version == 1
+        assert gateway.params.times == {}  # published before anybody here looked
+        file_path(params, 3).write_bytes(b"x")  # of a version whose entry is not there yet
+        publish(4)
+        before = time.monotonic()
+        wait_for(lambda: gateway.params.version == 4)
+        assert before - 1.0 < gateway.params.times[4] <= time.monotonic()  # of this machine's uptime, not a wall clock
+        assert client.fetch_params().blob == b"4" * 1000
+
+
+def test_a_damaged_operator_file_is_taken_for_a_pause(tmp_path: Path, caplog) -> None:
+    (tmp_path / "operator.json").write_bytes(b"")
+    with serving(tmp_path) as gateway, connected(gateway) as client:
+        assert client.request("next_episode", {"want": "follow"})["reason"] == "an operator paused the run"
+        assert "operator.json is damaged: it holds no JSON object: the run is taken for paused" in caplog.text
 
 
 def test_a_dead_actors_episode_is_closed_and_its_evaluation_seed_issued_again(tmp_path: Path) -> None:

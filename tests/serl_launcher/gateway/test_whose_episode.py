@@ -250,12 +250,12 @@ def test_the_secret_is_private_kept_and_made_anew_when_lost(tmp_path: Path, capl
         os.umask(old)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     secret, boot = path.read_bytes(), begun.boot_id
-    assert len(secret) == 32
+    assert len(json.loads(secret)["secret"]) == 64
     assert "ticket.secret" not in caplog.text
     path.write_bytes(secret[:7])  # as a full disk would leave it
     caplog.set_level(logging.WARNING)
     with serving(tmp_path, schedule__stages=STAGES, gateway__unticketed=False) as gateway:
-        assert "ticket.secret holds 7 bytes, not 32: made anew" in caplog.text
+        assert "ticket.secret is damaged: it holds no JSON object: made anew" in caplog.text
         with client(gateway, "robot-1", None) as actor:
             actor._data._boot_id = boot  # an item of the boot before
             assert deliver(actor, batches(begun, (3, 3))[1], 2) == "taken"  # open: nothing has to be proved

@@ -1,5 +1,6 @@
 """The trainer on a disk that fills up: it waits, says so, loses nothing and goes on by itself."""
 
+import errno
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from serl_launcher.replay.verdicts import Verdict, VerdictLedger, read
 from serl_launcher.run.files import append_whole, disk_trouble, write_text
 from serl_launcher.run.parameters import PublishedVersion, read_tensors
 from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.versions import newest_whole
 from serl_launcher.telemetry.metrics import MetricsWriter, read_metrics
 
 
@@ -106,6 +108,52 @@ def test_a_stage_does_not_end_before_its_last_version_is_written(disk, ring, mon
         assert report["stage_steps"].get("s", 0) < 4 or report["version"] == 2
 
 
+@pytest.mark.parametrize("refused", ["v000003.safetensors", "v000003.json", "latest.json"])
+def test_a_version_that_the_disk_refuses_takes_no_number_and_no_other_version_away(
+    tmp_path, ring, monkeypatch, refused
+):
+    trainer, _ = make(tmp_path, ring, trainer__keep_params=2)
+    params, replace = tmp_path / "params", os.replace
+    for _ in range(2):
+        trainer.publisher.publish()
+    before = {path.name: path.read_bytes() for path in params.iterdir()}
+
+    def full(source, target):
+        if Path(target).name == refused:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "replace", full)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space left"):
+                trainer.publisher.publish()
+    assert trainer.publisher.version == newest_whole(params).version == 2
+    assert {path.name: path.read_bytes() for path in params.iterdir()} == before
+    trainer.publisher.publish()
+    assert trainer.publisher.version == newest_whole(params).version == 3
+    assert not (params / "v000001.safetensors").exists()
+
+
+def test_a_rollback_whose_checkpoint_the_disk_refuses_is_published_once(tmp_path, ring, monkeypatch):
+    trainer, _ = make(tmp_path, ring)
+    trainer.publisher.publish()
+    trainer.rollback.check({"eval": {"a": {"episodes": 10, "successes": 9, "version": 1}}})
+    fallen = {"eval": {"b": {"episodes": 10, "successes": 1, "version": 1}}}
+
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(trainer.checkpoints, "save", full)
+        for _ in range(3):
+            with pytest.raises(OSError, match="No space left"):
+                trainer.rollback.check(fallen)
+    trainer.rollback.check(fallen)
+    assert trainer.publisher.version == 2
+    assert len(checkpoint.complete(tmp_path / "checkpoints")) == 1
+
+
 def test_a_stop_on_a_full_disk_says_what_the_next_start_goes_on_from(disk, ring, monkeypatch, caplog):
     monkeypatch.setattr("serl_launcher.learner.disk.RETRY_S", 0.01)
     monkeypatch.setattr("serl_launcher.learner.trainer.REPORT_S", 0.001)
@@ -146,6 +194,22 @@ def test_verdicts_that_the_disk_refused_are_written_later_and_once(disk):
     (disk / "ballast").unlink()
     ledger.write()
     assert [row["ordinal"] for row in read(disk / "acceptance.jsonl")] == list(range(200))
+
+
+def test_a_torn_list_of_verdicts_is_mended_once_there_is_room(disk):
+    path = disk / "acceptance.jsonl"
+    ledger = VerdictLedger(path, "rule")
+    for ordinal in range(2):
+        ledger.note(Verdict(ordinal, "demo", 5, 1.0, True, 0, (1, 1), True, "accepted", 4, 5, None))
+    path.write_bytes(path.read_bytes()[:-9])
+    fill(disk)
+    ledger = VerdictLedger(path, "rule")
+    assert ledger.incomplete
+    ledger.note(Verdict(1, "demo", 5, 1.0, True, 0, (1, 1), True, "accepted", 4, 5, None))
+    (disk / "ballast").unlink()
+    ledger.write()
+    assert [row["ordinal"] for row in read(path)] == [0, 1]
+    assert not VerdictLedger(path, "rule").incomplete
 
 
 def test_a_refused_write_leaves_nothing_half_there(disk):

@@ -11,6 +11,7 @@ from tiny import tiny_policy
 from serl_launcher.learner import checkpoint
 from serl_launcher.policies.base import trainable
 from serl_launcher.run.parameters import PublishedVersion, base_sha256, find_parameters, load_into, publish
+from serl_launcher.run.versions import highest_number, newest_whole
 
 
 def publish_policy(folder, policy, version, keep=3):
@@ -36,7 +37,9 @@ def test_only_the_newest_files_are_kept(tmp_path):
     policy = tiny_policy()
     for version in range(5):
         publish_policy(tmp_path, policy, version, keep=2)
-    assert sorted(p.name for p in tmp_path.glob("v*")) == ["v000003.safetensors", "v000004.safetensors"]
+    assert sorted(p.name for p in tmp_path.glob("v*")) == [
+        "v000003.json", "v000003.safetensors", "v000004.json", "v000004.safetensors",
+    ]  # fmt: skip
     assert json.loads((tmp_path / "latest.json").read_text())["version"] == 4
 
 
@@ -91,3 +94,58 @@ def test_checkpoint_path_may_be_a_file_a_params_folder_or_a_run(tmp_path):
     assert find_parameters(tmp_path) == find_parameters(tmp_path / "params") == find_parameters(want) == want
     with pytest.raises(FileNotFoundError, match="checkpoint_path"):
         find_parameters(tmp_path / "nowhere")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_version_is_named_and_the_whole_one_before_it_is_used(tmp_path, caplog):
+    for version in (1, 2, 3):
+        publish_policy(tmp_path, tiny_policy(), version)
+    flip(tmp_path / "v000003.safetensors")
+    (tmp_path / "v000002.safetensors").write_bytes(b"")
+    assert newest_whole(tmp_path).version == 1
+    assert "v000003.safetensors is damaged: it does not match its sha256; version 1 is taken" in caplog.text
+    assert "v000002.safetensors is damaged: expected" in caplog.text
+    assert highest_number(tmp_path) == 3
+    assert find_parameters(tmp_path) == tmp_path / "v000001.safetensors"
+    with pytest.raises(ValueError, match=r"v000003.safetensors is damaged"):
+        find_parameters(tmp_path / "v000003.safetensors")
+    flip(tmp_path / "v000001.safetensors")
+    with pytest.raises(ValueError, match=r"no version is whole: .*v000001.safetensors is damaged"):
+        find_parameters(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "older"])
+def test_the_newest_version_is_found_whatever_became_of_the_pointer(tmp_path, damage):
+    publish_policy(tmp_path, tiny_policy(), 1)
+    older = (tmp_path / "latest.json").read_bytes()
+    publish_policy(tmp_path, tiny_policy(), 2)
+    if damage == "missing":
+        (tmp_path / "latest.json").unlink()
+    else:  # as a power cut leaves it
+        (tmp_path / "latest.json").write_bytes(older if damage == "older" else b"")
+    assert newest_whole(tmp_path).version == 2
+
+
+def test_a_version_whose_entry_is_damaged_is_not_used_unchecked(tmp_path, caplog):
+    for version in (1, 2, 3):
+        publish_policy(tmp_path, tiny_policy(), version)
+    for name in ("v000003.json", "latest.json"):
+        (tmp_path / name).write_bytes(b"{}")
+    assert newest_whole(tmp_path).version == 2
+    assert "v000003.json is damaged" in caplog.text
+    with pytest.raises(ValueError, match=r"v000003.json is damaged"):
+        find_parameters(tmp_path / "v000003.safetensors")
+
+
+def test_pruning_passes_over_a_folder_where_a_version_was(tmp_path):
+    publish_policy(tmp_path, tiny_policy(), 1)
+    (tmp_path / "v000001.safetensors").unlink()
+    (tmp_path / "v000001.safetensors").mkdir()
+    publish_policy(tmp_path, tiny_policy(), 2, keep=1)
+    assert newest_whole(tmp_path).version == 2
+    assert [p.name.split(".damaged-")[0] for p in tmp_path.glob("v000001*")] == ["v000001.safetensors"]

@@ -63,6 +63,43 @@ def test_parameters_that_do_not_fit_are_refused_and_the_last_version_serves_on(e
     np.testing.assert_array_equal(before, engine.act([query]))
 
 
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_not_served_and_the_version_before_is(tmp_path, caplog):
+    for version in (1, 2):
+        put(tmp_path, version, shift=0.1 * version)
+    damage(tmp_path / "v000002.safetensors")
+    engine = PolicyEngine(tiny_config(), tmp_path)
+    assert engine.refresh()
+    assert engine.version == 1
+    assert not engine.will_serve(2)
+    assert "v000002.safetensors is damaged: it does not match its sha256; version 1 is taken" in caplog.text
+    put(tmp_path, 3, shift=0.3)
+    assert engine.refresh()
+    assert engine.version == 3
+
+
+def test_a_learner_that_began_anew_is_followed_although_its_numbers_repeat(engine, tmp_path):
+    before = engine.act([query_from_body(body(), SPEC)])
+    for path in tmp_path.iterdir():
+        path.unlink()
+    put(tmp_path, 0, shift=0.1)
+    assert engine.refresh()
+    assert not np.allclose(before, engine.act([query_from_body(body(), SPEC)]))
+
+
+def test_a_version_that_is_damaged_while_another_serves_changes_nothing(engine, tmp_path, caplog):
+    put(tmp_path, 1, shift=0.1)
+    damage(tmp_path / "v000001.safetensors")
+    assert not engine.refresh()
+    assert engine.version == 0
+    assert "v000001.safetensors is damaged" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -19,6 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from replay_samples import batches, entries, info, write_journal
 
 from flowserl_cli.compose import group_options, load_config
+from serl_launcher.run.files import sha256_of
+from serl_launcher.run.versions import PublishedVersion, file_path, write_entry
 from serl_launcher.supervisor import run_folder
 from serl_launcher.supervisor.main import main, unreachable_from_elsewhere
 from serl_launcher.supervisor.roles import accelerate_command, roles_for
@@ -303,7 +305,9 @@ def test_serving_published_parameters_needs_no_trainer(compose):
     config = compose("schedule=eval")
     folder = prepare(config)
     folder.paths.params.mkdir()
-    folder.paths.latest_params.write_text("{}")
+    path = file_path(folder.paths.params, 1)
+    path.write_bytes(b"parameters")
+    write_entry(folder.paths.params, PublishedVersion(1, 0, path.name, 10, sha256_of(path), 0.0))
     assert [s.name for s in roles_for(config, folder.paths, folder.stages)] == ["gateway", "policy", "exporter"]
 
 

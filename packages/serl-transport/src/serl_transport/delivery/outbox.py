@@ -57,6 +57,9 @@ class Ledger:
 
     def __init__(self, path: str | Path):
         self._file = open(path, "a")  # noqa: SIM115 (closed by close)
+        if torn := _torn_tail(Path(path)):  # its item is in the spool still, and gets a line of its own
+            log.warning("%s: cut off a torn line of %d bytes", path, torn)
+            os.truncate(path, os.path.getsize(path) - torn)
 
     def write(self, acknowledged: list[tuple[ItemKey, Frames]]) -> None:
         """Append a line per item and wait until they are on disk."""
@@ -185,6 +188,12 @@ class Outbox:
         self.refused += 1
         log.error("the learner refused item %d (%s); %s: %s", key.seq, error.code, where, error.message)
         self._tell()
+
+
+def _torn_tail(path: Path) -> int:
+    """Bytes after the last newline."""
+    text = path.read_bytes()
+    return len(text) - (text.rfind(b"\n") + 1)
 
 
 def _ledger_row(key: ItemKey, frames: Frames) -> dict[str, Any]:

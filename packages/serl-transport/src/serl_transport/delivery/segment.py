@@ -1,10 +1,11 @@
 """One file of a spool: the items of one boot, each with its checksum, and how far they are acknowledged.
 
-    head: magic, boot id, watermark (every seq up to it is acknowledged) and the watermark's CRC
+    head: magic, boot id, watermark (every seq up to it is acknowledged), its CRC, the CRC of magic and boot id
     record: length u32, checksum u32 of (seq, length, item), seq u64, item ...
 
-A process killed in mid-append leaves a torn tail, which `open` cuts off. The watermark is one small write in place; a
-stale one only means that an item is sent again, and deduplicated by the learner.
+A process killed in mid-append leaves a torn tail, which `open` cuts off. A damaged record between whole ones is passed
+over, and named. The watermark is one small write in place; a stale one only means that an item is sent again, and
+deduplicated by the learner.
 """
 
 import logging
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 _MAGIC = b"SERLSP02"
 _OLD_MAGIC = b"SERLSP01"  # its records are summed by zlib's CRC-32
 _HEAD = struct.Struct("<8s64s")
-_MARK = struct.Struct("<QI4x")
+_MARK = struct.Struct("<QII")
 _RECORD = struct.Struct("<IIQ")
 HEAD_BYTES = _HEAD.size + _MARK.size
 
@@ -37,13 +38,14 @@ def record_bytes(item: Sequence[Any]) -> int:
 class Segment:
     """Owns one segment file. `pending` maps each unacknowledged seq to (offset, length) of its record."""
 
-    def __init__(self, path: Path, descriptor: int, boot_id: str):
+    def __init__(self, path: Path, descriptor: int, boot_id: str, head_crc: int):
         self.path = path
         self.number = int(path.stem)
         self.boot_id = boot_id
         self.size = HEAD_BYTES
         self.pending: OrderedDict[int, tuple[int, int]] = OrderedDict()
         self._fd = descriptor
+        self._head_crc = head_crc  # 0: of an older release
         self._sum: Callable[[Sequence[Any]], int] = checksum32
         self._last_seq = 0
         self._watermark = 0
@@ -53,16 +55,20 @@ class Segment:
         """A new, empty segment."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
-            os.pwrite(descriptor, _HEAD.pack(_MAGIC, boot_id.encode()) + _mark(0), 0)
+            head = _HEAD.pack(_MAGIC, boot_id.encode())
+            os.pwrite(descriptor, head + _mark(0, zlib.crc32(head)), 0)
         except OSError:
             os.close(descriptor)
             path.unlink()
             raise
-        return cls(path, descriptor, boot_id)
+        return cls(path, descriptor, boot_id, zlib.crc32(head))
 
     @classmethod
     def open(cls, path: Path) -> "Segment | None":
-        """The segment at `path`, its torn tail cut off; None when even its head is torn (nothing was ever in it)."""
+        """The segment at `path`, its torn tail cut off; None when even its head is torn (nothing was ever in it).
+
+        SpoolError: it is no segment, or its head is damaged; the message names it.
+        """
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         data = path.read_bytes()
         if len(data) < HEAD_BYTES or not data.startswith((_MAGIC, _OLD_MAGIC)):
@@ -71,7 +77,11 @@ class Segment:
                 raise SpoolError(f"{path} is not a spool segment; move it out of the folder")
             return None
         _, boot = _HEAD.unpack_from(data)
-        segment = cls(path, descriptor, boot.rstrip(b"\0").decode("utf-8", "replace"))
+        *_, head_crc = _MARK.unpack_from(data, _HEAD.size)
+        if head_crc not in (0, zlib.crc32(data[: _HEAD.size])):
+            os.close(descriptor)
+            raise SpoolError(f"{path} is damaged in its head: whose items it holds is lost; move it out of the folder")
+        segment = cls(path, descriptor, boot.rstrip(b"\0").decode("utf-8", "replace"), head_crc)
         segment._sum = _crc32 if data.startswith(_OLD_MAGIC) else checksum32
         segment._scan(data)
         return segment
@@ -105,7 +115,7 @@ class Segment:
         if watermark > self._watermark:
             self._watermark = watermark
             try:
-                os.pwrite(self._fd, _mark(watermark), _HEAD.size)
+                os.pwrite(self._fd, _mark(watermark, self._head_crc), _HEAD.size)
             except OSError as error:
                 log.warning("%s: acknowledged items will be sent again after a restart: %s", self.path, error.strerror)
 
@@ -119,11 +129,19 @@ class Segment:
         os.close(self._fd)
 
     def _scan(self, data: bytes) -> None:
-        watermark, crc = _MARK.unpack_from(data, _HEAD.size)
+        watermark, crc, _ = _MARK.unpack_from(data, _HEAD.size)
         # A damaged watermark is taken for 0: items may be sent again, none is forgotten.
         self._watermark = watermark if crc == zlib.crc32(struct.pack("<Q", watermark)) else 0
         while self.size < len(data):
             found = self._check(data, self.size)
+            if found is None and (following := self._following(data)):
+                if self._last_seq >= self._watermark:
+                    log.error(
+                        "%s is damaged at byte %d: an item is lost, those behind it are not", self.path, self.size
+                    )
+                self._last_seq += 1
+                self.size = following
+                continue
             if found is None:
                 log.warning("spool %s: cut off a torn tail of %d bytes", self.path, len(data) - self.size)
                 os.ftruncate(self._fd, self.size)
@@ -133,6 +151,21 @@ class Segment:
                 self.pending[seq] = (self.size, len(item))
             self._last_seq = seq
             self.size += _RECORD.size + len(item)
+
+    def _following(self, data: bytes) -> int | None:
+        """Where the next whole record begins, behind the damaged one that is at `size`; None: there is none."""
+        if self.size + _RECORD.size > len(data):
+            return None
+        length, _, seq = _RECORD.unpack_from(data, self.size)
+        behind = self.size + _RECORD.size + length
+        if self._check(data, behind) is not None:
+            return behind
+        # Its length is what was damaged: the seqs of the records that follow are known.
+        for expected in (self._last_seq + 2, seq + 1):  # a first record's predecessor is not known
+            at = data.find(struct.pack("<Q", expected), self.size + _RECORD.size) - 8
+            if at > self.size and self._check(data, at) is not None:
+                return at
+        return None
 
     def _check(self, data: bytes, offset: int) -> tuple[int, bytes] | None:
         """(seq, item) of the record at `offset`, or None when it is torn."""
@@ -146,8 +179,8 @@ class Segment:
         return seq, item
 
 
-def _mark(watermark: int) -> bytes:
-    return _MARK.pack(watermark, zlib.crc32(struct.pack("<Q", watermark)))
+def _mark(watermark: int, head_crc: int) -> bytes:
+    return _MARK.pack(watermark, zlib.crc32(struct.pack("<Q", watermark)), head_crc)
 
 
 def _crc32(buffers: Sequence[Any]) -> int:

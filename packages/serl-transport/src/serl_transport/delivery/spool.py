@@ -225,6 +225,8 @@ class DiskSpool(Spool):
         kept = []
         for path in sorted(self.folder.glob("*.seg")):
             segment = Segment.open(path)
+            if segment is None:
+                log.warning("%s was removed: its head is torn, and nothing whole is in it", path)
             if segment is None or not segment.pending:
                 path.unlink()
                 if segment is not None:
@@ -298,7 +300,9 @@ def _lock_folder(folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise SpoolError(f"cannot write the spool folder {folder}: {error.strerror}; give another spool_dir=") from None
+        raise SpoolError(
+            f"cannot write the spool folder {folder}: {error.filename}: {error.strerror}; give another spool_dir="
+        ) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
