@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 FAULTS = (OSError, RuntimeError, termios.error)
 """What buses and cameras raise when a part does not answer; the last by a serial port that is gone."""
 
+_CONNECTS = 3  # a setting that is lost on the way is written again from the start
+
 INSTALL = "bash tools/bootstrap.sh lerobot"
 
 
@@ -58,48 +60,75 @@ def connect(device: Any, node: Mapping[str, Any], flag: str, drives: bool) -> No
 
     Raises ValueError with LeRobot's own command when it is not calibrated, ConnectionError when it does not answer.
     """
-    try:
-        for owner, bus in buses(device):
-            bus.connect(handshake=False)  # its own connect asks every servo who it is
-            try:
-                _check_calibration(owner, node, flag)
-                if drives:
-                    stay(bus)
-            finally:
-                bus.disconnect(disable_torque=False)
-        unattended = {"calibrate": False} if "calibrate" in signature(device.connect).parameters else {}
-        device.connect(**unattended)
-        if not list(buses(device)):
-            _check_calibration(device, node, flag)
-    except FAULTS as fault:
-        raise ConnectionError(f"{flag} {node['type']}: {one_line(fault)}") from fault
+    for left in reversed(range(_CONNECTS)):
+        try:
+            _open(device, node, flag, drives)
+            break
+        except FAULTS as fault:
+            _let_go(device)
+            if not left:
+                raise ConnectionError(f"{flag} {node['type']}: {one_line(fault)}") from fault
+            log.warning("%s %s: trying again: %s", flag, node["type"], one_line(fault))
     if not device.is_connected:
         raise ConnectionError(f"{flag} {node['type']}: it did not come up; its words are above")
 
 
-def mend(
-    device: Any, node: Mapping[str, Any], flag: str, drives: bool, seen: Callable[[Any], bool] | None = None
-) -> None:
-    """Open anew what does not answer, without taking the torque from servos that have it. Raises one of FAULTS.
+def _open(device: Any, node: Mapping[str, Any], flag: str, drives: bool) -> None:
+    for owner, bus in buses(device):
+        bus.connect(handshake=False)  # its own connect asks every servo who it is
+        try:
+            _check_calibration(owner, node, flag)
+            if drives:
+                stay(bus)
+        finally:
+            bus.disconnect(disable_torque=False)
+    unattended = {"calibrate": False} if "calibrate" in signature(device.connect).parameters else {}
+    device.connect(**unattended)
+    if not list(buses(device)):
+        _check_calibration(device, node, flag)
 
-    seen: whether a camera gives pictures; None: the cameras wait, the robot comes first.
-    """
-    parts = list(buses(device))
-    for owner, bus in parts:
+
+def _let_go(device: Any) -> None:
+    """Of a device that is half open; its servos keep their torque."""
+    for _, bus in buses(device):
+        _close_port(bus)
+    for camera in cameras(device).values():
+        with contextlib.suppress(*FAULTS):
+            camera.disconnect()
+
+
+def mend(device: Any, drives: bool) -> None:
+    """Open each silent bus anew, without taking the torque from servos that have it. Raises one of FAULTS."""
+    for owner, bus in buses(device):
         if not _answers(bus):
             _reopen(owner, bus, drives)
-    for name, camera in cameras(device).items() if seen else ():
-        if not seen(camera):
+
+
+def mend_whole(device: Any, node: Mapping[str, Any], flag: str, drives: bool) -> None:
+    """A device without buses of ours: when it does not answer, by its own disconnect, which may take its torque.
+
+    Raises one of FAULTS.
+    """
+    if list(buses(device)):
+        return
+    try:
+        (device.get_observation if drives else device.get_action)()
+    except FAULTS:
+        with contextlib.suppress(*FAULTS):
+            device.disconnect()
+        connect(device, node, flag, drives)
+        log.warning("%s: opened anew", node["type"])
+
+
+def mend_cameras(device: Any, sees: Callable[[Any], bool]) -> None:
+    """Open anew those that give no pictures. Raises one of FAULTS."""
+    for name, camera in cameras(device).items():
+        if not sees(camera):
             with contextlib.suppress(*FAULTS):
                 camera.disconnect()
             camera.connect()
             camera.async_read(timeout_ms=1000)
             log.warning("camera %s: opened anew", name)
-    if not parts:  # a robot of another kind: as a whole
-        with contextlib.suppress(*FAULTS):
-            device.disconnect()
-        connect(device, node, flag, drives)
-        log.warning("%s: opened anew", node["type"])
 
 
 def buses(device: Any) -> Iterator[tuple[Any, Any]]:
@@ -293,12 +322,16 @@ def _answers(bus: Any) -> bool:
     return True
 
 
-def _reopen(arm: Any, bus: Any, drives: bool) -> None:
+def _close_port(bus: Any) -> None:
     port = bus.port_handler
     if port.is_open:
         with contextlib.suppress(*FAULTS):
             port.closePort()
     port.is_open = port.is_using = False  # a write that failed leaves it in use for ever
+
+
+def _reopen(arm: Any, bus: Any, drives: bool) -> None:
+    _close_port(bus)
     bus.connect(handshake=False)
     if drives:
         stay(bus)

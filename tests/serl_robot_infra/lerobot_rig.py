@@ -3,12 +3,14 @@
 import json
 from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 from fake_camera import FakeCapture
 from servo_chain import ServoChain
 
 from serl_robot_infra import lerobot_devices
 
+DYNAMIXEL = "dynamixel_sdk.port_handler.PortHandler"
 CAMERA = {"type": "opencv", "width": 64, "height": 48, "fps": 60, "warmup_s": 0}
 
 
@@ -16,6 +18,10 @@ def cameras(*names: str) -> dict:
     """Camera nodes; plugged in."""
     FakeCapture.devices, FakeCapture.frozen = set(range(len(names))), set()
     return {name: {**CAMERA, "index_or_path": index} for index, name in enumerate(names)}
+
+
+def _patient(port, packet_length):
+    port.packet_start_time, port.packet_timeout = port.getCurrentTime(), 3000.0
 
 
 class Rig:
@@ -31,6 +37,9 @@ class Rig:
             self.node["port"] = str(folder / "arm")
 
     def __enter__(self) -> "Rig":
+        # A loaded machine answers late; what is unplugged or corrupted is noticed without waiting.
+        for name in ("lerobot.motors.feetech.feetech.patch_setPacketTimeout", f"{DYNAMIXEL}.setPacketTimeout"):
+            self._stack.enter_context(mock.patch(name, _patient))
         for arm, bus in lerobot_devices.buses(self._make(self.node)):
             self.chains.append(self._stack.enter_context(ServoChain(bus, Path(bus.port))))
             self._calibrate(arm, bus)

@@ -26,7 +26,9 @@ def arms(tmp_path, monkeypatch):
     """(follower's rig, leader's rig, the task with their ports)."""
     monkeypatch.setattr(cv2, "VideoCapture", FakeCapture)
     FakeCapture.devices, FakeCapture.frozen = {0, 1}, set()
-    task = load_config(["task=so101", "task.spec.max_ticks=15", "task.env.home_speed=300"]).task
+    task = load_config(
+        ["task=so101", "task.spec.max_ticks=15", "task.env.home_speed=300", "task.env.camera_max_age_ms=600"]
+    ).task
     for index, camera in enumerate(("front", "wrist")):
         for key, value in (("index_or_path", index), ("warmup_s", 0)):
             OmegaConf.update(task, f"env.robot.cameras.{camera}.{key}", value, force_add=True)

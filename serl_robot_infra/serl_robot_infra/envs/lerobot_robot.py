@@ -83,10 +83,15 @@ class LeRobotEnv:
         self._stopped, self._held, self._told = False, None, False
         with self._part("reset"):
             if self._lost:
-                devices.mend(self._robot, self._node, "robot", drives=True, seen=self._sees)
-                self._lost = self._froze = False
+                devices.mend(self._robot, drives=True)
             if self._released:
                 self._torque(on=True)
+        if self._lost:
+            with self._faults("reset"):  # seconds, in which the guard has the bus
+                devices.mend_cameras(self._robot, self._sees)
+            with self._part("reset"):
+                devices.mend_whole(self._robot, self._node, "robot", drives=True)
+            self._lost = self._froze = False
         for check in self._frozen.values():
             check.forget()
         self._go_home()
@@ -107,9 +112,11 @@ class LeRobotEnv:
         """Stand where it is, then torque as `release_on_stop` says; a bus that was lost is opened for it."""
         self._stopped = True  # at once, also while a step keeps the bus
         with self._bus():
-            if self._lost:
-                devices.mend(self._robot, self._node, "robot", drives=True)
-            self._hold(self._pose())
+            try:
+                self._hold(self._pose())
+            except devices.FAULTS:
+                devices.mend(self._robot, drives=True)
+                self._hold(self._pose())
             if self._release:
                 self._torque(on=False)
 
@@ -126,10 +133,15 @@ class LeRobotEnv:
 
     @contextmanager
     def _part(self, what: str) -> Iterator[None]:
-        """The control loop's turn on the bus; a part that does not answer is a PartLostError."""
+        """The control loop's turn on the bus."""
+        with self._faults(what), self._lock:
+            yield
+
+    @contextmanager
+    def _faults(self, what: str) -> Iterator[None]:
+        """A part that does not answer is a PartLostError."""
         try:
-            with self._lock:
-                yield
+            yield
         except devices.FAULTS as fault:
             self._lost = True
             raise PartLostError(f"{self._node['type']}.{what}: {devices.one_line(fault)}") from fault

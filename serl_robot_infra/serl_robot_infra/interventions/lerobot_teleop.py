@@ -184,7 +184,8 @@ class LeRobotTeleop(Intervention):
     def _part(self) -> Iterator[None]:
         try:
             if self._lost:
-                devices.mend(self._device, self._node, "teleop", drives=False)
+                devices.mend(self._device, drives=False)
+                devices.mend_whole(self._device, self._node, "teleop", drives=False)
                 self._lost = False
             yield
         except devices.FAULTS as fault:
