@@ -20,15 +20,17 @@ from serl_robot_infra import lerobot_devices
 from serl_robot_infra.main import main
 from serl_transport.contract.specs import TaskSpec
 
+# A loaded machine is slow, and that is not what is tried here.
+PATIENT = ["task.env.camera_max_age_ms=2000"]
+STOP_MS = 5000.0
+
 
 @pytest.fixture
 def arms(tmp_path, monkeypatch):
     """(follower's rig, leader's rig, the task with their ports)."""
     monkeypatch.setattr(cv2, "VideoCapture", FakeCapture)
     FakeCapture.devices, FakeCapture.frozen = {0, 1}, set()
-    task = load_config(
-        ["task=so101", "task.spec.max_ticks=15", "task.env.home_speed=300", "task.env.camera_max_age_ms=600"]
-    ).task
+    task = load_config(["task=so101", "task.spec.max_ticks=15", "task.env.home_speed=300", *PATIENT]).task
     for index, camera in enumerate(("front", "wrist")):
         for key, value in (("index_or_path", index), ("warmup_s", 0)):
             OmegaConf.update(task, f"env.robot.cameras.{camera}.{key}", value, force_add=True)
@@ -49,6 +51,7 @@ def act(task, tmp_path, tickets, meanwhile=lambda screen: None):
     spec = TaskSpec.from_dict(OmegaConf.to_container(task.spec, resolve=True))
     with ScriptedLearner(spec, tickets) as learner:
         config = actor_config(learner, tmp_path, demo_noise="auto", rate_hz=None)
+        OmegaConf.update(config, "rollout.watchdog", {"stop_ms": STOP_MS}, force_add=True)
         config.task = task
         screen = Screen()
         thread = threading.Thread(target=meanwhile, args=(screen,), daemon=True)
@@ -63,7 +66,7 @@ def test_the_leader_demonstrates(arms, tmp_path):
     lead.chains[0].servos[1].set("Present_Position", 2047 + 114)  # 10 degrees
     code, out, (episode,) = act(task, tmp_path, [ticket("demo", 1)])
     assert code == 0, out
-    assert "watchdog: controlled stop after 500 ms" in out
+    assert "watchdog: controlled stop after 5000 ms" in out
     assert episode.arrays["intervention"].all()
     assert episode.n == 15
     # Matched at 25 units per second at 20 Hz from home, so at most 1.25 a tick before it follows.
@@ -80,7 +83,9 @@ def until(condition):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("part", ["arm", "leader", "camera"])
+@pytest.mark.parametrize(
+    "part", ["arm", pytest.param("leader", marks=pytest.mark.slow), pytest.param("camera", marks=pytest.mark.slow)]
+)
 def test_a_part_that_is_unplugged_costs_one_episode_and_the_night_goes_on(arms, tmp_path, part):
     arm, lead, task = arms
     unplug, plug = {
@@ -99,7 +104,7 @@ def test_a_part_that_is_unplugged_costs_one_episode_and_the_night_goes_on(arms, 
     code, out, episodes = act(task, tmp_path, [ticket("demo", seed) for seed in range(1, 5)], meanwhile)
     assert code == 0, out
     cut = [episode for episode in episodes if episode.outcome.truncated_by == "stop"]
-    assert len(cut) <= 1
+    assert len(cut) <= 1, out
     assert [episode.n for episode in episodes if episode not in cut][-1] == 15
     assert len(episodes) >= 2
     names = {"arm": "so101_follower", "leader": "so101_leader", "camera": "OpenCVCamera(0)"}
