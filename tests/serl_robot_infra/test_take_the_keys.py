@@ -60,6 +60,7 @@ def test_a_demonstration_by_hand_waits_for_the_scene_and_is_recorded_as_executed
     assert not action[-1, 0]  # the key was let go
     assert not action[:, 1:3].any()
     assert action[-1, 3] == 1.0  # closed
+    assert "success: said when no episode was running, counts for nothing" in out
     assert len(RobotPick.last.resets) == 2  # looked at again: the person set the scene after the first
     assert "  w / s: dx + / -" in out
     assert "  y: success: the episode ends" in out
