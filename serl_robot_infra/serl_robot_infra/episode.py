@@ -206,6 +206,16 @@ class EpisodeRunner:
             now.said |= voice.words()
         now.last = now.last or now.said.stop
 
+    def _heard(self, now: _Progress) -> tuple[Words, OperatorGoneError | None]:
+        """What was said of the tick that was just executed, and whether the device is gone."""
+        gone = None
+        try:
+            self._hear(now)
+        except OperatorGoneError as error:
+            gone = error
+        said, now.said = now.said, NOTHING_SAID
+        return said, gone
+
     def _forget(self, now: _Progress) -> None:
         """What was said before the first tick, while the robot homed, judges nothing."""
         self._hear(now)
@@ -235,8 +245,7 @@ class EpisodeRunner:
         with self._driver("step"):
             stepped = self.stack.env.step(action)
         now.declared = stepped.terminated or stepped.truncated
-        self._hear(now)
-        said, now.said = now.said, NOTHING_SAID
+        said, gone = self._heard(now)
         result = self._limit_time(now, ruled(self.stack.reward.judge(stepped), said, now.return_))
         now.seen_at = time.monotonic_ns()
         self.stack.safety.check_observation(result.observation)
@@ -252,7 +261,10 @@ class EpisodeRunner:
             time_ns=seen_at,
         )
         self._record(now, step, result.observation)
-        return self._outcome(result, said)
+        outcome = self._outcome(result, said)
+        if gone is not None and outcome is None:
+            raise gone  # only now: what was executed is recorded
+        return outcome
 
     def _record(self, now: _Progress, step: TimeStep, after: Observation) -> None:
         self.stack.adder.add(step)

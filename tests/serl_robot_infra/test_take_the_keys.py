@@ -218,6 +218,16 @@ def test_a_key_that_cannot_be_used_as_meant_is_one_line(spec, tmp_path, typist, 
     assert message in line
 
 
+def test_without_a_terminal_the_mistake_is_named(spec, tmp_path, typist, monkeypatch):
+    with open(os.devnull) as stdin, ScriptedLearner(spec, []) as learner:
+        monkeypatch.setattr("sys.stdin", stdin)
+        code, out = typist.run(learner, tmp_path, lambda: None, *BY_HAND)
+    assert code == 2
+    assert (
+        "operator=keyboard needs a terminal to press keys at: start the actor in one (run_actor.sh, or start.sh" in out
+    )
+
+
 class Hands:
     """A keyboard whose keys a test presses."""
 
