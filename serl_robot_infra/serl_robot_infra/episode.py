@@ -121,7 +121,11 @@ class EpisodeRunner:
 
     def asked_to_stop(self) -> bool:
         """Did a person say stop since the last episode? Whatever else was said between two episodes is forgotten."""
-        return any(voice.words().stop for voice in self.stack.voices if voice.missing() is None)
+        said = NOTHING_SAID
+        for voice in self.stack.voices:
+            said |= voice.words() if voice.missing() is None else NOTHING_SAID
+        self._tell_too_late(said)
+        return said.stop
 
     def _begin(self, now: _Progress) -> Intervention:
         ticket, spec = now.ticket, self.stack.env.spec
@@ -156,8 +160,7 @@ class EpisodeRunner:
         self._wait_for(now, lambda: None)
         self._observe(now, self._home(now))
         if self.ready is not None:
-            self._hear(now)
-            now.said = NOTHING_SAID  # said while the robot homed
+            self._forget(now)
             asked = f"{now.ticket.episode_id}: {self.ready}"
             self.observer.ask(asked)
             self._wait_for(now, lambda: None if now.said.ready else asked)
@@ -165,6 +168,7 @@ class EpisodeRunner:
             with self._driver("observe"):
                 seen = look() if look else self._home(now)
             self._observe(now, seen)
+        self._forget(now)
         operator.reset(np.random.default_rng([now.ticket.seed, 2]), from_start=now.ticket.mode == "demo")
         self.stack.reward.reset()
         self.stack.pace.start()
@@ -203,6 +207,26 @@ class EpisodeRunner:
             now.said |= voice.words()
         now.last = now.last or now.said.stop
 
+    def _heard(self, now: _Progress) -> tuple[Words, OperatorGoneError | None]:
+        """What was said of the tick that was just executed, and whether the device is gone."""
+        gone = None
+        try:
+            self._hear(now)
+        except OperatorGoneError as error:
+            gone = error
+        said, now.said = now.said, NOTHING_SAID
+        return said, gone
+
+    def _forget(self, now: _Progress) -> None:
+        """What was said before the first tick, while the robot homed, judges nothing."""
+        self._hear(now)
+        self._tell_too_late(now.said)
+        now.said = NOTHING_SAID
+
+    def _tell_too_late(self, said: Words) -> None:
+        if words := [word for word in ("success", "failure", "discard") if getattr(said, word)]:
+            self.observer.message(f"{' and '.join(words)}: said when no episode was running, counts for nothing")
+
     def _tick(self, now: _Progress, operator: Intervention) -> Outcome | None:
         """Execute and record one tick; the outcome when it was the last."""
         self._check_stop()
@@ -215,9 +239,8 @@ class EpisodeRunner:
         if self.stack.guard.held:
             self.stack.safety.reset()
         action = self.stack.safety.filter(action, before.state, source)
-        if not now.tick:  # nothing was there to judge: what was pressed while the robot homed counts for nothing
-            self._hear(now)
-            now.said = NOTHING_SAID
+        if not now.tick:
+            self._forget(now)  # also what was said while the policy was waited for
         if (reason := self.stack.guard.feed()) is not None:
             raise EpisodeCutError(reason)
         with self._driver("step"):
@@ -225,8 +248,7 @@ class EpisodeRunner:
         now.declared = stepped.terminated or stepped.truncated
         if stepped.executed is not None:
             action = self.stack.safety.executed(stepped.executed)
-        self._hear(now)
-        said, now.said = now.said, NOTHING_SAID
+        said, gone = self._heard(now)
         result = self._limit_time(now, ruled(self.stack.reward.judge(stepped), said, now.return_))
         now.seen_at = time.monotonic_ns()
         self.stack.safety.check_observation(result.observation)
@@ -242,7 +264,10 @@ class EpisodeRunner:
             time_ns=seen_at,
         )
         self._record(now, step, result.observation)
-        return self._outcome(result, said)
+        outcome = self._outcome(result, said)
+        if gone is not None and outcome is None:
+            raise gone  # only now: what was executed is recorded
+        return outcome
 
     def _record(self, now: _Progress, step: TimeStep, after: Observation) -> None:
         self.stack.adder.add(step)

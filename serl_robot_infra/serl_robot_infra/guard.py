@@ -72,6 +72,8 @@ class RobotGuard:
         self._hold_s = 2.0 / rate_hz if rate_hz else _SIMULATED_PERIOD_S * 2
         self._fed: float | None = None  # monotonic seconds of the last action; None: not armed
         self._moving = False  # since the last hold or stop it was reset or fed
+        self._resetting = False  # a reset has begun, and no action was sent since
+        self._stopped_at = 0.0  # monotonic seconds of the last stop
         self._stopped_for: str | None = None  # the e-stop that the robot was stopped for
         self._stop_due = False  # a stop that the robot has not taken yet
         self._leaving: str | None = None  # the signal that ends this process
@@ -115,7 +117,7 @@ class RobotGuard:
         with self._lock:
             reason = self.forbids()
             if reason is None:
-                self._moving = True
+                self._moving = self._resetting = True
                 if self.watchdog is not None:
                     self.watchdog.begin()
             return reason
@@ -126,7 +128,7 @@ class RobotGuard:
             self._trip(time.monotonic())  # the thread may not have had its turn
             reason = self.forbids()
             if reason is None:
-                self._fed, self.held, self._moving = time.monotonic(), False, True
+                self._fed, self.held, self._moving, self._resetting = time.monotonic(), False, True, False
                 if self.watchdog is not None:
                     self.watchdog.feed()
             return reason
@@ -193,6 +195,8 @@ class RobotGuard:
                 self.tripped = self.tripped or f"e-stop pressed: {reason}"
         if self._leaving and self._moving:
             self._stop_due = True
+        if self._resetting and (reason or self._leaving) and now - self._stopped_at >= self._period:
+            self._stop_due = True  # again and again: a driver's reset may clear a stop that came as it began
         silent = self._trip(now)
         if self._stop_due:
             self._told(self._stop)
@@ -210,14 +214,14 @@ class RobotGuard:
 
     def _at_rest(self) -> None:
         """The episode is over, and the robot stands or was told to."""
-        self._fed, self.tripped, self.held, self._moving = None, None, False, False
+        self._fed, self.tripped, self.held, self._moving, self._resetting = None, None, False, False, False
         if self.watchdog is not None:
             self.watchdog.disarm()
 
     def _stop(self) -> None:
         if self._robot is not None:
             self._robot.stop()
-        self._stop_due, self._moving = False, False
+        self._stop_due, self._moving, self._stopped_at = False, False, time.monotonic()
         if self.watchdog is not None:
             self.watchdog.disarm()
         if self._stopped_for is not None:

@@ -221,6 +221,18 @@ def test_rest_holds_or_stops_and_stays_armed_until_the_driver_took_it(guard, rob
     wait_for(lambda: robot.stops)
 
 
+def test_a_stop_during_a_reset_is_repeated_until_the_reset_is_given_up(guard, estop, robot):
+    """A driver's reset may clear a stop that came as it began."""
+    assert guard.begin() is None
+    estop.press("x")
+    wait_for(lambda: len(robot.stops) >= 4)
+    guard.rest(stop=False)
+    wait_for(estop.path.exists)
+    n = len(robot.stops)
+    time.sleep(0.2)
+    assert len(robot.stops) == n
+
+
 def test_closing_stops_a_robot_that_still_moves(robot, estop):
     guard = RobotGuard(robot, estop, rate_hz=20, stop_s=None)
     assert guard.begin() is None  # a reset
@@ -240,8 +252,10 @@ def test_a_signal_stops_the_robot_while_the_main_thread_hangs_in_a_driver(robot,
         assert robot.stops[0] - sent <= PERIOD_S
         assert guard.feed() == f"stopped by {number.name}"
         assert stop.signal is number
+    guard.rest(stop=True)
+    n = len(robot.stops)
     guard.close()
-    assert len(robot.stops) == 1
+    assert len(robot.stops) == n
 
 
 def test_a_stop_that_fails_is_tried_again(guard, robot, caplog):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import socket
 import sys
 import time
@@ -77,6 +78,25 @@ def test_a_terminal_gets_a_live_line():
     assert "2 overruns" in out
     assert "1 REFUSED" in out
     assert "\n" not in out
+
+
+def test_whoever_takes_over_sees_it_at_once_and_what_is_asked_is_shown_each_time():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    observer = console(stream)
+    observer.episode_started(INFO)
+    for by_hand in (False, False, True, True, False):
+        observer.tick(step(by_hand))
+    assert re.findall(r"tick (\d) · (\w+)", stream.getvalue()) == [("1", "policy"), ("3", "operator"), ("5", "policy")]
+    plain = io.StringIO()
+    observer = console(plain)
+    for episode in ("e1", "e2"):
+        observer.ask(f"{episode}: set the scene")
+        observer.message(f"{episode}: set the scene")
+    assert plain.getvalue() == "e1: set the scene\ne2: set the scene\n"
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from flowserl_cli.compose import load_config
 from serl_robot_infra.envs.pick import PickEnv
 from serl_robot_infra.interventions.none import NoIntervention
 from serl_robot_infra.interventions.scripted import ScriptedOperator
+from serl_robot_infra.operators import build_operator, control_rate, is_person
 
 PROPOSAL = np.float32([0, 0, 0, -1])
 
@@ -72,3 +74,30 @@ def test_an_environment_without_expert_is_refused_in_the_users_words():
 
     with pytest.raises(ValueError, match=r"Robot has no scripted expert; set rollout.operator=false"):
         ScriptedOperator(Robot())
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ([], ScriptedOperator),  # the task's own
+        (["operator=scripted", "operator.takeover_tick=3"], ScriptedOperator),
+        (["operator=none"], NoIntervention),
+        (["rollout.mode=eval"], NoIntervention),
+    ],
+)
+def test_the_operator_group_takes_the_place_of_the_tasks_own(env, words, kind):
+    cfg = load_config(words)
+    operator = build_operator(cfg, env)
+    assert type(operator) is kind
+    assert not is_person(cfg)
+    assert control_rate(cfg, env.spec) == 50.0  # nobody needs real time
+    if "operator.takeover_tick=3" in words:
+        assert operator.takeover_tick == 3
+
+
+@pytest.mark.parametrize("device", ["keyboard", "gamepad", "spacemouse"])
+def test_a_person_drives_in_real_time(env, device):
+    cfg = load_config([f"operator={device}"])
+    assert is_person(cfg)
+    assert control_rate(cfg, env.spec) == 10.0
+    assert control_rate(load_config([f"operator={device}", "rollout.rate_hz=5"]), env.spec) == 5.0

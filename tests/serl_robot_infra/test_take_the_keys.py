@@ -60,6 +60,7 @@ def test_a_demonstration_by_hand_waits_for_the_scene_and_is_recorded_as_executed
     assert not action[-1, 0]  # the key was let go
     assert not action[:, 1:3].any()
     assert action[-1, 3] == 1.0  # closed
+    assert "success: said when no episode was running, counts for nothing" in out
     assert len(RobotPick.last.resets) == 2  # looked at again: the person set the scene after the first
     assert "  w / s: dx + / -" in out
     assert "  y: success: the episode ends" in out
@@ -215,6 +216,16 @@ def test_a_key_that_cannot_be_used_as_meant_is_one_line(spec, tmp_path, typist, 
     assert code == 2
     (line,) = [line for line in out.splitlines() if line.startswith("actor: error:")]
     assert message in line
+
+
+def test_without_a_terminal_the_mistake_is_named(spec, tmp_path, typist, monkeypatch):
+    with open(os.devnull) as stdin, ScriptedLearner(spec, []) as learner:
+        monkeypatch.setattr("sys.stdin", stdin)
+        code, out = typist.run(learner, tmp_path, lambda: None, *BY_HAND)
+    assert code == 2
+    assert (
+        "operator=keyboard needs a terminal to press keys at: start the actor in one (run_actor.sh, or start.sh" in out
+    )
 
 
 class Hands:

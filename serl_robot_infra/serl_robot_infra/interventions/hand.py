@@ -10,7 +10,7 @@ until the person toggles it. So taking over moves nothing by itself.
 
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -113,7 +113,8 @@ class HandOperator(Intervention):
         self._device.pressed()
         self._begin(from_start)
 
-    def act(self, observation, propose, tick):
+    def act(self, observation: Observation, propose: Callable[[], np.ndarray], tick: int) -> tuple[np.ndarray, bool]:
+        """The person's action while they drive, the policy's otherwise."""
         self._listen()
         motion = self._device.motion()
         if not self._drives(any(motion.values())):
@@ -128,11 +129,13 @@ class HandOperator(Intervention):
         return self._action(motion, observation), True
 
     def words(self) -> Words:
+        """What was said since the last call."""
         self._listen()
         said, self._said = self._said, NOTHING_SAID
         return said
 
     def missing(self) -> str | None:
+        """Why the device cannot be used now; None: it is there."""
         return self._device.missing()
 
     def describe(self) -> Sequence[str]:
@@ -145,6 +148,7 @@ class HandOperator(Intervention):
         return [*self._device.describe(), *lines]
 
     def close(self) -> None:
+        """Let go of the device."""
         self._device.close()
 
     def _begin(self, from_start: bool) -> None:

@@ -37,15 +37,18 @@ class ConsoleObserver(Observer):
         self._ticks = 0
         self._started = 0.0
         self._next_live = 0.0
+        self._by_hand = False
         self._told_at: dict[str, float] = {}
 
     def episode_started(self, info: EpisodeInfo) -> None:
         self._info, self._ticks, self._started = info, 0, time.monotonic()
 
     def tick(self, step: TimeStep) -> None:
-        """Rewrite the live line, at most once a second."""
+        """Rewrite the live line, once a second and when another one drives."""
         self._ticks += 1
         now = time.monotonic()
+        if step.intervention != self._by_hand:  # whoever took over or let go sees it at once
+            self._by_hand, self._next_live = step.intervention, now
         if not self._is_terminal or now < self._next_live or self._info is None:
             return
         self._next_live = now + _LIVE_PERIOD_S
