@@ -157,13 +157,13 @@ def write_sparse(path: Path, content: bytes, block: int = 1 << 16) -> None:
 
 
 def cut_again_and_again(learner: Learner, image: Path, count: int, told: list[int], folder: Path) -> list[Cut]:
-    """The moments; halfway the e-stop is pressed."""
+    """The moments; halfway the e-stop is pressed, and the power goes as soon as that is written."""
     chance, cuts, stop = random.Random(SEED), [], EmergencyStop(learner.run / "estop")
     for number in range(count):
+        time.sleep(chance.uniform(0.02, 0.5))
         if number == count // 2:
             stop.press("the test")
-            assert stop.reason()
-        time.sleep(chance.uniform(0.02, 0.5))
+            until(lambda: stop.reason().startswith("the test at "), 20, "the press is written")
         latched = stop.reason() is not None
         acknowledged, highest = learner.acknowledged_items(), max(told, default=0)
         with learner.stopped():
@@ -171,6 +171,7 @@ def cut_again_and_again(learner: Learner, image: Path, count: int, told: list[in
         copy = folder / f"cut_{number:02d}.img"
         write_sparse(copy, content)
         cuts.append(Cut(copy, acknowledged, highest, latched))
+    stop.close()
     return cuts
 
 
@@ -199,13 +200,15 @@ def look(cut: Cut, root: Path) -> dict[str, Any]:
     exporter = Exporter(root, SPEC, ExporterOptions(), video=False)
     exporter.poll(flush=True)
     exporter.close()
+    estop = EmergencyStop(root / "estop")
+    estop.close()
     return {
         "lost": len(cut.acknowledged - held),
         "told": cut.told,
         "found": gateway.params.version or 0,
         "numbers_on": trainer.publisher.version,
         "step": trainer.learner.step_count,
-        "latched": EmergencyStop(root / "estop").reason() is not None,
+        "latched": estop.reason() is not None,
     }
 
 

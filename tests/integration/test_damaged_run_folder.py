@@ -130,12 +130,10 @@ def look(run: Path, file: str, damage: str, expected, folder: Path, caplog, caps
 
 
 def cells(run: Path, quick: bool) -> list[tuple[str, str]]:
-    """Files and damages. The journal's segments have tests of their own (tests/serl_launcher/replay); the e-stop's
-    latch is not opened where it is a link to itself."""
-    files = [file for file in files_of(run) if not (file.startswith("journal/") and file.endswith(".seg"))]
-    both = [(file, damage) for file in files for damage in DAMAGES]
+    """Files and damages."""
+    both = [(file, damage) for file in files_of(run) for damage in DAMAGES]
     chosen = [(f, d) for f, d in both if f.startswith(QUICK) and d in QUICK_DAMAGES]
-    return chosen if quick else [cell for cell in both if cell not in chosen and cell != ("estop", "unreadable")]
+    return chosen if quick else [cell for cell in both if cell not in chosen]
 
 
 @pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["state", "all"])
