@@ -56,7 +56,7 @@ def test_a_disk_that_keeps_nothing_is_told_of(tmp_path: Path, monkeypatch) -> No
     with serving(tmp_path) as gateway, connected(gateway) as client:
         held: list = []
         monkeypatch.setattr(gateway.ingest._writer, "append", lambda *words: held.append(words))
-        client.send_item(batches(info("e1"))[0].to_body())
+        client.send_item(batches(info("e1", boot=client.boot_id))[0].to_body())
         until(lambda: "journal" in gateway.status()["troubles"])
         monkeypatch.undo()
         for words in held:
@@ -83,7 +83,7 @@ def test_no_clock_on_the_wall_decides_that_an_actor_is_gone(tmp_path: Path, monk
         wall, steps = time.time_ns, [0]
         monkeypatch.setattr(time, "time_ns", lambda: wall() + steps[0] * 3600 * 10**9)
         with connected(gateway) as client:
-            client.send_item(batches(info("e1"))[0].to_body())
+            client.send_item(batches(info("e1", boot=client.boot_id))[0].to_body())
             assert client.flush(PATIENCE_S)
             for steps[0] in (5, -5):
                 time.sleep(1.5)
