@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from omegaconf import OmegaConf
 
 from serl_config.clock import steady_time
-from serl_launcher.run.files import append_whole, clear, write_text
+from serl_launcher.run.files import append_whole, clear, disk_trouble, write_text
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.wandb_process import WandbProcess
 
@@ -117,6 +117,8 @@ class TensorBoard:
             self._writer.flush()
             self._behind = None
         except OSError as error:
+            if disk_trouble(error) is None:
+                raise
             if self._behind is None:
                 _log.warning("TensorBoard's files lag behind (%s): %s has every row", error.strerror, self._rows)
                 self._behind = step

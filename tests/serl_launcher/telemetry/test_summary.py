@@ -7,6 +7,7 @@ import pytest
 from history_samples import SampleRun
 from PIL import Image
 
+from serl_launcher.run.files import read_sealed
 from serl_launcher.telemetry.history import read_history
 from serl_launcher.telemetry.summary import summarise, write_summary
 
@@ -33,7 +34,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_the_figures(run):
     summary = write_summary(run)
-    assert json.loads((run / "summary.json").read_text()) == summary
+    assert read_sealed(run / "summary.json") == summary
     expected = {
         "success_rate": 0.75, "success_rate_from": "after", "success_rate_episodes": 4,
         "success_rate_before_online": 0.25,
@@ -83,7 +84,8 @@ def test_the_status_knows_of_versions_and_steps_that_were_not_logged(run):
 
 def test_accepted_is_what_the_rule_said_last_of_each_episode(run):
     said = [(0, True, "accepted"), (1, False, "short"), (2, True, "accepted"), (2, False, "return")]
-    rows = [{"ordinal": ordinal, "accepted": accepted, "reason": reason} for ordinal, accepted, reason in said]
+    row = {"mode": "online", "return": 1.0, "rule": "r"}
+    rows = [row | {"ordinal": ordinal, "accepted": accepted, "reason": reason} for ordinal, accepted, reason in said]
     (run / "acceptance.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = write_summary(run)
     assert (summary["successes"], summary["accepted_episodes"]) == (11, 1)
