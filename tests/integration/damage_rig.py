@@ -135,7 +135,7 @@ def make_run(runs_dir: Path) -> Path:
     rewards.save(root / "reward", rewards.RewardClassifier(card, width=32), card, {"episodes": 3})
     stop = EmergencyStop(root / "estop")
     stop.press("a test")
-    assert stop.reason()
+    stop.close()  # written
     for name in ("gateway.log", "trainer.exit"):
         (folder.paths.logs / name).write_text("0\n")
     return root
@@ -246,7 +246,8 @@ def robot(root: Path) -> dict[str, Any]:
         items = [hashlib.sha256(b"".join(map(bytes, spool.read(key)))).hexdigest() for key in spool.pending()]
     with closing(Ledger(root / "spool" / "robot.acknowledged.jsonl")):
         pass
-    return {"items": items, "latched": EmergencyStop(root / "estop").reason() is not None}
+    with closing(EmergencyStop(root / "estop")) as stop:
+        return {"items": items, "latched": stop.reason() is not None}
 
 
 def reward(root: Path) -> dict[str, Any]:

@@ -108,9 +108,11 @@ class JournalReader:
         if self._file is None:
             try:
                 self._file = os.open(path, os.O_RDONLY)
+                magic = os.pread(self._file, FIRST_OFFSET, 0)
             except FileNotFoundError:
                 return None
-            magic = os.pread(self._file, FIRST_OFFSET, 0)
+            except OSError as error:
+                raise self._corrupt(f"{path} cannot be read: {error.strerror}", mark) from None
             # A header alone that is torn: power was cut while the segment was made.
             if magic != SEGMENT_MAGIC and os.fstat(self._file).st_size > FIRST_OFFSET:
                 raise self._corrupt(f"{path} is no journal segment", mark)
@@ -217,7 +219,7 @@ def read_record(file: int, position: Position) -> Record | None:
 def next_record(folder: Path, start: Position, sequence: int) -> tuple[Position, Record] | None:
     """The first whole record at or behind `start`, in its segment or a later one, that is not older than `sequence`."""
     for number in segment_numbers(folder):
-        if number < start.segment:
+        if number < start.segment or not segment_path(folder, number).is_file():
             continue
         file = os.open(segment_path(folder, number), os.O_RDONLY)
         try:
