@@ -13,7 +13,10 @@ from flowserl_cli.compose import ConfigError, dotted_keys, group_options, load_c
     ("override", "message"),
     [
         ("algo=reject_samplng_pi0", "did you mean 'reject_sampling_pi0'"),
-        ("task=zzz", "no task is called 'zzz'; there are metaworld, metaworld_box_close, metaworld_pick_place, pick, "),
+        (
+            "task=zzz",
+            "no task is called 'zzz'; there are fetch_pick_and_place, fetch_reach, metaworld, metaworld_box_close, ",
+        ),
         ("prt=1", "unknown key 'prt' in 'prt=1'; did you mean 'port'"),
         ("broadcastport=1", "did you mean 'broadcast_port'?"),
         ("rollout.mod=demo", "did you mean 'rollout.mode'"),

@@ -188,12 +188,18 @@ def test_a_link_that_is_closed_before_its_hello_was_answered_ends_whole():
     port = mute.bind_to_random_port("tcp://127.0.0.1")
     link = Link(f"tcp://127.0.0.1:{port}", name="x", actor_id="a", boot_id="b", hello=dict, heartbeat=dict)
     link.start()
-    assert mute.poll(10_000)  # its hello
-    answers = [link.ask("infer", {}) for _ in range(3)]
-    link.stop()
+    try:
+        assert mute.poll(10_000)  # its hello
+        answers = [link.ask("infer", {}) for _ in range(3)]
+        deadline = time.monotonic() + 10
+        while len(link._pending) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        link.stop()
+        context.destroy(linger=0)
     assert link.context.closed
     assert link.refused is None
     for answer in answers:
         with pytest.raises(ServerSilent, match="was closed"):
             answer.result(5.0)
-    context.destroy(linger=0)
