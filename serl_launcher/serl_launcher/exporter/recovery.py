@@ -10,6 +10,7 @@ Whole: the episodes file has the checksums of its pages, and the sha256 of the c
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,10 @@ def recover(root: Path, spec: TaskSpec, video: bool) -> DatasetState:
     Raises UnusableDataset when its features are not this task's.
     """
     _check_features(root, spec, video)
-    batches = _whole_commits(root, spec, video)
-    state = DatasetState().after(*batches)
-    if batches or (root / INFO_PATH).exists():
+    state = DatasetState()
+    for rows in _whole_commits(root, spec, video):
+        state = state.after(rows)  # one commit at a time: the rows of a long run are many
+    if state.commits or (root / INFO_PATH).exists():
         write_tasks(root, state.tasks)
         write_derived(root, spec, video, state)
     _remove_from(root, state.commits)
@@ -54,17 +56,18 @@ def _check_features(root: Path, spec: TaskSpec, video: bool) -> None:
         raise UnusableDataset(f"{root} was written for other features: {', '.join(keys)}")
 
 
-def _whole_commits(root: Path, spec: TaskSpec, video: bool) -> list[list[Row]]:
-    """The episode rows of every commit up to the first that is damaged."""
-    batches: list[list[Row]] = []
+def _whole_commits(root: Path, spec: TaskSpec, video: bool) -> Iterator[list[Row]]:
+    """The episode rows of each commit up to the first that is damaged."""
+    last: Row | None = None
     videos = image_keys(spec) if video else []
     for commit, path in enumerate(sorted(root.glob("meta/episodes/chunk-*/file-*.parquet"), key=commit_of)):
         try:
-            batches.append(_read_commit(root, path, commit, videos, batches[-1][-1] if batches else None))
+            rows = _read_commit(root, path, commit, videos, last)
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             _log.warning("dataset: commit %d is damaged (%s); keeping the %d before it", commit, error, commit)
-            break
-    return batches
+            return
+        last = rows[-1]
+        yield rows
 
 
 def _read_commit(root: Path, path: Path, commit: int, videos: list[str], before: Row | None) -> list[Row]:
