@@ -9,7 +9,9 @@ import pytest
 TINY = ["demos=2", "clone_steps=6", "env_steps=150", "eval_episodes=1", "curve_every=70", "curve_episodes=1"]
 
 
-@pytest.mark.parametrize("variant", [pytest.param("rejection", marks=pytest.mark.slow), "sac", "sft"])
+@pytest.mark.parametrize(
+    "variant", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("rejection", "sac")), "sft"]
+)
 def test_a_tiny_run_trains_at_the_asked_ratio(variant, tmp_path, capsys):
     import learning
 

@@ -41,6 +41,7 @@ def fill(disk) -> None:
             pass
 
 
+@pytest.mark.faults
 def test_the_actor_holds_the_watchdog_stops_the_robot_and_it_goes_on_when_there_is_room(spec, disk):
     screen = Screen()
 

@@ -94,6 +94,7 @@ def test_lerobots_own_loader_gives_the_same_actions(kind, saved):
     assert (got - low).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_fresh_process_saves_the_same_bytes(kind, saved, saved_again):
     again = saved_again / kind
     assert sorted(p.name for p in again.iterdir()) == sorted(p.name for p in saved.iterdir())

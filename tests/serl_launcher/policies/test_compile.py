@@ -53,11 +53,7 @@ def failures(caplog):
 
 @pytest.mark.parametrize(
     ("kind", "backend"),
-    [
-        pytest.param(kind, backend, marks=[] if (kind, backend) == ("pi0", "aot_eager") else pytest.mark.slow)
-        for kind in BUILD
-        for backend in ("aot_eager", "inductor")
-    ],
+    [pytest.param(kind, backend, marks=pytest.mark.slow) for kind in BUILD for backend in ("aot_eager", "inductor")],
 )
 def test_compiled_layers_compute_the_same_and_see_new_weights(kind, backend, caplog):
     if backend == "inductor" and shutil.which("g++") is None:

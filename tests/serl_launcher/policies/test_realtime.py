@@ -117,6 +117,7 @@ def test_the_actions_executed_during_the_delay_are_reproduced(policy):
     assert (guided - known)[:, :delay].abs().mean() < 0.03  # of a range of 2
 
 
+@pytest.mark.slow
 def test_consecutive_chunks_of_an_undecided_policy_agree_only_with_guidance(undecided):
     """Every other chunk would turn around; a robot that goes left goes on to the left."""
     torch.manual_seed(3)

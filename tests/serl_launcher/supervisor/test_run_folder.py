@@ -338,8 +338,9 @@ def test_ctrl_c_while_it_waits_for_its_port_is_one_line_and_exit_130(tmp_path, f
         port = held.getsockname()[1]
         words = ["learner=true", f"runs_dir={tmp_path}", f"port={port}", f"broadcast_port={free_ports[1]}"]
         learner = subprocess.Popen(
-            [sys.executable, "examples/train_rlpd.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
+            [sys.executable, "examples/train_rlpd.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests may ignore it
+        )  # fmt: skip
         lock = tmp_path / "quickstart" / ".lock"  # taken just before it waits
         while not lock.exists():
             assert learner.poll() is None
