@@ -42,7 +42,7 @@ def clock(tmp_path, monkeypatch):
 def test_a_clock_that_is_set_changes_nothing_but_timestamps(rig, clock):
     """An episode of a living actor stays open, one of a dead actor is closed in time, whatever the clock says."""
     clock(0)
-    run = rig(gateway={"dead_actor_s": DEAD_S})
+    run = rig(gateway={"dead_actor_s": DEAD_S, "unticketed": True})
     run.start_gateway()
     actor = run.start_actor(ticks=30)
     run.await_acknowledged(5, 60)
