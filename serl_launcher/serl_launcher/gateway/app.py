@@ -127,6 +127,8 @@ class Gateway:
             self.server.start()
         finally:
             self.ingest.close()
+            self.journalled.hang_up()
+            self.server.loop.finish()  # what the journal took last is in the ledger, too
             self.journalled.ring.close()
             self._write_status()
             self._lock.release()

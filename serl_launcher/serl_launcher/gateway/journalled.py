@@ -98,6 +98,10 @@ class Journalled:
         self._ticks.append((time.monotonic(), entry.batch.n))
         self.apply(entry, time_ns)
 
+    def hang_up(self) -> None:
+        """Nobody is there to be answered any more; actors send again what was not acknowledged."""
+        self._reply = lambda token, result: None
+
     def apply(self, entry: Entry, time_ns: int) -> None:
         """A record of the journal, which may close episodes."""
         for closed in self.assembler.apply(entry, time_ns):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from dataclasses import replace
@@ -416,3 +417,22 @@ def test_a_full_disk_is_a_typed_refusal_and_the_client_gets_through_afterwards(t
         blocker.rmdir()
         assert client.flush(10)
         wait_for(lambda: len(ledger(tmp_path)) == 1)
+
+
+def test_what_the_journal_took_last_is_in_the_ledger(tmp_path: Path, monkeypatch) -> None:
+    """The gateway is told to end while the disk still works on an episode's last batch."""
+    real, working = os.fdatasync, threading.Event()
+
+    def slow(file: int) -> None:
+        working.set()
+        time.sleep(0.5)
+        real(file)
+
+    with serving(tmp_path) as gateway:
+        with connected(gateway) as client:
+            monkeypatch.setattr(os, "fdatasync", slow)
+            for part in batches(info("e1", boot=client.boot_id)):
+                client.send_item(part.to_body())
+            assert working.wait(30)
+            gateway.stop()
+    assert [json.loads(line)["episode_id"] for line in (tmp_path / "episodes.jsonl").read_text().splitlines()] == ["e1"]

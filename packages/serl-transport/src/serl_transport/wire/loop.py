@@ -106,6 +106,11 @@ class EventLoop:
                 if fn is not None:
                     _guard(fn)
 
+    def finish(self) -> None:
+        """Run the calls that came too late for `run`, after it has returned and in its thread."""
+        while self._calls:
+            _guard(self._calls.popleft())
+
     def close(self) -> None:
         """Release the wake pipe, after `run` has returned."""
         self._wake_read.close()
