@@ -187,7 +187,7 @@ def provoke_all(folder: Path, names: list[str], seed: int) -> list[tuple[str, fl
         rig.close()
 
 
-@pytest.mark.parametrize("episodes", [54, pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("episodes", [30, pytest.param(200, marks=pytest.mark.soak)])
 @pytest.mark.timeout(1200)
 def test_whatever_ends_an_episode_the_robot_is_told_within_one_period(tmp_path, figures, episodes):
     rng = random.Random(SEED)

@@ -73,7 +73,7 @@ def test_killing_trainer_gateway_and_actor_in_mid_run_loses_nothing(tmp_path, fr
         assert f"{role} started again" in text, text[-4000:]
 
 
-@pytest.mark.faults
+@pytest.mark.soak  # its restarts are up to a minute apart
 @pytest.mark.timeout(900)
 def test_a_policy_server_killed_seven_times_once_it_serves_does_not_end_the_run(tmp_path, free_ports):
     with Run(tmp_path, free_ports) as run:
