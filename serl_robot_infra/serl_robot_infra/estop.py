@@ -86,6 +86,8 @@ class EmergencyStop:
         self._closing = True
         self._due.set()
         self._thread.join(_RETRY_S)
+        if self._heard and not self._thread.is_alive():
+            self._heard.close()
 
     def _hanging_s(self) -> float:
         """Seconds that the look in hand has taken, as far as somebody was there to see it."""
@@ -157,6 +159,12 @@ class _Heard:
     def __init__(self, path: Path):
         self.obeyed = False
         self._path, self._file, self._told = path, -1, ""
+
+    def close(self) -> None:
+        """This actor is gone, as its end would show."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     def tell(self, latched: bool) -> None:
         """Bring the file up to date."""

@@ -38,7 +38,6 @@ def test_it_says_which_actor_stopped_and_which_does_not_answer(tmp_path, capsys,
     while len(list((tmp_path / "estop.heard").glob("*"))) < 3:
         time.sleep(0.01)
     dead.close()
-    os.close(dead._heard._file)  # as its end would
     assert tool.main([str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert f"robot-1 (pid {os.getpid()}) has stopped" in said
