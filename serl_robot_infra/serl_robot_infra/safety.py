@@ -48,8 +48,8 @@ class SafetyChain:
         max_acceleration: action name -> largest |change of velocity|, units per second squared.
         workspace: state name -> {low, high, action}: the named action never carries that state further out of
             [low, high].
-        targets: action name -> state name, for actions that are target positions of that state. All others are
-            displacements per tick.
+
+    Actions that the spec's `targets` names are target positions of a state; all others are displacements per tick.
 
     Raises:
         ValueError: a name that the task does not have, or a limit that is not above 0.
@@ -61,13 +61,9 @@ class SafetyChain:
         max_speed: Mapping[str, float] | None = None,
         max_acceleration: Mapping[str, float] | None = None,
         workspace: Mapping[str, Mapping] | None = None,
-        targets: Mapping[str, str] | None = None,
     ):
         self._spec = spec
-        self._targets = {
-            _index(spec.action_names, action, "targets"): _index(spec.state_names, state, f"targets.{action}")
-            for action, state in (targets or {}).items()
-        }
+        self._targets = spec.target_dims
         self._lead = _per_action(spec, max_speed or {}, "max_speed") * LEAD_S
         self._limits: list[Limit] = [absolute_limits(spec)]
         if max_speed:
@@ -75,7 +71,7 @@ class SafetyChain:
         if max_acceleration:
             self._limits.append(acceleration_limits(spec, max_acceleration))
         for name, box in (workspace or {}).items():
-            self._limits.append(workspace_box(spec, name, **box, targets=frozenset(self._targets)))
+            self._limits.append(workspace_box(spec, name, **box))
         self._sent: np.ndarray | None = None
         self._last_move = np.zeros(spec.action_dim, np.float32)
 
@@ -83,10 +79,9 @@ class SafetyChain:
     def of(spec: TaskSpec, section: Any) -> "SafetyChain":
         """From `task.safety` of the yaml; ValueError names a key that is unknown, missing or no number."""
         section = _mapping(section, "task.safety")
-        checks = {
-            "max_speed": _check_number, "max_acceleration": _check_number,
-            "workspace": _check_box, "targets": _check_text,
-        }  # fmt: skip
+        if "targets" in section:
+            raise ValueError("task.safety.targets: say it in task.spec.targets, which the learner reads as well")
+        checks = {"max_speed": _check_number, "max_acceleration": _check_number, "workspace": _check_box}
         _check_keys(section, tuple(checks), "task.safety")
         for key, check in checks.items():
             for name, value in _mapping(section.get(key), f"task.safety.{key}").items():
@@ -150,21 +145,22 @@ class SafetyChain:
         return origin
 
 
-def describe(section: Mapping[str, Any] | None) -> str:
-    """`task.safety` in one line, for the actor's start."""
-    parts = []
-    for key, limits in (section or {}).items():
-        names = ", ".join(f"{name} {_shown(value)}" for name, value in (limits or {}).items())
-        if names:
-            parts.append(f"{key} {names}")
-    if not parts:
-        return "no safety limits beside action_low and action_high: task.safety is not set"
-    unbounded = [name for name in (section or {}).get("targets") or {} if name not in (section.get("max_speed") or {})]
-    if unbounded:
-        parts.append(
-            f"nothing bounds the step of a target without max_speed, not at a hand-over: {', '.join(unbounded)}"
-        )
-    return f"safety limits: {'; '.join(parts)}"
+def describe(section: Mapping[str, Any] | None, targets: Mapping[str, str]) -> str:
+    """`task.safety` and `task.spec.targets` in one line, for the actor's start."""
+    limits = section or {}
+    parts = [_listed(key, limits[key]) for key in limits if limits[key]]
+    text = f"safety limits: {'; '.join(parts)}" if parts else (
+        "no safety limits beside action_low and action_high: task.safety is not set"
+    )  # fmt: skip
+    if targets:
+        text += "; " + _listed("targets", targets)
+    if unbounded := [name for name in targets if name not in (limits.get("max_speed") or {})]:
+        text += f"; nothing bounds the step of a target without max_speed, not at a hand-over: {', '.join(unbounded)}"
+    return text
+
+
+def _listed(key: str, limits: Mapping[str, Any]) -> str:
+    return f"{key} {', '.join(f'{name} {_shown(value)}' for name, value in limits.items())}"
 
 
 def absolute_limits(spec: TaskSpec) -> Limit:
@@ -190,18 +186,17 @@ def acceleration_limits(spec: TaskSpec, max_acceleration: Mapping[str, float]) -
     return bend
 
 
-def workspace_box(
-    spec: TaskSpec, name: str, low: float, high: float, action: str, targets: frozenset[int] = frozenset()
-) -> Limit:
+def workspace_box(spec: TaskSpec, name: str, low: float, high: float, action: str) -> Limit:
     """Keep state `name` within [low, high]; from outside only moves that do not lead further out remain."""
     if not low < high:
         raise ValueError(f"workspace.{name}: low {low} must be below high {high}")
     where = _index(spec.state_names, name, "workspace")
     moves = _index(spec.action_names, action, f"workspace.{name}.action")
+    absolute = moves in spec.target_dims
 
     def bend(command: np.ndarray, tick: Tick) -> np.ndarray:
         at, bent = tick.state[where], command.copy()
-        if moves in targets:
+        if absolute:
             bent[moves] = np.clip(bent[moves], min(low, at), max(high, at))
         else:
             bent[moves] = np.clip(bent[moves], min(low - at, 0.0), max(high - at, 0.0))

@@ -56,8 +56,8 @@ class Environment(Protocol):
         Args:
             seed: the whole episode start is a function of it.
             actuator_noise: standard deviation of a disturbance that the robot adds to the translation when it executes
-                an action, in units of the action's range. The recorded action stays the commanded one, so that
-                demonstrations show recovery (DART, Laskey et al. 2017). A real robot refuses anything but 0.
+                an action, in units of its full move (`TaskSpec.full_moves`). The recorded action stays the commanded
+                one, so that demonstrations show recovery (DART, Laskey et al. 2017). A real robot refuses all but 0.
         """
         ...
 

@@ -101,7 +101,8 @@ class GymnasiumEnv:
         """Execute float32[ad], in the task's units."""
         move = np.clip(np.asarray(action, np.float64), self._low, self._high)
         if self._noise:
-            span = (self._high - self._low) / 2.0
+            low, high = self.spec.full_moves()
+            span = (high - low) / 2.0
             move[self._noise_dims] += self._rng.normal(0.0, self._noise, len(self._noise_dims)) * span[self._noise_dims]
             move = np.clip(move, self._low, self._high)
         share = (move - self._low) / (self._high - self._low)
