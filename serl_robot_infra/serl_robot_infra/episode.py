@@ -20,7 +20,7 @@ from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.realtime_chunk_broker import RealtimeChunkBroker
 from serl_config.clock import steady_time
 from serl_robot_infra.adder import Adder
-from serl_robot_infra.envs.base import Environment, PartLostError, StepResult
+from serl_robot_infra.envs.base import Environment, PartLostError, StepResult, kept_result
 from serl_robot_infra.guard import RobotGuard
 from serl_robot_infra.interventions.base import NOTHING_SAID, Intervention, OperatorGoneError, Voice, Words
 from serl_robot_infra.interventions.none import NoIntervention
@@ -183,6 +183,7 @@ class EpisodeRunner:
 
     def _observe(self, now: _Progress, observation: Observation) -> None:
         now.seen_at = time.monotonic_ns()
+        observation = observation.kept()
         self.stack.safety.check_observation(observation)
         now.observation = observation
 
@@ -244,7 +245,7 @@ class EpisodeRunner:
         if (reason := self.stack.guard.feed()) is not None:
             raise EpisodeCutError(reason)
         with self._driver("step"):
-            stepped = self.stack.env.step(action)
+            stepped = kept_result(self.stack.env.step(action.copy()))
         now.declared = stepped.terminated or stepped.truncated
         if stepped.executed is not None:
             action = self.stack.safety.executed(stepped.executed)
@@ -328,7 +329,7 @@ class EpisodeRunner:
             body = infer_body(now.observation, self.stack.env.spec.prompt, ticket.min_version, seed, ticket.mode)
             answer = self._patiently(now, lambda: broker.infer(body))
             now.policy_version = int(answer["policy_version"])
-            return answer["actions"]
+            return np.array(answer["actions"])
 
         return propose
 

@@ -47,6 +47,10 @@ class Observation:
     images: Mapping[str, np.ndarray]  # camera name -> uint8[h, w, 3]
     state: np.ndarray  # float32[s], physical units
 
+    def kept(self) -> "Observation":
+        """As it is now, for good: copies that nobody can write to, whatever becomes of its maker's arrays."""
+        return Observation({camera: kept(image) for camera, image in self.images.items()}, kept(self.state))
+
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
@@ -167,6 +171,15 @@ class TaskSpec:
 def required_keys() -> list[str]:
     """Those that a task spec may not leave out."""
     return [field.name for field in fields(TaskSpec) if field.default_factory is MISSING]
+
+
+def kept(array: Any) -> Any:
+    """A copy of an array that nobody can write to, in C order; what is no array, as it is: a check will name it."""
+    if not isinstance(array, np.ndarray):
+        return array
+    copy = np.array(array, order="C")
+    copy.flags.writeable = False
+    return copy
 
 
 def check_array(label: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> None:
