@@ -14,6 +14,7 @@ import pytest
 from serl_robot_infra.evaluation import EvaluationSummary, wilson
 from serl_robot_infra.observers.base import EpisodeReport, Observer, ObserverGroup
 from serl_robot_infra.observers.console import ConsoleObserver, Vitals
+from serl_robot_infra.observers.status import StatusObserver
 from serl_robot_infra.observers.video import VideoObserver
 from serl_transport.contract.schema import EpisodeInfo, Observation, Outcome, TimeStep
 
@@ -230,3 +231,20 @@ def test_evaluation_counts_whole_evaluation_episodes_only():
     summary.add(report(mode="eval", success=False, cut="stop"))
     summary.add(report(mode="online"))
     assert summary.lines() == ["evaluation eval: 1/2 = 0.50 [0.09, 0.91]"]
+
+
+def test_a_trouble_stays_in_the_status_until_another_tick_is_executed():
+    said = []
+    observer = StatusObserver(lambda **status: said.append(status))
+    observer.trouble("e-stop pressed: a key")
+    observer.trouble("e-stop pressed: a key")
+    observer.episode_ended(report(cut_reason="episode e1 cut at tick 3: camera front: no picture"), None)
+    observer.tick(step(False))
+    observer.episode_ended(report(), None)
+    observer.episode_ended(report(cut_reason="stopped by a person", last=True), None)
+    assert said == [
+        {"trouble": "e-stop pressed: a key"},
+        {"trouble": "episode e1 cut at tick 3: camera front: no picture"},
+        {"trouble": None},
+        {"policy_version": 7},
+    ]

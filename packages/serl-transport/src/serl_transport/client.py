@@ -75,6 +75,7 @@ class TrainerClient:
         self._sent_ids = dict.fromkeys(self._stores, -1)
         self._status: dict[str, Any] = {}
         self._troubles: dict[str, str] = {}
+        self._over: str | None = None
         self._updater: _Repeater | None = None
         self._resources = ExitStack()  # closed last in, first out: the links before what they use
         try:
@@ -176,6 +177,11 @@ class TrainerClient:
         return self._troubles
 
     @property
+    def over(self) -> str | None:
+        """Why the learner has no more tickets, in words, as it last said; None while its run goes on."""
+        return self._over
+
+    @property
     def hello_reply(self) -> dict[str, Any]:
         """What the learner said when it last accepted this client."""
         return self._control.hello_reply
@@ -219,7 +225,8 @@ class TrainerClient:
     def _heard(self, reply: dict[str, Any]) -> None:
         """The answer to a heartbeat."""
         self._listener.saw_version(reply)
-        troubles = reply.get("troubles")
+        over, troubles = reply.get("over"), reply.get("troubles")
+        self._over = None if over is None else str(over)
         self._troubles = {str(k): str(v) for k, v in troubles.items()} if isinstance(troubles, dict) else {}
 
     def _link(self, name: str, on_heartbeat: Callable[[dict], None] | None, resend_s: float | None) -> Link:
