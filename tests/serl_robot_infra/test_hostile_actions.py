@@ -129,7 +129,6 @@ def attacked(control, follows, realtime, tmp_path):
     limits = {
         "max_speed": dict.fromkeys(names, MAX_SPEED), "max_acceleration": dict.fromkeys(names, MAX_ACCELERATION),
         "workspace": {"p1": BOX | {"action": names[0]}},
-        "targets": dict(zip(names, ("p1", "p2"), strict=True)) if control == "absolute" else None,
     }  # fmt: skip
     estop = EmergencyStop(tmp_path / "estop")
     guard = RobotGuard(None, estop, 0, None)
