@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Check; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="as for run_actor.sh: task=so101 run=night1 ip=10.0.0.5")
+    parser.add_argument("--config-dir", metavar="FOLDER", help="a lab's own config folder (docs/robot.md)")
     parser.add_argument("--move", action="store_true", help="the robot may be reset and stepped")
     parser.add_argument("--unattended", action="store_true", help="ask nobody to press keys")
     parser.add_argument("--remember", action="store_true", help="later checks compare the cameras with these pictures")
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not 0 < args.seconds <= 60:
             raise ConfigError(f"--seconds: expected more than 0 and at most 60, got {args.seconds:g}")
-        return check(load_config(["actor=true", *args.words]), options).exit_code
+        lab = [f"--config-dir={args.config_dir}"] if args.config_dir else []
+        return check(load_config(["actor=true", *lab, *args.words]), options).exit_code
     except (ValueError, OSError) as mistake:
         print(f"check_robot: {mistake}", file=sys.stderr)
         return 2
