@@ -9,6 +9,8 @@ step time assumes 45% of the peak. Exits 0; 1 when the batch does not fit or the
 
 from __future__ import annotations
 
+import needs_learner  # noqa: F401
+
 import argparse
 import sys
 from pathlib import Path
