@@ -25,6 +25,7 @@ from serl_robot_infra.check.report import Report
 from serl_robot_infra.check.robot import Options, check
 from serl_robot_infra.envs.pick import PickEnv
 from serl_robot_infra.safety import SafetyChain
+from serl_transport.contract.errors import NotReady
 
 SPEC = PickEnv(image_size=32, renderer="ray").spec
 BRIEF = Options(seconds=0.3)
@@ -162,6 +163,18 @@ def test_the_policy_is_asked_and_what_the_limits_make_of_it_is_shown(tmp_path):
     assert report.figures["policy's answer, median ms"] > 0
     assert report.figures["round trip, median ms"] > 0
     assert not RobotPick.last.sent
+
+
+def test_a_policy_that_is_not_there_yet_is_a_warning(tmp_path):
+    def later(body):
+        raise NotReady("no policy server is running yet")
+
+    with ScriptedLearner(SPEC, [], infer=later, answers={"status": {}}) as learner:
+        config = learner.server.config
+        words = ["ip=127.0.0.1", f"port={config.port_number}", f"broadcast_port={config.broadcast_port}"]
+        report, said = look(tmp_path, *words, options=Options(seconds=0.1, dry_run=True))
+    assert report.exit_code == 0, said
+    assert {f.check for f in report.of("warning")} >= {"policy's answer", "dry run"}
 
 
 def dataset(folder, actions):

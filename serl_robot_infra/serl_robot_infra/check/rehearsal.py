@@ -21,7 +21,7 @@ from serl_robot_infra.guard import RobotGuard
 from serl_robot_infra.pacing import Pace
 from serl_robot_infra.policy_client import infer_body
 from serl_robot_infra.safety import SafetyChain, UnsafeTickError
-from serl_transport.contract.errors import WireError
+from serl_transport.contract.errors import NotReady, WireError
 from serl_transport.contract.specs import TaskSpec
 
 _SHOWN = 8  # lines of single ticks
@@ -90,6 +90,9 @@ def dry_run(
         seen = look()
         try:
             chunk = policy.infer(infer_body(seen, env.spec.prompt, 0, None, "eval"))["actions"][:horizon]
+        except NotReady as problem:
+            report.warn("dry run", f"not done: {problem}", "again, once the learner serves a policy")
+            return
         except WireError as problem:
             report.fail(
                 "dry run", f"the policy gives no action: {problem}", "its learner's stage; logs/policy.log there"
