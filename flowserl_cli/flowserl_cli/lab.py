@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def _check_layout(folder: Path, ours: Path) -> None:
 
 def _read(file: Path) -> Any:
     try:
-        return yaml.safe_load(file.read_text("utf-8"))
+        return yaml.load(file.read_text("utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
 
@@ -137,6 +138,7 @@ def _targets(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield from _targets(child, f"{key}.{name}" if key else str(name))
 
 
+@lru_cache(1)
 def _named(ours: Path) -> set[str]:
     """What this project's own config names, such as torch.optim.AdamW."""
     return {target for file in ours.rglob("*.yaml") for _, target in _targets(_read(file))}

@@ -1,7 +1,6 @@
 """The pick task as a robot for tools/check_robot.py: it can be looked at without a motion, and parts of it can fail."""
 
 import time
-from typing import Any
 
 import numpy as np
 from scripted_learner import RobotPick
@@ -12,12 +11,16 @@ from serl_transport.contract.schema import Observation
 class CheckedPick(RobotPick):
     """frozen, black: a camera's name. swapped: the two cameras in each other's place. slow_s: of each observation.
 
-    half: what `limits` says is half of the task's. deaf: `stop` raises.
+    half: what `limits` says is half of the task's. deaf: `stop` raises. second_way: a command that stops it as well.
     """
 
-    def __init__(self, frozen=None, black=None, swapped=False, slow_s=0.0, half=False, deaf=False, **options: Any):
+    def __init__(
+        self, frozen=None, black=None, swapped=False, slow_s=0.0, half=False, deaf=False, second_way=None, **options
+    ):
         super().__init__(**options)
         self._frozen, self._black, self._swapped, self._slow_s = frozen, black, swapped, slow_s
+        if second_way:
+            self.stopper = {"_target_": "serl_robot_infra.watchdog.StopCommand", "argv": list(second_way)}
         self._half, self._deaf, self._sensor = half, deaf, np.random.default_rng(0)
         self._home_scene = super(RobotPick, self).reset(0)
 

@@ -128,15 +128,15 @@ def test_check_robot_looks_at_the_arm_and_nothing_moves(arms, tmp_path):
     assert "LeRobotTeleop" in said
     assert servos[1].get("Goal_Position") == servos[1].get("Present_Position") == 2047 + 114
     FakeCapture.frozen = {0}
-    cfg.task.env.camera_frozen_s = 0.3
+    cfg.task.env.camera_frozen_s = 0.2
     cfg.task.spec.action_high[0] = cfg.task.env.spec.action_high[0] = 200.0
     report, said = checked(cfg)
     assert report.exit_code == 1
     failures = {f.check: f.says for f in report.of("FAILURE")}
-    assert "camera front: the same picture for 0.3 s" in failures["loop"]
+    assert "camera front: the same picture for 0.2 s" in failures["loop"]
     assert "shoulder_pan.pos: action_high 200 is above the robot's 180" in failures["robot's limits"]
 
 
 def checked(cfg):
     screen = Screen()
-    return check(cfg, Options(seconds=0.8), screen), screen.getvalue()
+    return check(cfg, Options(seconds=0.5), screen), screen.getvalue()

@@ -120,9 +120,10 @@ def looker(env: Environment, guard: RobotGuard, safety: Mapping[str, Any] | None
     if (reason := guard.begin()) is not None:
         raise NotMovedError(f"nothing may move: {reason}")
     seen = [env.reset(0)]
+    still = still_action(env.spec, safety, seen[0].state)  # once: read anew it would sink with the arm
 
     def step() -> Observation:
-        action = chain.filter(still_action(env.spec, safety, seen[0].state), seen[0].state, "check_robot")
+        action = chain.filter(still, seen[0].state, "check_robot")
         if (reason := guard.feed()) is not None:
             raise NotMovedError(f"nothing may move: {reason}")
         seen[0] = env.step(action).observation

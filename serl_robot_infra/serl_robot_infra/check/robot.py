@@ -111,15 +111,20 @@ class _Check:
         """All of it; the stops last, after which the driver ignores actions."""
         report, cfg, env, options = self.report, self.cfg, self.env, self.options
         safety = plain(cfg.task.get("safety"))
-        estop = EmergencyStop(Path(cfg.runs_dir) / cfg.run / "estop")
-        guard = build_guard(cfg, env, estop)
         with ExitStack() as resources:
+            estop = EmergencyStop(Path(cfg.runs_dir) / cfg.run / "estop")
             resources.callback(estop.close)
+            try:
+                guard = build_guard(cfg, env, estop)
+            except ValueError as problem:
+                report.fail("watchdog", str(problem), "rollout.watchdog; the class's stopper. Nothing else was asked")
+                return
             resources.callback(guard.close)
             resources.enter_context(guard.installed())
             observed = self._look(guard)
             seen = observed.last if observed and observed.states else None
-            check_limits(report, env, safety, seen.state if seen else None)
+            with self._driver("limits"):
+                check_limits(report, env, safety, seen.state if seen else None)
             if self.link is not None:
                 check_latency(report, cfg, env.spec, self.link, seen)
             if options.dry_run:
@@ -182,12 +187,12 @@ class _Check:
         if seen is None or (self.link is None and cfg.rollout.policy == "remote"):
             report.skip("dry run", "no observation" if seen is None else "no learner to ask")
             return
-        policy = build_policy(cfg, self.link or StandaloneLink())
-        if policy is None:
-            report.skip("dry run", "rollout.policy=none")
-            return
         look = getattr(env, "observe", None) or (lambda: seen)
         with self._driver("dry run"):
+            policy = build_policy(cfg, self.link or StandaloneLink())
+            if policy is None:
+                report.skip("dry run", "rollout.policy=none")
+                return
             dry_run(report, env, plain(cfg.task.get("safety")), look, policy, cfg.rollout.execute_horizon,
                     _QUESTIONS, report.stream)  # fmt: skip
 
