@@ -155,7 +155,9 @@ def test_without_observe_only_a_motion_shows_the_cameras(tmp_path):
 
 def test_an_arm_that_sags_is_sent_one_pose_and_not_where_it_sank_to():
     class Sagging:
-        spec = replace(SPEC, cameras={}, action_names=("j",), action_low=(-1.0,), action_high=(1.0,))
+        spec = replace(
+            SPEC, cameras={}, action_names=("j",), action_low=(-1.0,), action_high=(1.0,), targets={"j": "x"}
+        )
         sent: ClassVar[list[float]] = []
 
         def reset(self, seed):
@@ -170,7 +172,7 @@ def test_an_arm_that_sags_is_sent_one_pose_and_not_where_it_sank_to():
 
     robot, estop = Sagging(), SimpleNamespace(reason=lambda: None)
     guard = RobotGuard(None, estop, 50.0, None)
-    look = looker(robot, guard, {"targets": {"j": "x"}, "max_speed": {"j": 5.0}}, move=True)
+    look = looker(robot, guard, {"max_speed": {"j": 5.0}}, move=True)
     for _ in range(5):
         look()
     guard.close()

@@ -19,10 +19,10 @@ _ROUNDING = 1e-3  # of a range
 
 def check_limits(report: Report, env: Environment, safety: Mapping[str, Any] | None, state: np.ndarray | None) -> None:
     """state: float32[s] as sensed now; None: it was not seen."""
-    _check_chain(report, safety, isinstance(env, Stoppable))
+    _check_chain(report, describe(safety, env.spec.targets), isinstance(env, Stoppable))
     if state is not None:
         _check_state(report, env.spec, state)
-        _check_pose(report, env.spec, safety, state)
+        _check_pose(report, env.spec, state)
     limits = getattr(env, "limits", None)
     if limits is None:
         report.skip(
@@ -32,8 +32,7 @@ def check_limits(report: Report, env: Environment, safety: Mapping[str, Any] | N
         _check_reported(report, env.spec, limits())
 
 
-def _check_chain(report: Report, safety: Mapping[str, Any] | None, robot: bool) -> None:
-    said = describe(safety)
+def _check_chain(report: Report, said: str, robot: bool) -> None:
     if not robot and said.startswith("no safety limits"):
         report.ok("safety limits", "none beside action_low and action_high; a simulation")
     elif said.startswith("no safety limits"):
@@ -56,10 +55,10 @@ def _check_state(report: Report, spec: TaskSpec, state: np.ndarray) -> None:
         report.ok("state", f"{spec.state_dim} values inside state_low and state_high")
 
 
-def _check_pose(report: Report, spec: TaskSpec, safety: Mapping[str, Any] | None, state: np.ndarray) -> None:
+def _check_pose(report: Report, spec: TaskSpec, state: np.ndarray) -> None:
     """A target that may not be where the joint is drives it at the first action."""
-    for action, sensed in ((safety or {}).get("targets") or {}).items():
-        place, at = spec.action_names.index(action), float(state[spec.state_names.index(sensed)])
+    for place, sensed in spec.target_dims.items():
+        action, at = spec.action_names[place], float(state[sensed])
         low, high = spec.action_low[place], spec.action_high[place]
         if not low - _slack(low, high) <= at <= high + _slack(low, high):
             report.warn("pose", f"{action} stands at {at:g}, outside its action limits {low:g} to {high:g}",

@@ -79,11 +79,11 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(image).convert("L").resize(THUMBNAIL, Image.Resampling.BOX), np.float64)
 
 
-def still_action(spec: TaskSpec, safety: Mapping[str, Any] | None, state: np.ndarray) -> np.ndarray:
+def still_action(spec: TaskSpec, state: np.ndarray) -> np.ndarray:
     """float32[ad] that keeps the robot where it is: no displacement, and as each target the measured state."""
     action = np.zeros(spec.action_dim, np.float32)
-    for name, sensed in ((safety or {}).get("targets") or {}).items():
-        action[list(spec.action_names).index(name)] = state[list(spec.state_names).index(sensed)]
+    for place, sensed in spec.target_dims.items():
+        action[place] = state[sensed]
     return np.clip(action, np.float32(spec.action_low), np.float32(spec.action_high))
 
 
@@ -120,7 +120,7 @@ def looker(env: Environment, guard: RobotGuard, safety: Mapping[str, Any] | None
     if (reason := guard.begin()) is not None:
         raise NotMovedError(f"nothing may move: {reason}")
     seen = [env.reset(0)]
-    still = still_action(env.spec, safety, seen[0].state)  # once: read anew it would sink with the arm
+    still = still_action(env.spec, seen[0].state)  # once: read anew it would sink with the arm
 
     def step() -> Observation:
         action = chain.filter(still, seen[0].state, "check_robot")
