@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flowserl_cli.compose import CONFIG_DIR, ConfigError, load_config
+from flowserl_cli.compose import CONFIG_DIR, ConfigError, composing, load_config, open_lab
 from serl_config.nearest import nearest
 from serl_launcher.agents.build import build_agent
 from serl_launcher.learner.learner import Learner, Schedule
@@ -47,7 +47,8 @@ def configured(overrides: list[str]) -> DictConfig:
     own = [o for o in overrides if o.lstrip("+").startswith("sft.")]
     words = ["algo=sft_pi0", *(o for o in overrides if o not in own)]
     load_config(words)  # says what is wrong; its result is resolved, with the default task
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+    words, lab = open_lab(words)
+    with composing(CONFIG_DIR, lab):
         cfg = compose("base", words)
     OmegaConf.set_struct(cfg, False)
     cfg.sft = OmegaConf.create(SFT | own_keys(own))
