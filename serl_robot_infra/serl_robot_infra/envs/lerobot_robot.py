@@ -19,6 +19,7 @@ import numpy as np
 from serl_config.nearest import nearest
 from serl_robot_infra import lerobot_devices as devices
 from serl_robot_infra.envs.base import PartLostError, StepResult
+from serl_robot_infra.envs.cameras import FrozenCheck
 from serl_robot_infra.envs.images import fitted, shape_refusal
 from serl_transport.contract.schema import Observation
 from serl_transport.contract.specs import TaskSpec
@@ -237,26 +238,6 @@ class LeRobotEnv:
             else:
                 bus.disable_torque(num_retry=2)
         self._released = not on
-
-
-class FrozenCheck:
-    """A camera whose picture does not change by a single bit is frozen: a sensor's noise changes every picture."""
-
-    def __init__(self, limit_s: float | None):
-        self.limit_s = limit_s
-        self.forget()
-
-    def forget(self) -> None:
-        """An episode begins."""
-        self._last: np.ndarray | None = None
-        self._changed = 0.0
-
-    def is_frozen(self, image: np.ndarray) -> bool:
-        """Has it been the same for too long?"""
-        now = time.monotonic()
-        if self._last is None or not np.array_equal(self._last, image):
-            self._last, self._changed = image.copy(), now
-        return self.limit_s is not None and now - self._changed > self.limit_s
 
 
 def _check_names(
