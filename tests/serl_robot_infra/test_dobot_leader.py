@@ -113,6 +113,10 @@ def test_buttons_say_what_the_yaml_says(leaders):
     assert operator.words() == Words()
     press(rig.leaders["right"], "b", 0.9)
     assert operator.words() == Words(discard=True)
+    for locked in ({0}, {1}):  # to put them somewhere while they do not drive
+        press(rig.leaders["left"], "a", 0.9)
+        assert operator.words() == Words()
+        until(lambda locked=locked: rig.leaders["left"].locked == rig.leaders["right"].locked == locked)
     with pytest.raises(ValueError, match=r"buttons\.success: no button 'left_c'; did you mean"):
         build(rig, buttons={"success": "left_c"})
     with pytest.raises(ValueError, match=r"buttons\.ready: left_b is success already"):

@@ -1,7 +1,7 @@
 """The X-Trainer's leader arms as the operator: Dynamixel servos on a serial line an arm, two buttons on each.
 
     button A: takes over ─▶ the robot goes to the leaders at match_speed ─▶ they are free, the robot follows
-    button A again, or the policy drives:  the leaders are locked where they stand
+    button A again, or the policy drives:  the leaders are locked where they stand; button A, long: free, locked again
     a thread an arm:  positions and buttons, a hundred times a second ─▶ `act`, `words` never wait
 
 Called by the actor loop at every tick. Ids, signs, offsets and the buttons' message (AA 55 AA, answered by a byte and
@@ -9,9 +9,9 @@ its complement; a nibble a button, 0 while it is pressed) are those of the X-Tra
 holds the numbers of each pair. No class of LeRobot's reads these servos: eight on a line, two of them on one joint.
 """
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from serl_robot_infra.interventions.hand import MEANINGS
 from serl_robot_infra.interventions.matching import Matching
 from serl_transport.contract.schema import Observation
 
-log = logging.getLogger(__name__)
+_MEANINGS = {**MEANINGS, "free": "free the leaders where they do not drive, lock them"}
 
 
 class DobotLeader(Intervention):
@@ -35,7 +35,8 @@ class DobotLeader(Intervention):
         env: joint control of the same arms.
         arms: name -> the keys of `LeaderSettings`.
         buttons: what is meant -> a button or several: `<arm>_a`, `<arm>_b`, `<arm>_a_long`, `<arm>_b_long` (held for
-            0.8 s); takeover, success, failure, discard, ready, stop; null: none.
+            0.8 s); takeover, free (to put the leaders somewhere while they do not drive), success, failure, discard,
+            ready, stop; null: none.
         match_speed: rad per second; match_tolerance: rad, each joint.
         max_age_ms: an older position is a lost leader.
 
@@ -66,40 +67,43 @@ class DobotLeader(Intervention):
         self._max_age_s = _positive("max_age_ms", max_age_ms) / 1e3
         self._meanings = _meanings(plain["buttons"], plain["arms"])
         self.vocabulary = tuple(word for word in WORDS if word in self._meanings.values())
-        self._arms = {name: LeaderArm(_settings(name, node)) for name, node in plain["arms"].items()}
-        self._from_start = self._switched = False
-        self._said: set[str] = set()
+        self._arms = {
+            name: LeaderArm(_settings(name, node), partial(self._pressed, name)) for name, node in plain["arms"].items()
+        }
+        self._from_start = self._switched = self._drives = self._unlocked = False
+        self._said: frozenset[str] = frozenset()
         self._last: np.ndarray | None = None  # float32[ad], the wish of the tick before
         self._open()
 
     def reset(self, rng: np.random.Generator, *, from_start: bool) -> None:
         """Begin an episode: the policy drives, in a demonstration the leaders."""
         self._from_start, self._switched = from_start, False
-        self._said.clear()
+        self._said = frozenset()
         self._rest()
 
     def act(self, observation: Observation, propose: Callable[[], np.ndarray], tick: int) -> tuple[np.ndarray, bool]:
         """The leaders' joints while they drive, the policy's else. OperatorGoneError: a leader does not answer."""
-        self._hear()
         if not (self._from_start or self._switched):
             self._rest()
             return propose(), False
+        self._drives = True
         if (reason := self.missing()) is not None:
             raise OperatorGoneError(reason)
         action = self._matching.toward(self._wish(observation.state), observation.state)
-        for arm in self._arms.values():
-            arm.free = self._matching.matched
+        self._unlocked = False
+        self._free(self._matching.matched)
         return action, True
 
     def words(self) -> Words:
         """What the buttons said."""
-        self._hear()
-        said, self._said = self._said, set()
+        said, self._said = self._said, frozenset()
         return Words(**{word: word in said for word in WORDS})
 
     def describe(self) -> Sequence[str]:
         """A line for each button."""
-        return [f"{button.replace('_', ' ')} button: {MEANINGS[meaning]}" for button, meaning in self._meanings.items()]
+        return [
+            f"{button.replace('_', ' ')} button: {_MEANINGS[meaning]}" for button, meaning in self._meanings.items()
+        ]
 
     def missing(self) -> str | None:
         """Why the leaders cannot be used now."""
@@ -125,18 +129,24 @@ class DobotLeader(Intervention):
 
     def _rest(self) -> None:
         self._matching.forget()
-        self._last = None
-        for arm in self._arms.values():
-            arm.free = False
+        self._last, self._drives = None, False
+        self._free(self._unlocked)
 
-    def _hear(self) -> None:
-        for name, arm in self._arms.items():
-            for press in arm.presses():
-                meaning = self._meanings.get(f"{name}_{press}")
-                if meaning == "takeover":
-                    self._switched = not self._switched
-                elif meaning is not None:
-                    self._said.add(meaning)
+    def _free(self, free: bool) -> None:
+        for arm in self._arms.values():
+            arm.free = free
+
+    def _pressed(self, arm: str, press: str) -> None:
+        """In the thread of that arm."""
+        meaning = self._meanings.get(f"{arm}_{press}")
+        if meaning == "takeover":
+            self._switched = not self._switched
+        elif meaning == "free":
+            self._unlocked = not self._unlocked and not self._drives
+            if not self._drives:
+                self._free(self._unlocked)
+        elif meaning is not None:
+            self._said = self._said | {meaning}
 
     def _wish(self, state: np.ndarray) -> np.ndarray:
         """float32[ad]. A leader does not count whole turns: of each joint the value nearest to where it was, at first
@@ -180,8 +190,8 @@ def _meanings(buttons: Mapping[str, Any], arms: Sequence[str]) -> dict[str, str]
     known = [f"{arm}_{press}" for arm in arms for press in ("a", "b", "a_long", "b_long")]
     meanings: dict[str, str] = {}
     for meaning, named in buttons.items():
-        if meaning != "takeover" and meaning not in WORDS:
-            raise ValueError(f"task.operator.buttons.{meaning}: unknown{nearest(meaning, ('takeover', *WORDS))}")
+        if meaning not in (known_meanings := ("takeover", "free", *WORDS)):
+            raise ValueError(f"task.operator.buttons.{meaning}: unknown{nearest(meaning, known_meanings)}")
         for button in [named] if isinstance(named, str) else named or []:
             if button not in known:
                 raise ValueError(f"task.operator.buttons.{meaning}: no button {button!r}{nearest(button, known)}")

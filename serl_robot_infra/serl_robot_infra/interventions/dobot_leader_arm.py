@@ -6,7 +6,7 @@ Made by dobot_leader.py. A line that is lost is opened anew by the thread; until
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,15 +48,17 @@ class LeaderSettings:
 
 
 class LeaderArm:
-    """Locked where it stands until `free` is set."""
+    """Locked where it stands until `free` is set.
 
-    def __init__(self, settings: LeaderSettings):
-        self._settings = settings
+    on_press: called in its thread with a, b, a_long or b_long for each press that ended.
+    """
+
+    def __init__(self, settings: LeaderSettings, on_press: Callable[[str], None]):
+        self._settings, self._on_press = settings, on_press
         self.free = False  # wanted; any thread
         self._is_free: bool | None = None
         self._newest: tuple[float, np.ndarray, float] | None = None  # when, float64[6] rad, gripper 0 to 1
         self._fault = "not open yet"
-        self._presses: list[str] = []
         self._since: dict[str, float | None] = {"a": None, "b": None}  # when it was pressed
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="dobot-leader", daemon=True)
@@ -76,11 +78,6 @@ class LeaderArm:
         """(float64[6] rad, gripper 0 closed to 1 open), the newest."""
         assert self._newest is not None
         return self._newest[1], self._newest[2]
-
-    def presses(self) -> list[str]:
-        """a, b, a_long or b_long for each press that ended since it was asked last."""
-        presses, self._presses = self._presses, []
-        return presses
 
     def close(self) -> None:
         """Locks it, then ends the thread."""
@@ -139,4 +136,4 @@ class LeaderArm:
                 self._since[button] = now
             elif nibble != 0 and since is not None:
                 self._since[button] = None
-                self._presses.append(f"{button}_long" if now - since >= LONG_S else button)
+                self._on_press(f"{button}_long" if now - since >= LONG_S else button)
