@@ -142,14 +142,19 @@ def words(rig: DobotRig, port: int) -> list[str]:
     return said
 
 
-def main(folder: Path) -> None:
-    """Until stdin is closed."""
+def serve_cameras() -> int:
+    """Their port, until the process ends."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stream)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server.server_port
+
+
+def main(folder: Path) -> None:
+    """Until stdin is closed."""
     with DobotRig(folder) as rig:
         person = Person(rig)
         person.start()
-        print(*words(rig, server.server_port), flush=True)
+        print(*words(rig, serve_cameras()), flush=True)
         sys.stdin.read()
         fastest = {side: np.radians(arm.fastest).round(2).tolist() for side, arm in rig.arms.items()}
         print(f"demonstrated {person.demonstrated} helped {person.helped} fastest {fastest}", flush=True)

@@ -143,7 +143,7 @@ def test_an_arm_that_does_not_follow_is_not_driven_on(xtrainer):
     assert np.abs(rig.arms["right"].goals[-1] - HOME["right"]).max() < np.degrees(0.35 + 0.05)
 
 
-@pytest.mark.parametrize("kind", ["unplugged", "frozen"])
+@pytest.mark.parametrize("kind", ["unplugged", pytest.param("frozen", marks=pytest.mark.slow)])
 def test_a_camera_without_new_pictures_is_told_and_opened_anew(xtrainer, kind):
     env, _ = xtrainer("env.camera_max_age_ms=300", "env.camera_frozen_s=0.3", cameras=True)
     action = env.reset(1).state
@@ -197,9 +197,14 @@ REFUSED = {
     "task.env.lead: position: expected a number above 0, got -1": at("env.lead", {"position": -1}),
     "task.env.arms.left: gripper.id: expected .* from 0 to 253, got 300": at("env.arms.left.gripper.id", 300),
     r"env.home\[0\]: expected joints of left, right": at("env.home", [{"left": [0, 0]}]),
+    r"task.env.home\[0\].left: left_joint1 is at 0.000 rad, outside of": at(
+        "env.home", [{"left": [0] * 6, "right": [0] * 6}]
+    ),
+    "task.env.home_gripper: expected a number from 0 to 1, got 2": at("env.home_gripper", 2),
+    "task.env.feedback_max_age_ms: expected a number above 0, got 0": at("env.feedback_max_age_ms", 0),
     "task.spec.cameras.cam_high: expected": at("env.cameras.cam_high.width", 320),
     "task.env.tool_box.lef: no such arm; did you mean 'left'": at("env.tool_box", {"lef": {}}),
-    "left_joint1 stands at 0.000 rad, outside of .*by hand": standing(joints=AWRY, planned=AWRY),
+    "left_joint1 is at 0.000 rad, outside of .*by hand": standing(joints=AWRY, planned=AWRY),
     "left arm: the controller says 'Control Mode Is Not Tcp'; set it to TCP/IP mode": standing(tcp_mode=False),
     "left arm: it is dragged by hand: end that first": standing(dragged=True, enabled=True),
 }
@@ -223,7 +228,7 @@ def test_a_v4_dashboard_takes_one_client_and_the_second_is_told(xtrainer):
         rig.build()
 
 
-@pytest.mark.parametrize("v4", [False, True], ids=["v3", "v4"])
+@pytest.mark.parametrize("v4", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["v3", "v4"])
 def test_the_watchdog_process_stops_both_arms_when_the_actor_is_gone(xtrainer, tmp_path, v4, capfd):
     env, rig = xtrainer(v4=v4)
     env.reset(1)
@@ -242,7 +247,7 @@ def test_the_watchdog_process_stops_both_arms_when_the_actor_is_gone(xtrainer, t
         process.close()
 
 
-MANY = [120, pytest.param(1000, marks=pytest.mark.slow)]
+MANY = [60, pytest.param(1000, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("many", MANY)

@@ -78,14 +78,14 @@ class DobotEnv:
             tool=_one_of("control", control, ("joints", "tool")) == "tool",
             v4=_one_of("firmware", firmware, ("v3", "v4")) == "v4",
             seconds=1.0 / self.spec.control_hz, speed_factor=_per_cent(speed_factor),
-            max_age_s=feedback_max_age_ms / 1e3, lead=_lead(lead),
+            max_age_s=_positive("feedback_max_age_ms", feedback_max_age_ms) / 1e3, lead=_lead(lead),
         )  # fmt: skip
         if shared.seconds < SHORTEST_S:
             raise ValueError(f"task.spec.control_hz: expected at most {1 / SHORTEST_S:g}, got {self.spec.control_hz:g}")
         self._parts = _parts(_plain(arms), _plain(tool_box) or {}, self.spec, shared)
-        self._home = _waypoints(_plain(home), [part.name for part in self._parts])
+        self._home = _waypoints(_plain(home), self._parts)
         self._home_step = _positive("home_speed", home_speed) * shared.seconds
-        self._home_gripper = float(home_gripper)
+        self._home_gripper = _share("home_gripper", home_gripper)
         self._period, self._lead = shared.seconds, shared.lead.joints
         self._stopped = False  # actions are ignored until reset
         self.stopper = {
@@ -93,7 +93,9 @@ class DobotEnv:
             "arms": {part.name: part.dashboard for part in self._parts},
             "v4": shared.v4,
         }
-        self._cameras = Cameras(_plain(cameras), self.spec.cameras, camera_max_age_ms / 1e3, camera_frozen_s)
+        camera_age_s = _positive("camera_max_age_ms", camera_max_age_ms) / 1e3
+        frozen_s = None if camera_frozen_s is None else _positive("camera_frozen_s", camera_frozen_s)
+        self._cameras = Cameras(_plain(cameras), self.spec.cameras, camera_age_s, frozen_s)
         try:
             for part in self._parts:
                 self._open(part)
@@ -256,7 +258,8 @@ def _parts(arms: Mapping[str, Any], boxes: Mapping[str, Any], spec: TaskSpec, co
     return parts
 
 
-def _waypoints(home: Any, arms: Sequence[str]) -> list[dict[str, np.ndarray]]:
+def _waypoints(home: Any, parts: Sequence[Part]) -> list[dict[str, np.ndarray]]:
+    arms = [part.name for part in parts]
     if not isinstance(home, Sequence) or not home:
         raise ValueError(f"task.env.home: expected a list of waypoints {{{', '.join(arms)}: six joints}}, got {home!r}")
     for number, waypoint in enumerate(home):
@@ -265,7 +268,11 @@ def _waypoints(home: Any, arms: Sequence[str]) -> list[dict[str, np.ndarray]]:
         for arm, joints in waypoint.items():
             if not isinstance(joints, Sequence) or len(joints) != 6 or not np.isfinite(np.asarray(joints, float)).all():
                 raise ValueError(f"task.env.home[{number}].{arm}: expected six joints in rad, got {joints!r}")
-    return [{arm: np.asarray(joints, float) for arm, joints in waypoint.items()} for waypoint in home]
+    waypoints = [{arm: np.asarray(joints, float) for arm, joints in waypoint.items()} for waypoint in home]
+    for part in parts:
+        if (outside := part.outside(waypoints[-1][part.name])) is not None:
+            raise ValueError(f"task.env.home[{len(home) - 1}].{part.name}: {outside}")
+    return waypoints
 
 
 def _lead(node: Any) -> Lead:
@@ -285,6 +292,12 @@ def _per_cent(value: Any) -> int:
     if type(value) is not int or not 1 <= value <= 100:
         raise ValueError(f"task.env.speed_factor: expected a whole number from 1 to 100, got {value!r}")
     return value
+
+
+def _share(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"task.env.{key}: expected a number from 0 to 1, got {value!r}")
+    return float(value)
 
 
 def _positive(key: str, value: Any) -> float:

@@ -20,6 +20,7 @@ from serl_transport.contract.specs import TaskSpec
 JOINTS = tuple(f"joint{number}" for number in range(1, 7))
 MOVES = ("dx", "dy", "dz", "drx", "dry", "drz")
 GRIP_NEAR = 0.05
+_SLACK = 0.02  # rad
 TOOL_INDEX = 1  # the place in the controller that the yaml's tool is put in
 
 
@@ -80,6 +81,17 @@ class Part:
                     f"task.spec.action_low and action_high: {names[row]}: a {self.settings.model} reaches "
                     f"{-most:g} to {most:g} rad, got {low:g} to {high:g}"
                 )
+
+    def outside(self, joints: np.ndarray) -> str | None:
+        """Which joint target the task's limits would not allow, float64[6] rad; None: they do, or it has no such."""
+        if self._control.tool:
+            return None
+        for row, at in zip(self._rows[:6], joints, strict=True):
+            low, high = self._spec.action_low[row], self._spec.action_high[row]
+            if not low - _SLACK <= at <= high + _SLACK:
+                limits = f"task.spec.action_low and action_high ({low:g} to {high:g})"
+                return f"{self._spec.action_names[row]} is at {at:.3f} rad, outside of {limits}"
+        return None
 
     def open(self, cancelled: Callable[[], bool]) -> None:
         """Connect, compare with the yaml, enable. ValueError for what a person must mend, OSError else."""
@@ -179,12 +191,5 @@ class Part:
                 f"task.env.arms.{self.name}.model: expected {self.settings.model}, the controller at "
                 f"{self.settings.host} says it is {model}"
             )
-        if self._control.tool:
-            return
-        for row, at in zip(self._rows[:6], seen.joints, strict=True):
-            low, high = self._spec.action_low[row], self._spec.action_high[row]
-            if not low - 0.02 <= at <= high + 0.02:
-                raise ValueError(
-                    f"{self._spec.action_names[row]} stands at {at:.3f} rad, outside of task.spec.action_low and "
-                    f"action_high ({low:g} to {high:g}): move the arm near its home pose by hand or in DobotStudio Pro"
-                )
+        if (outside := self.outside(seen.joints)) is not None:
+            raise ValueError(f"{outside}: move the arm near its home pose by hand or in DobotStudio Pro")
