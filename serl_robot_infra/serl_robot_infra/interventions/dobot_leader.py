@@ -77,7 +77,7 @@ class DobotLeader(Intervention):
 
     def reset(self, rng: np.random.Generator, *, from_start: bool) -> None:
         """Begin an episode: the policy drives, in a demonstration the leaders."""
-        self._from_start, self._switched = from_start, False
+        self._from_start, self._switched, self._unlocked = from_start, False, False
         self._said = frozenset()
         self._rest()
 
