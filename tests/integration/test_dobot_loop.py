@@ -25,7 +25,7 @@ TASK = [
     f"reward.goal={GOAL % (-1.321, 0.2, 1.321, -0.2)}", f"reward.tolerance={GOAL % (0.04, 0.04, 0.04, 0.04)}",
 ]  # fmt: skip
 LEARNER = [
-    "schedule.stages.0.episodes=10", "schedule.stages.1.steps=250", "schedule.stages.2.episodes=5",
+    "schedule.stages.0.episodes=10", "schedule.stages.1.steps=400", "schedule.stages.2.episodes=5",
     "schedule.stages.3.steps=150", "+schedule.stages.3.episodes=10", "schedule.stages.4.episodes=5",
     "replay.capacity_frames=6000", "trainer.publish_period=25", "trainer.batch_size=16", "exporter.period_s=10",
 ]  # fmt: skip

@@ -122,6 +122,24 @@ def test_a_cable_that_is_out_is_noticed_by_the_age_of_the_feedback_and_keeps_no_
     rig.arms["left"].silent = False
 
 
+def test_a_stop_is_obeyed_while_a_slow_answer_keeps_the_dashboard(xtrainer):
+    env, rig = xtrainer(v4=True)
+    action, left = env.reset(1).state, rig.arms["left"]
+    left.slow_s = 0.4  # longer than the guard waits for its turn
+    step = threading.Thread(target=env.step, args=(action,))
+    step.start()
+    time.sleep(0.1)
+    with pytest.raises(ConnectionError, match=r"left arm: .*another command has not been answered for 0\.2 s"):
+        env.stop()
+    assert rig.arms["right"].said("Stop")
+    step.join()
+    left.slow_s, told = 0.0, len(left.goals)
+    env.stop()
+    env.step(action)
+    assert left.said("Stop")
+    assert len(left.goals) == told
+
+
 def test_a_stop_ends_the_drive_home_and_the_reset_says_so(xtrainer):
     env, rig = xtrainer("env.home_speed=0.2")
     env._home.append({side: np.radians(HOME[side]) + 0.5 for side in HOME})
@@ -155,12 +173,16 @@ def test_a_camera_without_new_pictures_is_told_and_opened_anew(xtrainer, kind):
     env.step(action)
 
 
-def test_a_corrupted_packet_of_a_gripper_is_asked_for_again(xtrainer):
+def test_a_gripper_that_lost_a_packet_its_supply_or_its_cable(xtrainer):
     env, rig = xtrainer()
     action = env.reset(1).state
     rig.grippers["left"].corrupt = 1
     env.step(action)
     assert rig.grippers["left"].servos[21].get("Torque_Limit") == 300
+    servo = rig.grippers["left"].servos[21]
+    servo.set("Torque_Limit", 1000), servo.set("Torque_Enable", 0)  # its supply was away
+    env.reset(2)
+    assert (servo.get("Torque_Limit"), servo.get("Torque_Enable")) == (300, 1)
     rig.grippers["left"].unplug()
     with pytest.raises(PartLostError, match=r"left arm: .*gripper_left"):
         env.step(action)
@@ -183,8 +205,8 @@ def refused_change(task, left):
 
 
 def refused_name(task, left):
-    task.spec.state_names[0] = "left_joint7"
-    task.spec.action_names = task.spec.state_names
+    task.spec.state_names[1] = "left_joint7"
+    del task.spec.targets["left_joint2"]
 
 
 REFUSED = {

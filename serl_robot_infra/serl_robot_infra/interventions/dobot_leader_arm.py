@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 LONG_S = 0.8
 _PERIOD_S, _AGAIN_S = 0.01, 0.5
+_UNHEARD = 10
 _ASK_BUTTONS = b"\xaa\x55\xaa"
 
 
@@ -60,6 +61,7 @@ class LeaderArm:
         self._newest: tuple[float, np.ndarray, float] | None = None  # when, float64[6] rad, gripper 0 to 1
         self._fault = "not open yet"
         self._since: dict[str, float | None] = {"a": None, "b": None}  # when it was pressed
+        self._unheard = 0  # answers of the buttons in a row
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="dobot-leader", daemon=True)
 
@@ -101,7 +103,7 @@ class LeaderArm:
         line = SerialLine(settings.port)
         try:
             servos = Servos(line, [*settings.ids, settings.second_id, settings.gripper_id])
-            self._is_free = None
+            self._is_free, self._unheard = None, 0
             self._since = dict.fromkeys(self._since)
             while not self._ending:
                 self._hold_or_free(servos, self.free)
@@ -126,10 +128,18 @@ class LeaderArm:
         return (raw - np.asarray(settings.offsets)) * np.asarray(settings.signs), float(np.clip(grip, 0.0, 1.0))
 
     def _hear(self, line: SerialLine) -> None:
+        """The buttons. A disturbed or missing answer is asked for again in a moment, a few times."""
         line.write(_ASK_BUTTONS)
-        said, complement = line.read(2, 0.05)
+        try:
+            said, complement = line.read(2, 0.05)
+        except TimeoutError:
+            said = complement = 0
         if said ^ complement != 0xFF:
-            return  # disturbed; it is asked again in a moment
+            self._unheard += 1
+            if self._unheard > _UNHEARD:
+                raise TimeoutError(f"{self._settings.port}: the board with the buttons does not answer")
+            return
+        self._unheard = 0
         for button, nibble in (("a", said >> 4), ("b", said & 0xF)):
             since, now = self._since[button], time.monotonic()
             if nibble == 0 and since is None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from serl_robot_infra.envs.dobot import protocol
-from serl_robot_infra.envs.dobot.channel import CONNECT_S, TURN_S, Channel, stop_arm
+from serl_robot_infra.envs.dobot.channel import CONNECT_S, TURN_S, BusyError, Channel, stop_arm
 from serl_robot_infra.envs.dobot.protocol import AlarmError, Feedback, RefusedError
 
 log = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ class Arm:
         """A controlled stop; a connection that was lost is opened for it."""
         try:
             stop_arm(self._dashboard, self._v4)
-        except RefusedError:
+        except (RefusedError, BusyError):
             raise
         except OSError:
             self._dashboard.open(TURN_S)

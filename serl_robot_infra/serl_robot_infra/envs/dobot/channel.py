@@ -16,6 +16,10 @@ TURN_S = 0.2
 """A thread waits so long for the other's command, then fails and is tried again."""
 
 
+class BusyError(TimeoutError):
+    """Another thread waits for an answer on this connection, which is well."""
+
+
 class Channel:
     """Opened by `open`. Every method raises OSError; one that failed half-way needs `open` again.
 
@@ -42,7 +46,7 @@ class Channel:
     def turn(self) -> Iterator[None]:
         """Nobody else sends meanwhile."""
         if not self._lock.acquire(timeout=TURN_S):
-            raise TimeoutError(f"{self.at}: another command has not been answered for {TURN_S:g} s")
+            raise BusyError(f"{self.at}: another command has not been answered for {TURN_S:g} s")
         try:
             yield
         finally:
@@ -124,9 +128,9 @@ def stop_arm(channel: Channel, v4: bool) -> None:
     A controller that refuses it because the arm has an alarm, is disabled or has no power stands by that.
     """
     try:
-        channel.ask("Stop()" if v4 else "ResetRobot()", TURN_S)
+        channel.ask("Stop()" if v4 else "ResetRobot()")
     except RefusedError:
-        if int(channel.ask("RobotMode()", TURN_S)) not in (3, 4, 9):
+        if int(channel.ask("RobotMode()")) not in (3, 4, 9):
             raise
 
 

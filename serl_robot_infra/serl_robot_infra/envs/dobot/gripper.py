@@ -59,17 +59,22 @@ class Gripper:
         self._write(TORQUE_ENABLE, b"\x01")
 
     def mend(self) -> None:
-        """Open it anew unless it answers."""
+        """Open it anew unless it answers and kept its settings."""
         try:
-            self.position()
+            kept = self._number(TORQUE_LIMIT) == self._settings.torque_limit
+            why = "it has lost its supply, and its torque limit with it"
         except OSError as fault:
-            log.warning("gripper: opened anew (%s)", fault)
+            kept, why = False, str(fault)
+        if not kept:
+            log.warning("gripper %d: set up anew: %s", self._settings.id, why)
             self.open()
 
     def position(self) -> float:
         """Measured, 0 closed to 1 open; a little beyond by its own error."""
-        at = int.from_bytes(self._ask(READ, bytes([POSITION, 2])), "little", signed=True)
-        return (at - self._settings.closed) / (self._settings.open - self._settings.closed)
+        return (self._number(POSITION) - self._settings.closed) / (self._settings.open - self._settings.closed)
+
+    def _number(self, address: int) -> int:
+        return int.from_bytes(self._ask(READ, bytes([address, 2])), "little", signed=True)
 
     def move(self, goal: float) -> None:
         """Towards 0 (closed) to 1 (open), clipped; the same goal is not sent twice."""
