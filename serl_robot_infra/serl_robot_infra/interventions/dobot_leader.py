@@ -10,6 +10,7 @@ holds the numbers of each pair. No class of LeRobot's reads these servos: eight 
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -71,14 +72,14 @@ class DobotLeader(Intervention):
             name: LeaderArm(_settings(name, node), partial(self._pressed, name)) for name, node in plain["arms"].items()
         }
         self._from_start = self._switched = self._drives = self._unlocked = False
-        self._said: frozenset[str] = frozenset()
+        self._said: deque[str] = deque()  # filled by the arms' threads
         self._last: np.ndarray | None = None  # float32[ad], the wish of the tick before
         self._open()
 
     def reset(self, rng: np.random.Generator, *, from_start: bool) -> None:
         """Begin an episode: the policy drives, in a demonstration the leaders."""
         self._from_start, self._switched, self._unlocked = from_start, False, False
-        self._said = frozenset()
+        self._said.clear()
         self._rest()
 
     def act(self, observation: Observation, propose: Callable[[], np.ndarray], tick: int) -> tuple[np.ndarray, bool]:
@@ -96,7 +97,7 @@ class DobotLeader(Intervention):
 
     def words(self) -> Words:
         """What the buttons said."""
-        said, self._said = self._said, frozenset()
+        said = {self._said.popleft() for _ in range(len(self._said))}
         return Words(**{word: word in said for word in WORDS})
 
     def describe(self) -> Sequence[str]:
@@ -146,7 +147,7 @@ class DobotLeader(Intervention):
             if not self._drives:
                 self._free(self._unlocked)
         elif meaning is not None:
-            self._said = self._said | {meaning}
+            self._said.append(meaning)
 
     def _wish(self, state: np.ndarray) -> np.ndarray:
         """float32[ad]. A leader does not count whole turns: of each joint the value nearest to where it was, at first
