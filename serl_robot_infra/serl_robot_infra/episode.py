@@ -254,11 +254,11 @@ class EpisodeRunner:
         said, gone = self._heard(now)
         result = self._limit_time(now, ruled(self.stack.reward.judge(stepped), said, now.return_))
         now.seen_at = time.monotonic_ns()
-        self.stack.safety.check_observation(result.observation)
+        result = self.stack.safety.check_result(result)
         step = TimeStep(
             before,
             action,
-            reward=float(result.reward),
+            reward=result.reward,
             done=result.terminated,
             truncated=result.truncated,
             success=result.success,

@@ -9,12 +9,15 @@ limits bend an action; a non-finite number stops the episode, since no safe mean
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from serl_config.nearest import nearest
+from serl_robot_infra.envs.base import StepResult
+from serl_transport.contract.bounds import LARGEST_REWARD
 from serl_transport.contract.schema import Observation
 from serl_transport.contract.specs import TaskSpec
 
@@ -102,6 +105,24 @@ class SafetyChain:
             self._spec.check_observation(observation)
         except ValueError as error:
             raise UnsafeTickError(f"observation: {error}") from None
+
+    def check_result(self, result: StepResult) -> StepResult:
+        """The tick's result with a plain float and plain bools; no later reader could take another one.
+
+        UnsafeTickError as `check_observation` and for a reward that is NaN or absurd; ValueError for a reward that is
+        no number and a flag that is neither true nor false, which the next tick would not mend.
+        """
+        flags = {name: _flag(name, getattr(result, name)) for name in ("terminated", "truncated", "success")}
+        given = result.reward
+        if isinstance(given, np.ndarray) and not given.ndim:
+            given = given.item()
+        if isinstance(given, bool | np.bool_) or not isinstance(given, Real):
+            raise ValueError(f"a tick's reward: expected a number, got {given!r}")
+        reward = float(given)
+        if not -LARGEST_REWARD <= reward <= LARGEST_REWARD:
+            raise UnsafeTickError(f"reward: expected {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, got {reward:g}")
+        self.check_observation(result.observation)
+        return replace(result, reward=reward, **flags)
 
     def filter(self, action: np.ndarray, state: np.ndarray, source: str) -> np.ndarray:
         """The float32[ad] to send, which the next tick's limits take for sent.
@@ -203,6 +224,12 @@ def workspace_box(spec: TaskSpec, name: str, low: float, high: float, action: st
         return bent
 
     return bend
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_ | Real) or value not in (0, 1):
+        raise ValueError(f"a tick's {name}: expected true or false, got {value!r}")
+    return bool(value)
 
 
 def _per_action(spec: TaskSpec, limits: Mapping[str, float], key: str) -> np.ndarray:
