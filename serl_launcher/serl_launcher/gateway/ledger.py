@@ -166,11 +166,14 @@ class Ledger:
         if row.mode == "eval":
             seeds = self._seeds.setdefault(scope, {})
             finished = self._evaluated.setdefault(row.stage, Evaluated())
+            if len(scope) > 1 and row.policy_version_last > finished.version:
+                finished.episodes = finished.successes = 0  # asked for again, of a later version
+            old = len(scope) > 1 and row.policy_version_last < finished.version
             finished.version = max(finished.version, row.policy_version_last)
             if row.seed not in seeds:
                 seeds[row.seed] = row.success
-                finished.episodes += 1
-                finished.successes += row.success
+                finished.episodes += not old
+                finished.successes += row.success and not old
             self._counted[scope] = len(seeds)
         elif row.mode == "online" or row.success:
             self._counted[scope] = self._counted.get(scope, 0) + 1
@@ -202,7 +205,7 @@ class Ledger:
     def evaluations(self) -> dict[str, dict[str, int]]:
         """Stage -> finished evaluation seeds, successes among them, and the newest policy version that acted.
 
-        Ad hoc ones of all actors together.
+        Ad hoc ones of all actors together, of the newest version alone.
         """
         return {stage: asdict(finished) for stage, finished in self._evaluated.items()}
 
