@@ -211,11 +211,10 @@ def row(n: int, stage: str, boot: str, seed: int, success: bool, version: int = 
 
 def test_evaluations_that_actors_ask_for_begin_anew_with_a_later_version(tmp_path: Path) -> None:
     book = Ledger(tmp_path / "episodes.jsonl")
-    for n, (boot, version, success) in enumerate(
-        [("b1", 1, False), ("b1", 1, False), ("b2", 4, True), ("b1", 1, True)]
-    ):
+    trials = [("b1", 1, False), ("b1", 2, False), ("b2", 4, True), ("b1", 2, True), ("b2", 5, False)]
+    for n, (boot, version, success) in enumerate(trials):
         book.add(row(n, "adhoc_eval", boot, seed=1_000_000 + n, success=success, version=version))
-    assert book.evaluations() == {"adhoc_eval": {"episodes": 1, "successes": 1, "version": 4}}
+    assert book.evaluations() == {"adhoc_eval": {"episodes": 2, "successes": 1, "version": 5}}
     for n, version in enumerate((1, 4)):  # a stage of the schedule is one evaluation, whichever versions acted
         book.add(row(9 + n, "after", "b1", seed=1_000_000 + n, success=True, version=version))
     assert book.evaluations()["after"] == {"episodes": 2, "successes": 2, "version": 4}
