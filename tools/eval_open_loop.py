@@ -95,7 +95,7 @@ def evaluate(
         raise ValueError(f"--episodes: the dataset has {total}, there is no episode {outside[0]}")
     if not 1 <= stride <= engine.policy.action_horizon:
         raise ValueError(f"--stride: expected 1 to {engine.policy.action_horizon} (the chunk), got {stride}")
-    still = hold_still(spec.action_names, spec.state_names, cfg.task.get("noop_dims"))
+    still = hold_still(spec.action_names, spec.state_names, cfg.task.get("noop_dims"), spec.target_dims)
     table = dataset.hf_dataset.select_columns(["observation.state", "action"]).with_format("numpy")
     done = []
     for episode in chosen:
