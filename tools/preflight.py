@@ -9,6 +9,8 @@ step time assumes 45% of the peak. Exits 0; 1 when the batch does not fit or the
 
 from __future__ import annotations
 
+import needs_learner  # noqa: F401
+
 import argparse
 import sys
 from pathlib import Path
@@ -21,10 +23,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flowserl_cli.compose import load_config
 from serl_launcher.learner.data_check import findings
+from serl_launcher.learner.fit_check import misfits, recorded_ranges
 from serl_launcher.learner.modality import Modality
 from serl_launcher.learner.sft import Columns
+from serl_launcher.policies.base import FlowPolicy
 from serl_launcher.policies.estimate import Estimate, estimate, meta_policy
 from serl_launcher.policies.parameter_table import parameter_table
+from serl_launcher.run.files import read_json
 from serl_transport.contract.specs import TaskSpec
 
 PEAKS = {"H200": 800, "H100": 800, "A100": 280, "L40S": 330, "4090": 150, "3090": 65}  # dense bf16, reached, TFLOP/s
@@ -77,17 +82,28 @@ def report(cfg: DictConfig, cost: Estimate, args: argparse.Namespace) -> tuple[l
     return lines, fits
 
 
+def unit_findings(dataset: Path, policy: FlowPolicy, columns: Columns, spec: TaskSpec) -> list[str]:
+    """Where the dataset's recorded ranges do not fit the units that the checkpoint's weights come with."""
+    ranges = recorded_ranges(read_json(dataset / "meta" / "stats.json") or {}, columns)
+    if ranges is None or policy.checkpoint_units is None:
+        return []
+    if (len(ranges.state[0]), len(ranges.action[0])) != (len(spec.state_names), len(spec.action_names)):
+        return []  # `findings` says so
+    return misfits(policy.checkpoint_units, ranges, spec)
+
+
 def main(argv: list[str] | None = None) -> int:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="as for a run: policy=pi0 trainer.batch_size=32")
+    parser.add_argument("--config-dir", metavar="FOLDER", help="a lab's own config folder (docs/robot.md)")
     parser.add_argument("--dataset", type=Path, help="LeRobot dataset to check against the task")
     parser.add_argument("--gpu-gb", type=float, help="memory of the device, default: this GPU's")
     parser.add_argument("--tflops", type=float, help="peak of the device, default: by this GPU's name")
     parser.add_argument("--flow-steps", type=int, help="default: of the head's release, 10 or 4")
     args = parser.parse_intermixed_args(argv)
     try:
-        cfg = load_config(args.overrides)
+        cfg = load_config([*args.overrides, *([f"--config-dir={args.config_dir}"] if args.config_dir else [])])
         spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
         policy, mode = meta_policy(cfg.policy, spec, instantiate(cfg.policy.size))
         if args.flow_steps is None:
@@ -102,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     wrong = []
     if args.dataset is not None:
         modality = Modality.read(args.dataset)
-        wrong = findings(args.dataset, spec, modality.columns if modality else Columns.plain(spec), mode)
+        columns = modality.columns if modality else Columns.plain(spec)
+        wrong = findings(args.dataset, spec, columns, mode) + unit_findings(args.dataset, policy, columns, spec)
         print("data       " + ("nothing wrong" if not wrong else "\n           ".join(wrong)))
     return 0 if fits and not wrong else 1
 

@@ -5,6 +5,7 @@
 User mistakes end here as one line: expected, got, and the key to change.
 """
 
+import json
 import logging
 import signal
 import sys
@@ -72,6 +73,7 @@ def _run(cfg: DictConfig, stream: TextIO, stop: StopSignal) -> None:
         renderer = getattr(env, "renderer_name", "none")
         learner = f"{cfg.ip}:{cfg.port}" if cfg.ip else "none"
         print(f"task {spec.name}, renderer {renderer}, learner {learner}", file=stream, flush=True)
+        _record_code(cfg, stream)
         print(describe(plain(cfg.task.get("safety")), spec.targets), file=stream, flush=True)
         estop = EmergencyStop(Path(cfg.runs_dir) / cfg.run / "estop", cfg.unique_identifier)
         resources.callback(estop.close)
@@ -101,3 +103,16 @@ def _run(cfg: DictConfig, stream: TextIO, stop: StopSignal) -> None:
         flush(link, cfg.rollout.flush_timeout_s, observer)
         leave(link, ended)
         observer.close()
+
+
+def _record_code(cfg: DictConfig, stream: TextIO) -> None:
+    """Which code a lab's own package is (--config-dir), on the screen and in `code/<unique_identifier>.json`."""
+    code = plain(cfg.get("code"))
+    if not code:
+        return
+    folder = Path(cfg.runs_dir) / cfg.run / "code"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{cfg.unique_identifier}.json").write_text(json.dumps(code, indent=2) + "\n")
+    for name, told in code["packages"].items():
+        parts = ", ".join(f"{key} {value}" for key, value in told.items() if value)
+        print(f"code: {name} ({parts})", file=stream, flush=True)

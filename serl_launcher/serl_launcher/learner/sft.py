@@ -1,19 +1,15 @@
-"""Supervised fine-tuning on a LeRobot dataset, without actors: dataset ─▶ chunks ─▶ agent ─▶ optimizer.
+"""A LeRobot dataset as fine-tuning reads it: rows ─▶ chunks of actions ─▶ the batches that agents take.
 
-examples/train_sft.py and the tests call `train`. The agent, its loss and the learner are those of the online runs; only
-where batches come from differs.
+examples/train_sft.py opens it, learner.sampling draws from it, tools read its columns.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.replay.views import ChunkBatch
 from serl_transport.contract.specs import TaskSpec
 
@@ -55,7 +51,7 @@ def video_backend() -> str:
 class Chunks(torch.utils.data.Dataset):
     """Rows of a LeRobot dataset, each with the chunk of actions that begins there (padded at the episode's end)."""
 
-    def __init__(self, folder: Path, spec: TaskSpec, horizon: int, columns: Columns, max_samples: int | None) -> None:
+    def __init__(self, folder: Path, spec: TaskSpec, horizon: int, columns: Columns) -> None:
         from lerobot.datasets import LeRobotDatasetMetadata
 
         meta = LeRobotDatasetMetadata("local/sft", root=folder)
@@ -63,10 +59,14 @@ class Chunks(torch.utils.data.Dataset):
         offsets = [k / meta.fps for k in range(horizon)]
         self.rows = open_dataset(folder, delta_timestamps={key: offsets for key in keys})
         self.spec, self.columns, self.padding = spec, columns, f"{keys[0]}_is_pad"
-        self.length = len(self.rows) if max_samples is None else min(max_samples, len(self.rows))
+        episodes = self.rows.meta.episodes
+        ends = (episodes["dataset_from_index"], episodes["dataset_to_index"])
+        self.bounds: list[tuple[int, int]] = [
+            (int(a), int(b)) for a, b in zip(*ends, strict=True)
+        ]  # rows of an episode
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         row = self.rows[index]
@@ -156,35 +156,3 @@ def _range(meta: Any, parts: list[tuple[str, slice]]) -> tuple[list[float], list
     low, high = (np.concatenate([np.asarray(meta.stats[k][n])[part] for k, part in parts]) for n in ("min", "max"))
     flat = high <= low
     return np.where(flat, low - 1, low).tolist(), np.where(flat, high + 1, high).tolist()
-
-
-def check_batch(chunks: Chunks, batch_size: int) -> None:
-    """Raise ValueError when the dataset does not fill one batch."""
-    if len(chunks) < batch_size:
-        raise ValueError(f"dataset: {len(chunks)} samples do not fill a batch of {batch_size}")
-
-
-def batches(chunks: Chunks, batch_size: int, seed: int, workers: int = 0) -> Iterator[ChunkBatch]:
-    """Shuffled batches for ever; the last, smaller one of an epoch is dropped. Raises as `check_batch`."""
-    check_batch(chunks, batch_size)
-    order = torch.Generator().manual_seed(seed)
-    loader = DataLoader(
-        chunks,
-        batch_size,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=chunks.collate,
-        generator=order,
-        num_workers=workers,
-    )
-    while True:
-        yield from loader
-
-
-def train(
-    learner: Learner, chunks: Chunks, steps: int, batch_size: int, seed: int, schedule: Schedule
-) -> Iterator[dict]:
-    """`steps` optimizer steps; yields each one's metrics as `Learner.step` returns them."""
-    source = batches(chunks, batch_size, seed)
-    for step in range(steps):
-        yield learner.step(next(source), schedule.scale(step))

@@ -98,6 +98,19 @@ class LeRobotEnv:
         self._go_home()
         return self._observe("reset")
 
+    def observe(self) -> Observation:
+        """What is seen and sensed now; nothing moves. PartLostError as `step`."""
+        return self._observe("observe")
+
+    def limits(self) -> dict[str, tuple[float, float]]:
+        """The range of each joint by its calibration, in the task's units; empty where the driver has no servos."""
+        return devices.joint_ranges(self._robot)
+
+    @property
+    def falls_on_stop(self) -> bool:
+        """Whether a stop takes its torque away."""
+        return self._release
+
     def step(self, action: np.ndarray) -> StepResult:
         """Send float32[ad] and observe; `executed` is what the driver sent after its own clipping."""
         with self._part("step"):
