@@ -68,7 +68,7 @@ class Chunks(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         images = {
             c: (row[key].permute(1, 2, 0) * 255).round().to(torch.uint8) for c, key in self.columns.images.items()
@@ -78,11 +78,12 @@ class Chunks(torch.utils.data.Dataset):
             "action": torch.cat([row[key][..., part] for key, part in self.columns.action], -1),
             "is_pad": row[self.padding],
         }
-        return {k: v.numpy() for k, v in ({f"image.{c}": x for c, x in images.items()} | parts).items()}
+        tensors = {f"image.{c}": x for c, x in images.items()} | parts
+        return {key: x.numpy() for key, x in tensors.items()} | {"prompt": row["task"]}
 
-    def collate(self, rows: list[dict[str, np.ndarray]]) -> ChunkBatch:
+    def collate(self, rows: list[dict[str, Any]]) -> ChunkBatch:
         """Rows to the batch that agents take."""
-        stacked = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        stacked = {key: np.stack([row[key] for row in rows]) for key in rows[0] if key != "prompt"}
         b = len(rows)
         return ChunkBatch(
             images={camera: stacked[f"image.{camera}"] for camera in self.columns.images},
@@ -92,6 +93,7 @@ class Chunks(torch.utils.data.Dataset):
             demo=np.ones(b, bool),
             operator=np.zeros(b, bool),
             weight=np.ones(b, np.float32),
+            prompts=[row["prompt"] for row in rows],
         )
 
 

@@ -128,7 +128,7 @@ def test_the_loss_falls_to_a_fifth_and_frozen_parts_stay_bit_equal(kind, chunks)
     policy = BUILDS[kind](kind, chunks.spec, "random", 0, AH)
     before = frozen_hash(policy)
     learner = Learner(
-        FlowMatchingAgent(policy, chunks.spec.prompt, noise_samples=4),
+        FlowMatchingAgent(policy, noise_samples=4),
         partial(torch.optim.AdamW, lr=3e-3, weight_decay=1e-4),
         Accelerator(cpu=True),
         max_grad_norm=1.0,
