@@ -2,7 +2,8 @@
 
     python examples/train_sft.py DATASET OUTPUT policy=pi0 policy.checkpoint=<folder> [sft.steps=2000 sft.batch_size=8]
 
-DATASET is a LeRobotDataset v3 folder; with meta/modality.json its slices and cameras are used, else LeRobot's names.
+DATASET is a LeRobotDataset v3, a folder or owner/name on the hub; with meta/modality.json its slices and cameras are
+used, else LeRobot's names.
 The task (sizes, ranges, prompt) comes from the dataset, the units from the checkpoint. OUTPUT gets config.yaml,
 metrics.jsonl and params/ (so that tools/export_checkpoint.py and tools/eval_open_loop.py take it as a run).
 """
@@ -28,9 +29,9 @@ from omegaconf.errors import OmegaConfBaseException
 from flowserl_cli.compose import CONFIG_DIR, ConfigError, load_config
 from serl_config.nearest import nearest
 from serl_launcher.agents.build import build_agent
+from serl_launcher.datasets.dataset import Dataset
 from serl_launcher.learner.learner import Learner, Schedule
-from serl_launcher.learner.modality import Modality
-from serl_launcher.learner.sft import Chunks, Columns, check_batch, spec_of, train
+from serl_launcher.learner.sft import Chunks, check_batch, train
 from serl_launcher.learner.step_log import numbers
 from serl_launcher.policies.base import frozen_hash
 from serl_launcher.policies.parameter_table import parameter_table
@@ -73,28 +74,20 @@ def own_keys(words: list[str]) -> dict[str, Any]:
     return values
 
 
-def run(dataset: Path, output: Path, cfg: DictConfig) -> None:
+def run(dataset: str, output: Path, cfg: DictConfig) -> None:
     """Train and write. Raises ValueError or OSError in the user's words."""
-    from lerobot.datasets import LeRobotDatasetMetadata
-
-    if not (dataset / "meta" / "info.json").is_file():
-        raise FileNotFoundError(f"{dataset}: no LeRobot dataset (meta/info.json)")
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output}: holds files already; name a folder that does not exist")
-    meta, modality = LeRobotDatasetMetadata("local/sft", root=dataset), Modality.read(dataset)
-    if modality:
-        columns, names = modality.columns, (modality.names("state"), modality.names("action"))
-    else:
-        cameras = {key.removeprefix("observation.images."): key for key in meta.camera_keys}
-        whole = slice(None)
-        columns, names = Columns(cameras, [("observation.state", whole)], [("action", whole)]), (None, None)
-    spec = spec_of(meta, columns, *names)
+    data = Dataset(dataset)
+    rows = data.rows(spec := data.spec())
+    for note in rows.notes:
+        print(f"note: {note}", flush=True)
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.trainer.threads)
     policy = instantiate(cfg.policy, spec=spec)
-    chunks = Chunks(dataset, spec, policy.action_horizon, columns, cfg.sft.max_samples)
+    chunks = Chunks(rows, policy.action_horizon, cfg.sft.max_samples)
     check_batch(chunks, cfg.sft.batch_size)  # before OUTPUT exists: a corrected command must find it free
-    print(f"{len(chunks)} samples of {meta.total_episodes} episodes\n{parameter_table(policy)}", flush=True)
+    print(f"{len(chunks)} samples of {len(rows.episodes)} episodes\n{parameter_table(policy)}", flush=True)
     accelerator = Accelerator(cpu=cfg.trainer.device == "cpu")
     agent = build_agent(cfg, policy, spec).to(accelerator.device)
     optimizer = instantiate(cfg.trainer.optimizer, _partial_=True, lr=cfg.sft.lr)
@@ -103,8 +96,8 @@ def run(dataset: Path, output: Path, cfg: DictConfig) -> None:
     output.mkdir(parents=True, exist_ok=True)
     cfg.task = {"name": "dataset", "spec": spec.to_dict(), "noop_dims": None, "rate_hz": None}
     OmegaConf.save(cfg, output / "config.yaml", resolve=True)
-    if modality:
-        shutil.copyfile(dataset / "meta" / "modality.json", output / "modality.json")
+    if data.columns.described:
+        shutil.copyfile(data.columns.described, output / "modality.json")
     schedule = Schedule(steps=cfg.sft.steps, warmup=cfg.sft.warmup)
     with (output / "metrics.jsonl").open("w") as log:
         steps = train(learner, chunks, cfg.sft.steps, cfg.sft.batch_size, cfg.seed, schedule)
@@ -128,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     try:
-        run(Path(arguments[0]), Path(arguments[1]), configured(arguments[2:]))
+        run(arguments[0], Path(arguments[1]), configured(arguments[2:]))
     except (ValueError, OSError, HydraException, OmegaConfBaseException, yaml.YAMLError) as mistake:
         print(f"train_sft: {mistake}", file=sys.stderr)
         return 2

@@ -6,8 +6,9 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,20 @@ class Units:
         return cls(
             Affine.from_bounds(spec.state_low, spec.state_high), Affine.from_bounds(spec.action_low, spec.action_high)
         )
+
+
+def as_trained(spec: TaskSpec, trained_on: Mapping[str, Any] | None) -> tuple[TaskSpec, Units]:
+    """The task with its cameras in the order that the weights know, and the units that they were trained in.
+
+    trained_on: `policy.trained_on` of the config (run.origin writes it), where weights of another task's ranges go on;
+    None: the task's own.
+    """
+    if trained_on is None:
+        return spec, Units.from_spec(spec)
+    ranges = (trained_on[key] for key in ("state_low", "state_high", "action_low", "action_high"))
+    state_low, state_high, action_low, action_high = (list(values) for values in ranges)
+    units = Units(Affine.from_bounds(state_low, state_high), Affine.from_bounds(action_low, action_high))
+    return replace(spec, cameras={camera: spec.cameras[camera] for camera in trained_on["cameras"]}), units
 
 
 def pad_last(x: Tensor, size: int) -> Tensor:

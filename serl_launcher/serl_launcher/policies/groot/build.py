@@ -20,6 +20,7 @@ from serl_launcher.policies.groot.checkpoint import ALIASES, build_core, prefix_
 from serl_launcher.policies.groot.head import NEW_EMBODIMENT, GrootFlowPolicy, Inputs
 from serl_launcher.policies.groot.inputs import QwenInputs, has_processor
 from serl_launcher.policies.loading import load_core
+from serl_launcher.policies.normalise import as_trained
 from serl_launcher.policies.precision import hold
 from serl_transport.contract.specs import TaskSpec
 
@@ -43,6 +44,7 @@ def build_groot(
     cameras: Mapping[str, str] | None = None,
     statistics: str | None = None,
     precision: str = "float32",
+    trained_on: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> GrootFlowPolicy:
     """A GR00T policy for one task; arguments as `build_pi0`. tune: GR00T's flags without `tune_`, default all True.
@@ -59,10 +61,11 @@ def build_groot(
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            spec, units = as_trained(spec, trained_on)
             core, inputs = size(spec, action_horizon)
         if processor:
             inputs = QwenInputs(processor, tuple(spec.cameras), size.geometry())
-        policy = GrootFlowPolicy(core, spec, inputs, embodiment=embodiment, **options)
+        policy = GrootFlowPolicy(core, spec, inputs, units, embodiment, **options)
         policy.tune(**flags)
         hold(policy, precision, masters=True)
         return policy
