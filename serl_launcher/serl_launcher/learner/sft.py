@@ -20,7 +20,7 @@ class Chunks(torch.utils.data.Dataset):
     """Rows of a LeRobot dataset, each with the chunk of actions that begins there (padded at the episode's end)."""
 
     def __init__(self, rows: Rows, horizon: int, max_samples: int | None = None) -> None:
-        self.rows, self.spec, self._horizon = rows, rows.spec, horizon
+        self.rows, self.spec, self.bounds, self._horizon = rows, rows.spec, rows.bounds, horizon
         self.length = len(rows) if max_samples is None else min(max_samples, len(rows))
 
     def __len__(self) -> int:

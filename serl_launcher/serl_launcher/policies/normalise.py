@@ -7,7 +7,7 @@ checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,18 +57,16 @@ class Units:
         )
 
 
-def as_trained(spec: TaskSpec, trained_on: Mapping[str, Any] | None) -> tuple[TaskSpec, Units]:
-    """The task with its cameras in the order that the weights know, and the units that they were trained in.
+def as_trained(spec: TaskSpec, trained_on: Mapping[str, Any] | None) -> tuple[tuple[str, ...], Units]:
+    """The task's cameras in the order that random weights know, and the units that they were trained in.
 
     trained_on: `policy.trained_on` of the config (run.origin writes it), where weights of another task's ranges go on;
     None: the task's own.
     """
     if trained_on is None:
-        return spec, Units.from_spec(spec)
-    ranges = (trained_on[key] for key in ("state_low", "state_high", "action_low", "action_high"))
-    state_low, state_high, action_low, action_high = (list(values) for values in ranges)
-    units = Units(Affine.from_bounds(state_low, state_high), Affine.from_bounds(action_low, action_high))
-    return replace(spec, cameras={camera: spec.cameras[camera] for camera in trained_on["cameras"]}), units
+        return tuple(spec.cameras), Units.from_spec(spec)
+    low, high = ([list(trained_on[f"{what}_{end}"]) for what in ("state", "action")] for end in ("low", "high"))
+    return tuple(trained_on["cameras"]), Units(*map(Affine.from_bounds, low, high))
 
 
 def pad_last(x: Tensor, size: int) -> Tensor:

@@ -61,10 +61,11 @@ def build_groot(
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            spec, units = as_trained(spec, trained_on)
-            core, inputs = size(spec, action_horizon)
+            order, units = as_trained(spec, trained_on)
+            core, _ = size(spec, action_horizon)
+            inputs = size.inputs(order)
         if processor:
-            inputs = QwenInputs(processor, tuple(spec.cameras), size.geometry())
+            inputs = QwenInputs(processor, order, size.geometry())
         policy = GrootFlowPolicy(core, spec, inputs, units, embodiment, **options)
         policy.tune(**flags)
         hold(policy, precision, masters=True)

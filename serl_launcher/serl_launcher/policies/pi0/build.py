@@ -70,11 +70,11 @@ def build[Head: PI0FlowPolicy](
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            spec, units = as_trained(spec, trained_on)
+            order, units = as_trained(spec, trained_on)
             core, words = size(spec, action_horizon)
             if tokenizer:
                 words = HubTokenizer(tokenizer, core.config.tokenizer_max_length)
-            policy = head(core, spec, words, units, **options)
+            policy = head(core, spec, words, units, cameras=order, **options)
             set_trainable(policy, train, lora_rank)
         hold(policy, precision, masters=True)
         return policy
