@@ -40,6 +40,46 @@ def zmq_sink(pipe: Any, reply: list[bytes] | None = None, host: str = "127.0.0.1
         router.send_multipart([parts[0], *(reply or [b"ack"])], copy=reply is None)
 
 
+def zmq_journal(pipe: Any, path: str) -> None:
+    """Take messages, append whatever has come to a file, fdatasync it, then answer each with an ack."""
+    router = zmq.Context().socket(zmq.ROUTER)
+    pipe.send(router.bind_to_random_port("tcp://127.0.0.1"))
+    file = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
+    while True:
+        senders = []
+        while router.poll(0 if senders else None):
+            sender, message = router.recv_multipart(copy=False)
+            os.write(file, message.buffer)
+            senders.append(sender)
+        os.fdatasync(file)
+        if os.lseek(file, 0, os.SEEK_CUR) > 1 << 28:  # as long as a segment; the floor keeps none of them
+            os.lseek(file, 0, os.SEEK_SET)
+        for sender in senders:
+            router.send_multipart([sender, b"ack"], copy=False)
+
+
+def zmq_senders(pipe: Any, port: int, count: int, message_bytes: int, seconds: float) -> None:
+    """`count` sockets that keep two messages on their way each; sends the number of messages that were answered."""
+    context, poller = zmq.Context(), zmq.Poller()
+    message = os.urandom(message_bytes)
+    sockets = [context.socket(zmq.DEALER) for _ in range(count)]
+    for socket in sockets:
+        socket.connect(f"tcp://127.0.0.1:{port}")
+        poller.register(socket, zmq.POLLIN)
+    pipe.send("ready")
+    pipe.recv()
+    end, answered = time.monotonic() + seconds, 0
+    for socket in sockets:
+        socket.send(message, copy=False)
+        socket.send(message, copy=False)
+    while time.monotonic() < end:
+        for socket, _ in poller.poll(100):
+            socket.recv()
+            answered += 1
+            socket.send(message, copy=False)
+    pipe.send(answered)
+
+
 def fdatasync_rate(folder: Path, message_bytes: int, seconds: float, group: int) -> float:
     """Messages/s that a log can take when `group` messages are written and synced at a time."""
     path = folder / "fdatasync.floor"

@@ -3,8 +3,9 @@
     infer ─▶ gateway process ─▶ policy process that answers at once ─▶ back     ms added to the policy's own time
     n robots, 50 Hz ─▶ gateway process: journal, fdatasync, ring ─▶ ack         does the backlog grow over a minute?
 
-Beside them the machine's floors of the same run: one bare pyzmq hop, and what write + fdatasync take. The robots'
-spools are in memory: a robot's disk is another machine's.
+Beside them the machine's floors of the same run: one bare pyzmq hop; write + fdatasync alone; and the same bytes from
+as many bare pyzmq sockets into a file with fdatasync, as fast as they go. The robots' spools are in memory: a robot's
+disk is another machine's.
 """
 
 import socket
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import yaml
 import zmq
-from floors import Peer, fdatasync_rate, zmq_sink
+from floors import Peer, fdatasync_rate, zmq_journal, zmq_senders, zmq_sink
 from rows import Row, alternate
 
 from serl_launcher.run.internal import PolicyLink
@@ -89,8 +90,9 @@ def robots(n: int, seconds: float, where: str, name: str) -> Iterator[Row]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=where)))
         syncs = fdatasync_rate(folder, BATCH * tick_bytes, 2.0, 8) * BATCH
-        ports = stack.enter_context(gateway_process(folder, spec))
         share = [n // PROCESSES + (i < n % PROCESSES) for i in range(PROCESSES)]
+        bare = bare_rate(folder / "bare.floor", share, BATCH * tick_bytes, min(seconds, 10.0)) * BATCH
+        ports = stack.enter_context(gateway_process(folder, spec))
         drivers = [
             stack.enter_context(Peer(drive, ports, spec.to_dict(), first, count, seconds))
             for first, count in zip(range(0, 10**6, 1000), share, strict=False)
@@ -103,8 +105,21 @@ def robots(n: int, seconds: float, where: str, name: str) -> Iterator[Row]:
     growth = float("inf") if full else (after - before) / n
     label = f"transport/robots/{name}/{n}x{HZ}Hz/{len(CAMERAS)}x{PIXELS}px"
     yield Row.of(f"transport/floor/fdatasync/{name}", syncs, "transitions/s")
+    yield Row.of(f"transport/floor/bare_sockets_and_fdatasync/{name}/{n}", bare, "transitions/s")
     yield Row.of(f"{label}/acknowledged", acknowledged / seconds, "transitions/s", n * HZ)
     yield Row.of(f"{label}/backlog_growth", growth, "batches per robot", goal="<= 1")
+
+
+def bare_rate(path: Path, share: list[int], message_bytes: int, seconds: float) -> float:
+    """Messages/s that bare sockets, shared out over processes, bring through a process that writes and syncs them."""
+    with ExitStack() as stack:
+        sink = stack.enter_context(Peer(zmq_journal, str(path)))
+        peers = [stack.enter_context(Peer(zmq_senders, sink.port, n, message_bytes, seconds)) for n in share if n]
+        for peer in peers:
+            peer.pipe.send("go")
+        answered = sum(peer.pipe.recv() for peer in peers)
+    path.unlink()
+    return answered / seconds
 
 
 def drive(pipe: Any, ports: tuple[int, int], spec_dict: dict[str, Any], first: int, count: int, seconds: float) -> None:

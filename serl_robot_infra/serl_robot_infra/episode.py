@@ -20,9 +20,9 @@ from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.realtime_chunk_broker import RealtimeChunkBroker
 from serl_config.clock import steady_time
 from serl_robot_infra.adder import Adder
-from serl_robot_infra.envs.base import Environment, PartLostError, StepResult
+from serl_robot_infra.envs.base import Environment, PartLostError, StepResult, kept_result
 from serl_robot_infra.guard import RobotGuard
-from serl_robot_infra.interventions.base import NOTHING_SAID, Intervention, OperatorGoneError, Voice, Words
+from serl_robot_infra.interventions.base import NOTHING_SAID, Intervention, OperatorGoneError, Voice, Words, ruled
 from serl_robot_infra.interventions.none import NoIntervention
 from serl_robot_infra.link import Run
 from serl_robot_infra.observers.base import EpisodeReport, Observer
@@ -56,6 +56,7 @@ class _Progress:
     ticket: Run
     index: int  # of this process's episodes
     started: float  # monotonic seconds
+    driven_since: float  # the same, of the first tick
     seen_at: int  # monotonic ns, when the current observation was captured
     observation: Observation | None = None  # the current one
     tick: int = 0
@@ -98,7 +99,7 @@ class EpisodeRunner:
 
     def run(self, ticket: Run, index: int) -> EpisodeReport:
         """Run the ticket's episode; `index` counts the episodes of this process."""
-        now = _Progress(ticket, index, time.monotonic(), time.monotonic_ns())
+        now = _Progress(ticket, index, time.monotonic(), time.monotonic(), time.monotonic_ns())
         outcome = Outcome(False, self.stack.reward.success_source, "stop")
         reason = None
         operator = self._begin(now)
@@ -183,6 +184,7 @@ class EpisodeRunner:
 
     def _observe(self, now: _Progress, observation: Observation) -> None:
         now.seen_at = time.monotonic_ns()
+        observation = observation.kept()
         self.stack.safety.check_observation(observation)
         now.observation = observation
 
@@ -241,21 +243,22 @@ class EpisodeRunner:
         action = self.stack.safety.filter(action, before.state, source)
         if not now.tick:
             self._forget(now)  # also what was said while the policy was waited for
+            now.driven_since = time.monotonic()
         if (reason := self.stack.guard.feed()) is not None:
             raise EpisodeCutError(reason)
         with self._driver("step"):
-            stepped = self.stack.env.step(action)
+            stepped = kept_result(self.stack.env.step(action.copy()))
         now.declared = stepped.terminated or stepped.truncated
         if stepped.executed is not None:
             action = self.stack.safety.executed(stepped.executed)
         said, gone = self._heard(now)
         result = self._limit_time(now, ruled(self.stack.reward.judge(stepped), said, now.return_))
         now.seen_at = time.monotonic_ns()
-        self.stack.safety.check_observation(result.observation)
+        result = self.stack.safety.check_result(result)
         step = TimeStep(
             before,
             action,
-            reward=float(result.reward),
+            reward=result.reward,
             done=result.terminated,
             truncated=result.truncated,
             success=result.success,
@@ -292,6 +295,7 @@ class EpisodeRunner:
         return Outcome(result.success, "human" if by_person else self.stack.reward.success_source, cut)
 
     def _end(self, now: _Progress, outcome: Outcome, reason: str | None, leaving: bool = False) -> EpisodeReport:
+        driven_s = time.monotonic() - now.driven_since
         # The robot comes first: what follows waits for a disk, and for people who look on.
         if now.declared:
             self.stack.guard.disarm()
@@ -310,6 +314,7 @@ class EpisodeRunner:
             return_=now.return_,
             operator_ticks=now.operator_ticks,
             seconds=time.monotonic() - now.started,
+            driven_s=driven_s if now.tick else 0.0,
             policy_version=now.policy_version,
             last=now.last,
         )
@@ -328,7 +333,7 @@ class EpisodeRunner:
             body = infer_body(now.observation, self.stack.env.spec.prompt, ticket.min_version, seed, ticket.mode)
             answer = self._patiently(now, lambda: broker.infer(body))
             now.policy_version = int(answer["policy_version"])
-            return answer["actions"]
+            return np.array(answer["actions"])
 
         return propose
 
@@ -378,18 +383,3 @@ class EpisodeRunner:
             raise EpisodeCutError(reason)
         if self.stop:
             raise EpisodeCutError(f"stopped{f' by {self.stop.signal.name}' if self.stop.signal else ''}")
-
-
-def ruled(result: StepResult, said: Words, return_so_far: float) -> StepResult:
-    """A person's word outranks whoever judged the tick; failure outranks success, and a discard both.
-
-    A success brings what the rewards before lacked to 1, as a relabelled one does (docs/algorithms/rewards.md).
-    """
-    if said.discard:
-        return replace(result, terminated=False, truncated=True, success=False)
-    if said.failure:
-        return replace(result, reward=0.0, terminated=True, truncated=False, success=False)
-    if said.success:
-        reward = max(0.0, 1.0 - return_so_far)
-        return replace(result, reward=reward, terminated=True, truncated=False, success=True)
-    return result

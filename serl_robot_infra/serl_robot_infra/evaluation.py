@@ -1,7 +1,10 @@
-"""Success rates with their uncertainty, per stage. Filled by the actor loop, printed at its end."""
+"""Success rates with their uncertainty, and how long a success takes, per stage. Filled by the actor loop, printed at
+its end; trial by trial it is in evaluation.csv (observers/trials.py).
+"""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
+from statistics import median
 
 from serl_robot_infra.observers.base import EpisodeReport
 
@@ -21,19 +24,21 @@ class EvaluationSummary:
 
     def __init__(self) -> None:
         self._episodes: Counter[str] = Counter()
-        self._successes: Counter[str] = Counter()
+        self._seconds: defaultdict[str, list[float]] = defaultdict(list)  # of each success
 
     def add(self, report: EpisodeReport) -> None:
         """Count an episode, if it is an evaluation that ran to its end."""
         if report.info.mode == "eval" and report.outcome.truncated_by in (None, "time_limit"):
             self._episodes[report.info.stage] += 1
-            self._successes[report.info.stage] += report.outcome.success
+            if report.outcome.success:
+                self._seconds[report.info.stage].append(report.driven_s)
 
     def lines(self) -> list[str]:
-        """`evaluation after: 55/60 = 0.92 [0.82, 0.96]`, one line per stage."""
+        """`evaluation after: 55/60 = 0.92 [0.82, 0.96], median 4.2 s to success`, one line per stage."""
         lines = []
         for stage, n in self._episodes.items():
-            low, high = wilson(self._successes[stage], n)
-            rate = self._successes[stage] / n
-            lines.append(f"evaluation {stage}: {self._successes[stage]}/{n} = {rate:.2f} [{low:.2f}, {high:.2f}]")
+            seconds = self._seconds[stage]
+            low, high = wilson(len(seconds), n)
+            line = f"evaluation {stage}: {len(seconds)}/{n} = {len(seconds) / n:.2f} [{low:.2f}, {high:.2f}]"
+            lines.append(line + (f", median {median(seconds):.1f} s to success" if seconds else ""))
         return lines

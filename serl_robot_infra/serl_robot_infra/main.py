@@ -71,7 +71,7 @@ def _run(cfg: DictConfig, stream: TextIO, stop: StopSignal) -> None:
         renderer = getattr(env, "renderer_name", "none")
         learner = f"{cfg.ip}:{cfg.port}" if cfg.ip else "none"
         print(f"task {spec.name}, renderer {renderer}, learner {learner}", file=stream, flush=True)
-        print(describe(plain(cfg.task.get("safety"))), file=stream, flush=True)
+        print(describe(plain(cfg.task.get("safety")), spec.targets), file=stream, flush=True)
         estop = EmergencyStop(Path(cfg.runs_dir) / cfg.run / "estop", cfg.unique_identifier)
         resources.callback(estop.close)
         listen_for_estop(cfg, estop, stream)

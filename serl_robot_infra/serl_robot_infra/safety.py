@@ -9,12 +9,15 @@ limits bend an action; a non-finite number stops the episode, since no safe mean
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from serl_config.nearest import nearest
+from serl_robot_infra.envs.base import StepResult
+from serl_transport.contract.bounds import LARGEST_REWARD
 from serl_transport.contract.schema import Observation
 from serl_transport.contract.specs import TaskSpec
 
@@ -48,8 +51,8 @@ class SafetyChain:
         max_acceleration: action name -> largest |change of velocity|, units per second squared.
         workspace: state name -> {low, high, action}: the named action never carries that state further out of
             [low, high].
-        targets: action name -> state name, for actions that are target positions of that state. All others are
-            displacements per tick.
+
+    Actions that the spec's `targets` names are target positions of a state; all others are displacements per tick.
 
     Raises:
         ValueError: a name that the task does not have, or a limit that is not above 0.
@@ -61,13 +64,9 @@ class SafetyChain:
         max_speed: Mapping[str, float] | None = None,
         max_acceleration: Mapping[str, float] | None = None,
         workspace: Mapping[str, Mapping] | None = None,
-        targets: Mapping[str, str] | None = None,
     ):
         self._spec = spec
-        self._targets = {
-            _index(spec.action_names, action, "targets"): _index(spec.state_names, state, f"targets.{action}")
-            for action, state in (targets or {}).items()
-        }
+        self._targets = spec.target_dims
         self._lead = _per_action(spec, max_speed or {}, "max_speed") * LEAD_S
         self._limits: list[Limit] = [absolute_limits(spec)]
         if max_speed:
@@ -75,7 +74,7 @@ class SafetyChain:
         if max_acceleration:
             self._limits.append(acceleration_limits(spec, max_acceleration))
         for name, box in (workspace or {}).items():
-            self._limits.append(workspace_box(spec, name, **box, targets=frozenset(self._targets)))
+            self._limits.append(workspace_box(spec, name, **box))
         self._sent: np.ndarray | None = None
         self._last_move = np.zeros(spec.action_dim, np.float32)
 
@@ -83,10 +82,9 @@ class SafetyChain:
     def of(spec: TaskSpec, section: Any) -> "SafetyChain":
         """From `task.safety` of the yaml; ValueError names a key that is unknown, missing or no number."""
         section = _mapping(section, "task.safety")
-        checks = {
-            "max_speed": _check_number, "max_acceleration": _check_number,
-            "workspace": _check_box, "targets": _check_text,
-        }  # fmt: skip
+        if "targets" in section:
+            raise ValueError("task.safety.targets: say it in task.spec.targets, which the learner reads as well")
+        checks = {"max_speed": _check_number, "max_acceleration": _check_number, "workspace": _check_box}
         _check_keys(section, tuple(checks), "task.safety")
         for key, check in checks.items():
             for name, value in _mapping(section.get(key), f"task.safety.{key}").items():
@@ -107,6 +105,24 @@ class SafetyChain:
             self._spec.check_observation(observation)
         except ValueError as error:
             raise UnsafeTickError(f"observation: {error}") from None
+
+    def check_result(self, result: StepResult) -> StepResult:
+        """The tick's result with a plain float and plain bools; no later reader could take another one.
+
+        UnsafeTickError as `check_observation` and for a reward that is NaN or absurd; ValueError for a reward that is
+        no number and a flag that is neither true nor false, which the next tick would not mend.
+        """
+        flags = {name: _flag(name, getattr(result, name)) for name in ("terminated", "truncated", "success")}
+        given = result.reward
+        if isinstance(given, np.ndarray) and not given.ndim:
+            given = given.item()
+        if isinstance(given, bool | np.bool_) or not isinstance(given, Real):
+            raise ValueError(f"a tick's reward: expected a number, got {given!r}")
+        reward = float(given)
+        if not -LARGEST_REWARD <= reward <= LARGEST_REWARD:
+            raise UnsafeTickError(f"reward: expected {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, got {reward:g}")
+        self.check_observation(result.observation)
+        return replace(result, reward=reward, **flags)
 
     def filter(self, action: np.ndarray, state: np.ndarray, source: str) -> np.ndarray:
         """The float32[ad] to send, which the next tick's limits take for sent.
@@ -150,21 +166,22 @@ class SafetyChain:
         return origin
 
 
-def describe(section: Mapping[str, Any] | None) -> str:
-    """`task.safety` in one line, for the actor's start."""
-    parts = []
-    for key, limits in (section or {}).items():
-        names = ", ".join(f"{name} {_shown(value)}" for name, value in (limits or {}).items())
-        if names:
-            parts.append(f"{key} {names}")
-    if not parts:
-        return "no safety limits beside action_low and action_high: task.safety is not set"
-    unbounded = [name for name in (section or {}).get("targets") or {} if name not in (section.get("max_speed") or {})]
-    if unbounded:
-        parts.append(
-            f"nothing bounds the step of a target without max_speed, not at a hand-over: {', '.join(unbounded)}"
-        )
-    return f"safety limits: {'; '.join(parts)}"
+def describe(section: Mapping[str, Any] | None, targets: Mapping[str, str]) -> str:
+    """`task.safety` and `task.spec.targets` in one line, for the actor's start."""
+    limits = section or {}
+    parts = [_listed(key, limits[key]) for key in limits if limits[key]]
+    text = f"safety limits: {'; '.join(parts)}" if parts else (
+        "no safety limits beside action_low and action_high: task.safety is not set"
+    )  # fmt: skip
+    if targets:
+        text += "; " + _listed("targets", targets)
+    if unbounded := [name for name in targets if name not in (limits.get("max_speed") or {})]:
+        text += f"; nothing bounds the step of a target without max_speed, not at a hand-over: {', '.join(unbounded)}"
+    return text
+
+
+def _listed(key: str, limits: Mapping[str, Any]) -> str:
+    return f"{key} {', '.join(f'{name} {_shown(value)}' for name, value in limits.items())}"
 
 
 def absolute_limits(spec: TaskSpec) -> Limit:
@@ -190,24 +207,29 @@ def acceleration_limits(spec: TaskSpec, max_acceleration: Mapping[str, float]) -
     return bend
 
 
-def workspace_box(
-    spec: TaskSpec, name: str, low: float, high: float, action: str, targets: frozenset[int] = frozenset()
-) -> Limit:
+def workspace_box(spec: TaskSpec, name: str, low: float, high: float, action: str) -> Limit:
     """Keep state `name` within [low, high]; from outside only moves that do not lead further out remain."""
     if not low < high:
         raise ValueError(f"workspace.{name}: low {low} must be below high {high}")
     where = _index(spec.state_names, name, "workspace")
     moves = _index(spec.action_names, action, f"workspace.{name}.action")
+    absolute = moves in spec.target_dims
 
     def bend(command: np.ndarray, tick: Tick) -> np.ndarray:
         at, bent = tick.state[where], command.copy()
-        if moves in targets:
+        if absolute:
             bent[moves] = np.clip(bent[moves], min(low, at), max(high, at))
         else:
             bent[moves] = np.clip(bent[moves], min(low - at, 0.0), max(high - at, 0.0))
         return bent
 
     return bend
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_ | Real) or value not in (0, 1):
+        raise ValueError(f"a tick's {name}: expected true or false, got {value!r}")
+    return bool(value)
 
 
 def _per_action(spec: TaskSpec, limits: Mapping[str, float], key: str) -> np.ndarray:

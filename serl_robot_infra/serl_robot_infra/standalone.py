@@ -1,6 +1,6 @@
 """A link to nobody: evaluates a policy in this process when `ip=null`, on the seeds that a learner would hand out.
 
-Called by `wiring`; answers `link.LearnerLink`. Nothing is recorded but videos and the printed summary.
+Called by `wiring`; answers `link.LearnerLink`. Nothing is recorded but evaluation.csv and videos.
 """
 
 from typing import Any

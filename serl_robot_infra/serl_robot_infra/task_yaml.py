@@ -5,13 +5,12 @@ key is refused: a misspelt `safety` would otherwise switch the limits off.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from serl_config.nearest import nearest
 from serl_robot_infra.safety import SafetyChain
 from serl_transport.contract.bounds import check_name
-from serl_transport.contract.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec, required_keys
 
 KEYS = ("name", "spec", "env", "operator", "reward", "safety", "rate_hz", "noop_dims")
 NEEDED = {
@@ -34,9 +33,9 @@ def check_keys(task: Any, file: str) -> None:
         if task.get(key) is None:
             raise ValueError(f"{file}: missing key {key!r}: {what}")
     if isinstance(task["spec"], Mapping):
-        for field in fields(TaskSpec):
-            if field.name not in task["spec"]:
-                raise ValueError(f"{file}: missing key 'spec.{field.name}'")
+        for key in required_keys():
+            if key not in task["spec"]:
+                raise ValueError(f"{file}: missing key 'spec.{key}'")
 
 
 def check_names(run: Any, unique_identifier: Any) -> None:

@@ -30,6 +30,7 @@ from serl_robot_infra.link import LearnerLink
 from serl_robot_infra.observers.base import Observer, ObserverGroup
 from serl_robot_infra.observers.console import ConsoleObserver, Vitals
 from serl_robot_infra.observers.status import StatusObserver
+from serl_robot_infra.observers.trials import TrialTable
 from serl_robot_infra.openpi_policy import OpenpiPolicy, OpenpiSettings
 from serl_robot_infra.operators import (
     build_operator,
@@ -234,11 +235,13 @@ def _observers(
     cfg: DictConfig, env: Environment, link: LearnerLink, stream: TextIO, vitals: Callable[[], Vitals]
 ) -> list[Observer]:
     observers: list[Observer] = [ConsoleObserver(vitals, stream), StatusObserver(link.set_status)]
-    if cfg.rollout.video_every and env.spec.cameras:
+    run_dir, every = Path(cfg.runs_dir) / cfg.run, cfg.rollout.video_every
+    videos = {"demo": every, "online": every, "eval": cfg.rollout.get("evaluation_video_every", 0)}
+    if any(videos.values()) and env.spec.cameras:
         from serl_robot_infra.observers.video import VideoObserver
 
-        folder = Path(cfg.runs_dir) / cfg.run / "videos"
-        observers.append(VideoObserver(folder, cfg.rollout.video_every, env.spec.control_hz))
+        observers.append(VideoObserver(run_dir / "videos", videos, env.spec.control_hz))
+    observers.append(TrialTable(run_dir))  # behind the videos, which it names
     if cfg.rollout.rerun:
         from serl_robot_infra.observers.rerun_log import connected
 

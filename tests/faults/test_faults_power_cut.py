@@ -212,7 +212,7 @@ def look(cut: Cut, root: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(50, marks=[pytest.mark.soak, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize("count", [4, pytest.param(50, marks=[pytest.mark.soak, pytest.mark.timeout(1200)])])
 def test_power_cuts(disk, tmp_path, figures, count):
     image, folder = disk
     (tmp_path / "robot").mkdir()

@@ -53,14 +53,14 @@ def test_killing_trainer_gateway_and_actor_in_mid_run_loses_nothing(tmp_path, fr
     def online_episodes(n):
         return lambda status: status["counts"]["online"] >= n
 
-    with Run(tmp_path, free_ports, "+schedule.stages.3.episodes=40") as run:
+    with Run(tmp_path, free_ports, "+schedule.stages.3.episodes=24") as run:
         run.wait_for(step_reached(15))
         run.kill("serl_launcher.learner")
         run.wait_for(online_episodes(3), 180)
         run.kill("serl_launcher.gateway")
-        run.wait_for(online_episodes(15), 180)
+        run.wait_for(online_episodes(9), 180)
         run.kill("actor=true")
-        run.wait_for(online_episodes(25), 180)
+        run.wait_for(online_episodes(15), 180)
         run.kill("serl_launcher.learner")
         run.kill("serl_launcher.exporter")
         run.kill("serl_launcher.serving")

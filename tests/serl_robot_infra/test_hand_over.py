@@ -39,6 +39,7 @@ class Servo:
             name="servo", prompt="move", cameras={}, state_names=("p1", "p2"), state_low=(-3.0,) * 2,
             state_high=(3.0,) * 2, action_names=NAMES[control], action_low=(-limit,) * 2, action_high=(limit,) * 2,
             control_hz=HZ, max_ticks=250,
+            targets={"joint1": "p1", "joint2": "p2"} if control == "absolute" else {},
         )  # fmt: skip
 
     def reset(self, seed, *, actuator_noise=0.0):
@@ -111,27 +112,24 @@ class Ticks(Observer):
         self.steps.append(step)
 
 
-def settings(control):
-    targets = {"joint1": "p1", "joint2": "p2"} if control == "absolute" else None
-    return targets, HandSettings(
-        share=1.0, touch=False, release_s=0.5, gripper=None, gripper_closed="high", targets=targets
-    )
+def settings(gripper=None):
+    return HandSettings(share=1.0, touch=False, release_s=0.5, gripper=gripper, gripper_closed="high")
 
 
 def drive(control, follows, tmp_path, episodes, acceleration=True):
     """Run episodes of 250 ticks; the steps of each."""
     rng = np.random.default_rng(0)
     env = Servo(control, follows)
-    targets, hand = settings(control)
     names = NAMES[control]
     policy = Wild(env.spec, rng)
-    limits = {"max_speed": dict.fromkeys(names, MAX_SPEED), "targets": targets}
+    limits = {"max_speed": dict.fromkeys(names, MAX_SPEED)}
     if acceleration:
         limits["max_acceleration"] = dict.fromkeys(names, MAX_ACCELERATION)
+    operator = HandOperator(Dice(names, rng), env.spec, names, settings())
     estop = EmergencyStop(tmp_path / "estop")
     guard = RobotGuard(None, estop, 0, None)
     stack = ControlStack(
-        env=env, broker=ActionChunkBroker(policy, 4), operator=HandOperator(Dice(names, rng), env.spec, names, hand),
+        env=env, broker=ActionChunkBroker(policy, 4), operator=operator,
         safety=SafetyChain.of(env.spec, limits), reward=EnvironmentReward(), adder=Adder(io.BytesIO), pace=Pace(0),
         guard=guard,
     )  # fmt: skip
@@ -179,9 +177,7 @@ def test_a_thousand_hand_overs_make_no_jump(control, follows, tmp_path):
 
 
 def test_a_blocked_arm_is_not_let_fly_to_a_target_that_ran_away_from_it(tmp_path):
-    chain = SafetyChain.of(Servo("absolute", 1.0).spec, {
-        "max_speed": {"joint1": MAX_SPEED}, "targets": {"joint1": "p1"},
-    })  # fmt: skip
+    chain = SafetyChain.of(Servo("absolute", 1.0).spec, {"max_speed": {"joint1": MAX_SPEED}})
     blocked = np.zeros(2, np.float32)
     for _ in range(200):  # the policy pushes against what blocks it
         pushed = chain.filter(np.float32([3.0, 0.0]), blocked, "policy version 1")
@@ -192,8 +188,7 @@ def test_a_blocked_arm_is_not_let_fly_to_a_target_that_ran_away_from_it(tmp_path
 
 def test_taking_over_moves_no_joint_and_no_gripper():
     env = Servo("absolute", 1.0)
-    names, (targets, _) = ("joint1",), settings("absolute")
-    hand = HandSettings(share=1.0, touch=False, release_s=0.5, gripper="joint2", gripper_closed="high", targets=targets)
+    names, hand = ("joint1",), settings(gripper="joint2")
     device = Dice(names, np.random.default_rng(0))
     device.motion = dict
     operator = HandOperator(device, env.spec, names, hand)

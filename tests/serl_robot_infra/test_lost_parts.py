@@ -80,9 +80,9 @@ def test_what_the_driver_executed_is_recorded(spec, tmp_path):
 
 def chain():
     names = {"state_names": ["x"], "state_low": [-9], "state_high": [9], "action_names": ["x"]}
-    numbers = {"action_low": [-9], "action_high": [9], "control_hz": 10.0, "max_ticks": 9}
+    numbers = {"action_low": [-9], "action_high": [9], "control_hz": 10.0, "max_ticks": 9, "targets": {"x": "x"}}
     spec = TaskSpec.from_dict({"name": "n", "prompt": "p", "cameras": {}, **names, **numbers})
-    return SafetyChain(spec, max_speed={"x": 10.0}, max_acceleration={"x": 5.0}, targets={"x": "x"})
+    return SafetyChain(spec, max_speed={"x": 10.0}, max_acceleration={"x": 5.0})
 
 
 def test_the_next_limits_start_from_what_was_executed():

@@ -1,11 +1,13 @@
 """Observers: the console's lines, the videos, and that a failing observer stops nothing."""
 
 import contextlib
+import csv
 import io
 import re
 import socket
 import sys
 import time
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from serl_robot_infra.evaluation import EvaluationSummary, wilson
 from serl_robot_infra.observers.base import EpisodeReport, Observer, ObserverGroup
 from serl_robot_infra.observers.console import ConsoleObserver, Vitals
+from serl_robot_infra.observers.trials import TrialTable
 from serl_robot_infra.observers.video import VideoObserver
 from serl_transport.contract.schema import EpisodeInfo, Observation, Outcome, TimeStep
 
@@ -117,14 +120,14 @@ def test_how_it_ended(changes, words):
 
 
 def test_video_of_every_kth_episode(tmp_path):
-    observer = VideoObserver(tmp_path / "videos", every=2, fps=10)
+    observer = VideoObserver(tmp_path / "videos", {"online": 2, "eval": 1}, fps=10)
     for index in range(3):
         observer.episode_started(INFO)
         for tick in range(12):
             observer.tick(step(tick >= 6))
-        observer.episode_ended(report(success=index == 0), observation())
+        observer.episode_ended(report(success=index == 0, info=replace(INFO, episode_id=f"e{index}")), observation())
     names = sorted(path.name for path in (tmp_path / "videos").iterdir())
-    assert names == ["online-00000-seed7-success.mp4", "online-00002-seed7-failure.mp4"]
+    assert names == ["e0-success.mp4", "e2-failure.mp4"]
     with av.open(str(tmp_path / "videos" / names[0])) as video:
         frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
     assert len(frames) == 12 + 10  # ticks, and one second of the outcome
@@ -136,7 +139,7 @@ def test_video_of_every_kth_episode(tmp_path):
 
 
 def test_no_videos_at_zero(tmp_path):
-    observer = VideoObserver(tmp_path / "videos", every=0, fps=10)
+    observer = VideoObserver(tmp_path / "videos", {"online": 0, "eval": 1}, fps=10)
     observer.episode_started(INFO)
     observer.tick(step(False))
     observer.episode_ended(report(), observation())
@@ -225,8 +228,61 @@ def test_wilson_interval_by_hand():
 
 def test_evaluation_counts_whole_evaluation_episodes_only():
     summary = EvaluationSummary()
-    summary.add(report(mode="eval"))
-    summary.add(report(mode="eval", success=False, cut="time_limit"))
+    summary.add(report(mode="eval", driven_s=2.0))
+    summary.add(report(mode="eval", success=False, cut="time_limit", driven_s=6.0))
     summary.add(report(mode="eval", success=False, cut="stop"))
     summary.add(report(mode="online"))
-    assert summary.lines() == ["evaluation eval: 1/2 = 0.50 [0.09, 0.91]"]
+    assert summary.lines() == ["evaluation eval: 1/2 = 0.50 [0.09, 0.91], median 2.0 s to success"]
+    summary.add(report(mode="eval", driven_s=3.0))
+    assert summary.lines()[0].endswith("2/3 = 0.67 [0.21, 0.94], median 2.5 s to success")
+
+
+def test_an_evaluation_without_a_success_tells_no_time():
+    summary = EvaluationSummary()
+    summary.add(report(mode="eval", success=False, cut="time_limit", driven_s=6.0))
+    assert summary.lines() == ["evaluation eval: 0/1 = 0.00 [0.00, 0.79]"]
+
+
+def trial(stage="eval", episode_id="e1", **changes):
+    info = replace(INFO, mode="eval", stage=stage, episode_id=episode_id, prompt='pick, "do" it')
+    return report(info=info, **changes)
+
+
+def rows_of(folder):
+    with (folder / "evaluation.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_evaluation_trial_has_a_row_that_names_its_video(tmp_path):
+    group = ObserverGroup([VideoObserver(tmp_path / "videos", {"eval": 1}, fps=10), TrialTable(tmp_path)])
+    for told in (trial(driven_s=2.25), trial(episode_id="e2", success=False, cut="stop"), report(mode="online")):
+        group.episode_started(told.info)
+        group.tick(step(False))
+        group.episode_ended(told, observation())
+    TrialTable(tmp_path).episode_ended(trial("late", "e3"), observation())  # the next start of the actor
+    TrialTable(tmp_path).episode_ended(trial(episode_id="e4"), observation())
+    rows = rows_of(tmp_path)
+    assert [(row["stage"], row["trial"], row["success"], row["truncated_by"]) for row in rows] == [
+        ("eval", "1", "1", ""), ("eval", "2", "0", "stop"), ("late", "1", "1", ""), ("eval", "3", "1", ""),
+    ]  # fmt: skip
+    assert [row["video"] for row in rows] == ["videos/e1-success.mp4", "videos/e2-failure.mp4", "", ""]
+    assert (tmp_path / rows[0]["video"]).is_file()
+    first = {key: rows[0][key] for key in ("seed", "policy_version", "ticks", "seconds", "actor", "prompt")}
+    assert first == {"seed": "7", "policy_version": "7", "ticks": "30", "seconds": "2.250", "actor": "actor-0",
+                     "prompt": 'pick, "do" it'}  # fmt: skip
+
+
+def test_a_row_that_a_power_cut_tore_costs_that_row_alone(tmp_path):
+    TrialTable(tmp_path).episode_ended(trial(), observation())
+    with (tmp_path / "evaluation.csv").open("a") as file:
+        file.write("2026-01-01T00:00:00+0000,eval,8,2,7")
+    TrialTable(tmp_path).episode_ended(trial(episode_id="e9"), observation())
+    assert [row["episode_id"] for row in rows_of(tmp_path)] == ["e1", None, "e9"]
+
+
+def test_a_table_of_somebody_elses_is_left_as_it_is(tmp_path):
+    (tmp_path / "evaluation.csv").write_text("trial,success\n1,1\n")
+    stream = io.StringIO()
+    ObserverGroup([TrialTable(tmp_path), console(stream)]).episode_ended(trial(), observation())
+    assert "evaluation.csv: expected the columns time, stage, seed" in stream.getvalue()
+    assert (tmp_path / "evaluation.csv").read_text() == "trial,success\n1,1\n"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from absolute_pick import AbsolutePick
 
 from flowserl_cli.compose import load_config
 from serl_robot_infra.envs.pick import PickEnv
@@ -60,6 +61,16 @@ def test_a_hesitating_operator_stands_still_for_a_while_with_the_gripper_as_the_
         pauses.append(still.index(False))
         assert all(action[3] == -1 for action in actions[: pauses[-1]])
     assert 0 <= min(pauses) < max(pauses) <= 5
+
+
+def test_a_hesitating_operator_of_targets_keeps_the_robot_where_it_is():
+    env = AbsolutePick(cameras=())
+    operator = ScriptedOperator(env, takeover_tick=0, hesitation=9, still_dims=[0, 1, 2])
+    seen = env.reset(3)
+    operator.reset(np.random.default_rng(3), from_start=True)
+    action, by_hand = operator.act(seen, lambda: PROPOSAL, 0)
+    assert by_hand
+    assert action[:3].tolist() == seen.state[:3].tolist()
 
 
 def test_nobody_drives(env):

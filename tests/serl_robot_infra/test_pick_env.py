@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from absolute_pick import AbsolutePick
 
 from serl_robot_infra.envs.base import Environment, ScriptedEnvironment
 from serl_robot_infra.envs.pick import PickEnv
@@ -110,6 +111,18 @@ def test_expert_succeeds_quickly_even_on_a_disturbed_robot(blind, noise):
         ticks += blind._tick
     assert successes >= 49
     assert ticks / 50 < 22
+
+
+def test_a_disturbed_target_is_disturbed_by_what_it_moves_in_a_tick_not_by_its_range():
+    env = AbsolutePick(cameras=())
+    env.reset(0, actuator_noise=0.15)
+    told = env.target.copy()
+    heard = []
+    for _ in range(200):
+        env.step(np.float32([*told, -1.0]))
+        heard.append(env.target.copy())
+    # 0.15 of the 0.44 m that it crosses in five seconds at 10 Hz; of the range it would be 33 mm.
+    assert np.std(heard, axis=0) == pytest.approx(0.15 * 0.0088, rel=0.2)
 
 
 def test_expert_takes_over_from_whatever_state_a_poor_policy_left(blind):

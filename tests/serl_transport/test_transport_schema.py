@@ -30,6 +30,9 @@ def test_spec_survives_its_dict_and_the_wire():
         ({"control_hz": 0}, "control_hz: expected a number above 0, got 0"),
         ({"action_names": ["dx", "dx"]}, "names must differ"),
         ({"prompt": ""}, "prompt: expected a text of 1 to 4096 characters"),
+        ({"targets": {"dq": "x"}}, "targets: expected one of dx, grip, got 'dq'"),
+        ({"targets": {"dx": "q"}}, "targets.dx: expected one of x, y, z, got 'q'"),
+        ({"targets": ["dx"]}, r"targets: expected \{action name: state name\}, got \['dx'\]"),
     ],
 )
 def test_spec_names_the_offending_key(changes, message):
@@ -51,6 +54,19 @@ def test_differences_name_each_field_with_both_values():
         "action_low: [-0.1, 0.0] actor, [-0.2, 0.0] learner",
         "max_ticks: 20 actor, 30 learner",
     ]
+
+
+def test_which_actions_are_targets_is_part_of_the_contract():
+    absolute = spec(targets={"dx": "x"})
+    assert TaskSpec.from_dict(unpack(pack(absolute.to_dict()))) == absolute
+    assert absolute.target_dims == {0: 0}
+    assert spec().differences(absolute, "actor", "learner") == ["targets: {} actor, {'dx': 'x'} learner"]
+    assert "targets" not in spec().to_dict()  # as journals of earlier releases have it
+
+
+def test_the_full_move_of_a_target_is_a_share_of_its_range_and_of_a_displacement_its_limits():
+    moves = spec(targets={"dx": "x"}, action_low=[-10.0, -1.0], action_high=[40.0, 1.0], control_hz=20.0).full_moves()
+    assert moves.tolist() == [[-0.5, -1.0], [0.5, 1.0]]  # 50 in five seconds, 20 times a second
 
 
 def test_observation_check_names_camera_and_dim():

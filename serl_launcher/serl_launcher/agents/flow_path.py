@@ -70,16 +70,28 @@ def path_entropy(steps: int, dims: int, std: float) -> float:
 
 
 class NoiseScale(nn.Module):
-    """log σ of each flow step, as a small function of the features: bounded, one value a step and action dim."""
+    """log σ of each flow step, as a small function of the features: bounded, one value a step and action dim.
+
+    unit: float32[robot_dim], what initial, low and high are shares of; None: 1, the model's own units.
+    """
 
     def __init__(
-        self, feature_dim: int, steps: int, robot_dim: int, initial: float, low: float, high: float, width: int = 64
+        self,
+        feature_dim: int,
+        steps: int,
+        robot_dim: int,
+        initial: float,
+        low: float,
+        high: float,
+        unit: Tensor | None = None,
+        width: int = 64,
     ) -> None:
         super().__init__()
         if not 0 < low < initial < high:
             raise ValueError(f"algo.agent: expected 0 < min_std < init_std < max_std, got {low}, {initial} and {high}")
         self.steps, self.robot_dim = steps, robot_dim
         self._low, self._range = math.log(low), math.log(high) - math.log(low)
+        self.register_buffer("log_unit", torch.zeros(robot_dim) if unit is None else unit.log(), persistent=False)
         self.body = nn.Sequential(nn.Linear(feature_dim, width), nn.SiLU(), nn.Linear(width, steps * robot_dim))
         share = (math.log(initial) - self._low) / self._range
         nn.init.zeros_(self.body[2].weight)
@@ -88,7 +100,7 @@ class NoiseScale(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """float32[b, f] -> log σ: float32[K, b, 1, robot_dim]."""
         raw = self.body(features).view(len(features), self.steps, 1, self.robot_dim)
-        return (self._low + self._range * raw.sigmoid()).movedim(1, 0)
+        return (self._low + self._range * raw.sigmoid() + self.log_unit).movedim(1, 0)
 
 
 def _standard_normal(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ without gradient, for flow and critic alike. Formulas: agents.losses, critics.lo
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -50,23 +51,50 @@ class SACSettings(ValueSettings):
     cal_ql_samples: int  # chunks of the policy, and uniform ones, for each transition in that term
 
     def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> "SACAgent":
-        return SACAgent(policy, self, feature_dim=feature_dim(policy, task), horizon=horizon)
+        unit = noise_unit(task)
+        return SACAgent(policy, self, feature_dim=feature_dim(policy, task), horizon=horizon, unit=unit)
+
+
+def noise_unit(task: TaskSpec) -> Tensor:
+    """What the noise of each action dim is a share of, model units: float32[ad].
+
+    A displacement's is 1, its limit. A target's is the share of its range that it moves in a tick: a whole range is
+    where the robot may be, not how far it may go.
+    """
+    reach = (np.array(task.action_high) - np.array(task.action_low)) / 2
+    low, high = task.full_moves()
+    return torch.from_numpy((high - low) / 2 / reach).float()
 
 
 class SACAgent(ValueAgent):
-    """Flow actor, ensemble critic, temperature."""
+    """Flow actor, ensemble critic, temperature. unit: as of `NoiseScale`."""
 
     settings: SACSettings
 
-    def __init__(self, policy: FlowPolicy, settings: SACSettings, *, feature_dim: int, horizon: int) -> None:
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        settings: SACSettings,
+        *,
+        feature_dim: int,
+        horizon: int,
+        unit: Tensor | None = None,
+    ) -> None:
         super().__init__(policy, settings, feature_dim=feature_dim, horizon=horizon)
         if settings.squash:
             self._check_squash()
         self.noise_scale = NoiseScale(
-            feature_dim, settings.flow_steps, policy.robot_dim, settings.init_std, settings.min_std, settings.max_std
+            feature_dim,
+            settings.flow_steps,
+            policy.robot_dim,
+            settings.init_std,
+            settings.min_std,
+            settings.max_std,
+            unit,
         )
         dims = policy.action_horizon * policy.robot_dim
-        self.target_entropy = path_entropy(settings.flow_steps, dims, settings.target_std)
+        narrower = policy.action_horizon * settings.flow_steps * float(self.noise_scale.log_unit.sum())
+        self.target_entropy = path_entropy(settings.flow_steps, dims, settings.target_std) + narrower
         self.reference = Reference(policy)
 
     # Losses.

@@ -128,14 +128,16 @@ def _check_units(found: Fit, table: Table, spec: TaskSpec) -> None:
 
 def _check_targets(found: Fit, table: Table, spec: TaskSpec) -> None:
     """Absolute targets lie near the pose, changes near zero."""
-    if not set(spec.action_names) <= set(spec.state_names):
+    same = {k: spec.state_names.index(n) for k, n in enumerate(spec.action_names) if n in spec.state_names}
+    places = spec.target_dims or (same if len(same) == len(spec.action_names) else {})
+    if not places:
         return
-    pose = table.state[:, [found.state[spec.state_names.index(name)] for name in spec.action_names]]
-    action = table.action[:, found.action]
+    pose = table.state[:, [found.state[place] for place in places.values()]]
+    action = table.action[:, [found.action[place] for place in places]]
     from_pose, from_zero = np.square(action - pose).mean(), np.square(action).mean()
     if from_pose > 4 * from_zero:
         found.problems.append(
-            "action: the task's actions are targets of its own state dims, the recorded ones lie at 0 rather than at "
+            "action: the task's are target positions of its state dims, the recorded ones lie at 0 rather than at "
             f"the pose (rms {np.sqrt(from_zero):.3g} and {np.sqrt(from_pose):.3g}): changes, not targets?"
         )
 

@@ -60,14 +60,14 @@ def read_run(run_dir: Path) -> tuple[TaskSpec, ExporterOptions]:
 
 
 def _export(run_dir: Path, once: bool) -> None:
+    stop, parent = threading.Event(), os.getppid()
+    for number in () if once else (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
     spec, options = read_run(run_dir)
     video = wants_video(options.video, spec)
     journal = RunPaths(run_dir).journal
     if once and segment_numbers(journal) and read_mark(journal) is None:
         raise ValueError(f"{journal / MARK_FILE} is missing or damaged: start the learner once, it writes it anew")
-    stop, parent = threading.Event(), os.getppid()
-    for number in () if once else (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
 
     def stopping(seconds: float) -> bool:
         return once or stop.wait(seconds) or os.getppid() != parent

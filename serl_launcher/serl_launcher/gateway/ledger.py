@@ -49,6 +49,7 @@ class LedgerRow:
     whole: bool  # seen from its first tick to the task's own end (not cut, not stopped); only these count
     start_time: float  # unix s, the actor's clock
     end_time: float  # unix s, journalled by the gateway
+    seconds: float  # from the first tick to the end, by the actor's monotonic clock
 
     @staticmethod
     def of(closed: ClosedEpisode, episode: Episode) -> "LedgerRow":
@@ -73,6 +74,7 @@ class LedgerRow:
             whole=closed.whole and outcome.truncated_by in (None, "time_limit"),
             start_time=info.start_time,
             end_time=closed.time_ns / 1e9,
+            seconds=_seconds(arrays["time_ns"]),
         )
 
     @property
@@ -228,6 +230,12 @@ class Ledger:
             "transitions": self.transitions,
             "experience": self.experience,
         }
+
+
+def _seconds(time_ns: np.ndarray) -> float:
+    """Of n ticks, by when each began; the last one is taken to be as long as they are on average."""
+    n = len(time_ns)
+    return round(float(time_ns[-1] - time_ns[0]) / 1e9 * n / (n - 1), 3) if n > 1 else 0.0
 
 
 def scope_of(stage: str, actor: str, boot: str) -> Scope:

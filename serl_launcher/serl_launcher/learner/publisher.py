@@ -24,7 +24,7 @@ class Publisher:
 
     def __init__(self, folder: Path, learner: Learner, policy: FlowPolicy, *, name: str, keep: int) -> None:
         self._folder, self._learner, self._policy, self._name, self._keep = folder, learner, policy, name, keep
-        self._base = base_sha256(policy)
+        self.base = base_sha256(policy)  # of what is frozen, and of the units
         self._requests = 0  # of operators, that were obeyed
         self.version = 0  # the newest one; the first one published is 1
 
@@ -36,7 +36,7 @@ class Publisher:
             self._learner.averaged,
             version=self.version + 1,
             step=self._learner.step_count,
-            base=self._base,
+            base=self.base,
             policy=self._name,
             now=time.time(),
             keep=self._keep,
@@ -73,5 +73,5 @@ class Publisher:
 
     def check_frozen(self) -> None:
         """RuntimeError when training moved what is not published: the versions do not fit their base then."""
-        if base_sha256(self._policy) != self._base:
+        if base_sha256(self._policy) != self.base:
             raise RuntimeError("frozen parameters changed while training: published versions do not fit their base")

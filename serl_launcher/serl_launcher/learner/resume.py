@@ -23,7 +23,7 @@ from serl_launcher.learner.stage import StageProgress
 from serl_launcher.run import checkpoints
 from serl_launcher.run.alive import busy
 from serl_launcher.run.files import DamagedFileError
-from serl_launcher.run.parameters import find_parameters, read_tensors
+from serl_launcher.run.parameters import check_base, find_parameters, read_tensors
 
 log = logging.getLogger("trainer")
 
@@ -54,6 +54,7 @@ class TrainerCheckpoints:
             "rng": self._rng.bit_generator.state,
             "torch_rng": torch.get_rng_state().tolist(),
             "agent": self._agent,
+            "base": self._publisher.base,
         }
         optimizer = learner.optimizer_state()
         checkpoint.save(self._folder, learner.step_count, learner.tensors(), optimizer, state, self._keep)
@@ -75,7 +76,9 @@ class TrainerCheckpoints:
             raise DamagedFileError(self._nothing_whole())
         elif checkpoint_path:
             path = find_parameters(checkpoint_path)
-            self._learner.start_from(read_tensors(path)[0])
+            tensors, metadata = read_tensors(path)
+            self._learner.start_from(tensors)
+            check_base(path, metadata, self._publisher.base)
             log.info("starting from %s", path)
         else:
             self._publisher.refuse_to_replace_damaged()

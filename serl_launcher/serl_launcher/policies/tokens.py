@@ -2,12 +2,64 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import zlib
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from serl_transport.contract.bounds import shown
+
+log = logging.getLogger("policy")
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer answers."""
+
+    length: int  # tokens that the policy reads of a prompt
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids int64[b, l] and mask bool[b, l]; a longer prompt loses its tail, and the log says so once."""
+        ...
+
+    def count(self, prompt: str) -> int:
+        """Tokens of the whole prompt."""
+        ...
+
+
+def within(tokenizer: Tokenizer, before: str, text: str, behind: str) -> str:
+    """`text`, cut by whole words so that the prompt `before + text + behind` loses nothing else. The log says so once.
+
+    ValueError when the prompt is too long without any text.
+    """
+    words = text.split(" ")
+    if tokenizer.count(before + text + behind) <= tokenizer.length:
+        return text
+    fits = [n for n in range(len(words)) if tokenizer.count(before + " ".join(words[:n]) + behind) <= tokenizer.length]
+    if not fits:
+        raise ValueError(
+            f"prompt: {tokenizer.count(before + behind)} tokens before any task text (the state is in it), the policy "
+            f"reads {tokenizer.length}: a policy of more prompt tokens is needed (policy.size.prompt_tokens)"
+        )
+    kept = " ".join(words[: fits[-1]])
+    _tell_cut(text, tokenizer.count(before + text + behind), tokenizer.length, kept)
+    return kept
+
+
+@lru_cache(4096)
+def _tell_cut(text: str, tokens: int, length: int, kept: str | None = None) -> None:
+    """Once per text: a warning of what the policy does not read."""
+    rest = "its tail is cut off"
+    if kept is not None:
+        rest = f"the text behind {shown(kept[-40:])} is cut off, the state is read whole"
+    log.warning(
+        "prompt of %d tokens, the policy reads %d: %s (%s); say it shorter, or set policy.size.prompt_tokens where "
+        "weights begin at random", tokens, length, rest, shown(text),
+    )  # fmt: skip
 
 
 class WordHashTokenizer:
@@ -20,13 +72,18 @@ class WordHashTokenizer:
         self.vocab, self.length = vocab, length
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids int64[b, l] and mask bool[b, l]; longer prompts lose their tail."""
+        """As `Tokenizer`."""
         ids = torch.zeros(len(prompts), self.length, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
-            words = prompt.lower().split()[: self.length]
-            for column, word in enumerate(words):
+            words = prompt.lower().split()
+            if len(words) > self.length:
+                _tell_cut(prompt, len(words), self.length)
+            for column, word in enumerate(words[: self.length]):
                 ids[row, column] = self._id(word)
         return ids, ids != 0
+
+    def count(self, prompt: str) -> int:
+        return len(prompt.split())
 
     def _id(self, word: str) -> int:
         return 1 + zlib.crc32(word.encode()) % (self.vocab - 2)
@@ -68,17 +125,22 @@ class HubTokenizer:
         self.source, self.length = source, length
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids int64[b, l] and mask bool[b, l]; longer prompts lose their tail, as in training."""
-        out = self.tokenizer(
-            prompts,
-            max_length=self.length,
-            truncation=True,
-            padding="longest",
-            pad_to_multiple_of=min(16, self.length),
-            padding_side="right",
-            return_tensors="pt",
-        )
+        """As `Tokenizer`."""
+        out = self._encode(prompts)
+        counts = out["attention_mask"].sum(1).tolist()
+        if max(counts) > self.length:
+            for prompt, tokens in zip(prompts, counts, strict=True):
+                if tokens > self.length:
+                    _tell_cut(prompt, tokens, self.length)
+            out = self._encode(prompts, max_length=self.length, truncation=True)
         return out["input_ids"][:, : self.length], out["attention_mask"][:, : self.length].bool()
+
+    def count(self, prompt: str) -> int:
+        return len(self.tokenizer(prompt)["input_ids"])
+
+    def _encode(self, prompts: list[str], **cut: Any) -> Any:
+        shape = dict(padding="longest", pad_to_multiple_of=min(16, self.length), padding_side="right")
+        return self.tokenizer(prompts, return_tensors="pt", **shape, **cut)
 
 
 def is_offline(source: str) -> bool:

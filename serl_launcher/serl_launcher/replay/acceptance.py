@@ -21,6 +21,7 @@ class EpisodeColumns:
     action: np.ndarray  # float32[n, ad], executed, in the model's units ([-1, 1] over the action range)
     intervention: np.ndarray  # bool[n]
     threshold: float | None = None  # m of a schedule (replay.threshold); None: the rule's own
+    targets: Sequence[int] = ()  # action dimensions that are target positions (task.spec.targets)
 
     def __len__(self) -> int:
         return len(self.reward)
@@ -74,7 +75,7 @@ class SuccessRule:
         if self.require_success and not episode.success:
             return Selection.rejected(n, "failed")
         labels = ~before_takeover(episode.intervention, self.mask_before_takeover)
-        labels &= ~idle_starts(episode.action, episode.intervention, self.noop_threshold, self.noop_dims)
+        labels &= ~_idle(episode, self.noop_threshold, self.noop_dims)
         starts = labels & (episode.intervention | (np.arange(n) % self.autonomous_stride == 0))
         return Selection(bool(starts.any()), "accepted" if starts.any() else "noop", starts, labels)
 
@@ -99,7 +100,7 @@ class DemonstrationRule:
             return Selection.rejected(n, "short")
         if not episode.success:
             return Selection.rejected(n, "failed")
-        labels = ~idle_starts(episode.action, episode.intervention, self.noop_threshold, self.noop_dims)
+        labels = ~_idle(episode, self.noop_threshold, self.noop_dims)
         return Selection(bool(labels.any()), "accepted" if labels.any() else "noop", labels.copy(), labels)
 
 
@@ -132,24 +133,40 @@ def before_takeover(intervention: np.ndarray, reach: int | None) -> np.ndarray:
     return hidden
 
 
+def _idle(episode: EpisodeColumns, threshold: float, dims: Sequence[int] | None) -> np.ndarray:
+    return idle_starts(episode.action, episode.intervention, threshold, dims, episode.targets)
+
+
 def idle_starts(
-    action: np.ndarray, intervention: np.ndarray, threshold: float, dims: Sequence[int] | None
+    action: np.ndarray,
+    intervention: np.ndarray,
+    threshold: float,
+    dims: Sequence[int] | None,
+    targets: Sequence[int] = (),
 ) -> np.ndarray:
     """No-op ticks at the start of the episode, and where an operator has taken over and not moved yet: bool[n].
 
     A person needs a moment; a policy that imitates the moment stands still for ever. action: float32[n, ad] in units
-    of its range; a tick moves when one of `dims` exceeds `threshold`. Pauses later on may belong to the task.
+    of its range; a tick moves when one of `dims` exceeds `threshold`. A target position says where, not how far: it
+    moves when it is that far from where it stood at the stretch's first tick, so that a hand that trembles stands
+    still and one that creeps does not. Pauses later on may belong to the task.
 
     >>> action, drives = np.float32([[0], [1], [0], [0], [1], [0]]), np.array([0, 0, 0, 1, 1, 1], bool)
     >>> idle_starts(action, drives, 0.1, None).astype(int)
     array([1, 0, 0, 1, 0, 0])
+    >>> still_then_up = np.float32([[0.7], [0.71], [0.7], [0.9], [0.9], [0.9]])
+    >>> idle_starts(still_then_up, np.ones(6, bool), 0.1, None, targets=[0]).astype(int)
+    array([1, 1, 1, 0, 0, 0])
     """
-    moves = (np.abs(action if dims is None else action[:, list(dims)]) > threshold).any(axis=1)
     takeovers = np.flatnonzero(intervention[1:] & ~intervention[:-1]) + 1
-    idle = np.zeros(len(moves), bool)
+    counted = range(action.shape[1]) if dims is None else dims
+    absolute = np.isin(counted, targets)
+    action, n = action[:, list(counted)], len(action)
+    idle = np.zeros(n, bool)
     for start in (0, *takeovers):
-        moved = np.flatnonzero(moves[start:])
-        end = start + int(moved[0]) if len(moved) else len(moves)
+        moves = action[start:] - np.where(absolute, action[start : start + 1], 0.0)
+        moved = np.flatnonzero((np.abs(moves) > threshold).any(axis=1))
+        end = start + int(moved[0]) if len(moved) else n
         if start:  # no further than the operator's stretch
             released = np.flatnonzero(~intervention[start:end])
             end = start + int(released[0]) if len(released) else end

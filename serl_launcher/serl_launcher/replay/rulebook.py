@@ -34,7 +34,7 @@ class RuleBook:
         low, high = np.float32(spec.action_low), np.float32(spec.action_high)
         self._offset, self._scale = (high + low) / 2, (high - low) / 2
         check_noop_dims(getattr(rule, "noop_dims", None), spec)
-        self._rule, self.threshold = rule, threshold
+        self._rule, self.threshold, self._targets = rule, threshold, tuple(spec.target_dims)
         self.clear()
 
     def clear(self) -> None:
@@ -63,6 +63,7 @@ class RuleBook:
             action=(columns["action"] - self._offset) / self._scale,
             intervention=columns["intervention"],
             threshold=None if self.threshold is None else self.threshold.value,
+            targets=self._targets,
         )
         finite = bool(np.isfinite(episode.reward).all())
         selection = self._rule(episode) if finite else Selection.rejected(len(episode), "reward_not_finite")
@@ -92,11 +93,11 @@ def judge_journal(book: RuleBook, run_dir: Path, spec: TaskSpec) -> Iterator[Ver
 def check_noop_dims(dims: Sequence[int] | None, spec: TaskSpec) -> None:
     """They are dimensions of the task's action. Raises ValueError that names task.noop_dims."""
     n = len(spec.action_names)
-    if dims is not None and (isinstance(dims, int | str) or any(d not in range(n) for d in dims)):
+    if dims is not None and (isinstance(dims, int | str) or not dims or any(d not in range(n) for d in dims)):
         got = dims if isinstance(dims, int | str) else list(dims)
         raise ValueError(
             f"task.noop_dims (algo.rule.noop_dims): expected a list of dimensions of the action, "
-            f"0 to {n - 1} ({', '.join(spec.action_names)}), or null, got {got}"
+            f"0 to {n - 1} ({', '.join(spec.action_names)}), or null (all), got {got}"
         )
 
 

@@ -23,9 +23,9 @@ from serl_launcher.run.config import read_config, task_spec
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.ready import say_ready
 from serl_transport.config import TrainerConfig
-from serl_transport.contract.errors import CannotListen, SchemaMismatch
+from serl_transport.contract.errors import CannotListen, Internal, SchemaMismatch
 from serl_transport.contract.schema import Observation
-from serl_transport.contract.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec, all_finite
 from serl_transport.server import TrainerServer
 
 log = logging.getLogger("reward")
@@ -50,6 +50,8 @@ class RewardServer:
         card = self._model.card
         images = {camera: observation.images[camera][None].copy() for camera in card.cameras}
         said = self._model.probabilities(images, observation.state[None].copy())[0]
+        if not all_finite(said):  # compared with a threshold NaN would be "no success", without a word
+            raise Internal("reward.model answers NaN to this observation: train it again")
         return {
             "kind": card.kind,
             "probabilities": said.astype("float32"),

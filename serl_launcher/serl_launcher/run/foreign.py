@@ -21,6 +21,7 @@ from serl_launcher.run.config import read_config
 from serl_transport.contract.bounds import shown
 
 TRUST = "FLOWSERL_TRUST"
+WHOLE_PATH = 4096  # a path that a person must find is shown whole
 CONFIG_DIR = Path(__file__).resolve().parents[3] / "config"
 DOCUMENTED = frozenset({"serl_launcher.replay.threshold.QuantileThreshold"})  # no yaml of ours names it
 _TARGET = re.compile(r"_target_:\s*([\w.]+)")
@@ -51,9 +52,10 @@ def check_links(folder: Path) -> None:
                 continue
             target = Path(os.path.realpath(path))  # of a link that leads to itself, the link
             if not any(target.is_relative_to(place) for place in allowed):
+                place = shown(str(target if target.is_dir() else target.parent), WHOLE_PATH)
                 raise ValueError(
-                    f"{path} is a link to {shown(str(target))}, out of the folder: put the file itself there; if you "
-                    f"made the link, set {TRUST}={shown(str(target if target.is_dir() else target.parent), 300)}"
+                    f"{path} is a link to {shown(str(target), WHOLE_PATH)}, out of the folder: put the file itself "
+                    f"there; if you made the link, set {TRUST}={place}"
                 )
 
 

@@ -114,7 +114,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         names = {name: name for name in f.keys()}  # noqa: SIM118
         if _of_checkpoint(path):
             names = {n.removeprefix(AVERAGED): n for n in names if n.startswith(AVERAGED)}
-        return {short: f.get_tensor(name) for short, name in names.items()}, f.metadata() or {}
+        metadata = f.metadata() or {}
+        if _of_checkpoint(path) and (base := checkpoints.read_state(path.parent).get("base")):
+            metadata["base_sha256"] = base
+        return {short: f.get_tensor(name) for short, name in names.items()}, metadata
 
 
 def version_of(path: Path) -> int:
@@ -152,13 +155,22 @@ def checked_tensors(want: dict[str, Tensor], path: Path, base: str | None = None
     problems = describe_mismatch(want, tensors)
     if problems:
         raise ValueError(f"{path.name} does not fit this policy: " + "; ".join(problems))
-    if base is not None and metadata.get("base_sha256") != base and not _of_checkpoint(path):  # which names none
-        theirs = metadata.get("base_sha256", "none")
-        raise ValueError(
-            f"{path.name} was trained on another frozen base: expected {base[:12]}, got {theirs[:12]}; "
-            "check policy.seed and checkpoint_path on both sides"
-        )
+    if base is not None:
+        check_base(path, metadata, base)
     return {name: tensors[name].to(device=p.device, dtype=p.dtype) for name, p in want.items()}, metadata
+
+
+def check_base(path: Path, metadata: dict[str, str], base: str) -> None:
+    """Raise ValueError with both hashes unless a file's parameters were trained on this frozen base, in these units.
+
+    A checkpoint of an older release names none, and is taken.
+    """
+    theirs = metadata.get("base_sha256", "none")
+    if theirs != base and not (theirs == "none" and _of_checkpoint(path)):
+        raise ValueError(
+            f"{path} was trained on another frozen base or in other units: expected {base[:12]}, got {theirs[:12]}; "
+            "compare policy.seed, policy.checkpoint and the task's state and action ranges with those of its run"
+        )
 
 
 @torch.no_grad()

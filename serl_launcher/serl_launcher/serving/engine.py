@@ -33,7 +33,7 @@ from serl_launcher.run.parameters import base_sha256, checked_tensors
 from serl_launcher.run.versions import PublishedVersion, newest_whole
 from serl_launcher.serving.graphs import GraphRunner, bucket_of, bucket_sizes
 from serl_launcher.serving.query import Query
-from serl_transport.contract.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec, all_finite
 
 log = logging.getLogger("policy")
 
@@ -70,6 +70,7 @@ class PolicyEngine:
         self._refused = -1
         self._staged: deque[Staged] = deque(maxlen=1)  # a newer one replaces it; safe between threads
         self.version = -1
+        self.trouble: str | None = None  # why the newest version is not served, for people
 
     def _graph_runner(self, switch: Any) -> GraphRunner | None:
         """Graphs where they are wanted. Raises ValueError when they cannot be had."""
@@ -118,8 +119,9 @@ class PolicyEngine:
         except (ValueError, OSError) as problem:
             self._refused = newest.version
             log.error("version %d refused, serving %d on: %s", newest.version, self.version, problem)
+            self.trouble = f"version {newest.version} is refused: {problem}"
             return False
-        self._ready = newest
+        self._ready, self.trouble = newest, None
         return True
 
     def stage_file(self, path: Path, version: int) -> None:
@@ -212,6 +214,8 @@ class PolicyEngine:
 
     def _physical(self, chunks: Tensor, queries: Sequence[Query]) -> list[np.ndarray]:
         actions = self.policy.physical_actions(chunks).float().cpu().numpy()
+        if not all_finite(actions):
+            raise FloatingPointError("the policy made actions that are NaN or infinite")
         parts = np.split(actions, np.cumsum([query.rows for query in queries])[:-1])
         return [part[0] if query.samples is None else part for part, query in zip(parts, queries, strict=True)]
 

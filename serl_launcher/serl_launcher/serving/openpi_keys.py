@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from openpi_client.image_tools import resize_with_pad
-from serl_transport.contract.bounds import shown
-from serl_transport.contract.specs import TaskSpec
+from serl_transport.contract.bounds import LARGEST, shown
+from serl_transport.contract.specs import TaskSpec, check_finite
 
 PASSED_ON = ("seed", "samples", "min_version", "deadline_ms", "prefix_actions", "inference_delay", "mode")
 
@@ -57,21 +57,40 @@ def _image(message: Mapping[str, Any], camera: str, size: tuple[int, int], keys:
         image = np.moveaxis(image, 0, 2)
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"camera {camera!r}: expected [h, w, 3] or [3, h, w], got {list(image.shape)}")
-    if image.dtype.kind == "f":
-        image = np.nan_to_num(image).clip(0, 1) * 255
-    return resize_with_pad(np.ascontiguousarray(image, np.uint8), *size)
+    return resize_with_pad(_pixels(image, camera), *size)
+
+
+def _pixels(image: np.ndarray, camera: str) -> np.ndarray:
+    """uint8[h, w, 3] of uint8, of whole numbers from 0 to 255, or of floats from 0 to 1. ValueError for other values:
+    clipped they would be a white or a black picture, and an action would be answered to it."""
+    if image.dtype == np.uint8:
+        return np.ascontiguousarray(image)
+    highest = {"f": 1, "i": 255, "u": 255}.get(image.dtype.kind)
+    if highest is None:
+        raise ValueError(f"camera {camera!r}: expected uint8 or float in [0, 1], got {image.dtype}")
+    low, high = image.min(), image.max()
+    if not (low >= 0 and high <= highest):  # NaN is neither
+        wanted = "float in [0, 1] (or uint8)" if highest == 1 else "whole numbers in [0, 255]"
+        raise ValueError(f"camera {camera!r}: expected {wanted}, got {image.dtype} from {low:g} to {high:g}")
+    return np.ascontiguousarray(image * 255 if highest == 1 else image, np.uint8)
 
 
 def _state(message: Mapping[str, Any], spec: TaskSpec, keys: Mapping[str, str]) -> np.ndarray:
     state = _find(message, _candidates("state", "", keys), "state")
     if state.shape != (len(spec.state_names),):
         raise ValueError(f"state: expected {len(spec.state_names)} numbers, got shape {list(state.shape)}")
+    if state.dtype.kind not in "fiu":
+        raise ValueError(f"state: expected numbers, got {state.dtype}")
+    check_finite("state", state, spec.state_names, LARGEST)  # as it came: a float64 may be beyond float32
     return state.astype(np.float32)
 
 
 def _text(value: Any) -> str:
     if isinstance(value, bytes):
-        value = value.decode(errors="replace")
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"prompt: expected UTF-8 text, got the bytes {shown(value)}") from None
     if not isinstance(value, str):
         raise ValueError(f"prompt: expected a text, got {type(value).__name__}")
     return value

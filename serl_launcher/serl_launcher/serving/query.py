@@ -44,11 +44,11 @@ def query_from_body(body: dict[str, Any], spec: TaskSpec) -> Query:
     spec.check_observation(checked)
     if body.get("mode") not in (None, *MODES):
         raise ValueError(f"infer: mode: expected one of {', '.join(MODES)}, got {shown(body['mode'])}")
-    prefix = _prefix_actions(body.get("prefix_actions"), spec)
+    prefix, prompt = _prefix_actions(body.get("prefix_actions"), spec), body.get("prompt")
     return Query(
         images=dict(checked.images),
         state=checked.state,
-        prompt=check_text("infer: prompt", body.get("prompt") or spec.prompt, PROMPT_CHARACTERS),
+        prompt=spec.prompt if prompt is None else check_text("infer: prompt", prompt, PROMPT_CHARACTERS),
         seed=_whole(body, "seed", None, 0, INT64),
         samples=_whole(body, "samples", None, 1, MAX_SAMPLES),
         prefix_actions=prefix,

@@ -132,7 +132,8 @@ class PolicyServer:
         if version < wanted:
             if self._engine.will_serve(wanted) and len(self._parked) < self._max_parked:
                 return None
-            raise NotReady(f"policy version {wanted} was asked for, {version} is served: ask again")
+            why = f" ({self._engine.trouble})" if self._engine.trouble else ""
+            raise NotReady(f"policy version {wanted} was asked for, {version} is served{why}: ask again")
         query = query_from_body(body, self._engine.spec)
         deadline, evaluation = request.arrived + _deadline_s(body), body.get("mode") == "eval"
         return Waiting(request, query, request.actor, request.arrived, deadline, evaluation)

@@ -112,7 +112,12 @@ def _write_config(paths: RunPaths, cfg: DictConfig) -> None:
 
 
 def is_complete(paths: RunPaths, cfg: DictConfig) -> bool:
-    """Did a run with this very schedule finish here? A damaged summary is made again: the stages are not."""
+    """Did a run with this very schedule finish here? A damaged summary is made again: the stages are not.
+
+    A schedule without stages never finishes: its summary is of the evaluations so far.
+    """
+    if not cfg.schedule.stages:
+        return False
     try:
         if read_sealed(paths.summary) is None or not os.path.lexists(paths.config):
             return False

@@ -91,7 +91,11 @@ class Supervisor:
             self._stop_all()
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
-        return self._sum_up() if code == DONE else code
+        if code == DONE:
+            return self._sum_up("is complete")
+        if not self._ends and self._status.body.get("eval"):
+            self._sum_up("was stopped; its evaluations so far")
+        return code
 
     def _loop(self, link: SupervisorLink) -> int:
         last_look, next_dashboard = time.monotonic() - LOOK_S, 0.0
@@ -197,20 +201,20 @@ class Supervisor:
                 child.stop(hurry=lambda: self._signal is not None)
         self._signal = self._signal or first
 
-    def _sum_up(self) -> int:
-        """The figures of a finished run; the exit code."""
+    def _sum_up(self, how: str) -> int:
+        """The figures of a run; the exit code."""
         from serl_launcher.telemetry.summary import write_summary
 
         try:
             rows = write_summary(self._paths.root)
         except OSError as error:
             self._screen.event(
-                f"every stage is done, but {self._paths.summary} cannot be written: {error}. Start again"
+                f"run {self._paths.root.name} {how}, but {self._paths.summary} cannot be written: {error}. Start again"
             )
             return GAVE_UP
         width = max(map(len, rows))
         table = "\n".join(f"  {key:<{width}}  {_short(value)}" for key, value in rows.items())
-        self._screen.plain(f"run {self._paths.root.name} is complete\n{table}")
+        self._screen.plain(f"run {self._paths.root.name} {how}\n{table}")
         self._screen.plain(f"  {self._paths.summary}\n  {self._paths.learning_curve}")
         return DONE
 

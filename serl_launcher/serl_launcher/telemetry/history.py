@@ -18,6 +18,9 @@ from serl_launcher.run.files import read_json
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.metrics import read_metrics
 
+AD_HOC = "adhoc_"  # how the names of the gateway's stages begin that actors asked for themselves
+_OPTIONAL = ("whole", "seconds")  # keys of a line that earlier releases lack
+
 
 @dataclass(frozen=True, slots=True)
 class EpisodeRecord:
@@ -33,6 +36,9 @@ class EpisodeRecord:
     whole: bool  # not cut: its outcome counts
     start_time: float  # unix s
     end_time: float  # unix s
+    boot: str  # of the actor's process
+    policy_version_last: int  # that acted
+    seconds: float | None = None  # from the first tick to the end; None: an earlier release's line
 
     @property
     def autonomous(self) -> bool:
@@ -44,9 +50,10 @@ class EpisodeRecord:
 class StageRecord:
     """One stage that took place."""
 
-    name: str  # as in the schedule
+    name: str  # as in the schedule, or adhoc_<mode> of what actors asked for themselves
     mode: str  # demo | train | eval | online
-    episodes: tuple[EpisodeRecord, ...]  # whole ones; an evaluation holds each seed once
+    episodes: tuple[EpisodeRecord, ...]  # whole ones; an evaluation holds each seed once, one that actors asked for
+    # themselves those of the newest version, each seed once a process: it may be made again and again
     ticks: int  # of all its episodes
     steps: int  # trainer steps in it
     start_time: float  # unix s of its first sign of life
@@ -100,10 +107,10 @@ def _read_episodes(path: Path) -> list[EpisodeRecord]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), start=1):
         try:
             row = json.loads(line)
-            values = {name: row[name] for name in EpisodeRecord.__dataclass_fields__ if name != "whole"}
+            values = {name: row[name] for name in EpisodeRecord.__dataclass_fields__ if name not in _OPTIONAL}
         except (ValueError, KeyError) as error:
             raise ValueError(f"{path} line {number}: {error!r}") from None
-        records.append(EpisodeRecord(**values, whole=row.get("whole", True)))
+        records.append(EpisodeRecord(**values, whole=row.get("whole", True), seconds=row.get("seconds")))
     return records
 
 
@@ -130,6 +137,16 @@ def _first_ordinals(stages: Sequence[StageRecord], episodes: Sequence[EpisodeRec
     return first
 
 
+def _trial(episode: EpisodeRecord) -> tuple[str, int]:
+    """What of an evaluation counts once."""
+    return (episode.boot if episode.stage.startswith(AD_HOC) else "", episode.seed)
+
+
+def _newest_version(episodes: Sequence[EpisodeRecord]) -> list[EpisodeRecord]:
+    newest = max((episode.policy_version_last for episode in episodes), default=-1)
+    return [episode for episode in episodes if episode.policy_version_last == newest]
+
+
 def _stage(
     name: str, mode: str, episodes: Sequence[EpisodeRecord], metrics: Sequence[Mapping[str, Any]], steps: int
 ) -> StageRecord | None:
@@ -140,5 +157,6 @@ def _stage(
         return None
     counted = [episode for episode in mine if episode.whole]
     if mode == "eval":
-        counted = list({episode.seed: episode for episode in reversed(counted)}.values())[::-1]
+        counted = _newest_version(counted) if name.startswith(AD_HOC) else counted
+        counted = list({_trial(episode): episode for episode in reversed(counted)}.values())[::-1]
     return StageRecord(name, mode, tuple(counted), sum(e.n_ticks for e in mine), steps, min(times), max(times))

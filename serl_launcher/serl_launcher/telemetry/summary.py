@@ -1,4 +1,5 @@
-"""summary.json and learning_curve.png of a run. The supervisor calls `write_summary` when every stage is done.
+"""summary.json and learning_curve.png of a run. The supervisor calls `write_summary` when every stage is done, and when
+a learner without stages, which serves evaluations, is stopped.
 
 Also `python -m serl_launcher.telemetry.summary <run_dir>`, at any time. docs/data.md explains each figure.
 """
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from serl_launcher.run.files import write_sealed
@@ -45,6 +47,7 @@ def summarise(history: RunHistory) -> dict[str, Any]:
         "success_rate_interval": final["interval"],
         "success_rate_episodes": final["episodes"],
         "success_rate_from": after.name if after else f"last {RECENT} online episodes",
+        "median_seconds_to_success": _median_seconds(after.episodes) if after else None,
         "success_rate_before_online": start["rate"],
         "success_rate_before_online_interval": start["interval"],
         "episodes": len(history.episodes),
@@ -91,6 +94,12 @@ def _rate(successes: int, n: int) -> dict[str, Any]:
     return {"rate": round(successes / n, 4), "interval": [round(low, 4), round(high, 4)], "episodes": n}
 
 
+def _median_seconds(episodes: Sequence[EpisodeRecord]) -> float | None:
+    """From the first tick to the end, of the successes whose time is known."""
+    seconds = [e.seconds for e in episodes if e.success and e.seconds is not None]
+    return round(median(seconds), 3) if seconds else None
+
+
 def _helped(episodes: Sequence[EpisodeRecord]) -> float | None:
     return round(sum(e.interventions > 0 for e in episodes) / len(episodes), 4) if episodes else None
 
@@ -110,6 +119,7 @@ def _stage_row(stage: StageRecord) -> dict[str, Any]:
         "episodes": result["episodes"],
         "success_rate": result["rate"],
         "success_rate_interval": result["interval"],
+        "median_seconds_to_success": _median_seconds(stage.episodes),
         "ticks": stage.ticks,
         "steps": stage.steps,
         "minutes": round((stage.end_time - stage.start_time) / 60, 2),

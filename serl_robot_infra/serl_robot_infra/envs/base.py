@@ -4,13 +4,13 @@ Called by `actor.Actor`; implemented by each file of this folder. Observations f
 in physical units. In the spirit of dm_env and gymnasium, with one addition: success is told apart from termination.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from serl_transport.contract.schema import Observation
-from serl_transport.contract.specs import TaskSpec
+from serl_transport.contract.specs import TaskSpec, kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,11 @@ class StepResult:
     )
 
 
+def kept_result(result: StepResult) -> StepResult:
+    """The same with copies: a driver may hand out the arrays that it writes the next tick to."""
+    return replace(result, observation=result.observation.kept(), executed=kept(result.executed))
+
+
 class PartLostError(Exception):
     """A camera, a bus or the operator's device does not answer; the message says which, for people.
 
@@ -39,6 +44,9 @@ class PartLostError(Exception):
 @runtime_checkable
 class Environment(Protocol):
     """A robot or a simulator. One episode at a time, one thread.
+
+    What it returns may be the same arrays at every tick: the loop copies them at once. The action that it is given is
+    its own.
 
     A robot also has `hold()` and `stop()` (guard.Stoppable), called from any thread, also during `step` and `reset`.
     One whose controller can be reached twice names a `stopper`: a config node of what stops it from another process
@@ -56,8 +64,8 @@ class Environment(Protocol):
         Args:
             seed: the whole episode start is a function of it.
             actuator_noise: standard deviation of a disturbance that the robot adds to the translation when it executes
-                an action, in units of the action's range. The recorded action stays the commanded one, so that
-                demonstrations show recovery (DART, Laskey et al. 2017). A real robot refuses anything but 0.
+                an action, in units of its full move (`TaskSpec.full_moves`). The recorded action stays the commanded
+                one, so that demonstrations show recovery (DART, Laskey et al. 2017). A real robot refuses all but 0.
         """
         ...
 

@@ -101,7 +101,8 @@ class GymnasiumEnv:
         """Execute float32[ad], in the task's units."""
         move = np.clip(np.asarray(action, np.float64), self._low, self._high)
         if self._noise:
-            span = (self._high - self._low) / 2.0
+            low, high = self.spec.full_moves()
+            span = (high - low) / 2.0
             move[self._noise_dims] += self._rng.normal(0.0, self._noise, len(self._noise_dims)) * span[self._noise_dims]
             move = np.clip(move, self._low, self._high)
         share = (move - self._low) / (self._high - self._low)
@@ -110,8 +111,8 @@ class GymnasiumEnv:
         self.raw, reward, ended, late, info = self._env.step(wish)
         self._tick += 1
         ended = bool(np.ravel(_array(ended))[0])
-        success = ended if self._success == "terminated" else bool(np.ravel(_array(self._said(info)))[0])
-        earned = float(success) if self._reward == "success" else float(np.ravel(_array(reward))[0])
+        success = ended if self._success == "terminated" else self._said(info)
+        earned = float(success) if self._reward == "success" else np.ravel(_array(reward))[0]  # the actor checks it
         ended = ended or success
         late = bool(np.ravel(_array(late))[0]) or self._tick >= self.spec.max_ticks
         return StepResult(self._observe(), earned, ended, late and not ended, success)
@@ -154,13 +155,16 @@ class GymnasiumEnv:
                 made[camera] = make_renderer(model, *self.spec.cameras[camera], renderer)
         return made
 
-    def _said(self, info: Mapping[str, Any]) -> Any:
+    def _said(self, info: Mapping[str, Any]) -> bool:
         value: Any = info
         for key in self._success.split("/"):
             if key not in value:
                 raise ValueError(f"task.env.success: info has no {self._success!r}{nearest(key, list(value), show=40)}")
             value = value[key]
-        return value
+        said = np.ravel(_array(value))[0]
+        if said not in (0, 1):  # bool(nan) would be a success
+            raise ValueError(f"task.env.success: expected {self._success!r} of info to be true or false, got {value!r}")
+        return bool(said)
 
     def _observe(self) -> Observation:
         state = np.concatenate([_part(self.raw, source) for source in self._sources])
@@ -173,7 +177,7 @@ class GymnasiumEnv:
         image = image[0] if image.ndim == 4 and len(image) == 1 else image
         if refusal := shape_refusal(camera, image.shape, self.spec.cameras[camera]):
             raise ValueError(refusal)
-        return fitted(image, self.spec.cameras[camera])
+        return fitted(image, self.spec.cameras[camera], camera)
 
     def _check(self, seen: Observation) -> None:
         """The spec against what really comes; ValueError names the first difference."""

@@ -4,8 +4,12 @@ import numpy as np
 from PIL import Image
 
 
-def fitted(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8[h, w, 3] of `size` (h, w), averaged where the camera's is larger."""
+def fitted(image: np.ndarray, size: tuple[int, int], camera: str = "") -> np.ndarray:
+    """uint8[h, w, 3] of `size` (h, w), averaged where the camera's is larger. ValueError for another dtype: whether a
+    float's white is 1 or 255 is not known here."""
+    if image.dtype != np.uint8:
+        low, high = (image.min(), image.max()) if image.size else (0, 0)
+        raise ValueError(f"camera {camera!r}: expected a picture of uint8, got {image.dtype} from {low:g} to {high:g}")
     if image.shape[:2] == size:
         return np.ascontiguousarray(image)
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BOX))

@@ -219,7 +219,7 @@ class LeRobotEnv:
                 self._froze = self._froze or check.is_frozen(seen[camera])
                 if self._froze:
                     raise TimeoutError(f"camera {camera}: the same picture for {check.limit_s:g} s")
-        images = {camera: fitted(seen[camera], size) for camera, size in self.spec.cameras.items()}
+        images = {camera: fitted(seen[camera], size, camera) for camera, size in self.spec.cameras.items()}
         return Observation(images, np.array([seen[name] for name in self.spec.state_names], np.float32))
 
     def _sees(self, camera: Any) -> bool:

@@ -59,7 +59,7 @@ class SimulatedEnv:
 
     def _disturbed(self, action: np.ndarray) -> np.ndarray:
         """A clipped action as the robot executes it, float64[ad]: with the noise in its translation."""
-        noise = self._noise_rng.normal(0.0, self._noise, 3) * self._high[:3]
+        noise = self._noise_rng.normal(0.0, self._noise, 3) * self.spec.full_moves()[1, :3]
         return np.clip([*(action[:3] + noise), *action[3:]], self._low, self._high)
 
     def _observe(self) -> Observation:

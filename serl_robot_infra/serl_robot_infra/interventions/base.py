@@ -5,11 +5,12 @@ it away, or say that the scene is ready.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
 
+from serl_robot_infra.envs.base import StepResult
 from serl_transport.contract.schema import Observation
 
 
@@ -30,6 +31,21 @@ class Words:
 
 WORDS = tuple(field.name for field in fields(Words))
 NOTHING_SAID = Words()
+
+
+def ruled(result: StepResult, said: Words, return_so_far: float) -> StepResult:
+    """A person's word outranks whoever judged the tick; failure outranks success, and a discard both.
+
+    A success brings what the rewards before lacked to 1, as a relabelled one does (docs/algorithms/rewards.md).
+    """
+    if said.discard:
+        return replace(result, terminated=False, truncated=True, success=False)
+    if said.failure:
+        return replace(result, reward=0.0, terminated=True, truncated=False, success=False)
+    if said.success:
+        reward = max(0.0, 1.0 - return_so_far)
+        return replace(result, reward=reward, terminated=True, truncated=False, success=True)
+    return result
 
 
 class OperatorGoneError(Exception):

@@ -3,7 +3,7 @@
     device ─▶ motion per action name, in [-1, 1] ─▶ takes over? ─▶ action float32[ad], a share of the task's limits
            └▶ commands: takeover, gripper, and the words of `base.Words`
 
-A displacement moves while the device is deflected. A target position (task.safety.targets) begins at what the robot
+A displacement moves while the device is deflected. A target position (task.spec.targets) begins at what the robot
 senses when the person takes over and moves from there, never far ahead of it. The gripper keeps the command it had
 until the person toggles it. So taking over moves nothing by itself.
 """
@@ -35,7 +35,6 @@ MEANINGS = {
     "ready": "ready: the scene is set (asked for before an episode, rollout.wait_for_ready)",
     "stop": "stop after this episode",
 }
-_SWEEP_S = 5.0  # at full deflection and share 1 a target crosses its range in so long
 _LEAD_S = 0.3  # a target runs no further ahead of what is sensed than it moves in so long
 
 
@@ -79,7 +78,6 @@ class HandSettings:
     release_s: float  # untouched for so long, it lets go (where a touch took over), seconds
     gripper: str | None  # the action that the gripper key commands; auto: grip or gripper; null: none
     gripper_closed: str  # high or low: at which limit of that action the gripper is closed
-    targets: Mapping[str, str] | None  # task.safety.targets: action name -> state name
 
     def __post_init__(self) -> None:
         if not 0 < _number(self.share, "share") <= 1:
@@ -99,12 +97,9 @@ class HandOperator(Intervention):
         self._device, self._spec, self._settings = device, spec, settings
         self._low, self._high = np.float32(spec.action_low), np.float32(spec.action_high)
         self._places = {name: spec.action_names.index(name) for name in axes}
-        self._targets = {  # action place -> state place
-            spec.action_names.index(action): spec.state_names.index(state)
-            for action, state in (settings.targets or {}).items()
-        }
+        self._targets = spec.target_dims  # action place -> state place
         self._gripper = _gripper_of(spec, settings, axes)
-        self._step = self._full_steps()
+        self._step = spec.full_moves() * settings.share
         self.vocabulary = tuple(word for word in WORDS if word in device.commands)
         self._begin(from_start=False)
 
@@ -181,13 +176,6 @@ class HandOperator(Intervention):
         elif not self._drives(touched=False):
             return
         self._toggles = not self._toggles
-
-    def _full_steps(self) -> np.ndarray:
-        """float64[2, ad]: what full deflection down and up moves in a tick."""
-        steps = np.stack([self._low, self._high]).astype(np.float64)
-        for place in self._targets:
-            steps[:, place] = np.array([-1, 1]) * (steps[1, place] - steps[0, place]) / _SWEEP_S / self._spec.control_hz
-        return steps * self._settings.share
 
     def _action(self, motion: Mapping[str, float], observation: Observation) -> np.ndarray:
         action = np.zeros(len(self._low), np.float64)

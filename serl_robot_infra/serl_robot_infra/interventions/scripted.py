@@ -21,7 +21,7 @@ class ScriptedOperator(Intervention):
     takeover_tick: int = 22  # the tick from which it drives an online episode
     jitter: int = 0  # the takeover tick of an episode is drawn from `takeover_tick` ± this
     hesitation: int = 0  # ticks without motion before it begins to act, drawn from 0 to this, as people need them
-    still_dims: Sequence[int] | None = None  # action dims that are 0 meanwhile; None: all
+    still_dims: Sequence[int] | None = None  # action dims that stand still meanwhile; None: all
     _expert: Expert = field(init=False)
     _drives_from: int = field(init=False, default=0)
     _moves_from: int = field(init=False, default=0)
@@ -51,7 +51,10 @@ class ScriptedOperator(Intervention):
             return self._expert.act(), True
         if tick >= self._drives_from:
             action = self._expert.act()
-            action[slice(None) if self.still_dims is None else list(self.still_dims)] = 0.0
+            still = range(len(action)) if self.still_dims is None else self.still_dims
+            targets = self.env.spec.target_dims
+            for place in still:  # a displacement of nothing; a target where the robot is
+                action[place] = observation.state[targets[place]] if place in targets else 0.0
             self._expert.reset()
             return action, True
         return propose(), False

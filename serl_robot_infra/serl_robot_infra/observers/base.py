@@ -29,6 +29,17 @@ class EpisodeReport:
     seconds: float  # wall time from reset to end
     policy_version: int  # that drove last; -1: none did
     last: bool = False  # a person said that no episode shall follow
+    driven_s: float = 0.0  # wall time from the first tick to the end
+
+    @property
+    def result(self) -> str:
+        """`success` or `failure`."""
+        return "success" if self.outcome.success else "failure"
+
+    @property
+    def video_name(self) -> str:
+        """The file of its video, where it has one."""
+        return f"{self.info.episode_id}-{self.result}.mp4"
 
 
 class Observer:

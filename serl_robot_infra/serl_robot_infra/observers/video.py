@@ -3,8 +3,8 @@
 Frames are kept by reference while the episode runs and encoded when it has ended, so the control loop pays nothing.
 """
 
-import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import av
@@ -16,18 +16,20 @@ from serl_transport.contract.schema import EpisodeInfo, Observation, TimeStep
 
 _BORDER = 6
 _CAPTION = 22
-_MIN_SIDE = 192
+_MIN_SIDE, _MAX_SIDE = 192, 400  # of a camera's height in the video; smaller ones are enlarged, larger ones thinned
 _COLOURS = {"policy": (40, 110, 220), "operator": (235, 140, 20), "success": (30, 160, 70), "failure": (190, 40, 40)}
 _CODECS = ("libx264", "h264", "mpeg4")
+_OPTIONS = {"crf": "23", "preset": "veryfast", "threads": "1"}  # the robot waits meanwhile
 
 
 class VideoObserver(Observer):
-    """Writes `<folder>/<stage>-<n>-seed<seed>-<success|failure>.mp4`.
+    """Writes `<folder>/<episode id>-<success|failure>.mp4`; the id begins with stage and seed.
 
-    every: each k-th episode of a mode, beginning with the first; 0: none. fps: the task's control rate for real time.
+    every: mode -> each k-th of its episodes, beginning with the first; 0, or not named: none. fps: the task's control
+    rate for real time.
     """
 
-    def __init__(self, folder: Path, every: int, fps: float):
+    def __init__(self, folder: Path, every: Mapping[str, int], fps: float):
         self._folder = folder
         self._every = every
         self._fps = max(1, round(fps))
@@ -36,7 +38,8 @@ class VideoObserver(Observer):
 
     def episode_started(self, info: EpisodeInfo) -> None:
         """Decide whether to record this one."""
-        wanted = self._every > 0 and self._seen[info.mode] % self._every == 0
+        every = self._every.get(info.mode, 0)
+        wanted = every > 0 and self._seen[info.mode] % every == 0
         self._seen[info.mode] += 1
         self._steps = [] if wanted else None
 
@@ -49,9 +52,7 @@ class VideoObserver(Observer):
         steps, self._steps = self._steps, None
         if not steps or last_observation is None:
             return
-        result = "success" if report.outcome.success else "failure"
-        stage = re.sub(r"[^\w-]", "_", report.info.stage)
-        name = f"{stage}-{self._seen[report.info.mode] - 1:05d}-seed{report.info.seed}-{result}.mp4"
+        name, result = report.video_name, report.result
         frames = [frame_of(step.observation, driver_of(step), f"tick {i}") for i, step in enumerate(steps)]
         frames += [frame_of(last_observation, result, f"return {report.return_:.1f}")] * self._fps
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -70,8 +71,8 @@ def driver_of(step: TimeStep) -> str:
 
 
 def frame_of(observation: Observation, label: str, note: str) -> np.ndarray:
-    """uint8[h, w, 3] with even sides: enlarged cameras, border and caption for `label`, one of the colours' names."""
-    views = [_enlarge(image) for image in observation.images.values()]
+    """uint8[h, w, 3] with even sides: the cameras, a border and caption for `label`, one of the colours' names."""
+    views = [_sized(image) for image in observation.images.values()]
     height = max(view.shape[0] for view in views)
     views = [np.pad(view, ((0, height - view.shape[0]), (0, 0), (0, 0))) for view in views]
     row = np.concatenate(views, axis=1)
@@ -84,7 +85,9 @@ def frame_of(observation: Observation, label: str, note: str) -> np.ndarray:
     return np.asarray(picture)
 
 
-def _enlarge(image: np.ndarray) -> np.ndarray:
+def _sized(image: np.ndarray) -> np.ndarray:
+    thinned = -(-image.shape[0] // _MAX_SIDE)
+    image = image[::thinned, ::thinned]
     factor = max(1, -(-_MIN_SIDE // image.shape[0]))
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
@@ -93,7 +96,7 @@ def write_mp4(path: Path, frames: list[np.ndarray], fps: int) -> None:
     """Encode uint8[h, w, 3] frames of even, equal size as H.264, or MPEG-4 where PyAV has no H.264 encoder."""
     codec = next(codec for codec in _CODECS if _can_encode(codec))
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream(codec, rate=fps, options={"crf": "23", "threads": "1"})
+        stream = container.add_stream(codec, rate=fps, options=_OPTIONS)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         for frame in frames:

@@ -13,14 +13,15 @@ from path_density import path_log_prob, points_of
 from toy_flow import ToyFlow, chunks, take_average, transitions
 
 from serl_launcher.agents.base import Diverged
-from serl_launcher.agents.sac import SACAgent
+from serl_launcher.agents.sac import SACAgent, noise_unit
 from serl_launcher.learner import checkpoint
 from serl_launcher.learner.learner import Learner
 from serl_launcher.policies.base import PolicyInput, sample
 from serl_launcher.replay.learning import LearningBatch
+from serl_transport.contract.specs import TaskSpec
 
 
-def make_agent(policy=None, horizon=None, **settings):
+def make_agent(policy=None, horizon=None, unit=None, **settings):
     torch.manual_seed(0)
     policy = policy or ToyFlow()
     feature_dim = policy.net[0].in_features - policy.action_horizon * policy.action_dim - 1
@@ -43,7 +44,7 @@ def make_agent(policy=None, horizon=None, **settings):
     }
     settings = agent_settings("sac_pi0", **(defaults | settings))
     horizon = policy.action_horizon if horizon is None else horizon
-    return SACAgent(policy, settings, feature_dim=feature_dim, horizon=horizon)
+    return SACAgent(policy, settings, feature_dim=feature_dim, horizon=horizon, unit=unit)
 
 
 def make_learner(agent, lr=3e-3, ema_decay=0.9):
@@ -348,3 +349,16 @@ def test_an_execute_horizon_beyond_the_chunk_is_named():
     with pytest.raises(ValueError, match=r"execute_horizon: expected 1 to action_horizon 1, got 2"):
         make_agent(horizon=2)
     assert math.isfinite(make_agent().target_entropy)
+
+
+def test_a_target_is_disturbed_by_a_share_of_what_it_moves_in_a_tick():
+    numbers = {"action_low": [-100.0, -0.1], "action_high": [100.0, 0.1], "control_hz": 20.0, "max_ticks": 9}
+    names = {"state_names": ["joint"], "action_names": ["joint", "dx"], "state_low": [-100.0], "state_high": [100.0]}
+    task = {"name": "n", "prompt": "p", "cameras": {}, "targets": {"joint": "joint"}, **names, **numbers}
+    unit = noise_unit(TaskSpec.from_dict(task))
+    assert unit.tolist() == pytest.approx([0.02, 1.0])  # 2 of its 100; the displacement's own limit
+    agent = make_agent(ToyFlow(ad=2), unit=unit, init_std=0.08)
+    torch.testing.assert_close(agent.noise_scale(torch.zeros(1, 1))[0, 0, 0].exp(), torch.tensor([0.0016, 0.08]))
+    # So much noise is what the temperature holds: α stays where it is.
+    plain = make_agent(ToyFlow(ad=2), init_std=0.08)
+    assert agent.target_entropy - plain.target_entropy == pytest.approx(3 * math.log(0.02), rel=1e-5)

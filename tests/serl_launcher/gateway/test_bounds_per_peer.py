@@ -205,7 +205,7 @@ def test_names_of_processes_and_troubles_are_forgotten_oldest_first_and_that_is_
 
 def row(n: int, stage: str, boot: str, seed: int, success: bool) -> LedgerRow:
     return LedgerRow(
-        f"e{n}", n, "a", boot, "eval", stage, seed, 5, 0.0, success, 0, 0, n, None, True, 1.0, 2.0
+        f"e{n}", n, "a", boot, "eval", stage, seed, 5, 0.0, success, 0, 0, n, None, True, 1.0, 2.0, 0.5
     )  # fmt: skip
 
 

@@ -86,6 +86,43 @@ def test_the_moment_an_operator_needs_after_taking_over_is_a_noop_and_a_later_pa
     assert ticks(idle_starts(action, flags, 0.02, None)) == [3, 4]
 
 
+TARGETS = [0, 1]  # a joint and a gripper that are told where to be
+
+
+def targets(joint, gripper, intervention=()):
+    """Target positions, in shares of their ranges; the joint stands at 0.7, far from the middle of its range."""
+    flags = np.zeros(len(joint), bool)
+    flags[list(intervention)] = True
+    return np.float32(np.stack([0.7 + np.array(joint), np.array(gripper) - 1.0], 1)), flags
+
+
+def test_a_robot_that_keeps_its_target_stands_still_wherever_it_is():
+    action, flags = targets([0, 0.004, -0.004, 0.1, 0.2, 0.2], [0] * 6, range(6))
+    assert ticks(idle_starts(action, flags, 0.02, None)) == []  # taken for displacements it never stands still
+    assert ticks(idle_starts(action, flags, 0.02, None, TARGETS)) == [0, 1, 2]
+
+
+def test_a_target_that_creeps_moves_once_it_is_away_and_a_gripper_that_closes_moves():
+    action, flags = targets(np.arange(6) * 0.008, [0] * 6, range(6))
+    assert ticks(idle_starts(action, flags, 0.02, None, TARGETS)) == [0, 1, 2]
+    action, flags = targets([0] * 6, [0, 0, 1.9, 1.9, 1.9, 1.9], range(6))
+    assert ticks(idle_starts(action, flags, 0.02, None, TARGETS)) == [0, 1]
+    assert ticks(idle_starts(action, flags, 0.02, [0], TARGETS)) == [0, 1, 2, 3, 4, 5]  # the gripper is not counted
+
+
+def test_after_a_takeover_a_target_stands_still_until_it_leaves_where_it_was_taken_over():
+    joint = [0, 0.1, 0.2, 0.35, 0.35, 0.35, 0.5, 0.5]  # taking over begins where the arm is, ahead of the last target
+    action, flags = targets(joint, [0] * 8, range(3, 8))
+    assert ticks(idle_starts(action, flags, 0.02, None, TARGETS)) == [0, 3, 4, 5]
+
+
+def test_displacements_and_targets_of_one_task_are_each_told_by_their_own_measure():
+    drive = np.float32([[0, 0.7], [0, 0.7], [0.5, 0.7], [0, 0.7]])  # a base's displacement, an arm's target
+    assert ticks(idle_starts(drive, np.ones(4, bool), 0.02, None, [1])) == [0, 1]
+    arm = np.float32([[0, 0.7], [0, 0.7], [0, 0.7], [0, 0.8]])
+    assert ticks(idle_starts(arm, np.ones(4, bool), 0.02, None, [1])) == [0, 1, 2]
+
+
 def test_an_operator_who_never_moves_hides_no_tick_of_the_policy():
     action = np.full((6, 1), 0.5, np.float32)
     flags = np.array([0, 0, 1, 1, 0, 0], bool)

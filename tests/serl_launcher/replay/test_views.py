@@ -1,5 +1,7 @@
 """Chunk views over a real ring: clipping at the episode's end, the pad mask, eviction."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from configured import rule as accepting
@@ -57,8 +59,8 @@ def ring(tmp_path):
     writer.close()
 
 
-def view_of(ring, horizon=4, **rule):
-    view = ChunkView(accepting(noop_threshold=0.0, **rule), SPEC, horizon)
+def view_of(ring, horizon=4, spec=SPEC, **rule):
+    view = ChunkView(accepting(**({"noop_threshold": 0.0} | rule)), spec, horizon)
     view.attach(RingReader(ring.path))
     return view
 
@@ -130,6 +132,17 @@ def test_rejected_episodes_and_hidden_ticks_are_never_drawn(ring):
     assert batch.operator.all()
     assert view.accepted == {"demo": 0, "online": 1}
     assert view.reasons == {"return": 1, "accepted": 1}
+
+
+def test_still_ticks_of_a_robot_that_takes_targets_are_never_drawn(ring):
+    data = arrays(8, 0)
+    data["action"] = np.float32([70, 70, 71, 70, 90, 95, 95, 95])[:, None]  # of -100 to 100: it stands far from 0
+    ring.append(0, "demo", True, data)
+    for targets, drawn in (({}, {70, 71, 90, 95}), ({"x": "a"}, {90, 95})):
+        view = view_of(ring, spec=replace(SPEC, targets=targets), noop_threshold=0.02)
+        view.refresh()
+        batch = view.sample(np.random.default_rng(0), 200)
+        assert set(batch.action[:, 0, 0].astype(int)) == drawn
 
 
 def test_an_online_stage_is_ready_with_so_many_accepted_online_episodes(ring):

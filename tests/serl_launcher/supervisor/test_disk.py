@@ -129,6 +129,6 @@ def test_a_finished_run_without_room_for_its_summary_is_no_success(disk, monkeyp
     out = io.StringIO()
     role = ChildSpec("gateway", (sys.executable, "-S", "-c", "import time; time.sleep(600)"), log=paths.log("gateway"))
     assert Supervisor(paths, [role], out=out).run() == GAVE_UP
-    assert "every stage is done, but" in out.getvalue()
+    assert "is complete, but" in out.getvalue()
     assert "summary.json cannot be written: [Errno 28] No space left on device" in out.getvalue()
     assert not paths.summary.exists()

@@ -237,6 +237,11 @@ def test_another_schedule_goes_on_in_the_same_folder(compose):
     assert len(list(folder.paths.root.glob("summary.*.json"))) == 1
 
 
+def test_a_learner_that_serves_evaluations_serves_again_though_they_were_summed_up(compose):
+    finish(prepare(compose("run=one", "schedule=eval")))
+    assert prepare(compose("run=one", "schedule=eval")).state == "resumed"
+
+
 def test_a_second_learner_in_the_same_folder_is_refused(compose):
     first = prepare(compose("run=one"))
     with pytest.raises(RunError, match="another learner works in"):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from history_samples import SampleRun
 
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.supervisor.children import Child, ChildSpec, RestartBudget, process_stat
@@ -293,6 +294,20 @@ def test_done_ends_the_run_with_a_summary(paths, free_ports):
     assert "run demo is complete" in text
     assert json.loads(paths.summary.read_text())["episodes"] == 0
     assert str(paths.learning_curve) in text
+
+
+def test_a_learner_that_served_evaluations_sums_them_up_when_it_is_stopped(paths):
+    sample = SampleRun(paths.root, [])
+    for index in range(3):
+        sample.episode("eval", "adhoc_eval", 1_000_000 + index, index > 0)
+    sample.save()
+    stops = "import os, time; time.sleep(0.3); os.kill(os.getppid(), 15); time.sleep(600)"
+    paths.status.write_text('{"done": true, "eval": {"adhoc_eval": {}}, "stage": {}, "counts": {}, "run": "demo"}')
+    code, text = run(paths, role(paths, "gateway", stops), ends=False)
+    assert code == 128 + signal.SIGTERM
+    assert "run demo was stopped; its evaluations so far\n" in text
+    summary = json.loads(paths.summary.read_text())
+    assert (summary["success_rate_from"], summary["success_rate_episodes"]) == ("adhoc_eval", 3)
 
 
 def test_a_schedule_without_stages_serves_until_it_is_stopped(paths):

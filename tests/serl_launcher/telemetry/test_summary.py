@@ -52,6 +52,29 @@ def test_the_figures(run):
     assert len(summary["config_sha256"]) == 64
 
 
+def test_how_long_a_success_takes(tmp_path):
+    sample = SampleRun(tmp_path, STAGES)
+    for index, (success, seconds) in enumerate([(True, 4.0), (False, 9.0), (True, 7.0), (True, 6.0)]):
+        sample.episode("eval", "after", 1_000_000 + index, success, seconds=seconds)
+    summary = write_summary(sample.save())
+    assert summary["median_seconds_to_success"] == 6.0
+    assert summary["stages"][0]["median_seconds_to_success"] == 6.0
+    del sample.episodes[0]["seconds"]  # the line of an earlier release
+    assert write_summary(sample.save())["median_seconds_to_success"] == 6.5
+
+
+def test_evaluations_that_actors_asked_for_are_summed_up_for_the_newest_version(tmp_path):
+    """The same seeds again: by a later version, by another process, and one twice by the same process."""
+    sample = SampleRun(tmp_path, [])
+    for version, boot, outcomes in ((1, "a", [False] * 4), (2, "b", [True, True]), (2, "c", [True, False])):
+        for index, success in enumerate(outcomes):
+            sample.episode("eval", "adhoc_eval", 1_000_000 + index, success, boot=boot, policy_version_last=version)
+    sample.episode("eval", "adhoc_eval", 1_000_001, True, boot="c", policy_version_last=2)
+    summary = write_summary(sample.save())
+    assert (summary["success_rate_from"], summary["success_rate"]) == ("adhoc_eval", 0.75)
+    assert summary["success_rate_episodes"] == 4
+
+
 @pytest.mark.parametrize("hours", [-5, 5])
 def test_a_clock_that_was_set_between_two_starts_reorders_nothing(tmp_path, hours):
     """The learner was started anew at another time of day before its online stage, and again after it."""

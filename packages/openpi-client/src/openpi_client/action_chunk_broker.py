@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from openpi_client.base_policy import BasePolicy
 
 
@@ -28,7 +30,8 @@ class ActionChunkBroker(BasePolicy):
             length = len(chunk["actions"])
             if length < self._horizon:
                 raise ValueError(f"execute_horizon={self._horizon} is longer than the chunk, {length} actions")
-            self._chunk, self._next = chunk, 0
+            # A policy may answer with the buffer that it writes its next chunk to.
+            self._chunk, self._next = {**chunk, "actions": np.array(chunk["actions"])}, 0
         answer = {**self._chunk, "actions": self._chunk["actions"][self._next]}
         self._next += 1
         if self._next >= self._horizon:

@@ -183,6 +183,7 @@ class RealtimeChunkBroker(BasePolicy):
         while (question := self._questions.get()) is not None:
             try:
                 answer: dict[str, Any] | Exception = self._policy.infer(question.obs)
+                answer = {**answer, "actions": np.array(answer["actions"])}  # it may write the next one to the same
             except Exception as error:  # raised again where the action is missed
                 answer = error
             self._answers.put((question, answer))

@@ -7,7 +7,7 @@ a tensor is missing. Time runs backwards there (τ = 1 is noise, velocity = nois
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,10 +22,9 @@ from serl_launcher.policies.normalise import Units, pad_last
 from serl_launcher.policies.pi0.gemma import gemma_layer, run_layers
 from serl_launcher.policies.pi0.saving import save_pi0
 from serl_launcher.policies.precision import compute, full
+from serl_launcher.policies.tokens import Tokenizer
 from serl_launcher.policies.transfer import to_device
 from serl_transport.contract.specs import TaskSpec
-
-Tokenizer = Callable[[list[str]], tuple[Tensor, Tensor]]
 
 
 class PI0FlowPolicy(FlowPolicy):

@@ -6,6 +6,7 @@ flow time conditions every layer of the action expert (adaRMS). pi0.build makes 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from serl_launcher.policies.base import Prefix
 from serl_launcher.policies.pi0.head import PI0FlowPolicy
+from serl_launcher.policies.tokens import Tokenizer, within
 
 BIN_EDGES = np.linspace(-1, 1, 256 + 1)[:-1]  # as openpi and lerobot bin a state; below −1 is bin −1
 
@@ -26,7 +28,8 @@ class PI05FlowPolicy(PI0FlowPolicy):
 
     def _prompts(self, prompts: list[str], state: Tensor) -> list[str]:
         shapes_only = state.is_meta  # policies.estimate counts costs without numbers
-        return state_prompts(prompts, np.zeros(state.shape) if shapes_only else state.detach().cpu().numpy())
+        texts = [fitted(self.tokenizer, prompt, state.shape[-1]) for prompt in prompts]
+        return state_prompts(texts, np.zeros(state.shape) if shapes_only else state.detach().cpu().numpy())
 
     def _library_step(self, prefix: Prefix, cache, x_tau: Tensor, tau: Tensor) -> Tensor:
         return self.core.denoise_step(prefix.pad_mask, cache, x_tau, tau)
@@ -37,8 +40,22 @@ class PI05FlowPolicy(PI0FlowPolicy):
         return core.action_in_proj(x_tau), F.silu(time)
 
 
+@lru_cache(4096)
+def fitted(tokenizer: Tokenizer, prompt: str, dims: int) -> str:
+    """The task's text, cut so that the state behind it is read whole. ValueError when the state alone is too long."""
+    behind = state_prompts([""], np.ones((1, dims)))[0].removeprefix("Task: ")  # bin 255 is the widest
+    return within(tokenizer, "Task: ", cleaned(prompt), behind)
+
+
+def cleaned(prompt: str) -> str:
+    """As openpi and lerobot clean a task's text."""
+    return prompt.strip().replace("_", " ").replace("\n", " ")
+
+
 def state_prompts(prompts: list[str], state: np.ndarray) -> list[str]:
     """The text that PI0.5 was trained on: the task, then the state's bins. state: float32[b, s], normalised."""
     bins = np.digitize(state, BIN_EDGES) - 1
-    words = [prompt.strip().replace("_", " ").replace("\n", " ") for prompt in prompts]
-    return [f"Task: {text}, State: {' '.join(map(str, row))};\nAction: " for text, row in zip(words, bins, strict=True)]
+    return [
+        f"Task: {cleaned(prompt)}, State: {' '.join(map(str, row))};\nAction: "
+        for prompt, row in zip(prompts, bins, strict=True)
+    ]

@@ -9,7 +9,8 @@ import difflib
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from dataclasses import field as with_default
 from types import MappingProxyType
 from typing import Any
 
@@ -27,6 +28,8 @@ from serl_transport.contract.bounds import (
 )
 
 HIGHEST_HZ = 10_000
+SWEEP_S = 5.0
+"""At its full move a target position crosses its range in so long."""
 
 
 def new_boot_id(after: str = "") -> str:
@@ -44,6 +47,10 @@ class Observation:
     images: Mapping[str, np.ndarray]  # camera name -> uint8[h, w, 3]
     state: np.ndarray  # float32[s], physical units
 
+    def kept(self) -> "Observation":
+        """As it is now, for good: copies that nobody can write to, whatever becomes of its maker's arrays."""
+        return Observation({camera: kept(image) for camera, image in self.images.items()}, kept(self.state))
+
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
@@ -60,6 +67,9 @@ class TaskSpec:
     action_high: tuple[float, ...]  # ad highest values, physical units, finite
     control_hz: float  # ticks per second of the control loop
     max_ticks: int  # time limit of an episode
+    targets: Mapping[str, str] = with_default(default_factory=dict)
+    """Action name -> state name, for actions that are target positions of that state; the others are displacements per
+    tick, or commands."""
 
     @property
     def state_dim(self) -> int:
@@ -71,10 +81,23 @@ class TaskSpec:
         """ad"""
         return len(self.action_names)
 
+    @property
+    def target_dims(self) -> dict[int, int]:
+        """Place in the action -> place in the state, of `targets`."""
+        return {self.action_names.index(a): self.state_names.index(s) for a, s in self.targets.items()}
+
+    def full_moves(self) -> np.ndarray:
+        """float64[2, ad], the full move of one tick down and up: a displacement's limits; of a target, the way that it
+        goes when it crosses its range in SWEEP_S. A person at full deflection and noise are measured in it."""
+        moves = np.array([self.action_low, self.action_high], np.float64)
+        for place in self.target_dims:
+            moves[:, place] = np.array([-1, 1]) * (moves[1, place] - moves[0, place]) / SWEEP_S / self.control_hz
+        return moves
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "TaskSpec":
         """Build and validate a spec from yaml or from the wire; ValueError names the offending key."""
-        _check_keys(data, [field.name for field in fields(cls)])
+        _check_keys(data, [field.name for field in fields(cls)], required_keys())
         spec = cls(
             name=check_name("task spec: name", data["name"]),
             prompt=check_text("task spec: prompt", data["prompt"], PROMPT_CHARACTERS),
@@ -87,6 +110,7 @@ class TaskSpec:
             action_high=_numbers("action_high", data["action_high"]),
             control_hz=_positive("control_hz", data["control_hz"]),
             max_ticks=check_whole("task spec: max_ticks", _as_whole(data["max_ticks"]), 1, INT32),
+            targets=_targets(data.get("targets"), data["action_names"], data["state_names"]),
         )
         if spec.control_hz > HIGHEST_HZ:
             raise ValueError(f"task spec: control_hz: expected at most {HIGHEST_HZ}, got {spec.control_hz:g}")
@@ -97,13 +121,17 @@ class TaskSpec:
         return spec
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as plain dicts, lists and scalars; `from_dict` reads it back to an equal spec."""
+        """The spec as plain dicts, lists and scalars; `from_dict` reads it back to an equal spec.
+
+        Without targets it has no such key: journals and peers of earlier releases know none.
+        """
         plain: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             plain[field.name] = list(value) if isinstance(value, tuple) else value
         plain["cameras"] = {name: list(size) for name, size in self.cameras.items()}
-        return plain
+        plain["targets"] = dict(self.targets)
+        return plain if self.targets else {key: value for key, value in plain.items() if key != "targets"}
 
     def differences(self, other: "TaskSpec", mine: str = "here", theirs: str = "there") -> list[str]:
         """One line per field that differs, with both values: `max_ticks: 60 <mine>, 80 <theirs>`. Empty when equal."""
@@ -140,6 +168,20 @@ class TaskSpec:
         check_finite("action", action, self.action_names, LARGEST)
 
 
+def required_keys() -> list[str]:
+    """Those that a task spec may not leave out."""
+    return [field.name for field in fields(TaskSpec) if field.default_factory is MISSING]
+
+
+def kept(array: Any) -> Any:
+    """A copy of an array that nobody can write to, in C order; what is no array, as it is: a check will name it."""
+    if not isinstance(array, np.ndarray):
+        return array
+    copy = np.array(array, order="C")
+    copy.flags.writeable = False
+    return copy
+
+
 def check_array(label: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> None:
     """Raise ValueError with expected and got unless `array` is an ndarray of exactly this dtype and shape."""
     wanted = f"{np.dtype(dtype).name}{list(shape)}"
@@ -167,7 +209,7 @@ def check_finite(label: str, array: np.ndarray, names: Sequence[str], largest: f
     raise ValueError(f"{label} dim {names[at[-1]]!r}{where}: expected {wanted}, got {array[at]}")
 
 
-def _check_keys(data: Mapping[str, Any], wanted: list[str]) -> None:
+def _check_keys(data: Mapping[str, Any], wanted: list[str], required: list[str]) -> None:
     if not isinstance(data, Mapping):
         raise ValueError(f"task spec: expected a mapping, got {type(data).__name__}")
     for key in data:
@@ -175,7 +217,7 @@ def _check_keys(data: Mapping[str, Any], wanted: list[str]) -> None:
             close = difflib.get_close_matches(str(key), wanted, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; the keys are {wanted}"
             raise ValueError(f"task spec: unknown key {shown(key)}{hint}")
-    missing = [key for key in wanted if key not in data]
+    missing = [key for key in required if key not in data]
     if missing:
         raise ValueError(f"task spec: missing key {missing[0]!r}")
 
@@ -218,6 +260,19 @@ def _names(key: str, value: Any) -> tuple[str, ...]:
     if len(set(value)) != len(value):
         raise ValueError(f"task spec: {key}: names must differ, got {list(value)}")
     return tuple(value)
+
+
+def _targets(value: Any, actions: Sequence[str], states: Sequence[str]) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"task spec: targets: expected {{action name: state name}}, got {shown(value)}")
+    for action, state in value.items():
+        if action not in actions:
+            raise ValueError(f"task spec: targets: expected one of {', '.join(actions)}, got {shown(action)}")
+        if state not in states:
+            raise ValueError(f"task spec: targets.{action}: expected one of {', '.join(states)}, got {shown(state)}")
+    return dict(value)
 
 
 def _numbers(key: str, value: Any) -> tuple[float, ...]:

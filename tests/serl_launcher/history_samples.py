@@ -24,11 +24,13 @@ class SampleRun:
             "task": {"name": "pick"}, "policy": {"name": "pi0_tiny"}, "algo": {"name": "reject_sampling_pi0"},
             "schedule": {"stages": [{"name": name, "mode": mode} for name, mode in stages]},
         }  # fmt: skip
-        (root / "metrics").mkdir(parents=True)
+        (root / "metrics").mkdir(parents=True, exist_ok=True)
         (root / "config.yaml").write_text(yaml.safe_dump(config))
 
-    def episode(self, mode: str, stage: str, seed: int, success: bool, help_ticks: int = 0, whole: bool = True) -> None:
-        """Ten ticks in six seconds."""
+    def episode(
+        self, mode: str, stage: str, seed: int, success: bool, help_ticks: int = 0, whole: bool = True, **changes: Any
+    ) -> None:
+        """Ten ticks in six seconds, five of them driven."""
         index = len(self.episodes)
         self.episodes.append(
             {
@@ -37,7 +39,7 @@ class SampleRun:
                 "seed": seed, "n_ticks": 10, "return": float(success), "success": success,
                 "interventions": help_ticks, "policy_version_first": 0, "policy_version_last": 0,
                 "truncated_by": None if whole else "dead_actor", "whole": whole, "start_time": self.now,
-                "end_time": self.now + 6,
+                "end_time": self.now + 6, "seconds": 5.0, **changes,
             }
         )  # fmt: skip
         self.now += 6
