@@ -18,7 +18,8 @@ from serl_launcher.datasets.source import Source
 from serl_launcher.datasets.table import Table
 from serl_transport.contract.specs import TaskSpec
 
-FAR = 2.0  # times the task's range beyond its ends: another unit, not a limit that was set narrower
+FAR = {"state": 10.0, "action": 2.0}
+"""Times the task's range beyond its ends: another unit. A limit may be narrower, a state's range is but a scale."""
 NARROW = 0.03  # of the task's range: radians in a task of degrees use a fiftieth
 SHAPE = 0.02  # by which the ratio of height and width may differ
 
@@ -116,7 +117,7 @@ def _check_units(found: Fit, table: Table, spec: TaskSpec) -> None:
                 f"{what} dim {names[dim]!r}: {values[row, dim]:g} in episode {episode.index}, frame "
                 f"{row - episode.first}, lies outside the task's {low[dim]:g} to {high[dim]:g}"
             )
-            if worst > FAR:
+            if worst > FAR[what]:
                 found.problems.append(f"{text}: other units, or changes in place of targets?")
             else:
                 found.notes.append(f"{text} ({int((beyond > 1e-6).any(1).sum())} rows do)")
