@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What would the policy have done? Its actions against the recorded ones, over episodes of a LeRobot dataset.
 
-    python tools/eval_open_loop.py runs/<name> [--dataset DIR] [--episodes 0 3 -1] [--stride 4] [--output DIR]
+    python tools/eval_open_loop.py runs/<name> [--dataset DIR] [--version best] [--episodes 0 3 -1] [--stride 4]
 
 Every `stride` ticks the policy sees the recorded observation and predicts a chunk, compared for `stride` ticks. Writes
 open_loop.json, errors.png and one trajectory picture an episode, and prints a table with two baselines: hold still, and
@@ -34,7 +34,7 @@ from serl_launcher.policies.open_loop import (
     run_episode,
 )
 from serl_launcher.run.foreign import foreign_config
-from serl_launcher.run.parameters import find_parameters, version_of
+from serl_launcher.run.parameters import find_version, version_of
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.serving.engine import PolicyEngine
 from serl_launcher.serving.query import Query
@@ -55,9 +55,17 @@ def predictor(engine: PolicyEngine, rows: Rows, first: int) -> Callable[[int], n
     return predict
 
 
-def evaluate(cfg: DictConfig, run: Path, source: str, episodes: list[int] | None, stride: int, output: Path):
+def evaluate(
+    cfg: DictConfig,
+    run: Path,
+    version: str | None,
+    source: str,
+    episodes: list[int] | None,
+    stride: int,
+    output: Path,
+):
     """Run all episodes, write the files, return the figures."""
-    path = find_parameters(run)
+    path = find_version(run, version)
     engine = PolicyEngine(cfg, path.parent)
     engine.stage_file(path, version_of(path))
     engine.swap()
@@ -154,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder, runs/<name>")
     parser.add_argument("--dataset", help="LeRobot dataset, a folder or owner/name on the hub; default: the run's own")
+    parser.add_argument("--version", help="best (of a fine-tuning run), or a file in params/; default: the newest")
     parser.add_argument("--episodes", type=int, nargs="+", help="indices, negative ones from the end; default: all")
     parser.add_argument(
         "--stride", type=int, help="ticks of a chunk that are compared; default: rollout.execute_horizon"
@@ -171,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         output, dataset = args.output or args.run / "open_loop", args.dataset or str(paths.dataset)
         if args.dataset is None and not paths.dataset.is_dir():
             raise FileNotFoundError(f"{paths.dataset}: no LeRobot dataset; name one with --dataset")
-        out = evaluate(cfg, args.run, dataset, args.episodes, stride, output)
+        out = evaluate(cfg, args.run, args.version, dataset, args.episodes, stride, output)
     except (ValueError, OSError) as mistake:
         print(f"eval_open_loop: {printable(str(mistake))}", file=sys.stderr)
         return 2

@@ -21,6 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from flowserl_cli.compose import load_config
 from serl_launcher.datasets.dataset import Dataset
 from serl_launcher.datasets.source import Source, read_sources
+from serl_launcher.learner.fit_check import misfits, ranges_of
+from serl_launcher.policies.base import FlowPolicy
 from serl_launcher.policies.estimate import Estimate, estimate, meta_policy
 from serl_launcher.policies.parameter_table import parameter_table
 from serl_launcher.run.config import plain
@@ -76,13 +78,18 @@ def report(cfg: DictConfig, cost: Estimate, args: argparse.Namespace) -> tuple[l
     return lines, fits
 
 
-def look_at(source: Source, spec: TaskSpec) -> list[str]:
-    """What keeps a dataset from being used for the task; printed, with what is worth knowing of it."""
+def look_at(source: Source, policy: FlowPolicy, spec: TaskSpec) -> list[str]:
+    """What keeps a dataset from being used for the task, and for a checkpoint's units; printed, with what is worth
+    knowing of it."""
+    notes: list[str] = []
     try:
-        found = Dataset(source).fit(spec)
+        data = Dataset(source)
+        found = data.fit(spec)
         problems, notes = found.problems, [f"note: {note}" for note in found.notes]
+        if not problems and policy.checkpoint_units is not None:
+            problems = misfits(policy.checkpoint_units, ranges_of(data.rows(spec)), spec)
     except ValueError as mistake:
-        problems, notes = [str(mistake)], []
+        problems = [str(mistake)]
     print("data       " + "\n           ".join([*(problems or ["nothing wrong"]), *notes]))
     return problems
 
@@ -110,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     lines, fits = report(cfg, cost, args)
     print(parameter_table(policy), *lines, sep="\n")
     sources = [*([Source(args.dataset)] if args.dataset else []), *read_sources(plain(cfg, "demos"))]
-    wrong = [problem for source in sources for problem in look_at(source, spec)]
+    wrong = [problem for source in sources for problem in look_at(source, policy, spec)]
     return 0 if fits and not wrong else 1
 
 
