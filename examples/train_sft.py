@@ -21,13 +21,13 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flowserl_cli.compose import CONFIG_DIR, ConfigError, load_config
+from flowserl_cli.compose import CONFIG_DIR, ConfigError, composing, load_config, open_lab
 from serl_config.mistakes import mistake_message
 from serl_launcher.agents.build import build_agent
 from serl_launcher.datasets.dataset import Dataset
@@ -63,7 +63,8 @@ def configured(overrides: list[str]) -> DictConfig:
     checked = load_config(words)  # says what is wrong; its result is resolved, with the default task
     if checked.checkpoint_path:
         raise ConfigError("checkpoint_path is for an online run; fine-tuning begins from policy.checkpoint=<folder>")
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+    words, lab = open_lab(words)
+    with composing(CONFIG_DIR, lab):
         cfg = compose("base", words)
     OmegaConf.set_struct(cfg, False)
     return cfg

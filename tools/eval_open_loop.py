@@ -10,6 +10,8 @@ repeat the last action. A policy that does not beat both has learnt nothing that
 
 from __future__ import annotations
 
+import needs_learner  # noqa: F401
+
 import argparse
 import json
 import logging

@@ -9,6 +9,8 @@ from. Exits 2, with one line, when something is missing or does not fit.
 
 from __future__ import annotations
 
+import needs_learner  # noqa: F401
+
 import argparse
 import logging
 import sys

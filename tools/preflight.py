@@ -9,6 +9,8 @@ step time assumes 45% of the peak. Exits 0; 1 when the batch does not fit or the
 
 from __future__ import annotations
 
+import needs_learner  # noqa: F401
+
 import argparse
 import sys
 
@@ -98,13 +100,14 @@ def main(argv: list[str] | None = None) -> int:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="as for a run: policy=pi0 trainer.batch_size=32")
+    parser.add_argument("--config-dir", metavar="FOLDER", help="a lab's own config folder (docs/robot.md)")
     parser.add_argument("--dataset", help="LeRobot dataset to check against the task: a folder or a hub name")
     parser.add_argument("--gpu-gb", type=float, help="memory of the device, default: this GPU's")
     parser.add_argument("--tflops", type=float, help="peak of the device, default: by this GPU's name")
     parser.add_argument("--flow-steps", type=int, help="default: of the head's release, 10 or 4")
     args = parser.parse_intermixed_args(argv)
     try:
-        cfg = load_config(args.overrides)
+        cfg = load_config([*args.overrides, *([f"--config-dir={args.config_dir}"] if args.config_dir else [])])
         spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
         policy, _ = meta_policy(cfg.policy, spec, instantiate(cfg.policy.size))
         if args.flow_steps is None:

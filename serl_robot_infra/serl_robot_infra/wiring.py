@@ -166,6 +166,7 @@ def build_actor(
         may_take_over=rollout.operator,
         demo_noise=demo_noise(cfg, env),
         hold_limit_s=rollout.hold_limit_s,
+        over=lambda: link.over,
         ready=ready_hint(cfg, env, voices),
     )
     evaluation = replace(runner, stack=evaluation_stack(cfg, stack))

@@ -34,7 +34,10 @@ MIN_FREE_MB = 500
 PORT_PATIENCE_S = 5.0
 # What makes the recorded data and the parameters of a run usable; the rest may change from one start to the next.
 IDENTITY = ("task.name", "task.spec", "policy")
-NOTED = ("task.env",)  # a camera's serial number, an address, a renderer: worth a line, and the user's to judge
+NOTED = (
+    "task.env",
+    "code",
+)  # a camera's serial number, an address, a lab's package: worth a line, and the user's to judge
 # What a start leaves that never got data, made for its task and policy.
 UNUSED = ("journal", "params", "checkpoints", "dataset", "metrics", "stage_progress.json")
 
@@ -270,7 +273,7 @@ def _state(paths: RunPaths, cfg: DictConfig) -> str:
             _put_aside(paths)
             return "new"
         if changed := [*differences(old, cfg, NOTED)]:
-            print(f"{paths.root} was recorded with another task.env:{_rows(changed)}", flush=True)
+            print(f"{paths.root} was recorded with another task.env or code:{_rows(changed)}", flush=True)
     return "complete" if is_complete(paths, cfg) else "resumed"
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from serl_config.nearest import nearest
 from serl_robot_infra import lerobot_devices as devices
 from serl_robot_infra.envs.base import PartLostError, StepResult
+from serl_robot_infra.envs.camera import FrozenCheck
 from serl_robot_infra.envs.images import fitted, shape_refusal
 from serl_transport.contract.schema import Observation
 from serl_transport.contract.specs import TaskSpec
@@ -96,6 +97,19 @@ class LeRobotEnv:
             check.forget()
         self._go_home()
         return self._observe("reset")
+
+    def observe(self) -> Observation:
+        """What is seen and sensed now; nothing moves. PartLostError as `step`."""
+        return self._observe("observe")
+
+    def limits(self) -> dict[str, tuple[float, float]]:
+        """The range of each joint by its calibration, in the task's units; empty where the driver has no servos."""
+        return devices.joint_ranges(self._robot)
+
+    @property
+    def falls_on_stop(self) -> bool:
+        """Whether a stop takes its torque away."""
+        return self._release
 
     def step(self, action: np.ndarray) -> StepResult:
         """Send float32[ad] and observe; `executed` is what the driver sent after its own clipping."""
@@ -237,26 +251,6 @@ class LeRobotEnv:
             else:
                 bus.disable_torque(num_retry=2)
         self._released = not on
-
-
-class FrozenCheck:
-    """A camera whose picture does not change by a single bit is frozen: a sensor's noise changes every picture."""
-
-    def __init__(self, limit_s: float | None):
-        self.limit_s = limit_s
-        self.forget()
-
-    def forget(self) -> None:
-        """An episode begins."""
-        self._last: np.ndarray | None = None
-        self._changed = 0.0
-
-    def is_frozen(self, image: np.ndarray) -> bool:
-        """Has it been the same for too long?"""
-        now = time.monotonic()
-        if self._last is None or not np.array_equal(self._last, image):
-            self._last, self._changed = image.copy(), now
-        return self.limit_s is not None and now - self._changed > self.limit_s
 
 
 def _check_names(

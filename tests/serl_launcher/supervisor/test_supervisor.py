@@ -316,3 +316,39 @@ def test_a_schedule_without_stages_serves_until_it_is_stopped(paths):
     code, text = run(paths, role(paths, "gateway", "import time; time.sleep(0.2); raise SystemExit(2)"), ends=False)
     assert code == 2
     assert "every stage is done" not in text
+
+
+def writing(paths, *documents: dict, pause_s: float = 0.0) -> str:
+    """Code of a role that writes these status documents, one after the other, and stays."""
+    lines = [f"open({str(paths.status)!r}, 'w').write({json.dumps(json.dumps(body))}); time.sleep({pause_s})"
+             for body in documents]  # fmt: skip
+    return "\n".join(["import time", *lines, "time.sleep(600)"])
+
+
+def ending(waits_for: dict, given_up: dict) -> dict:
+    counts = {"stage": {"index": 0, "name": "demos", "mode": "demo"}, "counts": {}}
+    return {"run": "demo", "done": True, "ending": {"waits_for": waits_for, "given_up": given_up}} | counts
+
+
+def test_a_finished_run_waits_for_its_actors_and_does_without_the_trainer(paths):
+    from omegaconf import OmegaConf
+
+    from flowserl_cli.compose import load_config
+
+    paths.config.write_text(OmegaConf.to_yaml(load_config([]), resolve=True))
+    documents = [ending({"b": "makes its last episode"}, {}), ending({}, {"c": "silent for 30 s"})]
+    gateway = role(paths, "gateway", writing(paths, *documents, pause_s=2.5))
+    code, text = run(paths, gateway, role(paths, "trainer", "raise SystemExit(0)"))
+    assert code == 0
+    waiting = text.index("every stage is done; waiting for actor b: it makes its last episode (Ctrl-C: do not wait)")
+    given_up = text.index("actor c is not waited for any longer: silent for 30 s; what it holds stays in its spool")
+    assert waiting < given_up < text.index("run demo is complete")
+    assert "trainer started again" not in text
+
+
+def test_ctrl_c_ends_the_wait_for_the_last_episodes(paths):
+    status = ending({"b": "makes its last episode"}, {})
+    stopper = f"import os, signal, time; time.sleep(1.5); os.kill({os.getpid()}, signal.SIGINT); time.sleep(600)"
+    code, text = run(paths, role(paths, "gateway", writing(paths, status)), role(paths, "policy", stopper))
+    assert code == 130
+    assert "SIGINT: not waiting for b, stopping the roles (once more: at once)" in text
