@@ -107,6 +107,7 @@ def test_a_run_that_is_killed_and_stopped_is_the_run_that_was_not(data, whole, t
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_ten_kills_at_random_steps_with_loader_processes(data, whole, tmp_path):
     """Also shows that the number of loader processes changes nothing."""
     words = [word if word != "sft.workers=0" else "sft.workers=2" for word in SHORT]
