@@ -4,6 +4,7 @@
     python examples/train_rlpd.py learner=true [algo= policy= task= schedule= checkpoint_path= any.key=value]
 
 The run scripts of examples/experiments/ and start.sh call it. --dry-run prints the resolved config and ends.
+--config-dir FOLDER: a lab's own groups and package (docs/robot.md).
 Exit codes: 0 done, 2 a mistake of the user (one message on stderr), 3 gave up (said why), 130 interrupted.
 """
 
@@ -18,21 +19,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from omegaconf import DictConfig, OmegaConf
 
-from flowserl_cli.compose import ConfigError, group_options, load_config
+from flowserl_cli.compose import ConfigError, group_options, load_config, open_lab
+from flowserl_cli.lab import FLAG, joined
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one side; returns the process's exit code."""
-    flags = {word for word in argv if word.startswith("-")}
-    if flags & {"-h", "--help"}:
-        print(_help())
-        return 0
     try:
+        argv = joined(argv)
+        flags = {word for word in argv if word.startswith("-") and not word.startswith(f"{FLAG}=")}
+        if flags & {"-h", "--help"}:
+            print(_help([word for word in argv if word.startswith(f"{FLAG}=")]))
+            return 0
         if flags - {"--dry-run"}:
-            raise ConfigError(f"unknown flag {min(flags - {'--dry-run'})!r}; there are --dry-run and --help")
+            raise ConfigError(f"unknown flag {min(flags - {'--dry-run'})!r}; there are --dry-run, --help and {FLAG}")
         config = load_config([word for word in argv if word not in flags])
         side = chosen_side(config)
-    except ConfigError as error:
+    except ValueError as error:
         print(f"train_rlpd: {error}", file=sys.stderr)
         return 2
     if flags:
@@ -53,8 +56,9 @@ def chosen_side(config: DictConfig) -> str:
     return "actor" if config.actor else "learner"
 
 
-def _help() -> str:
-    groups = "\n".join(f"  {name}=  {' | '.join(options)}" for name, options in group_options().items())
+def _help(words: Sequence[str]) -> str:
+    _, lab = open_lab(words)
+    groups = "\n".join(f"  {name}=  {' | '.join(options)}" for name, options in group_options(lab=lab).items())
     return f"{__doc__}\nGroups:\n{groups}\nEvery other key, with its default: config/base.yaml"
 
 

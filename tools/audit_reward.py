@@ -9,6 +9,8 @@ with who and when, and counts as the truth from then on: here, in train_reward.s
 next start on. The journal is never changed. Exit codes: 0 done, 2 a mistake of the user.
 """
 
+import needs_learner  # noqa: F401
+
 import argparse
 import getpass
 import json

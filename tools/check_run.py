@@ -8,6 +8,8 @@ journal, and the LeRobot dataset. Prints a table; exits 1 on any loss, duplicate
 `--live`: the run goes on, so newest episodes may not be exported yet. `--images`: decode and compare PNG images too.
 """
 
+import needs_learner  # noqa: F401
+
 import argparse
 import io
 import json

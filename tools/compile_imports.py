@@ -19,7 +19,7 @@ OURS = {
 }
 # What our modules import inside functions, where it is needed.
 LATER = {
-    "actor": ("serl_config", "mujoco", "av"),
+    "actor": ("serl_config", "mujoco", "av", "pyarrow.parquet"),
     "lerobot": ("serl_config", "mujoco", "av", "lerobot.robots.so_follower", "lerobot.teleoperators.so_leader", "cv2"),
     "learner": (
         "accelerate.commands.launch",

@@ -1,13 +1,15 @@
 #!/usr/bin/env python
 """Take a run's policy back out in LeRobot's format (GR00T in NVIDIA's): config, weights, normalisation statistics.
 
-    python tools/export_checkpoint.py runs/<name> <folder> [--version FILE]
+    python tools/export_checkpoint.py runs/<name> <folder> [--version best|FILE]
 
 Weights that the run did not train, and everything beside the weights, are copied from the checkpoint that the run began
 from. Exits 2, with one line, when something is missing or does not fit.
 """
 
 from __future__ import annotations
+
+import needs_learner  # noqa: F401
 
 import argparse
 import logging
@@ -18,7 +20,7 @@ from omegaconf import OmegaConf
 
 from serl_launcher.agents.build import build_policy
 from serl_launcher.run.foreign import foreign_config
-from serl_launcher.run.parameters import base_sha256, find_parameters, load_into
+from serl_launcher.run.parameters import base_sha256, find_version, load_into
 from serl_launcher.run.paths import RunPaths
 from serl_transport.contract.bounds import printable
 from serl_transport.contract.specs import TaskSpec
@@ -33,7 +35,7 @@ def export(run: Path, folder: Path, version: str | None = None) -> Path:
     if not config.is_file():
         raise FileNotFoundError(f"{run}: not a run folder (no config.yaml)")
     cfg = foreign_config(run, "task.spec", "policy", builds=("policy", "algo"))
-    path = find_parameters(run / "params" / version if version else run)
+    path = find_version(run, version)
     policy = build_policy(cfg, TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True)))
     metadata = load_into(policy, path, base_sha256(policy))
     # What GR00T's layout keeps beside the weights; optimizer state never goes along.
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder, runs/<name>")
     parser.add_argument("folder", type=Path, help="where to write; must not exist")
-    parser.add_argument("--version", help="file in params/, such as v000012.safetensors; default: the newest")
+    parser.add_argument("--version", help="best (of a fine-tuning run), or a file in params/; default: the newest")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
     try:

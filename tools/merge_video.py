@@ -6,12 +6,16 @@
     python tools/merge_video.py quickstart --dataset --stage after -o after.mp4 --columns 3
     python tools/merge_video.py a.mp4 b.mp4 -o ab.mp4
 
-With `--dataset` the clips are the dataset's episodes (PNG or mp4 inside), their cameras side by side.
+    python tools/merge_video.py robot7 --dataset --split -o runs/robot7/videos   # a file for each episode
+
+With `--dataset` the clips are the dataset's episodes (PNG or mp4 inside), their cameras side by side: of every actor,
+wherever it ran. Needs nothing of the learner's.
 """
 
 import argparse
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +29,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from visualize_dataset import episodes, find_dataset
 
-from serl_launcher.run.foreign import inside
+from serl_transport.contract.bounds import shown
 
 Frames = Iterator[np.ndarray]  # uint8[h, w, 3]
 
@@ -43,7 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     """Merge; the exit status."""
     parser = argparse.ArgumentParser(description="Merge videos of a run into one mp4.")
     parser.add_argument("sources", nargs="+", help="a run's name or folder, a folder of mp4 files, or mp4 files")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.mp4")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.mp4", help="a folder with --split")
+    parser.add_argument(
+        "--split", action="store_true", help="with --dataset: a file for each episode that has none yet"
+    )
     parser.add_argument("--columns", type=int, default=1, help="clips side by side; 1: one after the other")
     parser.add_argument("--rows", type=int, default=0, help="rows of the grid; 0: as many as columns")
     parser.add_argument("--height", type=int, default=256, help="pixels of a clip's height in the result")
@@ -53,8 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--last", type=int, default=0, help="only the last so many clips")
     args = parser.parse_args(argv)
     try:
+        if args.split and not args.dataset:
+            raise ValueError("--split writes a file for each episode of a dataset: say --dataset, too")
         clips = dataset_clips(args.sources[0], args.mode, args.stage) if args.dataset else file_clips(args.sources)
         clips = clips[-args.last :] if args.last else clips
+        if args.split:
+            return split(clips, args.output, args.height)
         cells = (args.columns, args.rows or args.columns) if args.columns > 1 else (1, 1)
         count = merge(clips, args.output, cells, args.height)
     except (ValueError, OSError) as error:
@@ -86,10 +97,32 @@ def dataset_clips(source: str, mode: str | None, stage: str | None) -> list[Clip
     rows = [r for r in episodes(root) if mode in (None, r.get("mode")) and stage in (None, r.get("stage"))]
     if not rows:
         raise ValueError(f"no episode of {root} fits --mode {mode} --stage {stage}")
-    return [
-        Clip(f"episode {row['episode_index']}", info["fps"], lambda row=row: read_episode(root, info, row))
-        for row in rows
-    ]
+    return [Clip(clip_name(row), info["fps"], lambda row=row: read_episode(root, info, row)) for row in rows]
+
+
+def clip_name(row: dict[str, Any]) -> str:
+    """`<stage>-<episode>-seed<seed>-<success|failure>`, as far as the dataset says so."""
+    parts = [re.sub(r"[^\w-]", "_", str(row.get("stage") or "episode")), f"{row['episode_index']:05d}"]
+    parts += [f"seed{row['seed']}"] if row.get("seed") is not None else []
+    parts += ["success" if row["success"] else "failure"] if row.get("success") is not None else []
+    return "-".join(parts)
+
+
+def split(clips: Sequence[Clip], folder: Path, height: int) -> int:
+    """A file for each clip that has none in `folder` yet; the exit status."""
+    missing = [clip for clip in clips if not (folder / f"{clip.name}.mp4").exists()]
+    for clip in missing:
+        merge([clip], folder / f"{clip.name}.mp4", (1, 1), height)
+    print(f"wrote {len(missing)} files to {folder}; {len(clips) - len(missing)} were there")
+    return 0
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file that something in `folder` names, which lies in it. ValueError for a path that leads out."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder}: it names {shown(name)}, a file out of the folder")
+    return path
 
 
 def read_video(path: Path, start: float = 0.0, frames: int | None = None) -> Frames:

@@ -11,6 +11,8 @@ are rebuilt; a finished run also needs another schedule (docs/algorithms/reject_
 `--out FILE` writes the verdicts as JSON lines. Exit codes: 0 done, 2 a mistake of the user.
 """
 
+import needs_learner  # noqa: F401
+
 import argparse
 import json
 import re

@@ -9,6 +9,8 @@ journal. The damaged folder stays as it is. Prints what was lost, and keeps it i
 line when it cannot. Torch-free.
 """
 
+import needs_learner  # noqa: F401
+
 import argparse
 import fcntl
 import os

@@ -9,6 +9,7 @@ Takes a run's name (in runs/), a run's folder or a dataset's folder, also while 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -87,6 +88,8 @@ def show(root: Path, episode: int, save: Path | None) -> int:
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if save is None and sys.platform == "linux" and not display:
         raise ValueError("there is no display here: use --save FILE.rrd and open it with `rerun FILE.rrd` elsewhere")
+    if lacking := [name for name in ("lerobot", "rerun") if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"not installed here: {', '.join(lacking)} (the learner's environment has them)")
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, "-m", "lerobot.scripts.lerobot_dataset_viz", "--repo-id", "local/run",

@@ -2,10 +2,11 @@
 
 Called by train_rlpd.py, start.py and tests; yaml and `key=value` words flow in, a resolved OmegaConf config
 flows out. A mistake raises ConfigError with one message that names the offending word and, for a misspelling, what is
-nearest.
+nearest. `--config-dir=<folder>` among the words puts a lab's own groups in front of ours (lab.py).
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flowserl_cli.lab import Lab, take_lab
 from serl_config.nearest import nearest
 from serl_robot_infra.task_yaml import check_keys, check_names, check_task
 
@@ -51,10 +56,13 @@ class Word:
 def load_config(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> DictConfig:
     """Compose base.yaml with `overrides`; every interpolation is resolved and no key is missing.
 
+    A lab's package can be imported from now on, by this process and those that it starts; `code` says which it is.
+
     Raises:
         ConfigError: unknown key or group option, wrong type, missing value, unreadable override.
     """
-    options = group_options(config_dir)
+    overrides, lab = open_lab(overrides, config_dir)
+    options = group_options(config_dir, lab)
     words = [_parse(text) for text in overrides]
     selections = [w for w in words if w.key in options]
     for word in selections:
@@ -62,20 +70,62 @@ def load_config(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> Dict
             raise ConfigError(f"no {word.key} is called {str(word.value)!r}{nearest(str(word.value), known)}")
     # Additions come first: a later word may set a key that an earlier one added.
     added = [w.text for w in words if w in selections or w.kind != "set"]
-    base = _compose(config_dir, added)
+    base = _compose(config_dir, added, lab)
     for word in words:
         if word not in selections and word.kind == "set":
             _check_key(word, base, options)
             _check_value(word, OmegaConf.select(base, word.key))
-    config = base if len(added) == len(words) else _compose(config_dir, [w.text for w in words])
+    config = base if len(added) == len(words) else _compose(config_dir, [w.text for w in words], lab)
     for word in words:  # run=7 and run=1e3 are names, not numbers
         if word.kind == "set" and _is_plain_text(base, word) and not isinstance(word.value, str | None):
             OmegaConf.update(config, word.key, word.text.partition("=")[2])
     name = next((word.value for word in reversed(selections) if word.key == "task"), "pick")
-    config = _check_task(config, f"config/task/{name}.yaml")
+    config = _check_task(config, _task_file(name, lab))
+    if lab is not None:
+        OmegaConf.update(config, "code", lab.origin())
     if config.checkpoint_path and (config.learner or config.rollout.policy == "local"):
         _settle_policy(config, [word.key for word in words])
     return config
+
+
+def open_lab(words: Sequence[str], config_dir: Path = CONFIG_DIR) -> tuple[list[str], Lab | None]:
+    """The other words and the lab of `--config-dir`, its package importable. ConfigError says what is wrong with it."""
+    try:
+        others, lab = take_lab(words, config_dir)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if lab is not None:
+        lab.use()
+    return others, lab
+
+
+@contextmanager
+def composing(config_dir: Path, lab: Lab | None) -> Iterator[None]:
+    """Meanwhile Hydra composes from these: a lab's groups in front of ours."""
+    if _LabPath not in Plugins.instance().discover(SearchPathPlugin):
+        Plugins.instance().register(_LabPath)
+    _LabPath.folder = lab.config_dir if lab else None
+    try:
+        with initialize_config_dir(config_dir=str(config_dir), version_base="1.3"):
+            yield
+    finally:
+        _LabPath.folder = None
+
+
+class _LabPath(SearchPathPlugin):
+    """Hydra asks it when its search path is made."""
+
+    folder: Path | None = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """The lab's folder comes first."""
+        if self.folder is not None:
+            search_path.prepend("lab", f"file://{self.folder}")
+
+
+def _task_file(name: Any, lab: Lab | None) -> str:
+    theirs = lab.config_dir / "task" / f"{name}.yaml" if lab else None
+    return str(theirs) if theirs is not None and theirs.is_file() else f"config/task/{name}.yaml"
 
 
 def _settle_policy(config: DictConfig, chosen: Sequence[str]) -> None:
@@ -88,10 +138,12 @@ def _settle_policy(config: DictConfig, chosen: Sequence[str]) -> None:
         raise ConfigError(str(mistake)) from None
 
 
-def group_options(config_dir: Path = CONFIG_DIR) -> dict[str, list[str]]:
-    """The groups (folders of config/) and the names one may select in each."""
-    folders = sorted(p for p in config_dir.iterdir() if p.is_dir())
-    names = {f.name: sorted(p.stem for p in f.glob("*.yaml") if not p.stem.startswith("_")) for f in folders}
+def group_options(config_dir: Path = CONFIG_DIR, lab: Lab | None = None) -> dict[str, list[str]]:
+    """The groups (folders of config/) and the names one may select in each, a lab's included."""
+    roots = [config_dir, *([lab.config_dir] if lab else [])]
+    groups = sorted(p.name for p in config_dir.iterdir() if p.is_dir())
+    files = {group: [file for root in roots for file in (root / group).glob("*.yaml")] for group in groups}
+    names = {group: sorted({f.stem for f in found if not f.stem.startswith("_")}) for group, found in files.items()}
     return {group: found for group, found in names.items() if found}
 
 
@@ -114,6 +166,8 @@ def _parse(text: str) -> Word:
         raise ConfigError(f"cannot read {text!r}: expected key=value, such as seed=3 ({reason})") from None
     if override.is_delete():
         raise ConfigError(f"{text!r} removes a key; set it to another value instead")
+    if override.is_sweep_override() and override.key_or_group == "demos":  # demos=a,b
+        return _parse(f"demos=[{text.partition('=')[2]}]")
     if override.is_sweep_override():
         raise ConfigError(f"{text!r} names several values; expected one (quote a text with commas)")
     kind = "force" if override.is_force_add() else "add" if override.is_add() else "set"
@@ -165,9 +219,9 @@ def _is_plain_text(base: DictConfig, word: Word) -> bool:
     return isinstance(default, str) and default != "auto"
 
 
-def _compose(config_dir: Path, overrides: Sequence[str]) -> DictConfig:
+def _compose(config_dir: Path, overrides: Sequence[str], lab: Lab | None) -> DictConfig:
     try:
-        with initialize_config_dir(config_dir=str(config_dir), version_base="1.3"):
+        with composing(config_dir, lab):
             return hydra_compose("base", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"config/ does not compose: {' '.join(str(error).split())}") from None

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from serl_launcher.supervisor.children import Child, ChildSpec, RestartBudget, is_stopped
+from serl_launcher.supervisor.children import Child, ChildSpec, Death, RestartBudget, is_stopped
 
 USER_MISTAKE, GAVE_UP = 2, 3
 COLOURS = {"actor": "\x1b[36m", "learner": "\x1b[33m"}
@@ -40,6 +40,8 @@ class Side:
         self._pump: threading.Thread | None = None
         self._restart_at: float | None = None
         self._stopped = False  # by a signal, as far as was told
+        self._crashed = False  # it has been started again since
+        self._worked = False  # it ran for a minute once
 
     def start(self) -> None:
         """Spawn the process."""
@@ -60,16 +62,28 @@ class Side:
                 self.start()
         elif death := self._child.poll():
             self._drain()
-            if death.code in FINAL_CODES:
-                self.final = death.code
-            elif (wait_s := self._budget.died(death)) is None:
-                say(self.name, f"the {self.name} keeps dying ({death.cause}); giving up")
-                self.final = GAVE_UP
-            else:
-                say(self.name, f"the {self.name} ended ({death.cause}); starting it again in {wait_s:g} s")
-                self._restart_at = time.monotonic() + wait_s
+            self._after(death)
         self._tell_stopped()
         return self.final
+
+    def _after(self, death: Death) -> None:
+        """Plan the next start, or end for good.
+
+        What ran for a minute is never given up: a camera that is unplugged at night may be there again in the morning.
+        Nor is what it says of its parts at the next start a mistake of the user.
+        """
+        crashed, self._crashed = self._crashed, True
+        self._worked = self._worked or death.ready
+        if death.code in FINAL_CODES and not (death.code == USER_MISTAKE and crashed and self.name == "actor"):
+            self.final = death.code
+            return
+        wait_s = self._budget.wait_s(death.lived_s) if self._worked else self._budget.died(death)
+        if wait_s is None:
+            say(self.name, f"the {self.name} keeps dying ({death.cause}); giving up")
+            self.final = USER_MISTAKE if death.code == USER_MISTAKE else GAVE_UP
+            return
+        say(self.name, f"the {self.name} ended ({death.cause}); starting it again in {wait_s:g} s")
+        self._restart_at = time.monotonic() + wait_s
 
     def _tell_stopped(self) -> None:
         """A side that somebody stopped is left alone: a robot's must not start by itself, a learner's roles go on."""

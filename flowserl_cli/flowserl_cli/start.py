@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 ROOT = Path.cwd()  # start.sh has gone to the checkout: runs/ and relative paths are its
-USAGE = """start.sh [--no-tmux] [--stop] [overrides]
+USAGE = """start.sh [--no-tmux] [--stop] [--config-dir FOLDER] [overrides]
   (nothing)    the quick start: actor and learner on this machine, in two tmux panes when there is a terminal
   --no-tmux    both in this terminal, lines prefixed [actor] and [learner]
   --stop       end everything that start.sh started from this checkout (one run of it: --stop run=<name>)
+  --config-dir FOLDER   groups and a package of your own, outside this checkout (docs/robot.md)
   overrides    any key of config/base.yaml, such as  run=night1 seed=3 task=pick_gym_hil schedule.stages.3.steps=4000
 A run that was interrupted goes on where it was; a finished one of the same name is moved aside."""
 ACTOR_GOODBYE_S = 30.0  # the learner's schedule has told the actor to stop; it delivers what it holds
@@ -54,6 +55,12 @@ def main(argv: Sequence[str]) -> int:
     registry = Registry(ROOT)
     if argv[:1] == ["--side"]:  # internal: what a pane runs, `--side NAME RUN_DIR overrides...`
         return keep_side(argv[1], argv[3:], Path(argv[2]), registry)
+    from flowserl_cli.lab import joined
+
+    try:
+        argv = joined(argv)
+    except ValueError as error:
+        return mistake(str(error))
     flags = {word for word in argv if word == "-h" or (word.startswith("--") and "=" not in word)}
     overrides = [word for word in argv if word not in flags]
     if {"-h", "--help"} & flags:

@@ -6,6 +6,7 @@
            stop ─▶ flush the spool, sum up, leave
 
 A silent learner is waited for: the loop says so and asks again. Nothing that was recorded depends on its being there.
+One that had said that its run is over is not.
 A person's "stop" ends it after the episode in hand, between two at once.
 """
 
@@ -62,7 +63,7 @@ class Actor:
             if self.episodes is not None and self._count >= self.episodes:
                 return f"{self._count} episodes done"
             if reason := self.estop.reason():
-                self.observer.message(f"e-stop pressed: {reason}. When it is safe, remove {self.estop.path} to go on")
+                self.observer.trouble(f"e-stop pressed: {reason}. When it is safe, remove {self.estop.path} to go on")
                 self.stop.wait(_LATCHED_S)
                 continue
             match self._next_ticket():
@@ -86,7 +87,10 @@ class Actor:
             self.stop.wait(_RETRY_S)  # whatever cut it may last; do not spin
 
     def _next_ticket(self) -> Ticket:
+        asked = {"want": self.mode, "backlog": self.link.backlog}
         try:
-            return parse_ticket(self.link.request("next_episode", {"want": self.mode}, timeout_ms=_REQUEST_MS))
+            return parse_ticket(self.link.request("next_episode", asked, timeout_ms=_REQUEST_MS))
         except (ServerSilent, NotReady, StorageFull, Internal) as problem:
+            if isinstance(problem, ServerSilent) and self.link.over is not None:
+                return Stop(f"{self.link.over}, and it has left")
             return Wait(_RETRY_S, f"{problem}")

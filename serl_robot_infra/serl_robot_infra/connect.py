@@ -4,6 +4,7 @@ connect_learner ─▶ TrainerClient ◀─ keeper (step batches, into the spool
 standalone      ─▶ StandaloneLink, where there is no learner (ip=null)
 """
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,13 @@ from serl_robot_infra.pacing import StopSignal
 from serl_robot_infra.standalone import StandaloneLink
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
-from serl_transport.contract.errors import SpoolFull
+from serl_transport.contract.errors import SpoolFull, WireError
 from serl_transport.contract.specs import TaskSpec
 
+log = logging.getLogger(__name__)
+
 _SPOOL_RETRY_S = 0.5
+_GOODBYE_MS = 1000
 _WAIT_LINE_S = 5.0
 
 
@@ -98,3 +102,11 @@ def flush(link: LearnerLink, timeout_s: float, observer: Observer) -> None:
         observer.message(f"delivering the last {link.backlog} step batches, at most {timeout_s:g} s")
     if not link.flush(timeout_s):
         observer.message(f"{link.backlog} step batches stay in the spool; the next start of this actor delivers them")
+
+
+def leave(link: LearnerLink, reason: str) -> None:
+    """Tell the learner that this actor leaves, and why; one that does not answer finds out by the silence."""
+    try:
+        link.request("leave", {"reason": reason}, timeout_ms=_GOODBYE_MS)
+    except WireError as error:
+        log.debug("the learner was not told that this actor leaves: %s", error)

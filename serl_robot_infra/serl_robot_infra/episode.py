@@ -9,10 +9,8 @@ Whatever ends it but the environment's own word, the robot is told to hold or to
 """
 
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,6 +18,7 @@ from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.realtime_chunk_broker import RealtimeChunkBroker
 from serl_config.clock import steady_time
 from serl_robot_infra.adder import Adder
+from serl_robot_infra.calls import Calls
 from serl_robot_infra.envs.base import Environment, PartLostError, StepResult, kept_result
 from serl_robot_infra.guard import RobotGuard
 from serl_robot_infra.interventions.base import NOTHING_SAID, Intervention, OperatorGoneError, Voice, Words, ruled
@@ -43,10 +42,6 @@ class EpisodeCutError(Exception):
 
 class DiscardedError(EpisodeCutError):
     """A person threw the episode away while the policy was waited for."""
-
-
-class EnvironmentFailedError(Exception):
-    """The robot's own code failed (a camera is gone, a driver gave up); the message says where, for people."""
 
 
 @dataclass(slots=True)
@@ -81,6 +76,14 @@ class ControlStack:
     pace: Pace
     guard: RobotGuard  # e-stop and watchdog
     voices: Sequence[Voice] = ()  # who may say something: the operator, the keys of a terminal
+    calls: Calls = field(default_factory=Calls)  # into env, operator, reward and voices
+
+    def close(self) -> None:
+        """Let go of the operator's device and the reward's; the environment is its maker's to close."""
+        for part in (self.operator, self.reward):
+            if (close := getattr(part, "close", None)) is not None:
+                with self.calls(part, "close"):
+                    close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,7 @@ class EpisodeRunner:
     demo_noise: float  # actuator disturbance in demonstrations, share of the action range
     hold_limit_s: float  # an episode whose policy stays silent for longer is cut
     ready: str | None = None  # each episode waits for a person's `ready`: how to say it, for people; None: it does not
+    over: Callable[[], str | None] = lambda: None  # why the learner has no more tickets: nothing is begun then
 
     def run(self, ticket: Run, index: int) -> EpisodeReport:
         """Run the ticket's episode; `index` counts the episodes of this process."""
@@ -124,7 +128,8 @@ class EpisodeRunner:
         """Did a person say stop since the last episode? Whatever else was said between two episodes is forgotten."""
         said = NOTHING_SAID
         for voice in self.stack.voices:
-            said |= voice.words() if voice.missing() is None else NOTHING_SAID
+            with self.stack.calls(voice, "words"):
+                said |= voice.words() if voice.missing() is None else NOTHING_SAID
         self._tell_too_late(said)
         return said.stop
 
@@ -165,22 +170,29 @@ class EpisodeRunner:
             asked = f"{now.ticket.episode_id}: {self.ready}"
             self.observer.ask(asked)
             self._wait_for(now, lambda: None if now.said.ready else asked)
-            look = getattr(self.stack.env, "observe", None)  # the scene is another one than after the reset
-            with self._driver("observe"):
-                seen = look() if look else self._home(now)
-            self._observe(now, seen)
+            self._observe(now, self._seen_anew(now))
         self._forget(now)
-        operator.reset(np.random.default_rng([now.ticket.seed, 2]), from_start=now.ticket.mode == "demo")
-        self.stack.reward.reset()
+        with self.stack.calls(operator, "reset"):
+            operator.reset(np.random.default_rng([now.ticket.seed, 2]), from_start=now.ticket.mode == "demo")
+        with self.stack.calls(self.stack.reward, "reset"):
+            self.stack.reward.reset()
         self.stack.pace.start()
 
     def _home(self, now: _Progress) -> Observation:
-        self._check_stop()
+        self._check_stop(now)
         if (reason := self.stack.guard.begin()) is not None:
             raise EpisodeCutError(reason)
         noise = self.demo_noise if now.ticket.mode == "demo" else 0.0
-        with self._driver("reset"):
+        with self.stack.calls(self.stack.env, "reset"):
             return self.stack.env.reset(now.ticket.seed, actuator_noise=noise)
+
+    def _seen_anew(self, now: _Progress) -> Observation:
+        """The scene that a person has set, another one than after the reset."""
+        look = getattr(self.stack.env, "observe", None)
+        if look is None:
+            return self._home(now)
+        with self.stack.calls(self.stack.env, "observe"):
+            return look()
 
     def _observe(self, now: _Progress, observation: Observation) -> None:
         now.seen_at = time.monotonic_ns()
@@ -189,14 +201,17 @@ class EpisodeRunner:
         now.observation = observation
 
     def _missing(self) -> str | None:
-        reasons = [reason for voice in self.stack.voices if (reason := voice.missing()) is not None]
-        return f"waiting for the operator: {reasons[0]}" if reasons else None
+        for voice in self.stack.voices:
+            with self.stack.calls(voice, "missing"):
+                if (reason := voice.missing()) is not None:
+                    return f"waiting for the operator: {reason}"
+        return None
 
     def _wait_for(self, now: _Progress, reason: Callable[[], str | None]) -> None:
         """Until the operator is there and no reason is left. A person may say stop meanwhile, and the e-stop counts."""
         while (why := self._missing() or reason()) is not None:
-            self._check_stop()
-            self.observer.message(why)
+            self._check_stop(now)
+            self.observer.trouble(why)
             self.stop.wait(_LISTEN_S)
             if self._missing() is None:
                 self._hear(now)
@@ -206,7 +221,8 @@ class EpisodeRunner:
     def _hear(self, now: _Progress) -> None:
         """What people said since they were asked last; `stop` counts whenever it is said."""
         for voice in self.stack.voices:
-            now.said |= voice.words()
+            with self.stack.calls(voice, "words"):
+                now.said |= voice.words()
         now.last = now.last or now.said.stop
 
     def _heard(self, now: _Progress) -> tuple[Words, OperatorGoneError | None]:
@@ -231,10 +247,11 @@ class EpisodeRunner:
 
     def _tick(self, now: _Progress, operator: Intervention) -> Outcome | None:
         """Execute and record one tick; the outcome when it was the last."""
-        self._check_stop()
+        self._check_stop(now)
         before, seen_at = now.observation, now.seen_at
         assert before is not None
-        action, intervened = operator.act(before, self._proposal(now), now.tick)
+        with self.stack.calls(operator, "act"):
+            action, intervened = operator.act(before, self._proposal(now), now.tick)
         if intervened and self.stack.broker:
             self.stack.broker.drop_chunk()  # it was planned from where the robot no longer is
         source = "operator" if intervened else f"policy version {now.policy_version}"
@@ -246,13 +263,15 @@ class EpisodeRunner:
             now.driven_since = time.monotonic()
         if (reason := self.stack.guard.feed()) is not None:
             raise EpisodeCutError(reason)
-        with self._driver("step"):
+        with self.stack.calls(self.stack.env, "step"):
             stepped = kept_result(self.stack.env.step(action.copy()))
         now.declared = stepped.terminated or stepped.truncated
         if stepped.executed is not None:
             action = self.stack.safety.executed(stepped.executed)
         said, gone = self._heard(now)
-        result = self._limit_time(now, ruled(self.stack.reward.judge(stepped), said, now.return_))
+        with self.stack.calls(self.stack.reward, "judge"):
+            judged = self.stack.reward.judge(stepped)
+        result = self._limit_time(now, ruled(judged, said, now.return_))
         now.seen_at = time.monotonic_ns()
         result = self.stack.safety.check_result(result)
         step = TimeStep(
@@ -331,7 +350,8 @@ class EpisodeRunner:
             # Evaluation is repeatable: the sampled noise is a function of the episode's seed and the tick.
             seed = ticket.seed * 4096 + now.tick if ticket.mode == "eval" else None
             body = infer_body(now.observation, self.stack.env.spec.prompt, ticket.min_version, seed, ticket.mode)
-            answer = self._patiently(now, lambda: broker.infer(body))
+            with self.stack.calls.called_back():
+                answer = self._patiently(now, lambda: broker.infer(body))
             now.policy_version = int(answer["policy_version"])
             return np.array(answer["actions"])
 
@@ -353,7 +373,7 @@ class EpisodeRunner:
                 who = "learner silent" if isinstance(problem, ServerSilent) else "policy not ready"
                 self.observer.message(f"{who} for {waited:.0f} s; holding ({problem})")
             self._listen_meanwhile(now)
-            self._check_stop()
+            self._check_stop(now)
             self.stop.wait(_RETRY_S)
 
     def _listen_meanwhile(self, now: _Progress) -> None:
@@ -364,21 +384,9 @@ class EpisodeRunner:
         if not now.tick and now.last:
             raise EpisodeCutError("the operator said stop")
 
-    @contextmanager
-    def _driver(self, what: str) -> Iterator[None]:
-        """A driver may raise anything; ValueError is in the user's words already, a lost part cuts the episode."""
-        try:
-            yield
-        except (ValueError, PartLostError):
-            raise
-        except Exception as fault:
-            at = traceback.extract_tb(fault.__traceback__)[-1]
-            raise EnvironmentFailedError(
-                f"{type(self.stack.env).__name__}.{what} failed: {type(fault).__name__}: "
-                f"{' '.join(str(fault).split())} ({at.filename}, line {at.lineno})"
-            ) from fault
-
-    def _check_stop(self) -> None:
+    def _check_stop(self, now: _Progress) -> None:
+        if not now.tick and (over := self.over()) is not None:
+            raise EpisodeCutError(f"not begun: {over}")
         if (reason := self.stack.guard.forbids()) is not None:
             raise EpisodeCutError(reason)
         if self.stop:

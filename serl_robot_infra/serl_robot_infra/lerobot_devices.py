@@ -154,6 +154,19 @@ def uses_degrees(device: Any) -> bool | None:
     return "degrees" in units if units else None
 
 
+def joint_ranges(device: Any) -> dict[str, tuple[float, float]]:
+    """`<joint>.pos` -> (lowest, highest) that the calibration of its servo allows, in the device's units."""
+    ranges = {}
+    for where, arm in _named_arms(device):
+        bus = getattr(arm, "bus", None)
+        for name, limit in (bus.calibration if hasattr(bus, "port_handler") else {}).items():
+            motor = bus.motors[name]
+            half = (limit.range_max - limit.range_min) * 180.0 / (bus.model_resolution_table[motor.model] - 1)
+            units = {"degrees": (-half, half), "range_m100_100": (-100.0, 100.0), "range_0_100": (0.0, 100.0)}
+            ranges[f"{where}{name}.pos"] = units[motor.norm_mode.value]
+    return ranges
+
+
 def feature_names(features: Mapping[str, Any]) -> list[str]:
     """The names of an action: a device lists them as keys, or beside a dtype and a shape."""
     names = features.get("names") if "dtype" in features else features

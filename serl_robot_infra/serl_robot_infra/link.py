@@ -35,6 +35,11 @@ class LearnerLink(Protocol):
         ...
 
     @property
+    def over(self) -> str | None:
+        """Why the learner has no more tickets, as it last said; None while its run goes on."""
+        ...
+
+    @property
     def refused_items(self) -> int:
         """Items that the learner will never take."""
         ...

@@ -5,6 +5,7 @@
 User mistakes end here as one line: expected, got, and the key to change.
 """
 
+import json
 import logging
 import signal
 import sys
@@ -17,9 +18,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from serl_config.mistakes import mistake_message
-from serl_robot_infra.connect import StoppedError, connect_learner, flush, standalone
-from serl_robot_infra.episode import EnvironmentFailedError
+from serl_robot_infra.calls import PartFailedError
+from serl_robot_infra.connect import StoppedError, connect_learner, flush, leave, standalone
 from serl_robot_infra.estop import EmergencyStop
+from serl_robot_infra.observers.call_watch import watching_calls
 from serl_robot_infra.observers.learner_watch import watching
 from serl_robot_infra.pacing import StopSignal
 from serl_robot_infra.safety import describe
@@ -50,7 +52,7 @@ def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
         message = mistake_message(mistake) if isinstance(mistake, InstantiationException) else str(mistake)
         print(f"actor: error: {message}", file=stream, flush=True)
         return USER_MISTAKE
-    except EnvironmentFailedError as fault:
+    except PartFailedError as fault:
         log.debug("where it came from", exc_info=True)
         print(f"actor: error: {fault}; what was not delivered is sent at the next start", file=stream, flush=True)
         return FAILED
@@ -71,10 +73,12 @@ def _run(cfg: DictConfig, stream: TextIO, stop: StopSignal) -> None:
         renderer = getattr(env, "renderer_name", "none")
         learner = f"{cfg.ip}:{cfg.port}" if cfg.ip else "none"
         print(f"task {spec.name}, renderer {renderer}, learner {learner}", file=stream, flush=True)
+        _record_code(cfg, stream)
         print(describe(plain(cfg.task.get("safety")), spec.targets), file=stream, flush=True)
         estop = EmergencyStop(Path(cfg.runs_dir) / cfg.run / "estop", cfg.unique_identifier)
         resources.callback(estop.close)
         listen_for_estop(cfg, estop, stream)
+        parts = resources.enter_context(ExitStack())  # of people; the guard is closed before them
         guard = build_guard(cfg, env, estop)
         resources.callback(guard.close)
         resources.enter_context(guard.installed())
@@ -82,6 +86,9 @@ def _run(cfg: DictConfig, stream: TextIO, stop: StopSignal) -> None:
         link = connect_learner(cfg, spec, stream, stop) if cfg.ip else standalone(cfg)
         resources.callback(link.stop)
         actor, observer = build_actor(cfg, env, link, stream, stop, guard)
+        parts.callback(actor.runner.stack.close)
+        calls = actor.runner.stack.calls
+        resources.enter_context(watching_calls(calls, guard, observer))
         if isinstance(link, TrainerClient):
             resources.enter_context(watching(link, observer.message))
         try:
@@ -89,6 +96,23 @@ def _run(cfg: DictConfig, stream: TextIO, stop: StopSignal) -> None:
         except Refused:  # another process has this actor's name now: what was recorded is still taken
             flush(link, cfg.rollout.flush_timeout_s, observer)
             raise
+        except Exception as fault:
+            leave(link, str(fault))
+            raise
         observer.message(ended)
         flush(link, cfg.rollout.flush_timeout_s, observer)
+        leave(link, ended)
         observer.close()
+
+
+def _record_code(cfg: DictConfig, stream: TextIO) -> None:
+    """Which code a lab's own package is (--config-dir), on the screen and in `code/<unique_identifier>.json`."""
+    code = plain(cfg.get("code"))
+    if not code:
+        return
+    folder = Path(cfg.runs_dir) / cfg.run / "code"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{cfg.unique_identifier}.json").write_text(json.dumps(code, indent=2) + "\n")
+    for name, told in code["packages"].items():
+        parts = ", ".join(f"{key} {value}" for key, value in told.items() if value)
+        print(f"code: {name} ({parts})", file=stream, flush=True)

@@ -8,12 +8,14 @@ server is this run's own. A server that is away or busy is waited for (NotReady)
 is a mistake of the user (ValueError).
 """
 
-import contextlib
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import numpy as np
 
@@ -26,11 +28,14 @@ from openpi_client.websocket_client_policy import (
     WebsocketClientPolicy,
 )
 from serl_config.secrets import secret
+from serl_transport.connection.reach import is_ipv6, resolved
 from serl_transport.contract.bounds import printable
 from serl_transport.contract.errors import Internal, NotReady, WireError
 from serl_transport.contract.specs import TaskSpec
 
+log = logging.getLogger(__name__)
 NO_VERSION = -1
+CONNECT_S = 3.0  # at most: the control loop waits for it, and people for a word
 _KEY = "rollout.openpi"
 _STATE = re.compile(r"state\[(\d*):(\d*)\]")
 _GUIDED = ("seed", "mode", "prefix_actions", "inference_delay")  # what a FlowSERL server is told beside
@@ -66,6 +71,8 @@ class OpenpiSettings:
         scheme, found, _ = settings.host.partition("://")
         if found and scheme not in ("ws", "wss"):
             raise ValueError(f"{_KEY}.host: expected a name, an address, ws://… or wss://…, got {settings.host!r}")
+        if not found and ":" in settings.host and not is_ipv6(settings.host):
+            raise ValueError(f"{_KEY}.host: expected a name or an address (port: {_KEY}.port), got {settings.host!r}")
         if settings.timeout_s <= 0:
             raise ValueError(f"{_KEY}.timeout_s: expected a number above 0, got {settings.timeout_s:g}")
         size = settings.image_size
@@ -150,8 +157,10 @@ class OpenpiPolicy(BasePolicy):
         self._layout = Layout(settings, spec)
         self._server: WebsocketClientPolicy | None = None
         self._is_flowserl = self._is_own_run = self._has_answered = False
-        with contextlib.suppress(NotReady):  # it is waited for where an action is wanted
+        try:
             self._connect()
+        except NotReady as away:
+            log.warning("%s; it is waited for where an action is wanted", away)
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """`actions` float32[ah, ad] and `policy_version`.
@@ -177,11 +186,13 @@ class OpenpiPolicy(BasePolicy):
 
     def _connect(self) -> WebsocketClientPolicy:
         s = self._settings
+        bound = {"timeout_s": s.timeout_s, "connect_s": min(s.timeout_s, CONNECT_S)}
         try:
-            server = WebsocketClientPolicy(s.host, s.port, s.token, s.timeout_s, ca_file=s.ca_file, auth_scheme=s.auth)
+            self._check_name()
+            server = WebsocketClientPolicy(s.host, s.port, s.token, **bound, ca_file=s.ca_file, auth_scheme=s.auth)
         except AccessDeniedError as error:
             raise ValueError(f"{error}: {_KEY}.token and {_KEY}.auth") from error
-        except PolicyServerError as error:
+        except (PolicyServerError, OSError) as error:
             raise NotReady(f"{error} ({_KEY}.host, {_KEY}.port)") from error
         self._is_flowserl = server.metadata.get("server") == "flowserl"
         self._is_own_run = self._is_flowserl and server.metadata.get("run") == self._run
@@ -192,6 +203,12 @@ class OpenpiPolicy(BasePolicy):
             )
         self._server = server
         return server
+
+    def _check_name(self) -> None:
+        """OSError within seconds when the host's name does not resolve, unless a proxy does that."""
+        if not getproxies():
+            host = self._settings.host
+            resolved((urlsplit(host).hostname or host) if "://" in host else host, self._settings.port or 0)
 
     def _message(self, obs: Mapping[str, Any]) -> dict[str, Any]:
         message = self._layout.message(obs)

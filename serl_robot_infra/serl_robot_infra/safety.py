@@ -3,7 +3,7 @@
 Called by the actor loop for every action, human or policy; what comes out is what is sent and what is recorded. The
 limits bend an action; a non-finite number stops the episode, since no safe meaning can be given to it.
 
-    action ─▶ finite? ─▶ absolute ─▶ velocity ─▶ acceleration ─▶ workspace box ─▶ send
+    action ─▶ finite? ─▶ absolute ─▶ velocity ─▶ acceleration ─▶ absolute ─▶ workspace box ─▶ send
                  └ UnsafeTickError          └ against what was sent before
 """
 
@@ -72,7 +72,7 @@ class SafetyChain:
         if max_speed:
             self._limits.append(speed_limits(spec, max_speed))
         if max_acceleration:
-            self._limits.append(acceleration_limits(spec, max_acceleration))
+            self._limits += [acceleration_limits(spec, max_acceleration), no_further_out(spec)]
         for name, box in (workspace or {}).items():
             self._limits.append(workspace_box(spec, name, **box))
         self._sent: np.ndarray | None = None
@@ -205,6 +205,15 @@ def acceleration_limits(spec: TaskSpec, max_acceleration: Mapping[str, float]) -
         return (tick.origin + move).astype(np.float32)
 
     return bend
+
+
+def no_further_out(spec: TaskSpec) -> Limit:
+    """The absolute limits outrank the acceleration: a target that comes to its limit at speed stops there.
+
+    An arm that stands outside is led back as fast as the other limits allow, and no further out.
+    """
+    low, high = np.asarray(spec.action_low, np.float32), np.asarray(spec.action_high, np.float32)
+    return lambda action, tick: np.clip(action, np.minimum(low, tick.origin), np.maximum(high, tick.origin))
 
 
 def workspace_box(spec: TaskSpec, name: str, low: float, high: float, action: str) -> Limit:

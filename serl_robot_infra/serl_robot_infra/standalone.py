@@ -17,6 +17,7 @@ class StandaloneLink:
 
     backlog = 0
     refused_items = 0
+    over = None
 
     def __init__(self) -> None:
         self.boot_id = new_boot_id()
@@ -24,6 +25,8 @@ class StandaloneLink:
 
     def request(self, type: str, payload: dict[str, Any], *, timeout_ms: float) -> dict[str, Any]:
         """The next seed's ticket."""
+        if type == "leave":
+            return {}
         if type != "next_episode":
             raise UnknownKind(f"request {type!r} needs a learner; set ip=")
         seed = self._next_seed

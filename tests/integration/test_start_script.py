@@ -145,6 +145,17 @@ def test_a_side_that_crashes_is_started_again(checkout):
     assert "[actor] second life" in text
 
 
+def test_a_camera_that_is_gone_at_a_restart_is_no_mistake_of_the_user(checkout):
+    lives = "import sys\nlife = len((root / 'lives').read_text()) if (root / 'lives').exists() else 0\n"
+    count = "(root / 'lives').write_text('x' * (life + 1))\nif life < 3: print('camera: no such device')\n"
+    checkout.side("actor", lives + count + "if life < 3: sys.exit(2 if life else 1)\n(root / 'go').touch()")
+    checkout.side("learner", "import time\nwhile not (root / 'go').exists(): time.sleep(0.02)\n" + COMPLETE)
+    code, text = checkout.run("--no-tmux")
+    assert code == 0
+    assert text.count("[actor] camera: no such device") == 3
+    assert text.count("the actor ended (exit code 2); starting it again in") == 2
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_the_actor_then_the_learner(checkout, signum):
     launcher = checkout.start("--no-tmux")

@@ -48,15 +48,18 @@ class ScriptedLearner:
         tickets: Iterable[dict[str, Any]],
         infer: Infer | None = None,
         ports: tuple[int, int] = (0, 0),
+        answers: dict[str, dict[str, Any]] | None = None,  # to requests beside next_episode
     ):
         self.spec = spec
         self.batches: list[StepBatch] = []
         self.infer_bodies: list[dict[str, Any]] = []
         self.wants: list[str] = []
         self._tickets = iter(tickets)
-        self._infer = infer or still_policy()
+        self._infer, self._answers = infer or still_policy(), answers or {}
         self.server = TrainerServer(
-            TrainerConfig(port_number=ports[0], broadcast_port=ports[1], request_types=["next_episode"]),
+            TrainerConfig(
+                port_number=ports[0], broadcast_port=ports[1], request_types=["next_episode", *(answers or {})]
+            ),
             data_callback=self._data,
             request_callback=self._request,
             spec=spec,
@@ -82,6 +85,8 @@ class ScriptedLearner:
             self.batches.append(StepBatch.from_body(body, self.spec))
 
     def _request(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
+        if kind in self._answers:
+            return self._answers[kind]
         self.wants.append(payload["want"])
         return next(self._tickets, {"action": "stop", "reason": "the script is over"})
 

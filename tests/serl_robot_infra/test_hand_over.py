@@ -1,4 +1,5 @@
-"""Taking over and letting go, a thousand times at random moments: no commanded step that the limits do not allow.
+"""Taking over and letting go, a thousand times at random moments, and a thousand hostile actions at them: no commanded
+step that the limits do not allow.
 
 The real runner, safety chain, broker and hand operator; the arm is a servo that follows its targets late, and the
 device a hand that grabs and lets go by dice.

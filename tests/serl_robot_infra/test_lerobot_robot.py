@@ -15,7 +15,7 @@ from lerobot_rig import Rig, cameras
 
 from serl_robot_infra import lerobot_devices
 from serl_robot_infra.envs.base import Environment, PartLostError
-from serl_robot_infra.envs.cameras import FrozenCheck
+from serl_robot_infra.envs.camera import FrozenCheck
 from serl_robot_infra.envs.lerobot_robot import LeRobotEnv
 from serl_robot_infra.guard import Stoppable
 

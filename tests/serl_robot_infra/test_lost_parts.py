@@ -35,6 +35,13 @@ class Glitching(RobotPick):
             raise PartLostError(f"camera front: no picture in {what}")
 
 
+class Absent(RobotPick):
+    """Not there when it is made."""
+
+    def __init__(self):
+        raise PartLostError("camera front: no such device")
+
+
 class Bending(RobotPick):
     """Its driver executes half of what it is sent."""
 
@@ -99,3 +106,10 @@ def test_what_was_executed_is_checked(executed):
     limits.filter(np.float32([0]), np.float32([0]), "p")
     with pytest.raises(UnsafeTickError, match="executed: action"):
         limits.executed(np.array(executed))
+
+
+def test_a_part_that_is_not_there_at_the_start_is_one_line_for_a_person(spec, tmp_path):
+    """docs/robot.md: whatever the constructor raises, exit 2."""
+    code, said, _ = act(spec, tmp_path, "Absent")
+    assert code == 2
+    assert said.splitlines() == ["actor: error: task.env: camera front: no such device"]

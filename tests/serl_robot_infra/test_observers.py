@@ -16,6 +16,7 @@ import pytest
 from serl_robot_infra.evaluation import EvaluationSummary, wilson
 from serl_robot_infra.observers.base import EpisodeReport, Observer, ObserverGroup
 from serl_robot_infra.observers.console import ConsoleObserver, Vitals
+from serl_robot_infra.observers.status import StatusObserver
 from serl_robot_infra.observers.trials import TrialTable
 from serl_robot_infra.observers.video import VideoObserver
 from serl_transport.contract.schema import EpisodeInfo, Observation, Outcome, TimeStep
@@ -286,3 +287,20 @@ def test_a_table_of_somebody_elses_is_left_as_it_is(tmp_path):
     ObserverGroup([TrialTable(tmp_path), console(stream)]).episode_ended(trial(), observation())
     assert "evaluation.csv: expected the columns time, stage, seed" in stream.getvalue()
     assert (tmp_path / "evaluation.csv").read_text() == "trial,success\n1,1\n"
+
+
+def test_a_trouble_stays_in_the_status_until_another_tick_is_executed():
+    said = []
+    observer = StatusObserver(lambda **status: said.append(status))
+    observer.trouble("e-stop pressed: a key")
+    observer.trouble("e-stop pressed: a key")
+    observer.episode_ended(report(cut_reason="episode e1 cut at tick 3: camera front: no picture"), None)
+    observer.tick(step(False))
+    observer.episode_ended(report(), None)
+    observer.episode_ended(report(cut_reason="stopped by a person", last=True), None)
+    assert said == [
+        {"trouble": "e-stop pressed: a key"},
+        {"trouble": "episode e1 cut at tick 3: camera front: no picture"},
+        {"trouble": None},
+        {"policy_version": 7},
+    ]

@@ -92,6 +92,19 @@ def test_targets_are_limited_by_their_distance_from_the_last_target():
     assert target(0.02, -0.2) == pytest.approx(0.01)
 
 
+def test_a_target_that_comes_to_its_limit_at_speed_stops_there_and_one_outside_is_led_back():
+    spec = replace(SPEC, action_low=(-0.2, -0.2, 0.0, -1.0), action_high=(0.2, 0.2, 0.4, 1.0), targets={"dx": "x"})
+    chain = SafetyChain(spec, {"dx": 0.2}, {"dx": 0.5})  # 0.02 and 0.005 a tick
+
+    def target(x, command):
+        return chain.filter(np.float32([command, 0, 0, 0]), np.float32([x, 0, 0, 0, 0]), "x")[0]
+
+    sent = [target(0.15, 0.2) for _ in range(6)]
+    assert sent == pytest.approx([0.155, 0.165, 0.18, 0.2, 0.2, 0.2])  # 0.215, were it not for the limit
+    chain.reset()
+    assert target(0.25, 0.2) == pytest.approx(0.245)  # pushed out by hand
+
+
 def test_observations_are_checked_naming_the_key():
     chain = SafetyChain(PickEnv(image_size=8, renderer="ray").spec)
     image = np.zeros((8, 8, 3), np.uint8)

@@ -17,6 +17,7 @@ from lerobot_rig import Rig
 
 from flowserl_cli.compose import load_config
 from serl_robot_infra import lerobot_devices
+from serl_robot_infra.check.robot import Options, check
 from serl_robot_infra.main import main
 from serl_transport.contract.specs import TaskSpec
 
@@ -109,3 +110,33 @@ def test_a_part_that_is_unplugged_costs_one_episode_and_the_night_goes_on(arms, 
     assert len(episodes) >= 2
     names = {"arm": "so101_follower", "leader": "so101_leader", "camera": "OpenCVCamera(0)"}
     assert names[part] in out[out.index("cut at tick") :].splitlines()[0]
+
+
+def test_check_robot_looks_at_the_arm_and_nothing_moves(arms, tmp_path):
+    """Then with a frozen camera, and with limits that its calibration does not allow."""
+    arm, _, task = arms
+    servos = arm.chains[0].servos
+    servos[1].set("Present_Position", 2047 + 114)  # 10 degrees
+    cfg = load_config(["task=so101", "actor=true", "ip=null", "run=lab", f"runs_dir={tmp_path}"])
+    cfg.task = task
+    cfg.rollout.watchdog.stop_ms = 400.0
+    report, said = checked(cfg)
+    bad = [f for f in report.findings if f.level == "FAILURE" and f.check not in ("control rate", "silence")]
+    assert not bad, said  # a loaded machine is slow
+    assert "inside what the robot says of 6 actions" in said
+    assert "stop() came back after" in said
+    assert "LeRobotTeleop" in said
+    assert servos[1].get("Goal_Position") == servos[1].get("Present_Position") == 2047 + 114
+    FakeCapture.frozen = {0}
+    cfg.task.env.camera_frozen_s = 0.2
+    cfg.task.spec.action_high[0] = cfg.task.env.spec.action_high[0] = 200.0
+    report, said = checked(cfg)
+    assert report.exit_code == 1
+    failures = {f.check: f.says for f in report.of("FAILURE")}
+    assert "camera front: the same picture for 0.2 s" in failures["loop"]
+    assert "shoulder_pan.pos: action_high 200 is above the robot's 180" in failures["robot's limits"]
+
+
+def checked(cfg):
+    screen = Screen()
+    return check(cfg, Options(seconds=0.5), screen), screen.getvalue()

@@ -81,6 +81,18 @@ def test_only_the_chosen_episodes(run, capsys):
     assert "no episode of" in capsys.readouterr().err
 
 
+def test_a_file_for_each_episode_once(run, tmp_path, capsys):
+    words = [str(run), "--dataset", "--split", "-o", str(run / "videos")]
+    assert merge_video.main([*words, "--last", "2"]) == 0
+    assert merge_video.main(words) == 0
+    assert "wrote 2 files" in capsys.readouterr().out.splitlines()[-1]
+    files = sorted((run / "videos").iterdir(), key=lambda path: path.name.split("-0")[1])
+    assert [len(frames(path)) for path in files] == [3, 4, 5, 6]
+    assert all(path.stem.endswith(("-success", "-failure")) for path in files)
+    assert merge_video.main([str(run), "--split", "-o", str(run / "v")]) == 1
+    assert "say --dataset" in capsys.readouterr().err
+
+
 def test_mistakes_are_one_line(tmp_path, capsys):
     (tmp_path / "text.mp4").write_text("no video")
     for sources in (["nothing-here"], [str(tmp_path / "text.mp4")]):

@@ -1,14 +1,16 @@
 """Who is connected: the gateway's memory of each actor, fed by every message, read by tickets, closing and status."""
 
 import logging
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
 
-from serl_transport.contract.bounds import INT32, INT64, check_name, check_whole
+from serl_transport.contract.bounds import INT32, INT64, check_name, check_whole, printable, shown
 from serl_transport.contract.errors import NotReady, SchemaMismatch
 
 log = logging.getLogger("gateway")
+LONGEST = 300  # characters of what an actor says of itself
 ACTORS = 1024  # names that are known at a time
 
 
@@ -23,6 +25,11 @@ class ActorState:
     mode: str | None = None  # demo | online | eval, as it said
     delivered: bool = False  # this boot has delivered data of its own: its spool's older items came before
     lost: bool = False  # silence was reported
+    trouble: str | None = None  # what keeps its robot from working, as it said
+    asks: bool = False  # it has asked for tickets
+    dismissed: bool = False  # it was told to stop, with nothing left to deliver
+    left: str | None = None  # why it left, as it said
+    worked: float = 0.0  # time.monotonic() of the last data of it that was kept
 
 
 class Actors:
@@ -40,8 +47,35 @@ class Actors:
             self._make_room()
         if state is None or state.boot != boot:
             log.info("actor %s %s (boot %s)", actor, "joined" if state is None else "restarted", boot[-8:])
-            self._known[actor] = ActorState(boot, time.monotonic())
+            self._known[actor] = ActorState(boot, time.monotonic(), asks=state is not None and state.asks)
         self.seen(actor)
+
+    def known(self) -> dict[str, ActorState]:
+        """By unique_identifier."""
+        return self._known
+
+    def asked(self, actor: str, backlog: Any) -> int:
+        """It asks what to do next; its backlog, as it says. SchemaMismatch when that is none."""
+        state = self._known.get(actor)
+        if state is not None:
+            state.asks = True
+        try:
+            return check_whole("backlog", 0 if backlog is None else backlog, 0, INT64)
+        except ValueError as error:
+            raise SchemaMismatch(f"next_episode: {error}") from None
+
+    def dismissed(self, actor: str) -> None:
+        """It was told that the run is over."""
+        if actor in self._known:
+            self._known[actor].dismissed = True
+
+    def leaves(self, actor: str, boot: str, reason: Any) -> None:
+        """It says goodbye, and why. SchemaMismatch when that is nothing to show."""
+        text = _text("leave: reason", reason)
+        state = self._known.get(actor)
+        if state is not None and state.boot == boot:
+            state.left = text
+            log.info("actor %s leaves: %s", actor, text)
 
     def _make_room(self) -> None:
         if len(self._known) < ACTORS:
@@ -76,12 +110,17 @@ class Actors:
             )
         except ValueError as error:
             raise SchemaMismatch(f"heartbeat: {error}") from None
+        if (trouble := body.get("trouble")) is not None:
+            trouble = _text("heartbeat: trouble", trouble) or None
+        if trouble and _kind(trouble) != _kind(state.trouble or ""):
+            log.warning("actor %s: %s", actor, trouble)
+        state.trouble = trouble
 
     def delivered(self, actor: str, boot: str, version: int) -> None:
         """An item of `boot` is in the journal; version: that drove its last tick."""
         state = self._known.get(actor)
         if state is not None and state.boot == boot:
-            state.delivered, state.policy_version = True, version
+            state.delivered, state.policy_version, state.worked = True, version, time.monotonic()
 
     def alive(self, actor: str, boot: str) -> bool:
         """Is that process there? An actor unknown to this gateway gets the benefit of the doubt for a while."""
@@ -113,12 +152,26 @@ class Actors:
                 "last_seen_s": round(now - state.last_seen, 2),
                 "backlog": state.backlog,
                 "mode": state.mode,
+                "trouble": state.trouble,
+                "left": state.left,
             }
             for actor, state in self._known.items()
         }
 
     def _silent(self, state: ActorState) -> bool:
         return time.monotonic() - state.last_seen > self._dead_after_s
+
+
+def _text(what: str, text: Any) -> str:
+    """What an actor says of itself, for people. SchemaMismatch when it is no text."""
+    if not isinstance(text, str):
+        raise SchemaMismatch(f"{what}: expected a text, got {shown(text)}")
+    return printable(text)[:LONGEST]
+
+
+def _kind(text: str) -> str:
+    """The text without its numbers, which change while a trouble lasts."""
+    return re.sub(r"[\d.]+", "#", text)
 
 
 def _age(published: float | None, now: float) -> float | None:

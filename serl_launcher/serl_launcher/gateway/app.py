@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from serl_launcher.gateway.actors import Actors
+from serl_launcher.gateway.ending import Ending
 from serl_launcher.gateway.forward import InferForwarder
 from serl_launcher.gateway.ingest import Ingest
 from serl_launcher.gateway.journalled import Journalled
@@ -88,6 +89,7 @@ class Gateway:
         seal = Seal(load_secret(paths.ticket_secret, used=reader.next_sequence > 1), settings.unticketed)
         grace_s = min(TICKET_GRACE_S, settings.dead_actor_s)
         self.tickets = TicketOffice(settings.seed, grace_s, self.actors.alive, seal)
+        self.ending = Ending(self.actors, self.tickets, settings.dead_actor_s)
         self.ingest = Ingest(settings, paths, self.actors, self.journalled, reader, server.call_soon, seal)
         self.troubles = Troubles(self.ingest, self.progress)
         self._restore_tickets()
@@ -145,6 +147,7 @@ class Gateway:
             "time": time.time(),
             "stage": self._stage.to_status(),
             "done": self.done,
+            "ending": self.ending.to_status(self.done),
             "operator": self.operator.to_status(),
             "ring": str(self.journalled.ring.path),
             "storage": self.ingest.storage,
@@ -168,7 +171,7 @@ class Gateway:
     def _heartbeat(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
         if peer.role == "actor":
             self.actors.heartbeat(peer.actor_id, body)
-        return self.server.heartbeat_reply() | {"troubles": self.troubles.current()}
+        return self.server.heartbeat_reply() | {"troubles": self.troubles.current(), "over": self.over}
 
     def _request(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any] | Frames | None:
         self.actors.seen(peer.actor_id)
@@ -176,6 +179,9 @@ class Gateway:
             if peer.role != "actor":
                 raise Unauthorized(f"next_episode: this connection said hello as an {peer.role}'s, not an actor's")
             return self.next_episode(peer.actor_id, peer.boot_id, body)
+        if envelope.target == "leave" and peer.role == "actor":
+            self.actors.leaves(peer.actor_id, peer.boot_id, body.get("reason"))
+            return {}
         if envelope.target == "status":
             return self.status()
         if envelope.target == "params":
@@ -183,7 +189,7 @@ class Gateway:
             return pack(self.params.chunk(body))
         if envelope.target in OPERATOR_REQUESTS:
             return self._operate(peer.actor_id, envelope.target)
-        known = ["next_episode", "status", "params", *sorted(OPERATOR_REQUESTS)]
+        known = ["next_episode", "status", "params", "leave", *sorted(OPERATOR_REQUESTS)]
         raise UnknownKind(f"no request {envelope.target!r}; the requests are {', '.join(known)}")
 
     def _operate(self, name: str, request: str) -> dict[str, Any]:
@@ -195,8 +201,15 @@ class Gateway:
 
     @property
     def done(self) -> bool:
-        """Nothing is left to do: every stage is over, or an operator said stop."""
-        return self._stage.done or self.operator.stopped
+        """Nothing is left to do; actors may still be at their last episodes (`ending`)."""
+        return self.over is not None
+
+    @property
+    def over(self) -> str | None:
+        """Why no tickets are left, for people; None while the run goes on."""
+        if self.operator.stopped:
+            return "an operator stopped the run"
+        return "every stage of the schedule is done" if self._stage.done else None
 
     def next_episode(self, actor: str, boot: str, payload: dict[str, Any]) -> dict[str, Any]:
         """Run, wait or stop, as the schedule (`want: follow`) or the actor itself says."""
@@ -207,16 +220,16 @@ class Gateway:
             raise BadFrame(
                 f"next_episode: episodes: expected a whole number from 1 to {INT32}, or null, got {shown(limit)}"
             )
-        if self.operator.stopped:
-            return stop("an operator stopped the run")
+        backlog = self.actors.asked(actor, payload.get("backlog"))
+        if self.over is not None:
+            self.tickets.release(actor, boot, time.monotonic())
+            return self.ending.answer(actor, backlog, self.over)
         if self.operator.paused:
             return wait(WAIT_S, "an operator paused the run")
         state = self._stage
-        current = None if state.done else state.stage
+        current = state.stage
         if current is not None and (want == "follow" or (want == current.mode and limit is None)):
             return self._ticket(current, actor, boot, state.min_version)
-        if state.done and state.stage is not None:
-            return stop("every stage of the schedule is done")
         if want == "follow":
             return stop("the schedule names no stage; an actor may ask for rollout.mode=demo, online or eval")
         needed = {"demo": -1, "online": 0, "eval": max(self.params.version or 0, 0)}[want]

@@ -58,6 +58,11 @@ class TicketOffice:
         """Never draw again the seeds of episodes that exist already."""
         self._issued[stage] = max(self._issued.get(stage, 0), started)
 
+    def open(self) -> list[Ticket]:
+        """Of actors that are there, or that this gateway has not heard of yet, and have not asked for the next one."""
+        live = self._live.values()
+        return [ticket for ticket in live if ticket.released_at is None and self._alive(ticket.actor, ticket.boot)]
+
     def finish(self, episode_id: str) -> None:
         """The episode is in the ledger (a late part carries the id of its episode before the ~)."""
         self._live.pop(episode_id.split("~")[0], None)
@@ -88,10 +93,15 @@ class TicketOffice:
             "takeover": stage.takeover,
         }
 
+    def release(self, actor: str, boot: str, now: float) -> None:
+        """That process is done with the tickets it has: it asks what is next."""
+        for ticket in self._live.values():
+            if (ticket.actor, ticket.boot) == (actor, boot) and ticket.released_at is None:
+                ticket.released_at = now
+
     def _void_stale(self, actor: str, boot: str, now: float) -> None:
+        self.release(actor, boot, now)
         for ticket in list(self._live.values()):
-            if (ticket.actor, ticket.boot) == (actor, boot):
-                ticket.released_at = now if ticket.released_at is None else ticket.released_at
             late = ticket.released_at is not None and now - ticket.released_at > self._grace_s
             if late or not self._alive(ticket.actor, ticket.boot):
                 del self._live[ticket.episode_id]

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from serl_launcher.learner.faults import Reminder
-from serl_launcher.learner.publisher import Publisher
 from serl_launcher.run.files import disk_trouble
 
 log = logging.getLogger("trainer")
@@ -20,10 +19,10 @@ RETRY_S = 0.5  # between two tries; a report to the gateway lies between
 
 
 class DiskWait:
-    """Writes that are due, in order, and what the trainer waits for."""
+    """Writes that are due, in order, and what the trainer waits for. meanwhile: what goes on, for people."""
 
-    def __init__(self, publisher: Publisher) -> None:
-        self._publisher = publisher
+    def __init__(self, meanwhile: Callable[[], str]) -> None:
+        self._meanwhile = meanwhile
         self._due: deque[Callable[[], object]] = deque()
         self._reminder = Reminder()
         self._since: float | None = None  # time.monotonic() of the first refusal
@@ -52,7 +51,7 @@ class DiskWait:
             raise error
         self._since = self._since or time.monotonic()
         where = f" ({error.filename})" if error.filename else ""
-        self.waits = f"{trouble}: training waits, policy version {self._publisher.version} goes on being served"
+        self.waits = f"{trouble}: training waits{self._meanwhile()}"
         self._reminder.say(f"{self.waits}{where}")
         time.sleep(RETRY_S)
 

@@ -5,7 +5,8 @@ losses, one a parameter group (agents.base); everything that persists between st
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -85,14 +86,15 @@ class Learner:
     def step(self, batch: Any, lr_scale: float) -> dict[str, Tensor | float]:
         """One optimizer step; returns its metrics, which stay on the device (learner.step_log reads them when due).
 
+        batch: what the agent takes, or a list of such batches of one size whose gradients are averaged.
+
         Raises FloatingPointError when loss or gradient is not finite. Nothing has changed then: neither parameters nor
         optimizers nor targets. One bool a step is read back for that: the optimizers' kernels change weights in place,
         so whether they may be started must be known on the host.
         """
-        losses, metrics = self._prepared(batch, self.step_count)
         for optimizer in self._optimizers.values():
             optimizer.zero_grad()
-        self._accelerator.backward(reduce(torch.add, losses.values()))
+        losses, metrics = _mean([self._backward(part, share) for part, share in _parts(batch)])
         norms = {
             name: self._accelerator.clip_grad_norm_(self._groups[name].tensors.values(), self._max_grad_norm)
             for name in losses
@@ -114,6 +116,12 @@ class Learner:
         for param_group, base in zip(self._optimizers[name].param_groups, self._base_lr[name], strict=True):
             param_group["lr"] = base * scale
 
+    def _backward(self, batch: Any, share: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses and metrics of a batch, whose gradients are added, times `share`, to those that are there."""
+        losses, metrics = self._prepared(batch, self.step_count)
+        self._accelerator.backward(reduce(torch.add, losses.values()) * share)
+        return {name: loss.detach() for name, loss in losses.items()}, metrics
+
     def _check_finite(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
         if torch.isfinite(self._gathered([*losses.values(), *norms.values()])).all():
             return
@@ -131,6 +139,19 @@ class Learner:
         self._average_age += 1
         decay = min(self._ema_decay, (1 + self._average_age) / (10 + self._average_age))
         torch._foreach_lerp_(list(self.averaged.values()), [p.detach() for p in self._state.values()], 1 - decay)
+
+    @contextmanager
+    def averaged_in_place(self) -> Iterator[Agent]:
+        """The agent with the averaged parameters in place of the raw ones, which come back; nothing is copied."""
+        self._exchange()
+        try:
+            yield self.agent
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for name, p in self._state.items():
+            p.data, self.averaged[name] = self.averaged[name], p.data
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold, under flat names: parameters, their average, targets and the like."""
@@ -202,3 +223,17 @@ class Learner:
 
     def load_counters(self, counters: dict[str, int]) -> None:
         self.step_count, self._average_age = counters["step"], counters["average_age"]
+
+
+def _parts(batch: Any) -> list[tuple[Any, float]]:
+    """The batches of a step, each with its share of the gradient."""
+    parts = batch if isinstance(batch, list) else [batch]
+    return [(part, 1 / len(parts)) for part in parts]
+
+
+def _mean(found: list[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Losses and metrics of a step, from those of its batches."""
+    if len(found) == 1:
+        return found[0]
+    losses, metrics = zip(*found, strict=True)
+    return tuple({name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} for rows in (losses, metrics))

@@ -31,17 +31,21 @@ class Publisher:
     @busy(600.0, "publishing a version")
     def publish(self) -> None:
         """The next version, whole or not at all; on disk when this returns. OSError when the disk refuses."""
+        self.publish_into(self._folder, self.version + 1, self._keep)
+        self.version += 1
+
+    def publish_into(self, folder: Path, version: int, keep: int) -> None:
+        """The parameters of now as a version in another folder, beside the newest ones there. OSError as `publish`."""
         publish(
-            self._folder,
+            folder,
             self._learner.averaged,
-            version=self.version + 1,
+            version=version,
             step=self._learner.step_count,
             base=self.base,
             policy=self._name,
             now=time.time(),
-            keep=self._keep,
+            keep=keep,
         )
-        self.version += 1
 
     def publish_on_request(self, status: Mapping[str, Any]) -> None:
         """An operator may ask for a version out of turn; a count that falls belongs to a restarted gateway."""

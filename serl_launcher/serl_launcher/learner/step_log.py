@@ -21,13 +21,21 @@ class StepLog:
         self._pending: dict[str, Tensor | float] = {}
         self.shown: dict[str, float] = {}  # of the last logged step
 
-    def add(self, step: int, stage: str, metrics: Mapping[str, Tensor | float]) -> None:
-        """A loss that is not due every step shows the value of its last turn since the logged step before."""
+    def add(
+        self, step: int, stage: str, metrics: Mapping[str, Tensor | float], once: Mapping[str, float] | None = None
+    ) -> bool:
+        """True when this step is logged. A loss that is not due every step shows the value of its last turn since the
+        logged step before.
+
+        once: what is of this step alone; a step that has such is logged whatever the period.
+        """
         self._pending |= metrics
-        if step % self._period == 0:
-            self.shown = numbers(self._pending)
+        if once or step % self._period == 0:
+            self.shown = numbers(self._pending | (once or {}))
             self._writer.write(step, self.shown | {"stage": stage})
             self._pending = dict(metrics)
+            return True
+        return False
 
     @property
     def troubles(self) -> dict[str, str]:

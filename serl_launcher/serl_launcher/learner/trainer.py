@@ -66,7 +66,7 @@ class Trainer:
         self.gateway, self.learner, self.data, self.stages = gateway, learner, data, stages
         self.publisher, self.checkpoints, self.faults, self.rollback = publisher, checkpoints, faults, rollback
         self.step_log, self.settings = step_log, settings
-        self.disk = DiskWait(publisher)
+        self.disk = DiskWait(lambda: f", policy version {publisher.version} goes on being served")
         self._written_steps = dict(stages.steps)  # of each stage, once what was due after them is written
         self._reminder = Reminder()
         self._pace = Pace("a training step")

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from serl_launcher.policies.hub import fetched
 from serl_transport.contract.specs import TaskSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -107,14 +108,12 @@ def visual_features(checkpoint: Checkpoint) -> list[str]:
     return [key for key, feature in features.items() if feature.get("type") == "VISUAL"]
 
 
-def from_hub[T](get: Callable[[], T], where: str) -> T:
-    """What `get` fetches. Raises CheckpointError, "`where`, and the hub did not give it: …"."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+def from_hub(get: Callable[..., str], source: str, where: str) -> Path:
+    """What `get(local_files_only=…)` fetches. Raises CheckpointError, "`where`, and the hub …"."""
     try:
-        return get()
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{where}, and the hub did not give it: {str(error).splitlines()[0]}") from None
+        return Path(fetched(get, source))
+    except ValueError as error:
+        raise CheckpointError(f"{where}, and {error}") from None
 
 
 def _folder(source: str) -> Path:
@@ -126,7 +125,7 @@ def _folder(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     fetch = partial(snapshot_download, source, allow_patterns=PATTERNS)
-    return Path(from_hub(fetch, f"policy.checkpoint={source}: no such folder"))
+    return from_hub(fetch, source, f"policy.checkpoint={source}: no such folder")
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

@@ -17,7 +17,8 @@ from serl_launcher.policies.checkpoint import Checkpoint
 def tensors_to_save(policy: nn.Module, prefix: str, aliases: dict[str, str]) -> dict[str, Tensor]:
     """Every tensor under its name in the file: trained ones as they are, the others as the source holds them.
 
-    prefix: of the names in the file; aliases: name -> another name that the file may use for the same tensor.
+    prefix: of the names in the file; aliases: name -> another name that the file may use for the same tensor. A file
+    that has both gets the trained one under both.
     """
     source: Checkpoint | None = getattr(policy, "checkpoint", None)
     held = merged_state(policy.core)
@@ -25,7 +26,7 @@ def tensors_to_save(policy: nn.Module, prefix: str, aliases: dict[str, str]) -> 
         return {prefix + name: _on_host(tensor) for name, tensor in held.items()}
     trained = {name.removeprefix("core.") for name in trained_names(policy)}
     names = {stored: stored.removeprefix(prefix) for stored in source.files}
-    tied = {other: name for name, other in aliases.items() if name not in names.values()}
+    tied = {other: name for name, other in aliases.items() if name in trained or name not in names.values()}
     mine = {stored: tied.get(name, name) for stored, name in names.items()}
     return {s: _on_host(held[name]) if name in trained else source.tensor(s) for s, name in mine.items()}
 

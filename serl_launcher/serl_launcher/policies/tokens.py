@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import zlib
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from serl_launcher.policies.hub import is_offline
 from serl_transport.contract.bounds import shown
 
 log = logging.getLogger("policy")
@@ -141,8 +140,3 @@ class HubTokenizer:
     def _encode(self, prompts: list[str], **cut: Any) -> Any:
         shape = dict(padding="longest", pad_to_multiple_of=min(16, self.length), padding_side="right")
         return self.tokenizer(prompts, return_tensors="pt", **shape, **cut)
-
-
-def is_offline(source: str) -> bool:
-    """Whether `source` must be found on this machine: a path, or HF_HUB_OFFLINE is set."""
-    return Path(source).exists() or os.environ.get("HF_HUB_OFFLINE") == "1"

@@ -59,14 +59,6 @@ def check_links(folder: Path) -> None:
                 )
 
 
-def inside(folder: Path, name: str) -> Path:
-    """A file that something in `folder` names, which lies in it. ValueError for a path that leads out."""
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{folder}: it names {shown(name)}, a file out of the folder")
-    return path
-
-
 def _check_targets(node: Any, key: str, path: Path) -> None:
     for where, target in _targets(OmegaConf.to_container(node) if OmegaConf.is_config(node) else node, key):
         if not isinstance(target, str) or (target not in _named_by_config() and not _is_trusted(target)):

@@ -32,6 +32,7 @@ from serl_launcher.run.versions import (
     write_entry,
 )
 
+BEST = "best"  # folder of a fine-tuning run beside params/: the version of the lowest held-out loss
 AVERAGED = "averaged."  # what the names of the averaged parameters begin with in a trainer's checkpoint
 
 
@@ -41,12 +42,15 @@ def published_tensors(policy: nn.Module) -> dict[str, Tensor]:
 
 
 def base_sha256(policy: nn.Module) -> str:
-    """Hash over names, shapes and values of what an action depends on and is not published: frozen weights, buffers."""
+    """Hash over names, shapes and values of what an action depends on and is not published: frozen weights, buffers.
+
+    A published tensor has every name that the model knows it by: a tied head moves with its embedding.
+    """
     dead = policy.dead_parameters() if hasattr(policy, "dead_parameters") else set()
-    left_out = published_tensors(policy).keys() | dead
+    published = {id(p) for p in published_tensors(policy).values()}
     digest = hashlib.sha256()
-    for name, tensor in sorted(policy.state_dict().items()):
-        if name not in left_out:
+    for name, tensor in sorted(policy.state_dict(keep_vars=True).items()):
+        if name not in dead and id(tensor) not in published:
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -207,6 +211,18 @@ def find_parameters(path: str | Path) -> Path:
         f"checkpoint_path={path}: no parameters there; expected a *.safetensors file, a run folder holding "
         "params/latest.json, or a checkpoint folder such as runs/<name>/checkpoints/step_000900"
     )
+
+
+def find_version(run: Path, version: str | None) -> Path:
+    """Parameters of a run folder: the newest (None), `best` of a fine-tuning run, or a file's name in params/.
+
+    Raises as `find_parameters`.
+    """
+    if version == BEST and not (run / BEST).is_dir():
+        raise FileNotFoundError(
+            f"{run}: no folder {BEST}/; fine-tuning keeps one where episodes are held out (sft.held_out)"
+        )
+    return find_parameters(run if version is None else run / BEST if version == BEST else run / "params" / version)
 
 
 def _checked(path: Path) -> Path:

@@ -5,7 +5,8 @@
                                         └─▶ was never ready: the same, five times in a row: give up
                                             (a derived role never ends the run: it is started again for ever)
                  every second: stopped or silent role? ─▶ shown here and at the actors; too long: killed, so dead
-                               status.json ─▶ dashboard; done? ─▶ stop in order ─▶ summary.json, learning_curve.png
+                               status.json ─▶ dashboard; done, and no actor is waited for (ending.py)?
+                                                ─▶ stop in order ─▶ summary.json, learning_curve.png
     SIGINT, SIGTERM ─▶ stop in order: trainer, policy, gateway, exporter (writes out what is journalled)
 
 Nothing waits on the roles: the loop only reads a file and polls processes. A role is a process group that the kernel
@@ -25,6 +26,7 @@ from serl_launcher.run.internal import SupervisorLink
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.supervisor.children import Child, ChildSpec, Death, RestartBudget, stopped_groups
 from serl_launcher.supervisor.disk import DiskWatch
+from serl_launcher.supervisor.ending import LastEpisodes
 from serl_launcher.supervisor.health import Health, StatusFile
 from serl_launcher.supervisor.roles import STOP_ORDER
 from serl_launcher.supervisor.screen import Screen
@@ -63,12 +65,14 @@ class Supervisor:
         self._children = [Child(spec) for spec in roles]
         self._budgets = {spec.name: budget() for spec in roles}
         self._restart_at: dict[str, float] = {}
+        self._finished: set[str] = set()  # roles that ended with exit code 0
         self._came_up: set[str] = set()  # roles that were ready once
         self._health = Health(lambda text: self._screen.event(text))
         self._status = StatusFile(paths.status)
         self._ends = ends
         self._screen = Screen(out)
         self._disk = DiskWatch(paths.root, self._screen.event)
+        self._last_episodes = LastEpisodes(self._screen.event)
         self._period_s = 1.0 if out.isatty() else dashboard_period_s
         self._signal: int | None = None
 
@@ -110,14 +114,15 @@ class Supervisor:
                 troubles = self._look(now - last_look)
                 link.tell(troubles)
                 last_look = now
-                if self._status.body.get("done") and self._ends:
-                    self._screen.event("every stage is done")
+                if self._ends and self._last_episodes.are_over(self._status.body):
                     return DONE
                 if now >= next_dashboard and (lines := self._lines(troubles)):
                     next_dashboard = now + self._period_s
                     self._screen.dashboard(lines)
             time.sleep(TICK_S)
-        self._screen.event(f"{signal.Signals(self._signal).name}: stopping the roles (once more: at once)")
+        alone = self._last_episodes.waits_for(self._status.body)
+        what = f"not waiting for {alone}, stopping the roles" if alone else "stopping the roles"
+        self._screen.event(f"{signal.Signals(self._signal).name}: {what} (once more: at once)")
         return 128 + self._signal
 
     def _look(self, passed_s: float) -> dict[str, str]:
@@ -140,7 +145,8 @@ class Supervisor:
         name = child.spec.name
         if death := child.poll():
             return self._after_death(child, death)
-        if name in self._restart_at and time.monotonic() >= self._restart_at[name]:
+        rests = name in self._finished and self._status.body.get("done")  # the last episodes do without it
+        if name in self._restart_at and time.monotonic() >= self._restart_at[name] and not rests:
             self._start_again(child)
         return None
 
@@ -154,6 +160,7 @@ class Supervisor:
             self._screen.event(f"{name} cannot be started ({error}); trying again in {wait_s:g} s")
             return
         del self._restart_at[name]
+        self._finished.discard(name)
         self._screen.event(f"{name} started again (pid {child.pid})")
 
     def _after_death(self, child: Child, death: Death) -> int | None:
@@ -172,6 +179,7 @@ class Supervisor:
             )
             return GAVE_UP
         if death.code == 0:  # most likely it has seen the end of the schedule a moment before us
+            self._finished.add(death.name)
             self._restart_at[death.name] = time.monotonic() + max(wait_s, FINISHED_WAIT_S)
             return None
         self._restart_at[death.name] = time.monotonic() + wait_s

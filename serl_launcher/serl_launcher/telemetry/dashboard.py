@@ -45,7 +45,7 @@ def render_status(status: Mapping[str, Any]) -> list[str]:
     if evaluation:
         lines.append(evaluation)
     lines.append(_flow_line(status))
-    lines += [_actor_line(name, actor) for name, actor in sorted((status.get("actors") or {}).items())]
+    lines += [_actor_line(name, actor) for name, actor in _actors(status)]
     return [_fit(line) for line in lines]
 
 
@@ -66,13 +66,16 @@ def render_line(status: Mapping[str, Any]) -> str:
         f"help {_percent(_get(status, 'rates', 'intervention_rate'))}",
         f"v{_get(status, 'trainer', 'version', default=-1)}",
     ]
-    return " · ".join([*parts, *filter(None, [waits_for(status)])])
+    said = [f"{name}: {actor['trouble']}" for name, actor in _actors(status) if actor.get("trouble")]
+    return " · ".join([*parts, *filter(None, [waits_for(status)]), *said])
 
 
 def waits_for(status: Mapping[str, Any]) -> str | None:
     """What only a person can bring: room on the disk, demonstrations for a stage that trains on them, an actor."""
     if refused := status.get("storage") or _get(status, "trainer", "waits"):
         return str(refused)
+    if waited := _get(status, "ending", "waits_for"):
+        return "; ".join(f"{name} {what}" for name, what in waited.items())
     mode, counts = _get(status, "stage", "mode"), status.get("counts")
     if status.get("done") or counts is None:
         return None
@@ -155,6 +158,10 @@ def _flow_line(status: Mapping[str, Any]) -> str:
     return "  data       " + "   ".join(parts)
 
 
+def _actors(status: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return sorted((status.get("actors") or {}).items())
+
+
 def _actor_line(name: str, actor: Mapping[str, Any]) -> str:
     version, age = actor.get("policy_version", -1), actor.get("version_age_s")
     policy = (
@@ -164,6 +171,10 @@ def _actor_line(name: str, actor: Mapping[str, Any]) -> str:
     )
     silent = actor.get("last_seen_s") or 0.0
     seen = f"   silent for {_age(silent)}" if silent > 3 else ""
+    if left := actor.get("left"):
+        return f"  actor      {name}   left: {left}"
+    if trouble := actor.get("trouble"):
+        return f"  actor      {name}   {trouble}{seen}"
     backlog = f"   backlog {actor['backlog']}" if actor.get("backlog") else ""
     return f"  actor      {name}   {actor.get('mode') or 'waiting'}   {policy}{backlog}{seen}"
 

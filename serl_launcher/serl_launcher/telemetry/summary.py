@@ -67,6 +67,7 @@ def summarise(history: RunHistory) -> dict[str, Any]:
         "policy": (history.config.get("policy") or {}).get("name"),
         "task": (history.config.get("task") or {}).get("name"),
         "git_revision": _git_revision(),
+        "code": history.config.get("code"),  # of a lab's own package; as the last start wrote it
         "stages": [_stage_row(stage) for stage in history.stages],
     }
 

@@ -51,6 +51,10 @@ class Environment(Protocol):
     A robot also has `hold()` and `stop()` (guard.Stoppable), called from any thread, also during `step` and `reset`.
     One whose controller can be reached twice names a `stopper`: a config node of what stops it from another process
     (watchdog.py), for example `{"_target_": "my_lab.arm.SecondConnection", "host": "10.0.0.9"}`.
+
+    Three more are optional, for tools/check_robot.py and for an episode whose scene a person sets: `observe()`, what is
+    seen now, without a motion; `limits()`, action name -> (low, high) that the robot itself allows, in the task's
+    units; `falls_on_stop`, true where a stop takes the torque away.
     """
 
     @property

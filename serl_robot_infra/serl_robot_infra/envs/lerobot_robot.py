@@ -19,7 +19,7 @@ import numpy as np
 from serl_config.nearest import nearest
 from serl_robot_infra import lerobot_devices as devices
 from serl_robot_infra.envs.base import PartLostError, StepResult
-from serl_robot_infra.envs.cameras import FrozenCheck
+from serl_robot_infra.envs.camera import FrozenCheck
 from serl_robot_infra.envs.images import fitted, shape_refusal
 from serl_transport.contract.schema import Observation
 from serl_transport.contract.specs import TaskSpec
@@ -97,6 +97,19 @@ class LeRobotEnv:
             check.forget()
         self._go_home()
         return self._observe("reset")
+
+    def observe(self) -> Observation:
+        """What is seen and sensed now; nothing moves. PartLostError as `step`."""
+        return self._observe("observe")
+
+    def limits(self) -> dict[str, tuple[float, float]]:
+        """The range of each joint by its calibration, in the task's units; empty where the driver has no servos."""
+        return devices.joint_ranges(self._robot)
+
+    @property
+    def falls_on_stop(self) -> bool:
+        """Whether a stop takes its torque away."""
+        return self._release
 
     def step(self, action: np.ndarray) -> StepResult:
         """Send float32[ad] and observe; `executed` is what the driver sent after its own clipping."""

@@ -57,6 +57,9 @@ class Observer:
     def message(self, text: str) -> None:
         """Something people should know: waiting, holding, stopping. Repeated while it lasts."""
 
+    def trouble(self, text: str | None) -> None:
+        """What keeps the robot from working, repeated while it lasts; None: nothing any more. From any thread."""
+
     def ask(self, text: str) -> None:
         """A person is asked to do something now, and waited for."""
 
@@ -82,6 +85,9 @@ class ObserverGroup(Observer):
 
     def message(self, text: str) -> None:
         self._tell("message", text)
+
+    def trouble(self, text: str | None) -> None:
+        self._tell("trouble", text)
 
     def ask(self, text: str) -> None:
         self._tell("ask", text)

@@ -73,6 +73,11 @@ class ConsoleObserver(Observer):
         elif self._is_terminal:
             self._live(text)
 
+    def trouble(self, text: str | None) -> None:
+        """As a message."""
+        if text is not None:
+            self.message(text)
+
     def ask(self, text: str) -> None:
         """Print it, each time."""
         self._told_at[_kind(text)] = time.monotonic()

@@ -1,15 +1,14 @@
 """Streams a rollout to a rerun viewer: `rollout.rerun=true`, made by `wiring`. Needs rerun-sdk on the actor's host."""
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from serl_robot_infra.observers.base import EpisodeReport, Observer
+from serl_transport.connection.reach import bracketed, is_ipv6, obstacle
 from serl_transport.contract.schema import EpisodeInfo, Observation, TimeStep
 from serl_transport.contract.specs import TaskSpec
 
-CONNECT_S = 2.0  # a viewer is asked for once, at the start
 FLUSH_S = 2.0  # at the end; rerun itself would wait much longer for a viewer that was closed
 
 
@@ -28,7 +27,7 @@ class RerunObserver(Observer):
             self._stream.save(target)
         else:
             host, port = read_address(target)
-            self._stream.connect_grpc(f"rerun+http://{f'[{host}]' if ':' in host else host}:{port}/proxy")
+            self._stream.connect_grpc(f"rerun+http://{bracketed(host)}:{port}/proxy")
         self._tick = 0
 
     def episode_started(self, info: EpisodeInfo) -> None:
@@ -62,12 +61,10 @@ def connected(spec: TaskSpec, address: str, say: Callable[[str], None]) -> Rerun
     """
     _rerun()
     host, port = read_address(address)
-    try:
-        socket.create_connection((host, port), CONNECT_S).close()
-    except OSError as error:
+    if (why := obstacle(host, port)) is not None:
         say(
-            f"rollout.rerun: no viewer at {host}:{port} ({error.strerror or error}), the run goes on without; to look "
-            f"live, start `rerun --port {port}` first, or set rollout.rerun_address=<host:port> (docs/data.md)"
+            f"rollout.rerun: no viewer at {address} ({why}), the run goes on without; to look live, start "
+            f"`rerun --port {port}` first, or set rollout.rerun_address=<host:port> (docs/data.md)"
         )
         return None
     say(f"rollout.rerun: streaming to the viewer at {host}:{port}")
@@ -77,8 +74,10 @@ def connected(spec: TaskSpec, address: str, say: Callable[[str], None]) -> Rerun
 def read_address(address: str) -> tuple[str, int]:
     """`host:port` or `[host]:port`. ValueError naming rollout.rerun_address otherwise."""
     host, _, port = str(address).rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) <= 65535:
-        raise ValueError(f"rollout.rerun_address={address}: expected host:port, such as 127.0.0.1:9876")
+    if not host or not port.isdecimal() or not 0 < int(port) <= 65535 or (":" in host and not is_ipv6(host)):
+        raise ValueError(
+            f"rollout.rerun_address={address}: expected host:port, such as 127.0.0.1:9876 or [fd00::7]:9876"
+        )
     return host.strip("[]"), int(port)
 
 

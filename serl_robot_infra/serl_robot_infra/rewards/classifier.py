@@ -16,6 +16,7 @@ from serl_config.reward_stages import stage_after
 from serl_robot_infra.envs.base import StepResult
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
+from serl_transport.connection.reach import Watch
 from serl_transport.contract.errors import Internal, NotReady, ServerSilent
 from serl_transport.contract.specs import TaskSpec
 
@@ -96,5 +97,7 @@ def connect(
         f"waiting for the reward server at {ip}:{port} (reward.ip, reward.port); "
         "the learner starts one when it has reward=classifier reward.model=<folder>"
     )
-    client = TrainerClient(name, ip, config, spec=TaskSpec.from_dict(dict(spec)), on_wait=lambda _: on_wait(line))
+    reach = Watch(ip, port)
+    told = lambda _: on_wait(f"{line}{reach.words}")  # noqa: E731
+    client = TrainerClient(name, ip, config, spec=TaskSpec.from_dict(dict(spec)), on_wait=told)
     return ClassifierReward(client, patience_s, environment_may_end)

@@ -8,8 +8,11 @@ import numpy as np
 SIDE, TICKS, EPISODES = 32, 20, 3
 
 
-def make_dataset(folder: Path) -> Path:
-    """Written by LeRobot itself. The brightness of `front` and the state determine the action."""
+def make_dataset(folder: Path, episodes: int = EPISODES, habit: float = 0.0) -> Path:
+    """Written by LeRobot itself. The brightness of `front` and the state determine the action.
+
+    habit: size of an offset of each episode's second action, which nothing that is seen tells of a new episode.
+    """
     from lerobot.datasets import LeRobotDataset
 
     image = {"dtype": "image", "shape": (SIDE, SIDE, 3), "names": ["height", "width", "channels"]}
@@ -21,17 +24,18 @@ def make_dataset(folder: Path) -> Path:
     }
     dataset = LeRobotDataset.create("local/sft", fps=10, features=features, root=folder, use_videos=False)
     rng = np.random.default_rng(0)
-    for episode in range(EPISODES):
+    for episode in range(episodes):
+        offset = habit * rng.standard_normal()
         for tick in range(TICKS):
             phase = tick / TICKS
-            frame = np.full((SIDE, SIDE, 3), 40 + 60 * episode, np.uint8)
+            frame = np.full((SIDE, SIDE, 3), (40 + 60 * episode) % 256, np.uint8)
             frame[: SIDE // 2] = int(200 * phase)
             dataset.add_frame(
                 {
                     "observation.images.front": frame,
                     "observation.images.wrist": rng.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8),
                     "observation.state": np.array([phase, episode / 2, np.sin(3 * phase)], np.float32),
-                    "action": np.array([0.05 * np.cos(4 * phase) + 0.02 * episode, 3 * phase - 1], np.float32),
+                    "action": np.array([0.05 * np.cos(4 * phase) + 0.02 * episode, 3 * phase - 1 + offset], np.float32),
                     "task": "pick up the red cube",
                 }
             )

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import SPEC, random_batch, tiny_policy
+from tiny import random_batch, tiny_policy
 
+from serl_launcher.agents.base import ParameterGroup
 from serl_launcher.agents.flow_matching import FlowMatchingAgent
 from serl_launcher.learner import checkpoint
 from serl_launcher.learner.learner import Learner, Schedule
@@ -13,7 +14,7 @@ from serl_launcher.learner.stage import StageProgress, StageSettings, TrainingSt
 
 
 def make_learner(lr=3e-3):
-    agent = FlowMatchingAgent(tiny_policy(), SPEC.prompt, noise_samples=2)
+    agent = FlowMatchingAgent(tiny_policy(), noise_samples=2)
     return Learner(
         agent, lambda p: torch.optim.AdamW(p, lr=lr), Accelerator(cpu=True), max_grad_norm=1.0, ema_decay=0.9
     )
@@ -24,6 +25,51 @@ def test_the_loss_of_a_fixed_batch_falls():
     learner, batch = make_learner(lr=1e-2), random_batch()
     losses = [learner.step(batch, 1.0)["losses/flow"] for _ in range(25)]
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+
+
+class Quadratic(torch.nn.Module):
+    """Its loss on a batch x is the mean of (w − x)²: the gradient is 2 (w − mean x)."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, batch, step):
+        loss = (self.w - batch).square().mean()
+        return {"policy": loss}, {"losses/flow": loss.detach()}
+
+    def groups(self):
+        return {"policy": ParameterGroup({"w": self.w})}
+
+    def trainable_state(self):
+        return {"w": self.w}
+
+    def after_step(self):
+        pass
+
+
+def test_several_batches_make_the_step_of_one_that_holds_them_all():
+    xs, ends = torch.tensor([1.0, 2.0, 4.0, 9.0]), []
+    for batch in (xs, [xs[:2], xs[2:]]):
+        learner = Learner(
+            Quadratic(), lambda p: torch.optim.SGD(p, lr=0.1), Accelerator(cpu=True), max_grad_norm=1e9, ema_decay=0.9
+        )
+        metrics = learner.step(batch, 1.0)
+        ends.append((learner.agent.w.item(), float(metrics["losses/flow"]), float(metrics["optim/grad_norm"])))
+    assert ends[0] == pytest.approx((0.1 * 2 * 4, 25.5, 8.0))  # mean of x: 4, of x²: 25.5
+    assert ends[1] == pytest.approx(ends[0])
+
+
+def test_the_average_takes_the_policys_place_for_a_look():
+    learner = make_learner()
+    for _ in range(2):
+        learner.step(random_batch(), 1.0)
+    name = "core.action_out_proj.weight"
+    raw, average = learner.agent.trainable_state()[name].detach().clone(), learner.averaged[name].clone()
+    with learner.averaged_in_place() as agent:
+        assert torch.equal(agent.trainable_state()[name], average)
+    assert torch.equal(learner.agent.trainable_state()[name], raw)
+    assert torch.equal(learner.averaged[name], average)
 
 
 def test_the_average_lies_between_start_and_now():

@@ -33,6 +33,22 @@ def test_what_is_published_is_what_is_loaded(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(source.parameters(), target.parameters(), strict=True))
 
 
+def test_a_tied_tensor_is_no_part_of_the_frozen_base():
+    """As a language head that is its embedding: it is published once, and moves under both names."""
+    policy = tiny_policy()
+    policy.head = torch.nn.Linear(4, 4)
+    policy.head.weight = policy.core.action_out_proj.weight
+    before = base_sha256(policy)
+    with torch.no_grad():
+        policy.head.weight.add_(1)
+    assert base_sha256(policy) == before
+    policy.head.bias.requires_grad_(False)
+    frozen = base_sha256(policy)
+    with torch.no_grad():
+        policy.head.bias.add_(1)
+    assert base_sha256(policy) != frozen != before
+
+
 def test_only_the_newest_files_are_kept(tmp_path):
     policy = tiny_policy()
     for version in range(5):

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
-from serl_launcher.policies.groot.build import TUNE, build_groot, tune_flags
+from serl_launcher.policies.groot.build import build_groot
 from serl_launcher.policies.groot.inputs import patches
 from serl_launcher.policies.groot.tiny import TinyGrootSize
+from serl_launcher.policies.groot.trainable import TUNE, flags_of
 from serl_transport.contract.specs import TaskSpec
 
 SPEC = TaskSpec.from_dict(
@@ -247,7 +248,7 @@ def test_the_language_head_is_not_held(policy):
 
 def test_unknown_flags_and_slots_are_refused():
     with pytest.raises(ValueError, match="unknown flag 'vision'"):
-        tune_flags({"vision": True})
+        flags_of(None, {"vision": True})
     with pytest.raises(ValueError, match=r"policy\.embodiment: expected a slot below 4, got 4"):
         build_groot("t", SPEC, "random", 0, AH, SIZE, embodiment=4)
 

@@ -102,3 +102,16 @@ def test_it_says_what_only_a_person_can_bring():
     assert waits_for(empty | {"done": True}) is None
     for text in (render_line(empty), render_status(empty)[1]):
         assert "no demonstrations in run quickstart yet: run_learner_data_collection.sh records them" in text
+
+
+def test_what_keeps_a_robot_from_working_who_left_and_whom_a_finished_run_waits_for():
+    status = copy.deepcopy(STATUS)
+    hung, left = {"trouble": "MyArm.step has not come back for 3.2 s", "last_seen_s": 0.4}, {"left": "2 episodes done"}
+    status["actors"] = {"arm": hung, "sim": left}
+    assert render_status(status)[-2:] == [
+        "  actor      arm   MyArm.step has not come back for 3.2 s",
+        "  actor      sim   left: 2 episodes done",
+    ]
+    assert render_line(status).endswith("v14 · arm: MyArm.step has not come back for 3.2 s")
+    status |= {"done": True, "ending": {"waits_for": {"arm": "makes its last episode"}}}
+    assert waits_for(status) == "arm makes its last episode"

@@ -4,6 +4,7 @@ Protocol: on connecting the server sends its metadata; then each request is one 
 packed answer. A text message is the server's error.
 """
 
+import ipaddress
 import ssl
 from typing import Any
 
@@ -41,6 +42,7 @@ class WebsocketClientPolicy(BasePolicy):
         max_bytes: largest reply accepted.
         ca_file: certificates (PEM) to trust for wss://; None: the system's.
         auth_scheme: Api-Key, as openpi's own client sends, or Bearer.
+        connect_s: bound on connecting, seconds; None: timeout_s.
 
     Raises:
         PolicyServerError: naming the address and what to change; AccessDeniedError when the key is not accepted.
@@ -55,10 +57,12 @@ class WebsocketClientPolicy(BasePolicy):
         max_bytes: int = 64 << 20,
         ca_file: str | None = None,
         auth_scheme: str = "Api-Key",
+        connect_s: float | None = None,
     ):
-        scheme_and_host = host if "://" in host else f"ws://{host}"
+        scheme_and_host = host if "://" in host else f"ws://{_bracketed(host)}"
         self.uri = scheme_and_host if port is None else f"{scheme_and_host}:{port}"
         self._timeout_s = timeout_s
+        self._connect_s = timeout_s if connect_s is None else connect_s
         self._max_bytes = max_bytes
         self._headers = {"Authorization": f"{auth_scheme} {api_key}"} if api_key else None
         self._tls = ssl.create_default_context(cafile=ca_file) if self.uri.startswith("wss:") else None
@@ -83,7 +87,7 @@ class WebsocketClientPolicy(BasePolicy):
                 self.uri,
                 compression=None,
                 max_size=self._max_bytes,
-                open_timeout=self._timeout_s,
+                open_timeout=self._connect_s,
                 additional_headers=self._headers,
                 ssl=self._tls,
             )
@@ -116,3 +120,11 @@ class WebsocketClientPolicy(BasePolicy):
             return answer
         except ValueError as error:
             raise PolicyServerError(f"{self.uri} does not speak the openpi protocol: {error}") from error
+
+
+def _bracketed(host: str) -> str:
+    """An IPv6 address in brackets, as a URI takes it; anything else as it is."""
+    try:
+        return f"[{host}]" if ipaddress.ip_address(host.partition("%")[0]).version == 6 else host
+    except ValueError:
+        return host

@@ -20,6 +20,7 @@ from typing import Any
 
 from serl_transport.config import TrainerConfig
 from serl_transport.connection.link import Link
+from serl_transport.connection.reach import Watch, bracketed
 from serl_transport.connection.subscriber import Subscriber
 from serl_transport.contract.bounds import check_name
 from serl_transport.contract.errors import ServerSilent
@@ -68,17 +69,19 @@ class TrainerClient:
         """
         check_name("a client's name (unique_identifier)", name)
         self.name, self.config, self.timeout_ms = name, config, timeout_ms
-        self._server = f"{server_ip}:{config.port_number}"
+        self._host = bracketed(server_ip)
+        self._server = f"{self._host}:{config.port_number}"
         self._spec, self._role, self._run = spec, role, run
         self._keys = None if config.keys_dir is None else ClientKeys.load(config.keys_dir, name)
         self._stores = dict(data_stores or {}) | ({name: data_store} if data_store is not None else {})
         self._sent_ids = dict.fromkeys(self._stores, -1)
         self._status: dict[str, Any] = {}
         self._troubles: dict[str, str] = {}
+        self._over: str | None = None
         self._updater: _Repeater | None = None
         self._resources = ExitStack()  # closed last in, first out: the links before what they use
         try:
-            self._open(server_ip, spool_dir, spool_bytes, ledger_path)
+            self._open(spool_dir, spool_bytes, ledger_path)
             self._await_server(wait_for_server, on_wait or _log_wait)
         except BaseException:
             self.stop()
@@ -176,6 +179,11 @@ class TrainerClient:
         return self._troubles
 
     @property
+    def over(self) -> str | None:
+        """Why the learner has no more tickets, in words, as it last said; None while its run goes on."""
+        return self._over
+
+    @property
     def hello_reply(self) -> dict[str, Any]:
         """What the learner said when it last accepted this client."""
         return self._control.hello_reply
@@ -188,9 +196,7 @@ class TrainerClient:
 
     # Inside.
 
-    def _open(
-        self, server_ip: str, spool_dir: str | Path | None, spool_bytes: int, ledger_path: str | Path | None
-    ) -> None:
+    def _open(self, spool_dir: str | Path | None, spool_bytes: int, ledger_path: str | Path | None) -> None:
         self._spool = open_spool(spool_dir, spool_bytes)
         self._resources.callback(self._spool.close)
         self.boot_id = self._spool.boot_id
@@ -207,7 +213,7 @@ class TrainerClient:
         Subscriber(
             self._control.loop,
             self._control.context,
-            f"tcp://{server_ip}:{self.config.broadcast_port}",
+            f"tcp://{self._host}:{self.config.broadcast_port}",
             self._listener.deliver,
             limits=self.config.limits,
             keys=self._keys,
@@ -219,7 +225,8 @@ class TrainerClient:
     def _heard(self, reply: dict[str, Any]) -> None:
         """The answer to a heartbeat."""
         self._listener.saw_version(reply)
-        troubles = reply.get("troubles")
+        over, troubles = reply.get("over"), reply.get("troubles")
+        self._over = None if over is None else str(over)
         self._troubles = {str(k): str(v) for k, v in troubles.items()} if isinstance(troubles, dict) else {}
 
     def _link(self, name: str, on_heartbeat: Callable[[dict], None] | None, resend_s: float | None) -> Link:
@@ -251,17 +258,19 @@ class TrainerClient:
         }
 
     def _await_server(self, forever: bool, on_wait: Callable[[str], None]) -> None:
-        start = time.monotonic()
+        start, reach = time.monotonic(), Watch(self._host, self.config.port_number)
         for link in (self._control, self._data):
             while not link.settled.wait(1.0 if forever else self.timeout_ms / 1e3):
                 for other in (self._control, self._data):
                     if other.refused is not None:
                         raise other.refused
                 waited = time.monotonic() - start
-                message = f"waiting for learner at {self._server} ({waited:.0f} s)"
+                why = f"{reach.words} (check ip= and port=)" if reach.words else ""
                 if not forever:
-                    raise ServerSilent(f"no learner at {self._server} in {waited:.1f} s; is it running, on that port?")
-                on_wait(message)
+                    raise ServerSilent(
+                        f"no learner at {self._server} in {waited:.1f} s; is it running, on that port?{why}"
+                    )
+                on_wait(f"waiting for learner at {self._server} ({waited:.0f} s){why}")
             if link.refused is not None:
                 raise link.refused
 

@@ -198,8 +198,12 @@ def _affine(found: Checkpoint, statistics: dict, parts: dict, what: str, ends: t
         raise CheckpointError(f"{found.folder}: {which}: {error}") from None
     if low.shape != (dims,) or high.shape != (dims,):
         raise CheckpointError(f"{found.folder}: statistics of {what} have {len(low)} dims, the task has {dims}")
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise CheckpointError(f"{found.folder}: {which} hold NaN or Inf")
+    for wrong, said in (
+        (~(np.isfinite(low) & np.isfinite(high)), "hold NaN or Inf"),
+        (high < low, f"{ends[1]} is below {ends[0]}"),
+    ):
+        if wrong.any():
+            raise CheckpointError(f"{found.folder}: {which}: {said} in dims {np.flatnonzero(wrong).tolist()}")
     flat = high <= low
     half = np.where(flat, NEVER_MOVED if what == "state" else 1e-8, (high - low) / 2)
     return Affine(np.where(flat, low, (low + high) / 2).tolist(), half.tolist())

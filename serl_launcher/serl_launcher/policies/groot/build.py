@@ -19,12 +19,13 @@ from serl_launcher.policies.groot.assets import GrootAssets, read_assets
 from serl_launcher.policies.groot.checkpoint import ALIASES, build_core, prefix_of
 from serl_launcher.policies.groot.head import NEW_EMBODIMENT, GrootFlowPolicy, Inputs
 from serl_launcher.policies.groot.inputs import QwenInputs, has_processor
+from serl_launcher.policies.groot.trainable import flags_of, put_groot_adapters
 from serl_launcher.policies.loading import load_core
+from serl_launcher.policies.normalise import as_trained
 from serl_launcher.policies.precision import hold
 from serl_transport.contract.specs import TaskSpec
 
 log = logging.getLogger("policy")
-TUNE = ("llm", "visual", "projector", "diffusion_model", "vlln")
 
 
 def build_groot(
@@ -36,6 +37,8 @@ def build_groot(
     size: Callable,
     embodiment: int = 0,
     dropout: bool = False,
+    train: str | None = None,
+    lora_rank: int = 16,
     tune: dict[str, bool] | None = None,
     checkpoint: str | None = None,
     embodiment_tag: str = NEW_EMBODIMENT,
@@ -43,9 +46,11 @@ def build_groot(
     cameras: Mapping[str, str] | None = None,
     statistics: str | None = None,
     precision: str = "float32",
+    trained_on: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> GrootFlowPolicy:
-    """A GR00T policy for one task; arguments as `build_pi0`. tune: GR00T's flags without `tune_`, default all True.
+    """A GR00T policy for one task; arguments as `build_pi0`. tune: GR00T's flags without `tune_`, default all True,
+    where `train` does not say it: full, expert or lora.
 
     init `checkpoint`: weights, units and the slot of `embodiment_tag` from NVIDIA's layout or LeRobot's `groot` type;
     processor: folder or hub name of the backbone's tokenizer and image processor, the checkpoint's own when None;
@@ -54,18 +59,19 @@ def build_groot(
     """
     require_diffusers()
     check_init(init, checkpoint, action_horizon)
-    flags = tune_flags(tune)
+    flags = flags_of(train, tune)
     options |= {"precision": precision, "embodiment_tag": embodiment_tag, "dropout": dropout}
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            core, inputs = size(spec, action_horizon)
+            order, units = as_trained(spec, trained_on)
+            core, _ = size(spec, action_horizon)
+            inputs = size.inputs(order)
         if processor:
-            inputs = QwenInputs(processor, tuple(spec.cameras), size.geometry())
-        policy = GrootFlowPolicy(core, spec, inputs, embodiment=embodiment, **options)
+            inputs = QwenInputs(processor, order, size.geometry())
+        policy = GrootFlowPolicy(core, spec, inputs, units, embodiment, **options)
         policy.tune(**flags)
-        hold(policy, precision, masters=True)
-        return policy
+        return _adapted(policy, train, lora_rank, seed, precision)
     found = Checkpoint.find(checkpoint)
     assets = read_assets(found, embodiment_tag, spec, dict(cameras or {}), statistics)
     core = build_core(found)
@@ -80,6 +86,16 @@ def build_groot(
     policy.checkpoint, policy.described = found, assets.described
     policy.train(policy.training)
     log.info("%s", policy.load_report)
+    return _adapted(policy, train, lora_rank, seed, precision)
+
+
+def _adapted(policy: GrootFlowPolicy, train: str | None, rank: int, seed: int, precision: str) -> GrootFlowPolicy:
+    """With adapters where it trains by them; they are no tensors of a checkpoint."""
+    if train == "lora":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            put_groot_adapters(policy.core, rank)
+    hold(policy, precision, masters=True)
     return policy
 
 
@@ -100,20 +116,23 @@ def meta_groot(cfg: Mapping[str, Any], spec: TaskSpec, size: Any) -> tuple[Groot
     Of a checkpoint only its configuration and statistics are read. Raises ValueError in the user's words.
     """
     require_diffusers()
-    flags, mode, cameras, valid = tune_flags(cfg.get("tune")), "MIN_MAX", tuple(spec.cameras), None
+    flags, mode, cameras, valid = flags_of(cfg.get("train"), cfg.get("tune")), "MIN_MAX", tuple(spec.cameras), None
+    units = None
     if cfg.get("checkpoint"):
         found = Checkpoint.find(cfg["checkpoint"])
         core = build_core(found)
         tag, mapping = cfg.get("embodiment_tag") or NEW_EMBODIMENT, dict(cfg.get("cameras") or {})
         assets = read_assets(found, tag, spec, mapping, cfg.get("statistics"))
-        mode, cameras, valid = assets.mode, assets.cameras, assets.horizon
+        mode, cameras, valid, units = assets.mode, assets.cameras, assets.horizon, assets.units
     else:
         with torch.device("meta"):
             core = size.build(size.config_fields(spec, cfg.get("action_horizon") or 40))
     with torch.device("meta"):
         policy = GrootFlowPolicy(core, spec, size.inputs(cameras), valid_horizon=valid)
-    policy.checkpointing = bool(cfg.get("checkpointing"))
+    policy.checkpointing, policy.checkpoint_units = bool(cfg.get("checkpointing")), units
     policy.tune(**flags)
+    if cfg.get("train") == "lora":
+        put_groot_adapters(policy.core, cfg.get("lora_rank") or 16)
     return policy, mode
 
 
@@ -121,12 +140,3 @@ def require_diffusers() -> None:
     """Raise ValueError that names the command when the package behind GR00T's action head is missing."""
     if importlib.util.find_spec("diffusers") is None or importlib.util.find_spec("tree") is None:
         raise ValueError("policy: GR00T needs the packages diffusers and dm-tree: pip install 'lerobot[groot]==0.6.1'")
-
-
-def tune_flags(tune: dict[str, bool] | None) -> dict[str, bool]:
-    """All flags, those not given True. Raises ValueError naming an unknown one."""
-    given = dict(tune or {})
-    unknown = [key for key in given if key not in TUNE]
-    if unknown:
-        raise ValueError(f"policy.tune: unknown flag {unknown[0]!r}; the flags are {list(TUNE)}")
-    return {key: bool(given.get(key, True)) for key in TUNE}

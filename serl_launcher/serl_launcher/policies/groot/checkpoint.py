@@ -62,5 +62,5 @@ def model_config(found: Checkpoint) -> tuple[dict[str, Any], Path]:
     from huggingface_hub import hf_hub_download
 
     where = f"{found.folder}: base_model_path={base} in config.json: no such folder"
-    path = Path(from_hub(partial(hf_hub_download, base, "config.json"), where))
+    path = from_hub(partial(hf_hub_download, base, "config.json"), base, where)
     return json.loads(path.read_text()), path.parent

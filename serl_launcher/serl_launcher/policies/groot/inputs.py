@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from serl_launcher.policies.tokens import WordHashTokenizer, is_offline
+from serl_launcher.policies.hub import is_offline
+from serl_launcher.policies.tokens import WordHashTokenizer
 from serl_launcher.policies.transfer import to_device
 
 PATCH, MERGE = 16, 2

@@ -23,6 +23,7 @@ from serl_launcher.policies.checkpoint import (
     visual_features,
 )
 from serl_launcher.policies.loading import load_core
+from serl_launcher.policies.normalise import as_trained
 from serl_launcher.policies.pi0.checkpoint import ALIASES, read_config, tokenizer_name
 from serl_launcher.policies.pi0.full import FullSize
 from serl_launcher.policies.pi0.head import PI0FlowPolicy
@@ -55,22 +56,25 @@ def build[Head: PI0FlowPolicy](
     checkpointing: bool = False,
     precision: str = "float32",
     compile: str = "off",
+    trained_on: Mapping[str, Any] | None = None,
 ) -> Head:
     """A policy of class `head` for one task; the arguments are the keys of config/policy/pi0*.yaml.
 
     init: `random` (weights from `seed`) or `checkpoint` (from `checkpoint`, a LeRobot folder or a hub name of the
     head's type); tokenizer: folder or hub name, the checkpoint's own when None; cameras: the task's camera -> the
-    checkpoint's image feature, where names differ; train: full, expert or lora. Raises ValueError in the user's words.
+    checkpoint's image feature, where names differ; train: full, expert or lora; trained_on: what random weights
+    that a run has trained are known to (normalise.as_trained). Raises ValueError in the user's words.
     """
     check_init(init, checkpoint, action_horizon)
     options = dict(attention=attention, checkpointing=checkpointing, precision=precision, compile=compile)
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            order, units = as_trained(spec, trained_on)
             core, words = size(spec, action_horizon)
             if tokenizer:
                 words = HubTokenizer(tokenizer, core.config.tokenizer_max_length)
-            policy = head(core, spec, words, **options)
+            policy = head(core, spec, words, units, cameras=order, **options)
             set_trainable(policy, train, lora_rank)
         hold(policy, precision, masters=True)
         return policy
@@ -104,18 +108,18 @@ def meta(
 
     Of a checkpoint only config.json and the processors are read. Raises ValueError in the user's words.
     """
-    mode = head.statistics_mode
+    mode, units = head.statistics_mode, None
     if cfg.get("checkpoint"):
         found = Checkpoint.find(cfg["checkpoint"])
         found.expect_type(head.kind)
         config = read_config(found, spec, cfg.get("action_horizon"))
-        mode = read_statistics(found, PREPROCESSOR, "action", "ACTION").mode
+        mode, units = read_statistics(found, PREPROCESSOR, "action", "ACTION").mode, units_of(found, spec)
     else:
         config = size.config(spec, cfg.get("action_horizon") or 50)
     with torch.device("meta"):
         words = WordHashTokenizer(300, config.tokenizer_max_length)
         policy = head(size.build(config), spec, words, attention="sdpa")
-    policy.checkpointing = bool(cfg.get("checkpointing"))
+    policy.checkpointing, policy.checkpoint_units = bool(cfg.get("checkpointing")), units
     set_trainable(policy, cfg.get("train") or "full", cfg.get("lora_rank") or 16)
     return policy, mode
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from serl_launcher.policies.adapters import put_adapters
+
 MODES = ("full", "expert", "lora")
 LORA_TARGETS = r".*\.self_attn\.(q|k|v|o)_proj|.*\.mlp\.(gate|up|down)_proj"
 
@@ -23,11 +25,5 @@ def set_trainable(policy: nn.Module, mode: str, lora_rank: int = 16) -> None:
         policy.backbone.requires_grad_(False)
     if mode != "lora":
         return
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise ValueError("policy.train=lora needs the package peft: pip install peft") from None
     policy.core.paligemma_with_expert.gemma_expert.requires_grad_(False)
-    # The adapters (Hu et al., 2106.09685) start as no change.
-    adapters = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=LORA_TARGETS)
-    inject_adapter_in_model(adapters, policy.core.paligemma_with_expert)
+    put_adapters(policy.core.paligemma_with_expert, LORA_TARGETS, lora_rank)

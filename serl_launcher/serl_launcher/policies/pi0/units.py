@@ -29,7 +29,7 @@ def units_of(checkpoint: Checkpoint, spec: TaskSpec) -> Units:
     state = read_statistics(checkpoint, PREPROCESSOR, "observation.state", "STATE")
     action = read_statistics(checkpoint, PREPROCESSOR, "action", "ACTION")
     back = read_statistics(checkpoint, POSTPROCESSOR, "action", "ACTION")
-    same = action.mode == back.mode and all(torch.equal(back.values[k], v) for k, v in action.values.items())
+    same = action.mode == back.mode and all(_equal(back.values[k], v) for k, v in action.values.items())
     if not same:
         raise CheckpointError(
             f"{checkpoint.folder}: {PREPROCESSOR} and {POSTPROCESSOR} disagree on the statistics of 'action'"
@@ -38,6 +38,11 @@ def units_of(checkpoint: Checkpoint, spec: TaskSpec) -> Units:
         affine(checkpoint, "observation.state", state, len(spec.state_names)),
         affine(checkpoint, "action", back, len(spec.action_names)),
     )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """A NaN equals a NaN: it is named as such later."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def affine(checkpoint: Checkpoint, feature: str, statistics: Statistics, dims: int) -> Affine:
@@ -53,9 +58,12 @@ def affine(checkpoint: Checkpoint, feature: str, statistics: Statistics, dims: i
         got = sorted(statistics.values)
         raise CheckpointError(f"{where}: {statistics.mode} needs {' and '.join(wanted)}, the checkpoint has {got}")
     first, second = (_checked(where, name, statistics.values[name], dims) for name in wanted)
+    width = second if statistics.mode == "MEAN_STD" else second - first
+    if (width < 0).any():
+        what = "std is negative" if statistics.mode == "MEAN_STD" else f"{wanted[1]} is below {wanted[0]}"
+        raise CheckpointError(f"{where}: {what} in dims {torch.nonzero(width < 0).flatten().tolist()}")
     if statistics.mode == "MEAN_STD":
         return Affine(first.tolist(), (second + EPSILON).tolist())
-    width = second - first
     width = torch.where(width == 0, torch.full_like(width, EPSILON), width)
     return Affine((first + width / 2).tolist(), (width / 2).tolist())
 
@@ -65,5 +73,6 @@ def _checked(where: str, name: str, values: Tensor, dims: int) -> Tensor:
     if len(values) != dims:
         raise CheckpointError(f"{where}: {name} has {len(values)} dims, the task has {dims}")
     if not torch.isfinite(values).all():
-        raise CheckpointError(f"{where}: {name} holds NaN or Inf")
+        bad = torch.nonzero(~torch.isfinite(values)).flatten().tolist()
+        raise CheckpointError(f"{where}: {name} holds NaN or Inf in dims {bad}")
     return values

@@ -93,9 +93,9 @@ class DobotEnv:
             "arms": {part.name: part.dashboard for part in self._parts},
             "v4": shared.v4,
         }
-        camera_age_s = _positive("camera_max_age_ms", camera_max_age_ms) / 1e3
+        camera_age_ms = _positive("camera_max_age_ms", camera_max_age_ms)
         frozen_s = None if camera_frozen_s is None else _positive("camera_frozen_s", camera_frozen_s)
-        self._cameras = Cameras(_plain(cameras), self.spec.cameras, camera_age_s, frozen_s)
+        self._cameras = Cameras(_plain(cameras), self.spec.cameras, camera_age_ms, frozen_s)
         try:
             for part in self._parts:
                 self._open(part)
@@ -111,8 +111,7 @@ class DobotEnv:
         for part in self._parts:
             with self._faults(f"{part.name} arm"):
                 part.mend(self._is_stopped)
-        with self._faults("cameras"):
-            self._cameras.mend()
+        self._cameras.mend()
         self._go_home()
         for part in self._parts:
             part.forget()
@@ -132,9 +131,8 @@ class DobotEnv:
         for part in self._parts:
             with self._faults(f"{part.name} arm"):
                 sensed |= part.sensed(part.arm.feedback())
-        with self._faults("cameras"):
-            images = self._cameras.images()
-        return Observation(images, np.array([sensed[name] for name in self.spec.state_names], np.float32))
+        state = np.array([sensed[name] for name in self.spec.state_names], np.float32)
+        return Observation(self._cameras.images(), state)
 
     def hold(self) -> None:
         """Each arm keeps the joints of the first call. OSError names the arms that did not take it."""

@@ -187,7 +187,7 @@ class Link:
 
     def _open(self) -> None:
         self._socket = self.context.socket(zmq.DEALER)
-        auth.configure(self._socket, self.limits, self._keys)
+        auth.configure(self._socket, self.limits, self._keys, self.endpoint)
         self._watch_handshakes(self._keys is not None)
         # Queue only for a live connection: what was queued for a dead one would be lost or arrive before a hello.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)

@@ -48,7 +48,7 @@ class Subscriber:
 
     def _open(self) -> None:
         self._socket = self._context.socket(zmq.SUB)
-        auth.configure(self._socket, self._limits, self._keys)
+        auth.configure(self._socket, self._limits, self._keys, self._endpoint)
         self._socket.setsockopt(zmq.SUBSCRIBE, NOTIFY_TOPIC)
         # A protocol error after the handshake is told as a plain disconnection.
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)

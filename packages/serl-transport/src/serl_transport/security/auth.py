@@ -47,8 +47,15 @@ def check_bind(host: str, insecure: bool, has_keys: bool = False) -> None:
     log.warning("listening on %s without keys: anyone who reaches this port can feed and stop the learner", host)
 
 
-def configure(socket: zmq.Socket, limits: Limits, keys: ServerKeys | ClientKeys | None = None) -> None:
-    """Bound what may come in, notice a dead or silently cut link within seconds, and encrypt when there are keys."""
+def configure(
+    socket: zmq.Socket, limits: Limits, keys: ServerKeys | ClientKeys | None = None, endpoint: str = ""
+) -> None:
+    """Bound what may come in, notice a dead or silently cut link within seconds, and encrypt when there are keys.
+
+    endpoint: where it will connect to. IPv6 is switched on for an address of it alone: of a name like localhost
+    libzmq would take the IPv6 address, where a learner seldom listens.
+    """
+    socket.setsockopt(zmq.IPV6, "[" in endpoint)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, limits.frame_bytes)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)

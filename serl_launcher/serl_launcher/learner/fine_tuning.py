@@ -1,0 +1,210 @@
+"""Supervised fine-tuning on a LeRobot dataset, without actors: one stage of `sft.steps` steps that may be cut anywhere.
+
+examples/train_sft.py builds it. The agent, its loss, the learner, checkpoints, versions and metrics are those of the
+online runs; only where batches come from differs.
+
+    sampling.batches ─▶ learner.step ─▶ held-out episodes, log row, version and checkpoint when due ─▶ …
+         SIGINT, SIGTERM ─▶ stop ─▶ the step in hand, a version and a checkpoint; the same command goes on
+         kill -9 ─▶ the same command goes on from the last checkpoint, with the steps that would have come
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from serl_launcher.learner.disk import DiskWait
+from serl_launcher.learner.held_out import ERROR, LOSS, HeldOut
+from serl_launcher.learner.learner import Learner
+from serl_launcher.learner.publisher import Publisher
+from serl_launcher.learner.resume import TrainerCheckpoints
+from serl_launcher.learner.sampling import ShuffledRows, batches, seed_noise, worker_count
+from serl_launcher.learner.sft import Chunks
+from serl_launcher.learner.stage import StageProgress, TrainingStage
+from serl_launcher.learner.step_log import StepLog
+from serl_launcher.replay.views import ChunkBatch
+from serl_launcher.run.files import read_sealed, write_sealed
+from serl_launcher.run.versions import highest_number
+
+log = logging.getLogger("trainer")
+STAGE = "sft"
+PATIENCE = 5  # steps in a row that are refused before training ends
+
+
+@dataclass(frozen=True, slots=True)
+class SftSettings:
+    """Keys of `sft`; config/sft/default.yaml says what they mean. ValueError names the key that is out of range."""
+
+    steps: int
+    batch_size: int
+    accumulate: int
+    lr: float
+    warmup: float
+    max_samples: int | None
+    workers: int | str
+    held_out: float
+    eval_period: int
+    eval_samples: int
+    save_period: int
+    log_period: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != {"max_samples": None, "workers": "auto"}.get(field.name, math.nan):
+                _check(field.name, value)
+
+    @property
+    def stage(self) -> TrainingStage:
+        return TrainingStage(STAGE, "train", self.steps)
+
+
+def _check(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name in ("lr", "warmup", "held_out"):
+        top = math.inf if name == "lr" else 1
+        good, expected = number and 0 <= value < top, "a number of at least 0" + (" below 1" if top == 1 else "")
+    else:
+        least = 0 if name == "workers" else 1
+        good, expected = number and isinstance(value, int) and value >= least, f"a whole number of at least {least}"
+    if not good:
+        other = {"max_samples": ", or null", "workers": ", or auto"}.get(name, "")
+        raise ValueError(f"sft.{name}: expected {expected}{other}, got {value!r}")
+
+
+class Best:
+    """The parameters with the lowest held-out loss, kept in a folder beside `params/` that is read like it."""
+
+    def __init__(self, folder: Path, learner: Learner, publisher: Publisher) -> None:
+        self._folder, self._file, self._learner = folder, folder / "best.json", learner
+        self._publisher = publisher
+        told = read_sealed(self._file, ("step", "loss"), ("step", "loss"))
+        self.step, self.loss = (told["step"], told["loss"]) if told else (0, math.inf)
+
+    def offer(self, step: int, loss: float) -> None:
+        """Keep these parameters if their loss is the lowest so far. OSError when the disk refuses."""
+        if loss >= self.loss or not math.isfinite(loss):
+            return
+        self._publisher.publish_into(self._folder, highest_number(self._folder) + 1, keep=1)
+        write_sealed(self._file, {"step": step, "loss": loss})
+        self.step, self.loss = step, loss
+
+
+class FineTuning:
+    """One run of fine-tuning, from wherever its checkpoints have come to.
+
+    rows: int64[n], the samples that train; seed: of their order and of the noise.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        chunks: Chunks,
+        rows: np.ndarray,
+        held_out: HeldOut,
+        progress: StageProgress,
+        publisher: Publisher,
+        checkpoints: TrainerCheckpoints,
+        best: Best,
+        step_log: StepLog,
+        settings: SftSettings,
+        *,
+        seed: int,
+    ) -> None:
+        self._learner, self._held_out, self._progress = learner, held_out, progress
+        self._publisher, self._checkpoints, self.best, self._step_log = publisher, checkpoints, best, step_log
+        self._settings, self._stage, self._seed = settings, settings.stage, seed
+        self._disk = DiskWait(lambda: "")
+        self._refused = 0  # steps in a row
+        self._stopping = False
+        first = self.taken * settings.accumulate
+        order = ShuffledRows(rows, settings.batch_size, seed, first, settings.steps * settings.accumulate)
+        self._batches = partial(batches, chunks, order, worker_count(settings.workers))
+
+    @property
+    def taken(self) -> int:
+        """Steps so far; a refused one counts, since its batches are passed over."""
+        return self._progress.taken(self._stage)
+
+    @property
+    def finished(self) -> bool:
+        return self._progress.finished(self._stage)
+
+    def stop(self) -> None:
+        """End after the step in hand; from a signal handler."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Steps until the last one, or until `stop`; whatever is due is on disk when this returns.
+
+        FloatingPointError after PATIENCE refused steps in a row, OSError when a loader's process was killed,
+        RuntimeError when frozen parameters have changed.
+        """
+        source = self._batches()
+        while not self.finished and not self._stopping:
+            self._turn(source)
+        if self._stopping and not self.finished:
+            self._write([self._publisher.publish, self._checkpoints.save])
+        self._step_log.close()
+        self._publisher.check_frozen()
+
+    def _turn(self, source: Iterator[ChunkBatch]) -> None:
+        began = time.perf_counter()
+        parts = [next(source) for _ in range(self._settings.accumulate)]
+        sampled = time.perf_counter()
+        metrics = self._take_step(parts)
+        self._progress.count(self._stage)
+        metrics |= {"time/sample_s": sampled - began, "time/step_s": time.perf_counter() - sampled}
+        due: list[Callable[[], object]] = []
+        measured = self._held_out.measure(self._learner) if self._due(self._settings.eval_period) else {}
+        if measured:
+            due.append(partial(self.best.offer, self.taken, measured[LOSS]))
+        due.append(partial(self._log_step, metrics, measured))
+        due += [self._publisher.publish, self._checkpoints.save] if self._due(self._settings.save_period) else []
+        self._write(due)
+
+    def _take_step(self, parts: list[ChunkBatch]) -> dict[str, Tensor | float]:
+        """The step's metrics; empty when it was refused."""
+        seed_noise(self._seed, self.taken)
+        try:
+            metrics = self._learner.step(parts, self._progress.lr_scale(self._stage))
+        except FloatingPointError as fault:
+            self._refused += 1
+            log.error("%s; its batch is passed over", fault)
+            if self._refused >= PATIENCE:
+                raise
+            return {}
+        self._refused = 0
+        return metrics
+
+    def _due(self, period: int) -> bool:
+        return self.finished or self.taken % period == 0
+
+    def _write(self, due: list[Callable[[], object]]) -> None:
+        """Do these writes; where the disk refuses one, wait for it, and say so."""
+        while due or self._disk.behind:
+            try:
+                self._disk.write(due)
+            except OSError as error:
+                self._disk.refused(error)
+            due = []
+        self._disk.taken()
+
+    def _log_step(self, metrics: dict[str, Any], measured: dict[str, float]) -> None:
+        if self._step_log.add(self.taken, STAGE, metrics, measured):
+            log.info("%s", self._line())
+
+    def _line(self) -> str:
+        shown = self._step_log.shown
+        text = f"step {self.taken}/{self._settings.steps}  loss {shown.get('losses/flow', math.nan):.4f}"
+        if LOSS in shown:
+            text += f"  held out: loss {shown[LOSS]:.4f}, open-loop error {shown[ERROR]:.4f}"
+            text += "  best so far" if self.best.step == self.taken else f"  (best: {self.best.loss:.4f})"
+        return text

@@ -1,0 +1,216 @@
+"""Fine-tuning that may be cut anywhere: killed, stopped; held-out episodes, the best version, batches read ahead."""
+
+import json
+import os
+import re
+import signal
+import time
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+import train_sft
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from sft_samples import TICKS, make_dataset
+
+from serl_launcher.learner.fine_tuning import SftSettings
+from serl_launcher.learner.held_out import split
+from serl_launcher.learner.sampling import ShuffledRows, batches, worker_count
+from serl_launcher.run.parameters import find_version
+
+EPISODES = 6
+TINY = ["policy=pi0_tiny", "policy.action_horizon=4", "policy.size.image_size=32", "policy.size.depth=1"]
+TINY += [f"policy.size.{key}=16" for key in ("width", "vision_width")]
+TINY += ["policy.size.vision_layers=1", "policy.size.head_dim=4", "trainer.device=cpu", "telemetry.tensorboard=false"]
+SHORT = ["sft.steps=24", "sft.batch_size=4", "sft.log_period=1", "sft.save_period=5", "sft.workers=0"]
+SHORT += ["sft.held_out=0.2", "sft.eval_period=8", "sft.eval_samples=6"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data") / "sft", EPISODES)
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run in one go."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert train_sft.main([str(data), str(run), *TINY, *SHORT]) == 0
+    return run
+
+
+def rows_of(run):
+    """The metrics, without what the clock says."""
+    lines = (run / "metrics" / "trainer.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time")} for line in lines]
+
+
+def started(arguments):
+    """The command in a process of its own, forked so that nothing is imported anew; its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    with suppress(BaseException):
+        code = train_sft.main([str(a) for a in arguments])
+    os._exit(code)
+
+
+def wait_for(run, step, pid):
+    """Until a step is in the metrics, or the process has ended."""
+    path = run / "metrics" / "trainer.jsonl"
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        if path.is_file() and path.read_bytes().count(b"\n") >= step:
+            return
+        if os.waitpid(pid, os.WNOHANG) != (0, 0):
+            raise AssertionError(f"ended before step {step}")
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} never came")
+
+
+def end_at(data, run, step, signum, words):
+    """The command, ended by a signal once this step is logged; how it ended."""
+    pid = started([data, run, *TINY, *words])
+    wait_for(run, step, pid)
+    os.kill(pid, signum)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def assert_same_run(run, whole):
+    """Metrics, parameters, their average and the optimizer's state are bit-equal; so is the best version."""
+    assert rows_of(run) == rows_of(whole)
+    last = sorted((whole / "checkpoints").iterdir())[-1].name
+    mine, theirs = (load_file(r / "checkpoints" / last / "tensors.safetensors") for r in (run, whole))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    states = [torch.load(r / "checkpoints" / last / "optimizer.pt", weights_only=True) for r in (run, whole)]
+    for key, state in states[0]["policy"]["state"].items():
+        assert all(torch.equal(value, states[1]["policy"]["state"][key][name]) for name, value in state.items())
+    best, other = (load_file(find_version(r, "best")) for r in (run, whole))
+    assert all(torch.equal(best[name], other[name]) for name in best)
+
+
+def test_a_run_that_is_killed_and_stopped_is_the_run_that_was_not(data, whole, tmp_path, capfd):
+    run, step = tmp_path / "run", int(np.random.default_rng().integers(2, 9))
+    assert end_at(data, run, step, signal.SIGKILL, SHORT) == -signal.SIGKILL, step
+    for signum, step in ((signal.SIGTERM, 10), (signal.SIGINT, 16)):
+        assert end_at(data, run, step, signum, SHORT) == 128 + signum
+        newest = sorted((run / "checkpoints").iterdir())[-1].name
+        assert int(newest.removeprefix("step_")) == len(rows_of(run)) >= step
+        assert f"stopped at step {len(rows_of(run))}, all of it saved" in capfd.readouterr().err
+        assert find_version(run, None).exists()
+    assert train_sft.main([str(data), str(run), *TINY, *SHORT]) == 0
+    assert_same_run(run, whole)
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_steps_with_loader_processes(data, whole, tmp_path):
+    """Also shows that the number of loader processes changes nothing."""
+    words = [word if word != "sft.workers=0" else "sft.workers=2" for word in SHORT]
+    steps = sorted(np.random.default_rng().integers(1, 23, 10).tolist())
+    for step in steps:
+        assert end_at(data, tmp_path / "run", step, signal.SIGKILL, words) == -signal.SIGKILL, steps
+    assert train_sft.main([str(data), str(tmp_path / "run"), *TINY, *words]) == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_finished_run_is_finished_and_another_commands_folder_is_refused(data, whole, tmp_path, capsys):
+    before = rows_of(whole)
+    assert train_sft.main([str(data), str(whole), *TINY, *SHORT, "sft.log_period=2"]) == 0
+    assert rows_of(whole) == before
+    theirs, ours = OmegaConf.load(whole / "config.yaml"), OmegaConf.load(whole / "config.yaml")
+    ours.sft.lr, ours.sft.workers = 1e-3, 3
+    with pytest.raises(ValueError, match=r"was begun with sft\.lr=0\.0005, now it is 0\.001"):
+        train_sft.claim(whole, ours, None)
+    train_sft.claim(whole, theirs, None)
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match=r"holds files already, and no config\.yaml of a run"):
+        train_sft.claim(tmp_path, ours, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("steps", 0, "a whole number of at least 1, got 0"),
+        ("accumulate", 1.5, "a whole number of at least 1, got 1.5"),
+        ("lr", -1, "a number of at least 0, got -1"),
+        ("warmup", 50, "a number of at least 0 below 1, got 50"),
+        ("held_out", 1, "a number of at least 0 below 1, got 1"),
+        ("workers", "many", "a whole number of at least 0, or auto, got 'many'"),
+        ("max_samples", 0, "a whole number of at least 1, or null, got 0"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(whole, key, value, told):
+    given = OmegaConf.to_container(OmegaConf.load(whole / "config.yaml").sft)
+    with pytest.raises(ValueError, match=re.escape(f"sft.{key}: expected {told}")):
+        SftSettings(**given | {key: value})
+
+
+def test_held_out_episodes_are_measured_and_named(data, whole):
+    """One episode of six: what it says of loss and error is the whole figure."""
+    (episode,) = split(EPISODES, 0.2, 0)
+    measured = [row for row in rows_of(whole) if "held_out/loss" in row]
+    assert [row["step"] for row in measured] == [8, 16, 24]
+    for row in measured:
+        assert row["held_out/loss"] == row[f"held_out/loss_episode_{episode}"]
+        assert row["held_out/open_loop_mse"] == row[f"held_out/open_loop_mse_episode_{episode}"] > 0
+    best = json.loads((whole / "best" / "best.json").read_text())
+    assert best["loss"] == min(row["held_out/loss"] for row in measured)
+
+
+def test_the_split_is_seeded_and_leaves_something_to_train():
+    assert split(20, 0.1, 3) == split(20, 0.1, 3) != split(20, 0.1, 4)
+    assert [len(split(n, 0.1, 0)) for n in (1, 4, 10, 25)] == [0, 0, 1, 2]
+    assert len(split(2, 0.9, 0)) == 1
+
+
+def test_each_epoch_has_every_sample_once_in_an_order_of_its_own():
+    rows = np.arange(100, 110)
+    found = list(ShuffledRows(rows, 5, 0, 0, 6))
+    epochs = [found[k] + found[k + 1] for k in (0, 2, 4)]
+    assert all(sorted(epoch) == rows.tolist() for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert list(ShuffledRows(rows, 5, 0, 3, 6)) == found[3:]
+    assert list(ShuffledRows(rows, 5, 1, 0, 6)) != found
+
+
+def test_max_samples_takes_the_first_ones_that_train(data, whole, capsys):
+    config = OmegaConf.load(whole / "config.yaml")
+    settings = SftSettings(**{**config.sft, "max_samples": 25, "held_out": 0.5})
+    _, chunks, _ = train_sft.opened(data, config)
+    rows, held_out = train_sft.sorted_rows(chunks, settings, 0)
+    assert list(held_out) == split(EPISODES, 0.5, 0)
+    training = [row for e in range(EPISODES) if e not in held_out for row in range(TICKS * e, TICKS * (e + 1))]
+    assert rows.tolist() == training[:25]
+    assert "25 samples of 3 episodes\nheld out: episodes " in capsys.readouterr().out
+
+
+class Sleepers:
+    """A dataset whose rows take a while, and one that cannot be read."""
+
+    def __init__(self, bad=None):
+        self.bad = bad
+
+    def __getitem__(self, row):
+        if row == self.bad:
+            raise ValueError("episode 3, frame 7: cannot be decoded")
+        if self.bad == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return row
+
+    def collate(self, rows):
+        return rows
+
+
+def test_what_a_loader_process_cannot_read_or_does_not_survive_is_told():
+    order = ShuffledRows(np.arange(8), 4, 0, 0, 2)
+    with pytest.raises(ValueError, match="episode 3, frame 7"):
+        list(batches(Sleepers(bad=5), order, 1))
+    with pytest.raises(OSError, match=r"was killed.*sft\.workers=0"):
+        list(batches(Sleepers(bad="kill"), order, 1))
+    assert list(batches(Sleepers(), order, 2)) == list(order)
+    assert worker_count(3) == 3
+    assert 0 <= worker_count("auto") < os.cpu_count()
