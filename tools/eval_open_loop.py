@@ -82,7 +82,7 @@ def evaluate(
         raise ValueError(f"--stride: expected 1 to {engine.policy.action_horizon} (the chunk), got {stride}")
     for note in rows.notes:
         print(f"note: {note}")
-    still = hold_still(rows.action_names, rows.state_names, cfg.task.get("noop_dims"))
+    still = hold_still(rows.action_names, rows.state_names, cfg.task.get("noop_dims"), spec.target_dims)
     done = []
     for episode in chosen:
         first, end = rows.bounds[episode]

@@ -15,7 +15,7 @@ from flowserl_cli.compose import ConfigError, dotted_keys, group_options, load_c
         ("algo=reject_samplng_pi0", "did you mean 'reject_sampling_pi0'"),
         (
             "task=zzz",
-            "no task is called 'zzz'; there are fetch_pick_and_place, fetch_reach, metaworld, metaworld_box_close, ",
+            "no task is called 'zzz'; there are dobot_pnp, dobot_pnp_tool, fetch_pick_and_place, fetch_reach, ",
         ),
         ("prt=1", "unknown key 'prt' in 'prt=1'; did you mean 'port'"),
         ("broadcastport=1", "did you mean 'broadcast_port'?"),

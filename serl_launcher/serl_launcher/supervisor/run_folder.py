@@ -26,6 +26,7 @@ from serl_launcher.run.files import DamagedFileError, clear, make_folder, read_s
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.schedule import Stage, read_stages
 from serl_launcher.run.versions import PublishedVersion
+from serl_launcher.supervisor.given import name_version, passed_over
 from serl_transport.contract.bounds import check_name
 from serl_transport.security.auth import is_loopback
 
@@ -82,6 +83,7 @@ def prepare(cfg: DictConfig) -> RunFolder:
         raise RunError(
             f"checkpoint_path={cfg.checkpoint_path}: no such file or folder ({Path.cwd()} is the work folder)"
         )
+    name_version(cfg)
     try:
         read_sources(plain(cfg, "demos"))
     except ValueError as error:
@@ -270,6 +272,11 @@ def _state(paths: RunPaths, cfg: DictConfig) -> str:
                     f"{paths.root} holds another experiment:{_rows(changed)}\nStart a new one with run=<new name>, or "
                     f"set these keys back. (A key that only an update added: write it into {paths.config}.)"
                 )
+            _put_aside(paths)
+            return "new"
+        if other := passed_over(paths, old, cfg):
+            if used:
+                raise RunError(other)
             _put_aside(paths)
             return "new"
         if changed := [*differences(old, cfg, NOTED)]:
