@@ -15,9 +15,10 @@ from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from serl_config.secrets import literal_secrets, secret
+from serl_launcher.datasets.source import read_sources
 from serl_launcher.replay.journal import JournalCorrupt, JournalReader
 from serl_launcher.run import config as run_config
 from serl_launcher.run.config import plain, task_spec
@@ -83,6 +84,10 @@ def prepare(cfg: DictConfig) -> RunFolder:
             f"checkpoint_path={cfg.checkpoint_path}: no such file or folder ({Path.cwd()} is the work folder)"
         )
     name_version(cfg)
+    try:
+        read_sources(plain(cfg, "demos"))
+    except ValueError as error:
+        raise RunError(str(error)) from None
     _check_reward(cfg)
     _check_token(cfg)
     lock = _open_folder(paths)
@@ -258,6 +263,9 @@ def _state(paths: RunPaths, cfg: DictConfig) -> str:
         raise RunError(f"{paths.root} holds a run and resume=never; choose another run=, or resume=auto to continue it")
     if os.path.lexists(paths.config):
         old = read_config(paths) if used else _readable(paths)
+        if not cfg.checkpoint_path and (known := plain(old, "policy.trained_on")) is not None:
+            with open_dict(cfg):  # checkpoint_path is for the start that began the run
+                cfg.policy.trained_on = known
         if changed := [*differences(old, cfg, IDENTITY)]:
             if used:
                 raise RunError(

@@ -131,6 +131,21 @@ def test_keys_or_insecure_on_loopback_are_warned_about(compose, protection):
     assert unreachable_from_elsewhere(compose()) is None
 
 
+def test_units_that_a_run_began_with_stay_its_own_where_the_next_start_does_not_name_them(compose):
+    known = "{cameras: [front], state_low: [0.0], state_high: [1.0], action_low: [0.0], action_high: [1.0]}"
+    record(prepare(compose("run=one", f"+policy.trained_on={known}")))
+    config = compose("run=one")
+    folder = prepare(config)
+    folder.lock.close()
+    assert folder.state == "resumed"
+    assert config.policy.trained_on == OmegaConf.create(yaml.safe_load(known))
+
+
+def test_an_entry_of_demos_that_is_none_is_refused_by_key(compose):
+    with pytest.raises(RunError, match=r"demos\.0\.camera: unknown key; did you mean 'cameras'"):
+        prepare(compose("demos=[{source: /data/lab, camera: {front: top}}]"))
+
+
 @pytest.mark.parametrize(
     ("override", "shown"),
     [
