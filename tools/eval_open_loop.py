@@ -24,10 +24,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from omegaconf import DictConfig
 
-from serl_launcher.learner.sft import Columns, check_columns, open_dataset
+from serl_launcher.datasets.dataset import Dataset, Rows
 from serl_launcher.policies.open_loop import (
     METHODS,
     OpenLoop,
@@ -47,26 +46,13 @@ COLOURS = {"policy": "tab:blue", "hold_still": "tab:gray", "repeat_last": "tab:o
 SHOWN = 8  # trajectory pictures at most
 
 
-def check_features(dataset, spec) -> None:
-    """Raise ValueError naming what the dataset lacks or has in another size."""
-    check_columns(dataset.meta.features, Columns.plain(spec), spec)
-    for camera, size in spec.cameras.items():
-        got = tuple(dataset.meta.features[f"observation.images.{camera}"]["shape"])
-        if got != (*size, 3):
-            raise ValueError(f"dataset: camera {camera!r}: expected {(*size, 3)} as the task, got {got}")
-
-
-def predictor(engine: PolicyEngine, dataset, first: int) -> Callable[[int], np.ndarray]:
+def predictor(engine: PolicyEngine, rows: Rows, first: int) -> Callable[[int], np.ndarray]:
     """f(tick) -> the policy's chunk from the recorded observation, float32[ah, ad], the same noise at every run."""
 
     def predict(tick: int) -> np.ndarray:
-        row = dataset[first + tick]
-        images = {
-            c: (row[f"observation.images.{c}"].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-            for c in engine.spec.cameras
-        }
-        query = Query(images, row["observation.state"].numpy(), row.get("task") or engine.spec.prompt, seed=tick)
-        return engine.act([query])[0]
+        row = first + tick
+        images = {camera: picture[0] for camera, picture in rows.images([row]).items()}
+        return engine.act([Query(images, rows.state[row], rows.prompt(row), seed=tick)])[0]
 
     return predict
 
@@ -75,7 +61,7 @@ def evaluate(
     cfg: DictConfig,
     run: Path,
     version: str | None,
-    dataset_dir: Path,
+    source: str,
     episodes: list[int] | None,
     stride: int,
     output: Path,
@@ -86,26 +72,24 @@ def evaluate(
     engine.stage_file(path, version_of(path))
     engine.swap()
     spec = engine.spec
-    dataset = open_dataset(dataset_dir)
-    check_features(dataset, spec)
-    total = dataset.meta.total_episodes
+    rows = Dataset(source).rows(spec)
+    total = len(rows.episodes)
     chosen = range(total) if episodes is None else [e + total if e < 0 else e for e in episodes]
     outside = [e for e in chosen if not 0 <= e < total]
     if outside:
         raise ValueError(f"--episodes: the dataset has {total}, there is no episode {outside[0]}")
     if not 1 <= stride <= engine.policy.action_horizon:
         raise ValueError(f"--stride: expected 1 to {engine.policy.action_horizon} (the chunk), got {stride}")
-    still = hold_still(spec.action_names, spec.state_names, cfg.task.get("noop_dims"))
-    table = dataset.hf_dataset.select_columns(["observation.state", "action"]).with_format("numpy")
+    for note in rows.notes:
+        print(f"note: {note}")
+    still = hold_still(rows.action_names, rows.state_names, cfg.task.get("noop_dims"), spec.target_dims)
     done = []
     for episode in chosen:
-        entry = dataset.meta.episodes[episode]
-        first, end = int(entry["dataset_from_index"]), int(entry["dataset_to_index"])
-        part = table[first:end]
-        recorded, states = (np.stack(part[k]).astype(np.float32) for k in ("action", "observation.state"))
-        done.append(run_episode(episode, recorded, states, predictor(engine, dataset, first), still, stride))
+        first, end = rows.bounds[episode]
+        recorded, states = rows.action[first:end], rows.state[first:end]
+        done.append(run_episode(episode, recorded, states, predictor(engine, rows, first), still, stride))
     scale = engine.policy.action_units.scale.cpu().numpy()
-    out = {"run": str(run), "dataset": str(dataset_dir), "policy_version": engine.version, "stride": stride}
+    out = {"run": str(run), "dataset": source, "policy_version": engine.version, "stride": stride}
     out |= figures(done, spec.action_names, scale)
     output.mkdir(parents=True, exist_ok=True)
     (output / "open_loop.json").write_text(json.dumps(out, indent=2))
@@ -179,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit 0, or 2 on a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder, runs/<name>")
-    parser.add_argument("--dataset", type=Path, help="LeRobot dataset; default: the run's own")
+    parser.add_argument("--dataset", help="LeRobot dataset, a folder or owner/name on the hub; default: the run's own")
     parser.add_argument("--version", help="best (of a fine-tuning run), or a file in params/; default: the newest")
     parser.add_argument("--episodes", type=int, nargs="+", help="indices, negative ones from the end; default: all")
     parser.add_argument(
@@ -195,9 +179,9 @@ def main(argv: list[str] | None = None) -> int:
         needed = ("task.spec", "policy", "algo", "rollout.execute_horizon")
         cfg = foreign_config(args.run, *needed, builds=("policy", "algo"))
         stride = args.stride or cfg.rollout.execute_horizon
-        output, dataset = args.output or args.run / "open_loop", args.dataset or paths.dataset
-        if not (dataset / "meta" / "info.json").is_file():
-            raise FileNotFoundError(f"{dataset}: no LeRobot dataset (meta/info.json); name one with --dataset")
+        output, dataset = args.output or args.run / "open_loop", args.dataset or str(paths.dataset)
+        if args.dataset is None and not paths.dataset.is_dir():
+            raise FileNotFoundError(f"{paths.dataset}: no LeRobot dataset; name one with --dataset")
         out = evaluate(cfg, args.run, args.version, dataset, args.episodes, stride, output)
     except (ValueError, OSError) as mistake:
         print(f"eval_open_loop: {printable(str(mistake))}", file=sys.stderr)
