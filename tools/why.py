@@ -12,6 +12,8 @@ mistake of the user.
 
 from __future__ import annotations
 
+import needs_learner  # noqa: F401
+
 import argparse
 import logging
 import sys

@@ -32,6 +32,7 @@ def test_it_answers_as_an_environment_and_as_a_robot(xtrainer, v4):
     left = rig.arms["left"]
     assert isinstance(env, Environment)
     assert isinstance(env, Stoppable)
+    assert env.limits()["right_joint3"] == (-2.79, 2.79)
     seen = env.reset(1)
     env.spec.check_observation(seen)
     np.testing.assert_allclose(seen.state[LEFT], np.radians(HOME["left"]), atol=0.01)

@@ -119,6 +119,10 @@ class DobotEnv:
             raise PartLostError("a stop ended the reset")
         return self.observe()
 
+    def limits(self) -> dict[str, tuple[float, float]]:
+        """What the arms' models reach, rad, for tools/check_robot.py; the protocol does not tell a controller's own."""
+        return {name: range_ for part in self._parts for name, range_ in part.limits().items()}
+
     def step(self, action: np.ndarray) -> StepResult:
         """Send float32[ad] and observe; `executed` is what was sent after the driver's own limits."""
         self.spec.check_action(action)

@@ -72,15 +72,20 @@ class Part:
         """Find the actions in the spec, whose names were checked, and check their limits against the model's."""
         names = list(self._spec.action_names)
         self._rows = [names.index(action) for action in self.actions]
-        if self._control.tool or self.settings.model is None:
-            return
-        for row, most in zip(self._rows[:6], protocol.JOINT_LIMITS[self.settings.model], strict=True):
-            low, high = self._spec.action_low[row], self._spec.action_high[row]
-            if low < -most or high > most:
+        for name, (lowest, highest) in self.limits().items():
+            low, high = self._spec.action_low[names.index(name)], self._spec.action_high[names.index(name)]
+            if low < lowest or high > highest:
                 raise ValueError(
-                    f"task.spec.action_low and action_high: {names[row]}: a {self.settings.model} reaches "
-                    f"{-most:g} to {most:g} rad, got {low:g} to {high:g}"
+                    f"task.spec.action_low and action_high: {name}: a {self.settings.model} reaches "
+                    f"{lowest:g} to {highest:g} rad, got {low:g} to {high:g}"
                 )
+
+    def limits(self) -> dict[str, tuple[float, float]]:
+        """Joint target -> what its model reaches, rad; empty for end-effector control and an unknown model."""
+        if self._control.tool or self.settings.model is None:
+            return {}
+        most = protocol.JOINT_LIMITS[self.settings.model]
+        return {name: (-reach, reach) for name, reach in zip(self.actions, most, strict=False)}
 
     def outside(self, joints: np.ndarray) -> str | None:
         """Which joint target the task's limits would not allow, float64[6] rad; None: they do, or it has no such."""
