@@ -24,7 +24,7 @@ from flowserl_cli.compose import load_config
 from serl_launcher.datasets.dataset import Dataset
 from serl_launcher.datasets.source import Source, read_sources
 from serl_launcher.learner.fit_check import misfits, ranges_of
-from serl_launcher.policies.base import FlowPolicy
+from serl_launcher.learner.settings_check import units_of_policy
 from serl_launcher.policies.estimate import Estimate, estimate, meta_policy
 from serl_launcher.policies.parameter_table import parameter_table
 from serl_launcher.run.config import plain
@@ -80,7 +80,7 @@ def report(cfg: DictConfig, cost: Estimate, args: argparse.Namespace) -> tuple[l
     return lines, fits
 
 
-def look_at(source: Source, policy: FlowPolicy, spec: TaskSpec) -> list[str]:
+def look_at(source: Source, cfg: DictConfig, spec: TaskSpec) -> list[str]:
     """What keeps a dataset from being used for the task, and for a checkpoint's units; printed, with what is worth
     knowing of it."""
     notes: list[str] = []
@@ -88,8 +88,8 @@ def look_at(source: Source, policy: FlowPolicy, spec: TaskSpec) -> list[str]:
         data = Dataset(source)
         found = data.fit(spec)
         problems, notes = found.problems, [f"note: {note}" for note in found.notes]
-        if not problems and policy.checkpoint_units is not None:
-            problems = misfits(policy.checkpoint_units, ranges_of(data.rows(spec)), spec)
+        if not problems and cfg.policy.get("checkpoint"):
+            problems = misfits(units_of_policy(cfg, spec), ranges_of(data.rows(spec)), spec)
     except ValueError as mistake:
         problems = [str(mistake)]
     print("data       " + "\n           ".join([*(problems or ["nothing wrong"]), *notes]))
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     lines, fits = report(cfg, cost, args)
     print(parameter_table(policy), *lines, sep="\n")
     sources = [*([Source(args.dataset)] if args.dataset else []), *read_sources(plain(cfg, "demos"))]
-    wrong = [problem for source in sources for problem in look_at(source, policy, spec)]
+    wrong = [problem for source in sources for problem in look_at(source, cfg, spec)]
     return 0 if fits and not wrong else 1
 
 

@@ -15,9 +15,7 @@ from serl_launcher.datasets.dataset import Rows
 from serl_launcher.policies.normalise import Affine, Units
 from serl_transport.contract.specs import TaskSpec
 
-FARTHEST = (
-    30.0  # of a value in the model's units: some 1 where ranges are mapped, 3 to 10 where standard deviations are
-)
+FARTHEST = 30.0  # of a value in the model's units: 1 is usual where ranges are mapped, 3 to 10 where deviations are
 NARROWEST = 0.02  # of the widest action range in the model's units
 STILL = 1e-6  # range of a dim that does not move
 

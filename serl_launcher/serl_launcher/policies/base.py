@@ -87,7 +87,6 @@ class FlowPolicy(nn.Module):
     action_dim: int  # ad, dims of the model's chunks
     robot_dim: int  # the first of them that the robot has; the rest is padding of a wider checkpoint
     released_flow_steps: ClassVar[int]  # Euler steps that its release samples with
-    checkpoint_units: Units | None = None  # of a policy of shapes alone: those that its weights would come with
 
     def __init__(
         self,

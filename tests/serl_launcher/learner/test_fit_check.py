@@ -8,17 +8,14 @@ import preflight
 import pytest
 import train_sft
 from checkpoints import make_tokenizer
-from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 from sft_samples import make_dataset
 
 from serl_launcher.datasets.source import Source
 from serl_launcher.learner.fit_check import Ranges, misfits
-from serl_launcher.policies.estimate import meta_policy
 from serl_launcher.policies.normalise import Affine, Units
 from serl_transport.contract.specs import TaskSpec
 
-META = {"_target_": "serl_launcher.policies.pi0.build.build_pi0"}
 SPEC = {"name": "t", "prompt": "lift", "cameras": {"front": [32, 32], "wrist": [32, 32]}, "control_hz": 10}
 SPEC |= {"state_names": ["a", "b", "c"], "state_low": [-1] * 3, "state_high": [1] * 3, "max_ticks": 60}
 SPEC |= {"action_names": ["x", "g"], "action_low": [-1] * 2, "action_high": [1] * 2}
@@ -102,7 +99,5 @@ def test_a_checkpoint_whose_statistics_do_not_fit_is_refused_by_train_sft_and_pr
         assert not run.exists()
     with_statistics(place, action__std=(1, 1e-3))
     spec = TaskSpec.from_dict(SPEC)
-    size = instantiate(train_sft.configured(words).policy.size)
-    policy, _ = meta_policy({**META, "checkpoint": str(place / "checkpoint")}, spec, size)
-    (found,) = preflight.look_at(Source(str(place / "data")), policy, spec)
+    (found,) = preflight.look_at(Source(str(place / "data")), train_sft.configured(words), spec)
     assert "units of action dim 1 (g)" in found

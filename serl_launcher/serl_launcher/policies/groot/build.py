@@ -117,19 +117,18 @@ def meta_groot(cfg: Mapping[str, Any], spec: TaskSpec, size: Any) -> tuple[Groot
     """
     require_diffusers()
     flags, mode, cameras, valid = flags_of(cfg.get("train"), cfg.get("tune")), "MIN_MAX", tuple(spec.cameras), None
-    units = None
     if cfg.get("checkpoint"):
         found = Checkpoint.find(cfg["checkpoint"])
         core = build_core(found)
         tag, mapping = cfg.get("embodiment_tag") or NEW_EMBODIMENT, dict(cfg.get("cameras") or {})
         assets = read_assets(found, tag, spec, mapping, cfg.get("statistics"))
-        mode, cameras, valid, units = assets.mode, assets.cameras, assets.horizon, assets.units
+        mode, cameras, valid = assets.mode, assets.cameras, assets.horizon
     else:
         with torch.device("meta"):
             core = size.build(size.config_fields(spec, cfg.get("action_horizon") or 40))
     with torch.device("meta"):
         policy = GrootFlowPolicy(core, spec, size.inputs(cameras), valid_horizon=valid)
-    policy.checkpointing, policy.checkpoint_units = bool(cfg.get("checkpointing")), units
+    policy.checkpointing = bool(cfg.get("checkpointing"))
     policy.tune(**flags)
     if cfg.get("train") == "lora":
         put_groot_adapters(policy.core, cfg.get("lora_rank") or 16)

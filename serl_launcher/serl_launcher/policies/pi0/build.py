@@ -108,18 +108,18 @@ def meta(
 
     Of a checkpoint only config.json and the processors are read. Raises ValueError in the user's words.
     """
-    mode, units = head.statistics_mode, None
+    mode = head.statistics_mode
     if cfg.get("checkpoint"):
         found = Checkpoint.find(cfg["checkpoint"])
         found.expect_type(head.kind)
         config = read_config(found, spec, cfg.get("action_horizon"))
-        mode, units = read_statistics(found, PREPROCESSOR, "action", "ACTION").mode, units_of(found, spec)
+        mode = read_statistics(found, PREPROCESSOR, "action", "ACTION").mode
     else:
         config = size.config(spec, cfg.get("action_horizon") or 50)
     with torch.device("meta"):
         words = WordHashTokenizer(300, config.tokenizer_max_length)
         policy = head(size.build(config), spec, words, attention="sdpa")
-    policy.checkpointing, policy.checkpoint_units = bool(cfg.get("checkpointing")), units
+    policy.checkpointing = bool(cfg.get("checkpointing"))
     set_trainable(policy, cfg.get("train") or "full", cfg.get("lora_rank") or 16)
     return policy, mode
 
