@@ -226,10 +226,12 @@ def _(case: Case) -> None:
 
 
 by_key("limits narrower than the data", r"clipped actions: 'lift'", "task.spec.action_high.1", 10.0)
-by_key(
-    "a speed limit below the demonstrations", r"clipped actions: 'pan'.*faster than 5/s", "task.safety",
-    {"max_speed": {"pan": 5.0}, "targets": {"pan": "pan"}},
-)  # fmt: skip
+
+
+@mistake("a speed limit below the demonstrations", r"clipped actions: 'pan'.*faster than 5/s")
+def _(case: Case) -> None:
+    case.set("task.safety", {"max_speed": {"pan": 5.0}})
+    case.set("task.spec.targets", {"pan": "pan"})
 
 
 @mistake("states read at a third of the rate", r"stale observations")

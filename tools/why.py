@@ -12,6 +12,8 @@ mistake of the user.
 
 from __future__ import annotations
 
+import needs_learner  # noqa: F401
+
 import argparse
 import logging
 import sys
@@ -23,40 +25,20 @@ import numpy as np
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from sources import config_of, run_of
 
-from flowserl_cli.compose import load_config
 from serl_launcher.learner import settings_check as settings
 from serl_launcher.learner.data_check import findings
 from serl_launcher.learner.modality import Modality
 from serl_launcher.learner.sft import Columns, check_columns, open_dataset
 from serl_launcher.learner.symptoms import Meaning, Rows, symptoms
-from serl_launcher.policies.checkpoint import Checkpoint
 from serl_launcher.run.config import plain, task_spec
 from serl_launcher.run.files import read_json
-from serl_launcher.run.foreign import foreign_config
 from serl_launcher.run.paths import RunPaths
 from serl_transport.contract.bounds import printable
 from serl_transport.contract.specs import TaskSpec
 
 LOOKS, EPISODES = 3, 30  # pictures of an episode; episodes that are looked at
-POLICIES = {"pi0": "pi0", "pi05": "pi05", "groot": "groot_n1_7", "Gr00tN1d7": "groot_n1_7"}
-
-
-def config_of(source: Path, words: list[str]) -> DictConfig:
-    """The config that a run's folder holds, or that a checkpoint's folder and the overrides make. Raises ValueError."""
-    if (source / "config.yaml").is_file():
-        if words:
-            raise ValueError(
-                f"{source} is a run with a config of its own: {words[0]!r} goes with a checkpoint's folder"
-            )
-        return foreign_config(source, "task.spec", "policy")
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"{source}: no run (config.yaml) and no checkpoint (config.json)")
-    kind = Checkpoint.find(str(source)).config
-    name = POLICIES.get(kind.get("type") or kind.get("model_type"))
-    if name is None:
-        raise ValueError(f"{source}: config.json: expected a type of {', '.join(POLICIES)}, got {kind.get('type')!r}")
-    return load_config([f"policy={name}", f"policy.checkpoint={source}", *words])
 
 
 def read_rows(folder: Path, columns: Columns, spec: TaskSpec) -> tuple[Rows, np.ndarray | None]:
@@ -102,7 +84,7 @@ def look(cfg: DictConfig, folder: Path, status: dict[str, Any]) -> list[str]:
     except ValueError as mistake:  # the columns are others, which the findings say as well
         return found or [str(mistake)]
     safety = plain(cfg, "task.safety") or {}
-    meaning = Meaning.of(spec, safety.get("targets"), plain(cfg, "task.noop_dims"))
+    meaning = Meaning.of(spec, plain(cfg, "task.noop_dims"))
     stats, horizon = read_json(settings.stats_file(folder)) or {}, settings.chunk_of(cfg)
     taught = rows if mode is None or not (mode == settings.DEMONSTRATION).any() else rows.part(mode == 0)
     more = symptoms(taught, spec, meaning, safety.get("max_speed"))
@@ -131,13 +113,14 @@ def main(argv: list[str] | None = None) -> int:
     words = [word for word in args.rest if "=" in word]
     folders = [Path(word) for word in args.rest if "=" not in word]
     try:
-        cfg = config_of(args.source, words)
-        folder = folders[0] if folders else RunPaths(args.source).dataset
+        cfg = config_of(args.source, words, "task.spec", "policy")
+        paths = RunPaths(run_of(args.source) or args.source)
+        folder = folders[0] if folders else paths.dataset
         if not (folder / "meta" / "info.json").is_file():
             raise FileNotFoundError(
                 f"{folder}: no LeRobot dataset (meta/info.json); name the one that it was trained on"
             )
-        found = look(cfg, folder, read_json(RunPaths(args.source).status) or {})
+        found = look(cfg, folder, read_json(paths.status) or {})
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as mistake:
         print(f"why: {printable(str(mistake))}", file=sys.stderr)
         return 2

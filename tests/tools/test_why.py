@@ -44,6 +44,7 @@ def test_a_run_brings_config_dataset_and_latency_and_a_good_one_raises_nothing(g
     assert told.endswith("change: rollout.realtime=async, or rollout.execute_horizon\n")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_asked_about_the_robot_that_the_words_name(good, tmp_path, capsys):
     folder, cfg = good
     case = Case(shutil.copytree(folder, tmp_path / "data"), json.loads(json.dumps(cfg)))
@@ -54,7 +55,7 @@ def test_a_checkpoint_is_asked_about_the_robot_that_the_words_name(good, tmp_pat
     assert why.main([checkpoint, str(folder)]) == 1  # asked about the default task, which is another robot
     assert "action: 6 dims, the task has 4" in capsys.readouterr().out
     assert why.main([str(tmp_path), str(folder)]) == 2
-    assert "no run (config.yaml) and no checkpoint (config.json)" in capsys.readouterr().err
+    assert "not a run folder (no config.yaml), nothing in one, and no checkpoint's folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow
