@@ -161,7 +161,7 @@ class Lockstep:
         for closed in self._assembler.apply(entry, time.time_ns()):
             episode = closed.build()
             success = bool(episode.outcome.success)
-            self._ring.append(closed.ordinal, episode.info.mode, success, episode.arrays)
+            self._ring.append(closed.ordinal, episode.info.mode, success, episode.arrays, episode.info.prompt)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The whole run: rows `before`, `curve` and `after` as they come. RuntimeError when held."""

@@ -2,7 +2,8 @@
 
     python examples/train_sft.py DATASET OUTPUT policy=pi0 policy.checkpoint=<folder> [sft.steps=2000 sft.batch_size=8]
 
-DATASET is a LeRobotDataset v3 folder; with meta/modality.json its slices and cameras are used, else LeRobot's names.
+DATASET is a LeRobotDataset v3, a folder or owner/name on the hub; with meta/modality.json its slices and cameras are
+used, else LeRobot's names.
 The task (sizes, ranges, prompt) comes from the dataset, the units from the checkpoint. config/sft/default.yaml has
 the keys of `sft.*`; `sft=groot_so101` takes a whole recipe. OUTPUT is a run folder: config.yaml, params/ (the last
 version), best/ (that of the lowest held-out loss), checkpoints/, metrics/. The same command goes on with what was cut.
@@ -29,14 +30,14 @@ from omegaconf.errors import OmegaConfBaseException
 from flowserl_cli.compose import CONFIG_DIR, ConfigError, composing, load_config, open_lab
 from serl_config.mistakes import mistake_message
 from serl_launcher.agents.build import build_agent
+from serl_launcher.datasets.dataset import Dataset
 from serl_launcher.learner.fine_tuning import Best, FineTuning, SftSettings
-from serl_launcher.learner.fit_check import column_ranges, misfits
+from serl_launcher.learner.fit_check import misfits, ranges_of
 from serl_launcher.learner.held_out import HeldOut, split
 from serl_launcher.learner.learner import Learner
-from serl_launcher.learner.modality import Modality
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
-from serl_launcher.learner.sft import Chunks, Columns, spec_of
+from serl_launcher.learner.sft import Chunks
 from serl_launcher.learner.stage import StageProgress, StageSettings
 from serl_launcher.learner.step_log import StepLog
 from serl_launcher.policies.base import FlowPolicy
@@ -69,28 +70,19 @@ def configured(overrides: list[str]) -> DictConfig:
     return cfg
 
 
-def opened(dataset: Path, cfg: DictConfig) -> tuple[FlowPolicy, Chunks, Modality | None]:
+def opened(dataset: str | Path, cfg: DictConfig) -> tuple[FlowPolicy, Chunks, Dataset]:
     """The policy for the task that the dataset describes, and the dataset's rows with its chunks of actions.
 
-    Raises ValueError or FileNotFoundError naming what the dataset lacks, or the row or dim that cannot be trained on.
+    Raises ValueError naming what the dataset lacks, or the file, row or dim that cannot be trained on.
     """
-    from lerobot.datasets import LeRobotDatasetMetadata
-
-    if not (dataset / "meta" / "info.json").is_file():
-        raise FileNotFoundError(f"{dataset}: no LeRobot dataset (meta/info.json)")
-    meta, modality = LeRobotDatasetMetadata("local/sft", root=dataset), Modality.read(dataset)
-    if modality:
-        columns, names = modality.columns, (modality.names("state"), modality.names("action"))
-    else:
-        cameras = {key.removeprefix("observation.images."): key for key in meta.camera_keys}
-        whole = slice(None)
-        columns, names = Columns(cameras, [("observation.state", whole)], [("action", whole)]), (None, None)
-    spec = spec_of(meta, columns, *names)
+    data = Dataset(dataset)
+    rows = data.rows(spec := data.spec())
+    for note in rows.notes:
+        print(f"note: {note}", flush=True)
     policy = instantiate(cfg.policy, spec=spec)
-    chunks = Chunks(dataset, spec, policy.action_horizon, columns)
-    if wrong := misfits(Units(policy.state_units, policy.action_units), column_ranges(chunks), spec):
+    if wrong := misfits(Units(policy.state_units, policy.action_units), ranges_of(rows), spec):
         raise ValueError("; ".join(wrong))
-    return policy, chunks, modality
+    return policy, Chunks(rows, policy.action_horizon), data
 
 
 def sorted_rows(chunks: Chunks, settings: SftSettings, seed: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
@@ -136,7 +128,7 @@ def dotted(node: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, child in items for key, value in dotted(child, f"{prefix}{name}.").items()}
 
 
-def build(dataset: Path, output: Path, cfg: DictConfig) -> FineTuning:
+def build(dataset: str, output: Path, cfg: DictConfig) -> FineTuning:
     """Everything that goes before the first step. OUTPUT is made when nothing is wrong; what it holds is gone on from.
 
     Raises ValueError or OSError in the user's words.
@@ -144,12 +136,12 @@ def build(dataset: Path, output: Path, cfg: DictConfig) -> FineTuning:
     settings, paths = SftSettings(**cfg.sft), RunPaths(output)
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.trainer.threads)
-    policy, chunks, modality = opened(dataset, cfg)
+    policy, chunks, data = opened(dataset, cfg)
     rows, held_out = sorted_rows(chunks, settings, cfg.seed)
     print(parameter_table(policy), flush=True)
     cfg.task = {"name": "dataset", "spec": chunks.spec.to_dict(), "noop_dims": None, "rate_hz": None}
-    cfg.dataset = {"folder": str(dataset.absolute()), "episodes": len(chunks.bounds), "frames": len(chunks)}
-    claim(output, cfg, dataset / "meta" / "modality.json" if modality else None)
+    cfg.dataset = {"folder": str(data.folder.absolute()), "episodes": len(chunks.bounds), "frames": len(chunks)}
+    claim(output, cfg, data.columns.described)
     accelerator = Accelerator(cpu=cfg.trainer.device == "cpu")
     agent = build_agent(cfg, policy, chunks.spec).to(accelerator.device)
     optimizer = instantiate(cfg.trainer.optimizer, _partial_=True, lr=settings.lr)
@@ -205,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     output = Path(arguments[1])
     try:
-        tuning = build(Path(arguments[0]), output, configured(arguments[2:]))
+        tuning = build(arguments[0], output, configured(arguments[2:]))
         code = train(tuning)
     except (ValueError, OSError, HydraException, OmegaConfBaseException, yaml.YAMLError) as mistake:
         print(f"train_sft: {mistake_message(mistake)}", file=sys.stderr)

@@ -2,10 +2,12 @@
 """What would the policy have done? Its actions against the recorded ones, over episodes of a LeRobot dataset.
 
     python tools/eval_open_loop.py runs/<name> [--dataset DIR] [--version best] [--episodes 0 3 -1] [--stride 4]
+
     python tools/eval_open_loop.py <checkpoint's folder> --dataset DIR [policy.cameras={front: top} ...]
 
 The first argument is a run's folder (also of train_sft.py), its params/ or one of its files or checkpoints, or a
 checkpoint's folder in LeRobot's or NVIDIA's layout, for the task that the dataset describes.
+
 Every `stride` ticks the policy sees the recorded observation and predicts a chunk, compared for `stride` ticks. Writes
 open_loop.json, errors.png and one trajectory picture an episode, and prints a table with two baselines: hold still, and
 repeat the last action. A policy that does not beat both has learnt nothing that matters here.
@@ -19,7 +21,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from sources import config_of, run_of
 
 from serl_config.mistakes import is_config_mistake, mistake_message
-from serl_launcher.learner.modality import Modality
-from serl_launcher.learner.sft import Columns, check_columns, open_dataset, spec_of
+from serl_launcher.datasets.dataset import Dataset, Rows
 from serl_launcher.policies.open_loop import (
     METHODS,
     OpenLoop,
@@ -50,59 +50,23 @@ from serl_launcher.run.paths import RunPaths
 from serl_launcher.serving.engine import PolicyEngine
 from serl_launcher.serving.query import Query
 from serl_transport.contract.bounds import printable
-from serl_transport.contract.specs import TaskSpec
 
 COLOURS = {"policy": "tab:blue", "hold_still": "tab:gray", "repeat_last": "tab:orange"}
 SHOWN = 8  # trajectory pictures at most
 
 
-def check_features(dataset, spec: TaskSpec, columns: Columns) -> None:
-    """Raise ValueError naming what the dataset lacks or has in another size."""
-    check_columns(dataset.meta.features, columns, spec)
-    for camera, size in spec.cameras.items():
-        if camera not in columns.images:
-            raise ValueError(f"dataset: no camera {camera!r}; it has {sorted(columns.images)}")
-        got = tuple(dataset.meta.features[columns.images[camera]]["shape"])
-        if got != (*size, 3):
-            raise ValueError(f"dataset: camera {camera!r}: expected {(*size, 3)} as the task, got {got}")
-
-
-def described(dataset_dir: Path) -> tuple[Columns, TaskSpec]:
-    """Columns of a dataset, by its modality.json where it has one, and the task that it describes."""
-    from lerobot.datasets import LeRobotDatasetMetadata
-
-    meta, modality = LeRobotDatasetMetadata("local/eval", root=dataset_dir), Modality.read(dataset_dir)
-    if modality:
-        columns, names = modality.columns, (modality.names("state"), modality.names("action"))
-    else:
-        cameras = {key.removeprefix("observation.images."): key for key in meta.camera_keys}
-        columns, names = Columns(cameras, [("observation.state", slice(None))], [("action", slice(None))]), (None, None)
-    return columns, spec_of(meta, columns, *names)
-
-
-def joined(row: Mapping[str, Any], parts: list[tuple[str, slice]]) -> np.ndarray:
-    """float32[..., d]: the parts of a row or of rows, one after the other."""
-    return np.concatenate([np.asarray(row[key])[..., part] for key, part in parts], -1).astype(np.float32)
-
-
-def predictor(engine: PolicyEngine, dataset, columns: Columns, first: int) -> Callable[[int], np.ndarray]:
+def predictor(engine: PolicyEngine, rows: Rows, first: int) -> Callable[[int], np.ndarray]:
     """f(tick) -> the policy's chunk from the recorded observation, float32[ah, ad], the same noise at every run."""
 
     def predict(tick: int) -> np.ndarray:
-        row = dataset[first + tick]
-        images = {
-            c: (row[columns.images[c]].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-            for c in engine.spec.cameras
-        }
-        query = Query(images, joined(row, columns.state), row.get("task") or engine.spec.prompt, seed=tick)
-        return engine.act([query])[0]
+        row = first + tick
+        images = {camera: picture[0] for camera, picture in rows.images([row]).items()}
+        return engine.act([Query(images, rows.state[row], rows.prompt(row), seed=tick)])[0]
 
     return predict
 
 
-def engine_of(
-    source: Path, words: list[str], version: str | None, dataset_dir: Path
-) -> tuple[PolicyEngine, DictConfig]:
+def engine_of(source: Path, words: list[str], version: str | None, dataset: str) -> tuple[PolicyEngine, DictConfig]:
     """The policy that `source` names, with its parameters or not at all, and its config.
 
     Raises ValueError or FileNotFoundError in the user's words.
@@ -113,7 +77,7 @@ def engine_of(
         if version is not None:
             raise ValueError(f"--version={version}: {source} is a checkpoint's folder, which is one version")
         OmegaConf.set_struct(cfg, False)
-        cfg.task = {"name": "dataset", "spec": described(dataset_dir)[1].to_dict(), "noop_dims": None}
+        cfg.task = {"name": "dataset", "spec": Dataset(dataset).spec().to_dict(), "noop_dims": None}
         return PolicyEngine(cfg, source), cfg
     path = find_version(source, version) if version or source.absolute() == run_of(source) else find_parameters(source)
     engine = PolicyEngine(cfg, path.parent)
@@ -123,33 +87,28 @@ def engine_of(
 
 
 def evaluate(
-    engine: PolicyEngine, cfg: DictConfig, dataset_dir: Path, episodes: list[int] | None, stride: int, output: Path
+    engine: PolicyEngine, cfg: DictConfig, source: str, episodes: list[int] | None, stride: int, output: Path
 ) -> dict[str, Any]:
     """Run all episodes, write the files, return the figures."""
     spec = engine.spec
-    dataset = open_dataset(dataset_dir)
-    modality = Modality.read(dataset_dir)
-    columns = modality.columns if modality and {*spec.cameras} <= {*modality.columns.images} else Columns.plain(spec)
-    check_features(dataset, spec, columns)
-    total = dataset.meta.total_episodes
+    rows = Dataset(source).rows(spec)
+    total = len(rows.episodes)
     chosen = range(total) if episodes is None else [e + total if e < 0 else e for e in episodes]
     outside = [e for e in chosen if not 0 <= e < total]
     if outside:
         raise ValueError(f"--episodes: the dataset has {total}, there is no episode {outside[0]}")
     if not 1 <= stride <= engine.policy.action_horizon:
         raise ValueError(f"--stride: expected 1 to {engine.policy.action_horizon} (the chunk), got {stride}")
-    still = hold_still(spec.action_names, spec.state_names, cfg.task.get("noop_dims"))
-    keys = sorted({key for key, _ in (*columns.state, *columns.action)})
-    table = dataset.hf_dataset.select_columns(keys).with_format("numpy")
+    for note in rows.notes:
+        print(f"note: {note}")
+    still = hold_still(rows.action_names, rows.state_names, cfg.task.get("noop_dims"), spec.target_dims)
     done = []
     for episode in chosen:
-        entry = dataset.meta.episodes[episode]
-        first, end = int(entry["dataset_from_index"]), int(entry["dataset_to_index"])
-        part = {key: np.stack(values) for key, values in table[first:end].items()}
-        recorded, states = joined(part, columns.action), joined(part, columns.state)
-        done.append(run_episode(episode, recorded, states, predictor(engine, dataset, columns, first), still, stride))
+        first, end = rows.bounds[episode]
+        recorded, states = rows.action[first:end], rows.state[first:end]
+        done.append(run_episode(episode, recorded, states, predictor(engine, rows, first), still, stride))
     scale = engine.policy.action_units.scale.cpu().numpy()
-    out = {"dataset": str(dataset_dir), "policy_version": max(0, engine.version), "stride": stride}
+    out = {"dataset": source, "policy_version": max(0, engine.version), "stride": stride}
     out |= figures(done, spec.action_names, scale)
     output.mkdir(parents=True, exist_ok=True)
     (output / "open_loop.json").write_text(json.dumps(out, indent=2))
@@ -225,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="run folder, something in one, or a checkpoint's folder")
     parser.add_argument("words", nargs="*", metavar="key=value", help="overrides, for a checkpoint's folder")
-    parser.add_argument("--dataset", type=Path, help="LeRobot dataset; default: the run's own")
+    parser.add_argument("--dataset", help="LeRobot dataset, a folder or owner/name on the hub; default: the run's own")
     parser.add_argument("--version", help="best (of a fine-tuning run), or a file in params/; default: the newest")
     parser.add_argument("--episodes", type=int, nargs="+", help="indices, negative ones from the end; default: all")
     parser.add_argument(
@@ -236,12 +195,12 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING)
     try:
         home = run_of(args.source) or args.source
-        dataset = args.dataset or RunPaths(home).dataset
-        if not (dataset / "meta" / "info.json").is_file():
-            raise FileNotFoundError(f"{dataset}: no LeRobot dataset (meta/info.json); name one with --dataset")
+        if args.dataset is None and not RunPaths(home).dataset.is_dir():
+            raise FileNotFoundError(f"{RunPaths(home).dataset}: no LeRobot dataset; name one with --dataset")
+        dataset = args.dataset or str(RunPaths(home).dataset)
         engine, cfg = engine_of(args.source, args.words, args.version, dataset)
-        stride, output = args.stride or min(cfg.rollout.execute_horizon, engine.policy.action_horizon), args.output
-        output = output or home / "open_loop"
+        stride = args.stride or min(cfg.rollout.execute_horizon, engine.policy.action_horizon)
+        output = args.output or home / "open_loop"
         out = {"run": str(args.source)} | evaluate(engine, cfg, dataset, args.episodes, stride, output)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as mistake:
         if isinstance(mistake, InstantiationException) and not is_config_mistake(mistake):

@@ -13,7 +13,6 @@ import needs_learner  # noqa: F401
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 from hydra.errors import HydraException
@@ -22,14 +21,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flowserl_cli.compose import load_config
-from serl_launcher.learner.data_check import findings
-from serl_launcher.learner.fit_check import misfits, recorded_ranges
-from serl_launcher.learner.modality import Modality
-from serl_launcher.learner.sft import Columns
+from serl_launcher.datasets.dataset import Dataset
+from serl_launcher.datasets.source import Source, read_sources
+from serl_launcher.learner.fit_check import misfits, ranges_of
 from serl_launcher.policies.base import FlowPolicy
 from serl_launcher.policies.estimate import Estimate, estimate, meta_policy
 from serl_launcher.policies.parameter_table import parameter_table
-from serl_launcher.run.files import read_json
+from serl_launcher.run.config import plain
 from serl_transport.contract.specs import TaskSpec
 
 PEAKS = {"H200": 800, "H100": 800, "A100": 280, "L40S": 330, "4090": 150, "3090": 65}  # dense bf16, reached, TFLOP/s
@@ -82,14 +80,20 @@ def report(cfg: DictConfig, cost: Estimate, args: argparse.Namespace) -> tuple[l
     return lines, fits
 
 
-def unit_findings(dataset: Path, policy: FlowPolicy, columns: Columns, spec: TaskSpec) -> list[str]:
-    """Where the dataset's recorded ranges do not fit the units that the checkpoint's weights come with."""
-    ranges = recorded_ranges(read_json(dataset / "meta" / "stats.json") or {}, columns)
-    if ranges is None or policy.checkpoint_units is None:
-        return []
-    if (len(ranges.state[0]), len(ranges.action[0])) != (len(spec.state_names), len(spec.action_names)):
-        return []  # `findings` says so
-    return misfits(policy.checkpoint_units, ranges, spec)
+def look_at(source: Source, policy: FlowPolicy, spec: TaskSpec) -> list[str]:
+    """What keeps a dataset from being used for the task, and for a checkpoint's units; printed, with what is worth
+    knowing of it."""
+    notes: list[str] = []
+    try:
+        data = Dataset(source)
+        found = data.fit(spec)
+        problems, notes = found.problems, [f"note: {note}" for note in found.notes]
+        if not problems and policy.checkpoint_units is not None:
+            problems = misfits(policy.checkpoint_units, ranges_of(data.rows(spec)), spec)
+    except ValueError as mistake:
+        problems = [str(mistake)]
+    print("data       " + "\n           ".join([*(problems or ["nothing wrong"]), *notes]))
+    return problems
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="as for a run: policy=pi0 trainer.batch_size=32")
     parser.add_argument("--config-dir", metavar="FOLDER", help="a lab's own config folder (docs/robot.md)")
-    parser.add_argument("--dataset", type=Path, help="LeRobot dataset to check against the task")
+    parser.add_argument("--dataset", help="LeRobot dataset to check against the task: a folder or a hub name")
     parser.add_argument("--gpu-gb", type=float, help="memory of the device, default: this GPU's")
     parser.add_argument("--tflops", type=float, help="peak of the device, default: by this GPU's name")
     parser.add_argument("--flow-steps", type=int, help="default: of the head's release, 10 or 4")
@@ -105,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = load_config([*args.overrides, *([f"--config-dir={args.config_dir}"] if args.config_dir else [])])
         spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
-        policy, mode = meta_policy(cfg.policy, spec, instantiate(cfg.policy.size))
+        policy, _ = meta_policy(cfg.policy, spec, instantiate(cfg.policy.size))
         if args.flow_steps is None:
             args.flow_steps = policy.released_flow_steps
         noise_samples = cfg.algo.agent.get("noise_samples", 1)
@@ -115,12 +119,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     lines, fits = report(cfg, cost, args)
     print(parameter_table(policy), *lines, sep="\n")
-    wrong = []
-    if args.dataset is not None:
-        modality = Modality.read(args.dataset)
-        columns = modality.columns if modality else Columns.plain(spec)
-        wrong = findings(args.dataset, spec, columns, mode) + unit_findings(args.dataset, policy, columns, spec)
-        print("data       " + ("nothing wrong" if not wrong else "\n           ".join(wrong)))
+    sources = [*([Source(args.dataset)] if args.dataset else []), *read_sources(plain(cfg, "demos"))]
+    wrong = [problem for source in sources for problem in look_at(source, policy, spec)]
     return 0 if fits and not wrong else 1
 
 

@@ -166,6 +166,8 @@ def _parse(text: str) -> Word:
         raise ConfigError(f"cannot read {text!r}: expected key=value, such as seed=3 ({reason})") from None
     if override.is_delete():
         raise ConfigError(f"{text!r} removes a key; set it to another value instead")
+    if override.is_sweep_override() and override.key_or_group == "demos":  # demos=a,b
+        return _parse(f"demos=[{text.partition('=')[2]}]")
     if override.is_sweep_override():
         raise ConfigError(f"{text!r} names several values; expected one (quote a text with commas)")
     kind = "force" if override.is_force_add() else "add" if override.is_add() else "set"

@@ -46,6 +46,17 @@ def configured_rate(cfg: DictConfig, spec: TaskSpec) -> float:
     return spec.control_hz if cfg.rollout.rate_hz is None else cfg.rollout.rate_hz
 
 
+def slower(cfg: DictConfig, spec: TaskSpec) -> str | None:
+    """What a rate below the task's means, for the actor's start; None: it is not below."""
+    rate = control_rate(cfg, spec)
+    if not 0 < rate < spec.control_hz:
+        return None
+    return (
+        f"rollout.rate_hz={rate:g} is below spec.control_hz={spec.control_hz:g}: ticks are {1 / rate:g} s apart, "
+        f"dataset, videos and limits count {1 / spec.control_hz:g} s"
+    )
+
+
 def ready_hint(cfg: DictConfig, env: Environment, voices: Sequence[Voice]) -> str | None:
     """How a person says that the scene is set, where rollout.wait_for_ready makes each episode wait for it; else None.
 

@@ -39,6 +39,7 @@ from serl_robot_infra.operators import (
     describe_operator,
     is_person,
     ready_hint,
+    slower,
 )
 from serl_robot_infra.pacing import Pace, StopSignal
 from serl_robot_infra.policy_client import MeasuredPolicy, RemotePolicy
@@ -170,7 +171,7 @@ def build_actor(
         ready=ready_hint(cfg, env, voices),
     )
     evaluation = replace(runner, stack=evaluation_stack(cfg, stack))
-    for line in describe_operator(cfg, env.spec, stack.reward, voices):
+    for line in [*filter(None, [slower(cfg, env.spec)]), *describe_operator(cfg, env.spec, stack.reward, voices)]:
         print(line, file=stream, flush=True)
     return Actor(runner, evaluation, link, observer, stop, guard.estop, rollout.mode, rollout.episodes), observer
 

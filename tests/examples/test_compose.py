@@ -15,7 +15,7 @@ from flowserl_cli.compose import ConfigError, dotted_keys, group_options, load_c
         ("algo=reject_samplng_pi0", "did you mean 'reject_sampling_pi0'"),
         (
             "task=zzz",
-            "no task is called 'zzz'; there are fetch_pick_and_place, fetch_reach, metaworld, metaworld_box_close, ",
+            "no task is called 'zzz'; there are dobot_pnp, dobot_pnp_tool, fetch_pick_and_place, fetch_reach, ",
         ),
         ("prt=1", "unknown key 'prt' in 'prt=1'; did you mean 'port'"),
         ("broadcastport=1", "did you mean 'broadcast_port'?"),
@@ -226,3 +226,10 @@ def test_flags_of_groot_are_compared_and_shown_as_they_are_typed(tmp_path):
         load_config(["learner=true", "policy=groot_n1_7", f"checkpoint_path={tmp_path}"])
     again = str(raised.value).rpartition("set ")[2]
     assert load_config(["learner=true", "policy=groot_n1_7", f"checkpoint_path={tmp_path}", again]).policy.tune.llm
+
+
+def test_demos_may_be_one_source_several_or_mappings():
+    assert load_config(["demos=/data/lab"]).demos == "/data/lab"
+    assert load_config(["demos=/data/lab,someone/pick"]).demos == ["/data/lab", "someone/pick"]
+    mapped = load_config(["demos=[{source: /data/lab, cameras: {front: top}}]"]).demos
+    assert mapped == [{"source": "/data/lab", "cameras": {"front": "top"}}]

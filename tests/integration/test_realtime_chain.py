@@ -1,5 +1,6 @@
 """Real-time chunking through every process boundary's code: actor loop, gateway, policy server, tiny PI0."""
 
+import csv
 import io
 import json
 import socket
@@ -60,7 +61,18 @@ def test_an_actor_with_rtc_is_driven_by_the_policy_server(cfg, tmp_path):
         for thread in threads:
             thread.join(20)
     assert not any(thread.is_alive() for thread in threads)
-    assert sum(guided) > 2 * guided.count(False)  # the first chunk of an episode alone has nothing to agree with
     rows = [json.loads(line) for line in paths.episodes.read_text().splitlines()]
     assert [row["n_ticks"] for row in rows] == [30, 30], rows
     assert "no action for" not in stream.getvalue()
+    assert "evaluation adhoc_eval: 0/2 = 0.00 [0.00, 0.66]" in stream.getvalue()
+    with (paths.root / "evaluation.csv").open(newline="") as file:
+        trials = list(csv.DictReader(file))
+    assert [(trial["trial"], trial["ticks"], trial["policy_version"]) for trial in trials] == [
+        ("1", "30", "1"), ("2", "30", "1"),
+    ]  # fmt: skip
+    for trial, row in zip(trials, rows, strict=True):  # the actor's clock, and the journal's ticks
+        assert (paths.root / trial["video"]).is_file()
+        assert trial["episode_id"] == row["episode_id"]
+        assert row["seconds"] == pytest.approx(float(trial["seconds"]), rel=0.2)
+        assert float(trial["seconds"]) > 29 / 20
+    assert sum(guided) > 2 * guided.count(False)  # the first chunk of an episode alone has nothing to agree with

@@ -25,6 +25,7 @@ def test_a_small_run_goes_through_every_stage_and_ends_by_itself(tmp_path, free_
     assert summary["episodes"] >= 4 + 4 + 3 + 4
     assert 0 <= summary["success_rate_before_online"] <= 1
     assert {stage["name"]: stage["steps"] for stage in summary["stages"]}["online"] >= STEPS["online"] - 20
+    assert len((run.folder / "evaluation.csv").read_text().splitlines()) == 1 + 4 + 4
     assert summary["policy_versions"] >= (STEPS["sft"] + STEPS["online"]) // 10
     assert (run.folder / "learning_curve.png").stat().st_size > 10_000
     assert len(list((run.folder / "logs").glob("*.log"))) == 5

@@ -61,6 +61,7 @@ def random_batch(b: int = 6, seed: int = 0) -> ChunkBatch:
         demo=np.zeros(b, bool),
         operator=np.zeros(b, bool),
         weight=np.ones(b, np.float32),
+        prompts=[SPEC.prompt] * b,
     )
 
 
@@ -81,4 +82,5 @@ def random_transitions(b: int = 6, horizon: int = 2, seed: int = 0) -> Transitio
         return_to_go=np.ones(b, np.float32),
         value_lower_bound=np.where(np.arange(b) % 3 == 0, 1, -np.inf).astype(np.float32),
         demo=np.arange(b) % 2 == 0,
+        prompts=chunk.prompts,
     )

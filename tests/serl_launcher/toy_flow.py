@@ -67,6 +67,7 @@ def transitions(state, action, reward, next_state, discount, bootstrap) -> Trans
         return_to_go=np.asarray(reward, np.float32),
         value_lower_bound=np.asarray(reward, np.float32),
         demo=np.zeros(b, bool),
+        prompts=[""] * b,
     )
 
 
@@ -81,4 +82,5 @@ def chunks(state, action) -> ChunkBatch:
         demo=np.zeros(b, bool),
         operator=np.zeros(b, bool),
         weight=np.ones(b, np.float32),
+        prompts=[""] * b,
     )

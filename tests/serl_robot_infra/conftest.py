@@ -1,6 +1,7 @@
 """Fixtures of the robot side."""
 
 import os
+from contextlib import ExitStack
 
 import pytest
 from scripted_learner import RobotPick
@@ -22,3 +23,19 @@ def typist(monkeypatch):
     os.close(slave)
     if person._master >= 0:
         person.hang_up()
+
+
+@pytest.fixture
+def xtrainer(tmp_path):
+    """Made with words of the command line after `task.`: (the environment, its rig)."""
+    from dobot_rig import FAST, DobotRig  # brings OpenCV
+
+    with ExitStack() as stack:
+
+        def make(*words, **options):
+            rig = stack.enter_context(DobotRig(tmp_path, *FAST, *words, **options))
+            env = rig.build()
+            stack.callback(env.close)
+            return env, rig
+
+        yield make

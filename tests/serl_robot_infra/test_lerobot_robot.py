@@ -15,7 +15,8 @@ from lerobot_rig import Rig, cameras
 
 from serl_robot_infra import lerobot_devices
 from serl_robot_infra.envs.base import Environment, PartLostError
-from serl_robot_infra.envs.lerobot_robot import FrozenCheck, LeRobotEnv
+from serl_robot_infra.envs.camera import FrozenCheck
+from serl_robot_infra.envs.lerobot_robot import LeRobotEnv
 from serl_robot_infra.guard import Stoppable
 
 DEGREES = {"use_degrees": True}

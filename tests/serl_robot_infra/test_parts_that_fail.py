@@ -13,9 +13,10 @@ from serl_robot_infra.interventions.base import NOTHING_SAID
 from serl_robot_infra.main import main
 from serl_robot_infra.observers import call_watch
 from serl_robot_infra.rewards.environment import EnvironmentReward
+from serl_transport.contract.errors import NotReady
 
 KINDS = {"RuntimeError": RuntimeError, "OSError": OSError, "ValueError": ValueError}
-HANGS_S = 1.5
+HANGS_S = 1.2
 closed: list[str] = []  # parts that were closed
 hung: list[tuple[float, float]] = []  # from when to when a simulation did not come back
 
@@ -96,7 +97,7 @@ class SlowRobot(RobotPick):
     def step(self, action):
         result = replace(super().step(action), terminated=False, truncated=False)
         if len(self.sent) == 4:
-            time.sleep(HANGS_S)
+            time.sleep(0.7)
         return result
 
 
@@ -125,15 +126,16 @@ def spec():
 
 
 @contextmanager
-def learner_of(spec, *tickets):
-    """A learner that keeps what actors say of themselves: (time.monotonic(), trouble) and why they leave."""
-    with ScriptedLearner(spec, tickets) as learner:
-        learner.troubles, learner.left = [], []
+def learner_of(spec, *tickets, infer=None):
+    """A learner that keeps what actors say of themselves: (time.monotonic(), trouble) and why they leave; `over` is
+    what it says of its run."""
+    with ScriptedLearner(spec, tickets, infer) as learner:
+        learner.troubles, learner.left, learner.over = [], [], None
         answer = learner.server.heartbeat_reply
 
         def beat(peer, envelope, body):
             learner.troubles.append((time.monotonic(), body.get("trouble")))
-            return answer()
+            return answer() | {"over": learner.over}
 
         def leave(peer, envelope, body):
             if envelope.target == "leave":
@@ -208,17 +210,53 @@ def test_a_call_of_a_simulation_that_does_not_come_back_is_told_on_both_screens_
 
 def test_a_robot_whose_step_hangs_is_stopped_told_of_and_the_next_episode_runs(spec, tmp_path):
     with learner_of(spec, ticket("demo", 1), ticket("demo", 2)) as learner:
-        config = actor_config(learner, tmp_path, rate_hz=20.0, episodes=2, demo_noise=0.0)
+        config = actor_config(learner, tmp_path, rate_hz=50.0, episodes=2, demo_noise=0.0)
         config.task.env = {"_target_": "test_parts_that_fail.SlowRobot"}
         config.rollout.watchdog = {"stop_ms": 300}
         screen = Screen()
         assert main(config, screen) == 0, screen.getvalue()
         robot = RobotPick.last
         told = screen.said_at("SlowRobot.step has not come back for 0.")
-        assert 0.3 < told - robot.sent[3][0] < 0.3 + 0.05 + 0.5  # the limit, a period, and this machine's load
+        assert 0.3 < told - robot.sent[3][0] < 0.3 + 0.02 + 0.35  # the limit, a period, and this machine's load
         assert robot.stops
         first, second = learner.episodes()
         assert (first.n, first.outcome.truncated_by) == (4, "stop")
         assert second.n > 4
         assert "; the robot was told to" in screen.getvalue()
         assert "episode demo-1 cut at tick 4: no action for 3" in screen.getvalue()
+
+
+class AwayOperator(FailingOperator):
+    """Its device is not there for a while."""
+
+    def __init__(self, env=None):
+        super().__init__("never")
+        self._since = time.monotonic()
+
+    def missing(self):
+        return "gamepad: no such device" if time.monotonic() - self._since < HANGS_S else None
+
+
+def test_a_device_that_is_not_there_is_told_on_both_screens(spec, tmp_path):
+    with learner_of(spec, ticket("online", 1)) as learner:
+        config = actor_config(learner, tmp_path)
+        config.task.operator = {"_target_": "test_parts_that_fail.AwayOperator"}
+        stream = io.StringIO()
+        assert main(config, stream) == 0, stream.getvalue()
+        told = "waiting for the operator: gamepad: no such device"
+        assert f"{told}\n" in stream.getvalue()
+        assert told in [text for _, text in learner.troubles]
+        assert len(learner.episodes()) == 1
+
+
+def test_an_episode_that_waits_for_its_policy_is_not_begun_once_the_run_is_over(spec, tmp_path):
+    def never(body):
+        learner.over = "an operator stopped the run"
+        raise NotReady("the first version is not there yet")
+
+    with learner_of(spec, ticket("online", 1), infer=never) as learner:
+        stream = io.StringIO()
+        assert main(actor_config(learner, tmp_path), stream) == 0, stream.getvalue()
+        assert "episode online-1 cut at tick 0: not begun: an operator stopped the run\n" in stream.getvalue()
+        assert learner.left == ["the learner says stop: the script is over; 0 episodes"]
+        assert learner.episodes() == []

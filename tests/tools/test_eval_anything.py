@@ -5,7 +5,7 @@ import json
 import eval_open_loop
 import pytest
 from checkpoints import make_tokenizer
-from sft_samples import add_modality, make_dataset
+from sft_samples import make_dataset
 from test_eval_open_loop import publish_tiny
 from tiny import SPEC
 
@@ -66,16 +66,6 @@ def test_what_is_nothing_of_the_kind_is_refused_in_one_line(dataset, checkpoint,
         error = capsys.readouterr().err
         assert told in error
         assert error.count("\n") == 1
-
-
-def test_a_dataset_with_parts_is_described_by_its_modality(tmp_path):
-    folder = make_dataset(tmp_path / "parts")
-    add_modality(folder)
-    columns, spec = eval_open_loop.described(folder)
-    assert list(spec.cameras) == ["ego"]
-    assert spec.state_names == ("tail.0", "tail.1", "head.0")
-    row = {"observation.state": [1.0, 2.0, 3.0], "action": [4.0, 5.0]}
-    assert eval_open_loop.joined(row, columns.state).tolist() == [2.0, 3.0, 1.0]
 
 
 def test_a_checkpoints_folder_as_checkpoint_path_is_told_which_key_takes_it(checkpoint):

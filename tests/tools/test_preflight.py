@@ -1,14 +1,10 @@
 """tools/preflight.py: counts against the real model, the batch that fits, and what is wrong with a dataset."""
 
-import json
-
 import pytest
 import torch
 from preflight import main
 from sft_samples import make_dataset
 
-from serl_launcher.learner.data_check import findings
-from serl_launcher.learner.sft import Columns
 from serl_launcher.policies.base import trainable
 from serl_launcher.policies.estimate import estimate, meta_policy
 from serl_launcher.policies.groot.build import build_groot
@@ -124,30 +120,11 @@ def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data") / "d")
 
 
-def test_a_dataset_that_fits_has_no_findings(dataset):
-    spec = TaskSpec.from_dict(SPEC)
-    assert findings(dataset, spec, Columns.plain(spec)) == []
-
-
-def test_every_kind_of_mistake_in_the_data_is_named(dataset):
-    task = SPEC | {"cameras": {"front": [64, 64], "top": [32, 32]}, "control_hz": 30, "prompt": "fold the towel"}
-    task |= {"action_names": ["x", "y", "g"], "action_low": [-1] * 3, "action_high": [1] * 3}
-    spec = TaskSpec.from_dict(task)
-    stats_file = dataset / "meta" / "stats.json"
-    was = stats_file.read_text()
-    stats = json.loads(was)
-    del stats["observation.state"]["std"]
-    stats["action"]["std"] = [0.0, float("nan")]
-    stats_file.write_text(json.dumps(stats))
-    found = "\n".join(findings(dataset, spec, Columns.plain(spec)))
-    stats_file.write_text(was)
-    for words in (
-        "camera 'front': (32, 32), the task has (64, 64)",
-        "camera 'top': no column 'observation.images.top'",
-        "action: 2 dims, the task has 3",
-        "observation.state has no std",
-        "action holds NaN",
-        "fps: the dataset has 10, the task runs at 30",
-        "prompt: the task says 'fold the towel'",
-    ):
-        assert words in found, words
+def test_the_data_are_checked_and_told(dataset, capsys):
+    """The default task is another than the dataset's: each difference is named, and the exit code says so."""
+    assert main(["policy=pi0_tiny", "--dataset", str(dataset)]) == 1
+    out = capsys.readouterr().out
+    assert "camera 'front': pictures are resized from 32×32 to 64×64" in out
+    assert "action: 2 dims ['x', 'g'], the task has 4" in out
+    assert main(["policy=pi0_tiny", "--dataset", str(dataset / "nowhere")]) == 1
+    assert "no such folder" in capsys.readouterr().out

@@ -7,8 +7,7 @@ import sys
 ABSENT = ("serl_launcher", "torch", "lerobot", "matplotlib", "rerun", "transformers", "safetensors", "pandas")
 THERE = {"check_robot", "estop", "keygen", "merge_video", "operate", "visualize_dataset"}
 LEARNERS = {
-    "audit_reward", "check_run", "eval_open_loop", "export_checkpoint", "preflight", "reaccept", "recover_run",
-    "why",
+    "audit_reward", "check_run", "eval_open_loop", "export_checkpoint", "preflight", "reaccept", "recover_run", "why",
 }  # fmt: skip
 PARTS = {"compile_imports", "needs_learner", "sources"}  # not for people
 PROGRAM = """

@@ -41,7 +41,7 @@ class DSRLSettings(ValueSettings):
     memory_batch: int  # drawn from them in each online step
 
     def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> "DSRLAgent":
-        return DSRLAgent(policy, task.prompt, self, feature_dim=feature_dim(policy, task), horizon=horizon)
+        return DSRLAgent(policy, self, feature_dim=feature_dim(policy, task), horizon=horizon)
 
 
 class DSRLAgent(ValueAgent):
@@ -55,10 +55,8 @@ class DSRLAgent(ValueAgent):
     """Prefixes of parameters that a plain policy's checkpoint lacks; they then keep their initial values."""
     settings: DSRLSettings
 
-    def __init__(
-        self, policy: FlowPolicy, prompt: str, settings: DSRLSettings, *, feature_dim: int, horizon: int
-    ) -> None:
-        super().__init__(policy, prompt, settings, feature_dim=feature_dim, horizon=horizon)
+    def __init__(self, policy: FlowPolicy, settings: DSRLSettings, *, feature_dim: int, horizon: int) -> None:
+        super().__init__(policy, settings, feature_dim=feature_dim, horizon=horizon)
         self.memory = Memory(settings.memory)
         rows, dim = self.steering.rows, self.steering.action_dim
         self.noise_critic = ChunkCritic(feature_dim, rows, dim, settings.critics, settings.widths)
@@ -80,9 +78,7 @@ class DSRLAgent(ValueAgent):
         losses["critic"], metrics = self.critic_loss(data)
         metrics["batch/transition_demo_share"] = torch.as_tensor(batch.transitions.demo).float().mean()
         if not self.online:
-            losses["policy"], more = imitation_loss(
-                self.policy, self.prompt, batch.imitation, self.settings.noise_samples
-            )
+            losses["policy"], more = imitation_loss(self.policy, batch.imitation, self.settings.noise_samples)
             return losses, metrics | more
         losses["noise_critic"] = self.distillation_loss(data)
         metrics["losses/noise_critic"] = losses["noise_critic"].detach()
@@ -139,9 +135,9 @@ class DSRLAgent(ValueAgent):
     @torch.no_grad()
     def encode(self, batch: TransitionBatch) -> Encoded:
         """Everything that takes the backbone or the flow."""
-        prefix = self.observe(batch.images, batch.state)
+        prefix = self.observe(batch.images, batch.state, batch.prompts)
         features, device = self.policy.features(prefix), prefix.state.device
-        after = self.observe(batch.next_images, batch.next_state)
+        after = self.observe(batch.next_images, batch.next_state, batch.prompts)
         noise = steer(self.policy, after, self.draw(len(batch), self.policy.action_horizon, device))
         w = self.explore(features)
         return Encoded(

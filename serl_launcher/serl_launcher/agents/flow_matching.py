@@ -23,21 +23,20 @@ class FlowMatchingSettings:
     noise_samples: int  # noises and flow times for each encoded observation
 
     def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> "FlowMatchingAgent":
-        return FlowMatchingAgent(policy, task.prompt, self.noise_samples)
+        return FlowMatchingAgent(policy, self.noise_samples)
 
 
 class FlowMatchingAgent(nn.Module):
     """E[ w · ‖v_θ(x_t, t, s) − (a − ε)‖² ] over accepted ticks, several (ε, t) per encoded observation."""
 
-    def __init__(self, policy: FlowPolicy, prompt: str, noise_samples: int) -> None:
+    def __init__(self, policy: FlowPolicy, noise_samples: int) -> None:
         super().__init__()
         self.policy = policy
-        self.prompt = prompt
         self.noise_samples = noise_samples
 
     def forward(self, batch: ChunkBatch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The loss of the one group, `policy`, and metrics for the log (detached scalars)."""
-        loss, metrics = imitation_loss(self.policy, self.prompt, batch, self.noise_samples)
+        loss, metrics = imitation_loss(self.policy, batch, self.noise_samples)
         return {"policy": loss}, metrics
 
     def groups(self) -> dict[str, ParameterGroup]:
@@ -57,12 +56,10 @@ class FlowMatchingAgent(nn.Module):
         return {}
 
 
-def imitation_loss(
-    policy: FlowPolicy, prompt: str, batch: ChunkBatch, noise_samples: int
-) -> tuple[Tensor, dict[str, Tensor]]:
+def imitation_loss(policy: FlowPolicy, batch: ChunkBatch, noise_samples: int) -> tuple[Tensor, dict[str, Tensor]]:
     """The flow-matching loss of a batch of accepted chunks, a scalar with gradient, and metrics."""
     k, b = noise_samples, len(batch)
-    prefix = policy.encode(PolicyInput(batch.images, batch.state, [prompt] * b)).repeat(k)
+    prefix = policy.encode(PolicyInput(batch.images, batch.state, batch.prompts)).repeat(k)
     device = prefix.state.device
     chunk = policy.normalise_actions(to_device(batch.action, device)).repeat_interleave(k, 0)
     is_pad = to_device(batch.is_pad, device).repeat_interleave(k, 0)

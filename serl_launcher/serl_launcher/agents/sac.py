@@ -52,7 +52,7 @@ class SACSettings(ValueSettings):
 
     def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> "SACAgent":
         unit = noise_unit(task)
-        return SACAgent(policy, task.prompt, self, feature_dim=feature_dim(policy, task), horizon=horizon, unit=unit)
+        return SACAgent(policy, self, feature_dim=feature_dim(policy, task), horizon=horizon, unit=unit)
 
 
 def noise_unit(task: TaskSpec) -> Tensor:
@@ -74,14 +74,13 @@ class SACAgent(ValueAgent):
     def __init__(
         self,
         policy: FlowPolicy,
-        prompt: str,
         settings: SACSettings,
         *,
         feature_dim: int,
         horizon: int,
         unit: Tensor | None = None,
     ) -> None:
-        super().__init__(policy, prompt, settings, feature_dim=feature_dim, horizon=horizon)
+        super().__init__(policy, settings, feature_dim=feature_dim, horizon=horizon)
         if settings.squash:
             self._check_squash()
         self.noise_scale = NoiseScale(
@@ -103,12 +102,12 @@ class SACAgent(ValueAgent):
     def forward(self, batch: LearningBatch, step: int) -> tuple[dict[str, Tensor], Metrics]:
         """Losses of `actor`, `critic`, `temperature` (those whose turn it is), and metrics."""
         transitions = batch.transitions
-        prefix = self.observe(transitions.images, transitions.state)
+        prefix = self.observe(transitions.images, transitions.state, transitions.prompts)
         losses = {}
         losses["critic"], metrics = self.critic_loss(transitions, prefix)
         metrics["batch/transition_demo_share"] = torch.as_tensor(transitions.demo).float().mean()
         if self._imitates(batch):
-            flow, more = imitation_loss(self.policy, self.prompt, batch.imitation, self.settings.noise_samples)
+            flow, more = imitation_loss(self.policy, batch.imitation, self.settings.noise_samples)
             losses["actor"] = self.settings.imitation_weight * flow if self.online else flow
             metrics |= more
         if self._improves():
@@ -137,7 +136,7 @@ class SACAgent(ValueAgent):
 
     def backup(self, batch: TransitionBatch) -> Tensor:
         """y of each transition: float32[b], without gradient."""
-        prefix = self.observe(batch.next_images, batch.next_state)
+        prefix = self.observe(batch.next_images, batch.next_state, batch.prompts)
         features = self.policy.features(prefix)
         path = self.path(prefix, *self.draw(len(batch), prefix), self.noise_scale(features))
         value = pessimistic(self.target(features, self.executed(path.chunk)), self.settings.target_members)
@@ -207,7 +206,7 @@ class SACAgent(ValueAgent):
 
     def reference_prefix(self, batch: TransitionBatch) -> Prefix:
         """What the backbone said of these observations when the online stage began; imitation trains it, too."""
-        return self.reference.encode(PolicyInput(batch.images, batch.state, [self.prompt] * len(batch)))
+        return self.reference.encode(PolicyInput(batch.images, batch.state, batch.prompts))
 
     def _path_of(self, velocity: Velocity, noise: Tensor, step_noise: Tensor, log_std: Tensor) -> FlowPath:
         return sample_path(velocity, noise, step_noise, log_std, self.policy.robot_dim, self.settings.squash)

@@ -43,12 +43,10 @@ class ValueAgent(nn.Module):
     settings do not fit each other or the policy.
     """
 
-    def __init__(
-        self, policy: FlowPolicy, prompt: str, settings: ValueSettings, *, feature_dim: int, horizon: int
-    ) -> None:
+    def __init__(self, policy: FlowPolicy, settings: ValueSettings, *, feature_dim: int, horizon: int) -> None:
         super().__init__()
         _check(settings, horizon, policy.action_horizon)
-        self.policy, self.prompt, self.settings, self.horizon = policy, prompt, settings, horizon
+        self.policy, self.settings, self.horizon = policy, settings, horizon
         self.critic = ChunkCritic(feature_dim, horizon, policy.robot_dim, settings.critics, settings.widths)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(settings.init_temperature)))
@@ -76,10 +74,10 @@ class ValueAgent(nn.Module):
         """Has the critic learned long enough online for the actor to follow it?"""
         return self.online and bool(self.online_steps >= self.settings.warmup_steps)
 
-    def observe(self, images: dict[str, np.ndarray], state: np.ndarray) -> Prefix:
+    def observe(self, images: dict[str, np.ndarray], state: np.ndarray, prompts: list[str]) -> Prefix:
         """The prefix of a batch of observations, without gradient."""
         with torch.no_grad():
-            return self.policy.encode(PolicyInput(images, state, [self.prompt] * len(state)))
+            return self.policy.encode(PolicyInput(images, state, prompts))
 
     def executed(self, chunk: Tensor) -> Tensor:
         """The ticks and dims of a sampled chunk that reach the robot, as `sent`: float32[b, h, robot dims].

@@ -136,7 +136,8 @@ class Journalled:
         if row.is_experience:
             corrected = self._relabelled.correct(episode)
             try:
-                self.ring.append(closed.ordinal, row.mode, corrected.outcome.success, corrected.arrays)
+                success, prompt = corrected.outcome.success, corrected.info.prompt
+                self.ring.append(closed.ordinal, row.mode, success, corrected.arrays, prompt)
             except RingError as error:
                 log.error("episode %s is recorded but cannot be trained on: %s", row.episode_id, error)
         self.ledger.add(row)

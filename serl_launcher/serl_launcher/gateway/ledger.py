@@ -122,6 +122,7 @@ class Ledger:
         self._counted: dict[Scope, int] = {}
         self._seeds: dict[Scope, dict[int, bool]] = {}  # eval: seed -> success of its first whole outcome
         self._evaluated: dict[str, Evaluated] = {}  # by stage
+        self._since: dict[str, int] = {}  # ad hoc stage -> the version from which on its evaluations count
         self._adhoc: OrderedDict[Scope, None] = OrderedDict()  # by their last episode: of processes that come and go
         self._online: deque[tuple[bool, bool]] = deque(maxlen=WINDOW)  # (success without help, had help)
         self._file: int | None = None
@@ -164,13 +165,17 @@ class Ledger:
         if row.mode == "online":
             self._online.append((row.success and not row.interventions, row.interventions > 0))
         if row.mode == "eval":
-            seeds = self._seeds.setdefault(scope, {})
             finished = self._evaluated.setdefault(row.stage, Evaluated())
+            if len(scope) > 1 and scope not in self._seeds and row.policy_version_last > finished.version:
+                finished.episodes = finished.successes = 0  # asked for again, of a later version
+                self._since[row.stage] = row.policy_version_last
+            old = row.policy_version_last < self._since.get(row.stage, -1)
+            seeds = self._seeds.setdefault(scope, {})
             finished.version = max(finished.version, row.policy_version_last)
             if row.seed not in seeds:
                 seeds[row.seed] = row.success
-                finished.episodes += 1
-                finished.successes += row.success
+                finished.episodes += not old
+                finished.successes += row.success and not old
             self._counted[scope] = len(seeds)
         elif row.mode == "online" or row.success:
             self._counted[scope] = self._counted.get(scope, 0) + 1
@@ -202,7 +207,7 @@ class Ledger:
     def evaluations(self) -> dict[str, dict[str, int]]:
         """Stage -> finished evaluation seeds, successes among them, and the newest policy version that acted.
 
-        Ad hoc ones of all actors together.
+        Ad hoc ones of all actors together, from the version on with which the last process began that had a newer one.
         """
         return {stage: asdict(finished) for stage, finished in self._evaluated.items()}
 

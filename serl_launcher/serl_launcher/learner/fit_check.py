@@ -1,21 +1,17 @@
 """Do a dataset's values fit the units that the policy's weights were trained in? Asked before the first step.
 
-    rows of state and action ─▶ column_ranges (a NaN: episode and frame) ─┐
-    meta/stats.json ─▶ recorded_ranges ───────────────────────────────────┴▶ misfits(units) ─▶ a line a dim
+    rows of state and action ─▶ ranges_of ─▶ misfits(units) ─▶ a line a dim
 
-examples/train_sft.py reads the rows; tools/preflight.py has the statistics alone. A policy's units are those of its
-checkpoint, so that a dim which stood still there, or was in degrees where the data are in radians, trains on absurd
-numbers.
+examples/train_sft.py and tools/preflight.py ask. A policy's units are its checkpoint's, so that a dim which stood
+still there, or was in degrees where the data are in radians, trains on absurd numbers.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from serl_launcher.learner.sft import Chunks, Columns
+from serl_launcher.datasets.dataset import Rows
 from serl_launcher.policies.normalise import Affine, Units
 from serl_transport.contract.specs import TaskSpec
 
@@ -34,39 +30,9 @@ class Ranges:
     action: tuple[np.ndarray, np.ndarray]
 
 
-def column_ranges(chunks: Chunks) -> Ranges:
-    """Of every row. Raises ValueError naming column, dim, episode and frame of the first value that is not finite."""
-    rows, columns = chunks.rows.hf_dataset, chunks.columns
-    found = []
-    for parts in (columns.state, columns.action):
-        values = np.concatenate([_column(rows, key)[:, part] for key, part in parts], axis=1)
-        found.append((values.min(0), values.max(0)))
-    return Ranges(*found)
-
-
-def _column(rows: Any, key: str) -> np.ndarray:
-    """float64[rows, dims] of a column."""
-    values = np.asarray(rows.select_columns([key]).with_format("numpy")[:][key], np.float64).reshape(len(rows), -1)
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
-        row, dim = bad[0].tolist()
-        place = rows.select_columns(["episode_index", "frame_index"]).with_format("numpy")[row]
-        raise ValueError(
-            f"dataset: {key} holds {values[row, dim]} in dim {dim}, first in episode {place['episode_index']}, frame "
-            f"{place['frame_index']} ({len(np.unique(bad[:, 0]))} rows in all): mend or remove that episode"
-        )
-    return values
-
-
-def recorded_ranges(stats: Mapping[str, Any], columns: Columns) -> Ranges | None:
-    """As `meta/stats.json` says; None where it has no ranges of a column."""
-    found = []
-    for parts in (columns.state, columns.action):
-        if any(not {"min", "max"} <= set(stats.get(key) or {}) for key, _ in parts):
-            return None
-        ends = (np.concatenate([np.atleast_1d(stats[k][e]).ravel()[part] for k, part in parts]) for e in ("min", "max"))
-        found.append(tuple(np.asarray(end, np.float64) for end in ends))
-    return Ranges(*found)
+def ranges_of(rows: Rows) -> Ranges:
+    """Of every row of a dataset."""
+    return Ranges(*((x.min(0).astype(np.float64), x.max(0).astype(np.float64)) for x in (rows.state, rows.action)))
 
 
 def misfits(units: Units, ranges: Ranges, spec: TaskSpec) -> list[str]:

@@ -69,7 +69,7 @@ class HeldOut:
 
     def _open_loop(self, agent: torch.nn.Module, batch: ChunkBatch) -> float:
         policy = agent.policy
-        prefix = policy.encode(PolicyInput(batch.images, batch.state, [agent.prompt] * len(batch)))
+        prefix = policy.encode(PolicyInput(batch.images, batch.state, batch.prompts))
         noise = torch.randn(len(batch), policy.action_horizon, policy.action_dim, device=policy.device)
         chosen = policy.physical_actions(sample(policy, prefix, noise, self._steps))[:, : self._ticks]
         recorded = torch.as_tensor(batch.action, device=chosen.device)[:, : chosen.shape[1]]

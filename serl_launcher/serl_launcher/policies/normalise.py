@@ -6,8 +6,9 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,18 @@ class Units:
         return cls(
             Affine.from_bounds(spec.state_low, spec.state_high), Affine.from_bounds(spec.action_low, spec.action_high)
         )
+
+
+def as_trained(spec: TaskSpec, trained_on: Mapping[str, Any] | None) -> tuple[tuple[str, ...], Units]:
+    """The task's cameras in the order that random weights know, and the units that they were trained in.
+
+    trained_on: `policy.trained_on` of the config (run.origin writes it), where weights of another task's ranges go on;
+    None: the task's own.
+    """
+    if trained_on is None:
+        return tuple(spec.cameras), Units.from_spec(spec)
+    low, high = ([list(trained_on[f"{what}_{end}"]) for what in ("state", "action")] for end in ("low", "high"))
+    return tuple(trained_on["cameras"]), Units(*map(Affine.from_bounds, low, high))
 
 
 def pad_last(x: Tensor, size: int) -> Tensor:

@@ -6,7 +6,7 @@ and repeat the last recorded action.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,19 +24,23 @@ class OpenLoop:
     starts: np.ndarray  # int64[chunks], ticks where a chunk was predicted
 
 
-def hold_still(names: Sequence[str], state_names: Sequence[str], moves: Sequence[int] | None) -> Callable:
+def hold_still(
+    names: Sequence[str], state_names: Sequence[str], moves: Sequence[int] | None, targets: Mapping[int, int]
+) -> Callable:
     """The action that moves nothing: f(state, last action) -> float32[ad].
 
-    Actions named as states are targets: the state itself. Else the dims in `moves` (all, when None) are rates: zero;
-    the others keep their last value.
+    Targets (place in the action -> place in the state; where the task names none, actions that are all named as states)
+    are the state itself. Of the others the dims in `moves` (all, when None) are rates: zero; the rest keep their last
+    value.
     """
-    targets = [state_names.index(n) for n in names] if set(names) <= set(state_names) else None
+    if not targets and set(names) <= set(state_names):
+        targets = {place: state_names.index(name) for place, name in enumerate(names)}
+    rates = [place for place in (range(len(names)) if moves is None else moves) if place not in targets]
 
     def hold(state: np.ndarray, last: np.ndarray) -> np.ndarray:
-        if targets is not None:
-            return state[targets]
         still = last.copy()
-        still[list(moves) if moves is not None else slice(None)] = 0
+        still[rates] = 0
+        still[list(targets)] = state[list(targets.values())]
         return still
 
     return hold

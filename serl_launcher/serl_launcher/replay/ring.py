@@ -53,6 +53,7 @@ class EpisodeRow:
     n_ticks: int  # ticks; the observations are first_frame .. first_frame + n_ticks
     mode: str  # demo | online
     success: bool
+    prompt: str  # what the policy was told
     row: int  # absolute row number of the table: grows with every commit, anew for a demonstration that moved
 
 
@@ -72,6 +73,7 @@ class _RingFile:
         self._counters = np.frombuffer(self._map, np.int64, 4, COUNTERS_OFFSET)
         self._arrays = {key: self._view(place) for key, place in layout.arrays.items()}
         self._table = self._view(layout.table)
+        self._prompts = self._view(layout.prompts)  # UTF-8, one behind the other; the table says which is whose
 
     @property
     def head(self) -> int:
@@ -82,6 +84,11 @@ class _RingFile:
     def first_valid(self) -> int:
         """Absolute number of the oldest frame that is still whole."""
         return int(self._counters[FIRST_VALID])
+
+    def _row(self, index: int, columns: np.ndarray) -> EpisodeRow:
+        ordinal, first, n, mode, success, at, size = columns.tolist()
+        prompt = self._prompts[at : at + size].tobytes().decode()
+        return EpisodeRow(ordinal, first, n, MODES[mode], bool(success), prompt, index)
 
     def _view(self, place: ArrayPlace) -> np.ndarray:
         return np.ndarray(place.shape, place.dtype, self._map, place.offset)
@@ -100,13 +107,17 @@ class RingWriter(_RingFile):
         path = folder / f"{_ring_stem(run_dir)}-{os.getpid()}-{os.urandom(3).hex()}.ring"
         self._lock = _reserve(path, layout)
         super().__init__(path, layout, mmap.ACCESS_WRITE)
+        self._places: dict[str, tuple[int, int]] = {}  # prompt -> where it lies: first byte, bytes
         self._demo_frames = 0  # of the demonstrations in the ring, the one that is being appended included
         self._told = False
 
-    def append(self, ordinal: int, mode: str, success: bool, arrays: Mapping[str, np.ndarray]) -> EpisodeRow:
+    def append(
+        self, ordinal: int, mode: str, success: bool, arrays: Mapping[str, np.ndarray], prompt: str = ""
+    ) -> EpisodeRow:
         """Copy one finished episode in and publish it, evicting the oldest ones it displaces, demonstrations last.
 
-        arrays: the schema's keys; observations [n+1, ...], everything else [n, ...]. RingError when it cannot fit.
+        arrays: the schema's keys; observations [n+1, ...], everything else [n, ...]. RingError when it, or one more
+        prompt, cannot fit.
         """
         n = len(arrays["action"])
         if n + 1 > self.capacity:
@@ -114,22 +125,35 @@ class RingWriter(_RingFile):
                 f"episode {ordinal} has {n} ticks and needs {n + 1} frames, the ring holds {self.capacity}: "
                 "raise replay.capacity_frames"
             )
+        place = self._place(prompt)
         if mode == "demo":
             self._demo_frames += n + 1
         self._make_room(n + 1)
-        return self._write(ordinal, n, mode, bool(success), arrays)
+        return self._write((ordinal, n, mode, bool(success), *place), arrays)
 
-    def _write(self, ordinal: int, n: int, mode: str, success: bool, arrays: Mapping[str, np.ndarray]) -> EpisodeRow:
-        """Into free slots at the head."""
+    def _place(self, prompt: str) -> tuple[int, int]:
+        """Where a prompt lies among the prompts; put there when it is new."""
+        if prompt not in self._places:
+            text = np.frombuffer(prompt.encode(), np.uint8)
+            first = sum(size for _, size in self._places.values())
+            if first + len(text) > len(self._prompts):
+                raise RingError(f"{len(self._places)} different prompts fill the {len(self._prompts)} bytes for them")
+            self._prompts[first : first + len(text)] = text
+            self._places[prompt] = (first, len(text))
+        return self._places[prompt]
+
+    def _write(self, of: tuple[int, int, str, bool, int, int], arrays: Mapping[str, np.ndarray]) -> EpisodeRow:
+        """Into free slots at the head. of: what the table says of the episode, without where it lies."""
+        ordinal, n, mode, success, *place = of
         first, index = self.head, int(self._counters[ROWS])
         slots = np.arange(first, first + n + 1) % self.capacity
         for key, array in self._arrays.items():
             rows = slots if key.startswith("observation.") else slots[:n]
             array[rows] = arrays[key]
-        self._table[index % self.layout.episode_rows] = (ordinal, first, n, MODES.index(mode), int(success))
+        self._table[index % self.layout.episode_rows] = (ordinal, first, n, MODES.index(mode), int(success), *place)
         self._counters[HEAD] = first + n + 1
         self._counters[ROWS] = index + 1  # last: this publishes the episode
-        return EpisodeRow(ordinal, first, n, mode, success, index)
+        return self._row(index, self._table[index % self.layout.episode_rows])
 
     def close(self, unlink: bool = True) -> None:
         """Forget the file. Readers that mapped it keep their view until they let go."""
@@ -144,7 +168,7 @@ class RingWriter(_RingFile):
         """
         while self.head + frames > self.first_valid + self.capacity:
             index = int(self._counters[FIRST_ROW])
-            ordinal, first, n, mode, success = self._table[index % self.layout.episode_rows].tolist()
+            ordinal, first, n, mode, success, *place = self._table[index % self.layout.episode_rows].tolist()
             demo, moved = MODES[mode] == "demo", None
             if demo and self._demo_frames <= self.capacity // 2 and self._demo_frames + frames <= self.capacity:
                 moved = self._copy(first, n)
@@ -154,7 +178,7 @@ class RingWriter(_RingFile):
             self._counters[FIRST_ROW] = index + 1
             self._counters[FIRST_VALID] = first + n + 1
             if moved is not None:
-                self._write(ordinal, n, "demo", bool(success), moved)
+                self._write((ordinal, n, "demo", bool(success), *place), moved)
 
     def _copy(self, first: int, n: int) -> dict[str, np.ndarray]:
         slots = np.arange(first, first + n + 1) % self.capacity
@@ -185,10 +209,7 @@ class RingReader(_RingFile):
         indices = np.arange(max(since_row, int(self._counters[FIRST_ROW])), rows)
         table = self._table[indices % self.layout.episode_rows].copy()
         still = indices >= int(self._counters[FIRST_ROW])  # read after the copy: older rows may be half overwritten
-        return [
-            EpisodeRow(int(o), int(first), int(n), MODES[m], bool(s), int(index))
-            for index, (o, first, n, m, s) in zip(indices[still], table[still], strict=True)
-        ]
+        return [self._row(int(index), columns) for index, columns in zip(indices[still], table[still], strict=True)]
 
     def gather(self, frames: np.ndarray, keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """Copy slots: key -> array[len(frames), ...] (or frames' own shape in place of len(frames)).

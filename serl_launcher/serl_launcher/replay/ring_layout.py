@@ -1,7 +1,7 @@
 """Where everything lies inside a replay ring file, and where the file itself may lie.
 
 `ring.py` is the only caller. A ring file is one fully reserved block: a header (magic, what the layout follows from),
-four committed counters, the frame arrays, the episode table. A reader needs nothing but the file's path.
+four committed counters, the frame arrays, the episode table, the prompts. A reader needs nothing but the file's path.
 """
 
 import json
@@ -17,13 +17,14 @@ import psutil
 
 from serl_transport.contract.schema import IMAGE_PREFIX
 
-MAGIC = b"FSRING02"
+MAGIC = b"FSRING03"
 HEADER_BYTES = 65536
 COUNTERS_OFFSET = HEADER_BYTES
 ALIGN = 4096
 SHARED_MEMORY = Path("/dev/shm")
 
-EPISODE_COLUMNS = ("ordinal", "first_frame", "n_ticks", "mode", "success")
+EPISODE_COLUMNS = ("ordinal", "first_frame", "n_ticks", "mode", "success", "prompt", "prompt_bytes")
+PROMPT_BYTES = 1 << 20  # of all different prompts together: some twenty thousand
 
 
 class RingError(RuntimeError):
@@ -63,7 +64,8 @@ class RingLayout:
             offset = _aligned(offset + self.arrays[key].nbytes)
         self.episode_rows = capacity // 2 + 1  # the shortest episode takes two frames: never the bottleneck
         self.table = ArrayPlace("int64", (self.episode_rows, len(EPISODE_COLUMNS)), offset)
-        self.total_bytes = _aligned(offset + self.table.nbytes)
+        self.prompts = ArrayPlace("uint8", (PROMPT_BYTES,), _aligned(offset + self.table.nbytes))
+        self.total_bytes = self.prompts.offset + PROMPT_BYTES
 
     @classmethod
     def read(cls, path: Path) -> "RingLayout":

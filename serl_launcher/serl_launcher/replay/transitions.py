@@ -36,6 +36,7 @@ class TransitionBatch:
     return_to_go: np.ndarray  # float32[b], Σ γ^i r to the episode's end (Cal-QL's reference)
     value_lower_bound: np.ndarray  # float32[b], the return that followed; −inf where it bounds nothing
     demo: np.ndarray  # bool[b], from a demonstration
+    prompts: list[str]  # b, each its own episode's
 
     def __len__(self) -> int:
         return len(self.state)
@@ -50,6 +51,7 @@ CHUNK_STARTS = np.dtype(  # a row for each tick of an episode as the first of a 
         ("return_to_go", np.float32),
         ("bootstrap", bool),
         ("terminated", bool),  # the episode did, at its last tick; False where a time limit or a cut ended it
+        ("prompt", np.int64),  # which of the view's prompts
     ]
 )
 
@@ -100,6 +102,7 @@ class TransitionView:
 
     def clear(self) -> None:
         self._next_row = 0
+        self._prompts: dict[str, int] = {}  # prompt -> its place, in order
         self._index = {mode: np.zeros(0, CHUNK_STARTS) for mode in ("demo", "online")}
         self.reward_range = (float("inf"), float("-inf"))  # lowest and highest reward of a tick
 
@@ -134,6 +137,7 @@ class TransitionView:
             low, high = self.reward_range
             self.reward_range = min(low, float(reward.min())), max(high, float(reward.max()))
             starts = index_episode(row.first_frame, reward, columns["next.done"], self.horizon, self.gamma)
+            starts["prompt"] = self._prompts.setdefault(row.prompt, len(self._prompts))
             self._index[row.mode] = np.concatenate([self._index[row.mode], starts])
 
     def _drop_before(self, first_frame: int) -> None:
@@ -169,7 +173,7 @@ class TransitionView:
         first = self._ring.gather(index["start"], keys)
         # What came after a cut is not known, and is worth less than nothing only where a reward can be negative.
         bounds = index["terminated"] | (self.reward_range[0] >= 0)
-        return_to_go = index["return_to_go"].copy()
+        return_to_go, prompts = index["return_to_go"].copy(), list(self._prompts)
         return TransitionBatch(
             images={camera: first[key] for camera, key in self._cameras.items()},
             state=first["observation.state"],
@@ -183,4 +187,5 @@ class TransitionView:
             return_to_go=return_to_go,
             value_lower_bound=np.where(bounds, return_to_go, np.float32(-np.inf)),
             demo=np.arange(len(index)) < n_demo,
+            prompts=[prompts[place] for place in index["prompt"]],
         )

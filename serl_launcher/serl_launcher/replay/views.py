@@ -35,6 +35,7 @@ class ChunkBatch:
     demo: np.ndarray  # bool[b], from a demonstration
     operator: np.ndarray  # bool[b], the operator drove the first tick
     weight: np.ndarray  # float32[b], of the sample in the loss, by its source
+    prompts: list[str]  # b, each its own episode's
 
     def __len__(self) -> int:
         return len(self.state)
@@ -97,8 +98,10 @@ class ChunkView:
             ("is_pad", bool, (self._horizon,)),
             ("demo", bool),
             ("ordinal", np.int64),
+            ("prompt", np.int64),  # place in `_prompts`
         ]
         self._chunks = np.zeros(0, chunk)
+        self._prompts: dict[str, int] = {}  # prompt -> its place, in order
         self.accepted: dict[str, int] = {"demo": 0, "online": 0}
         self.seen: dict[str, int] = {"demo": 0, "online": 0}
         self.reasons: Counter[str] = Counter()
@@ -178,6 +181,7 @@ class ChunkView:
         chunks = np.zeros(len(starts), self._chunks.dtype)
         chunks["frames"], chunks["is_pad"] = row.first_frame + inside, (steps >= n) | ~selection.labels[inside]
         chunks["demo"], chunks["ordinal"] = row.mode == "demo", row.ordinal
+        chunks["prompt"] = self._prompts.setdefault(row.prompt, len(self._prompts))
         self._chunks = np.concatenate([self._chunks, chunks])
 
     def _expel(self, verdict: Verdict) -> None:
@@ -206,6 +210,7 @@ class ChunkView:
         images = {camera: f"observation.images.{camera}" for camera in self._cameras}
         first = self._ring.gather(frames[:, 0], [*images.values(), "observation.state", "intervention"])
         chunk = self._ring.gather(frames, ["action"])["action"]
+        prompts = list(self._prompts)
         return ChunkBatch(
             images={camera: first[key] for camera, key in images.items()},
             state=first["observation.state"],
@@ -214,6 +219,7 @@ class ChunkView:
             demo=demo,
             operator=first["intervention"],
             weight=self._weights[np.where(demo, 0, np.where(first["intervention"], 2, 1))],
+            prompts=[prompts[place] for place in chunks["prompt"]],
         )
 
 

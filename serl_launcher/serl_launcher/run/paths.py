@@ -18,6 +18,7 @@ class RunPaths:
         self.episodes = root / "episodes.jsonl"  # the ledger, one line per finished episode (derived)
         self.acceptance = root / "acceptance.jsonl"  # which episodes are imitated, and why (derived)
         self.relabelled = root / "relabelled.json"  # what a person said of episodes afterwards
+        self.demos = root / "demos.json"  # where imported demonstrations came from
         self.dataset = root / "dataset"  # LeRobotDataset v3 (derived)
         self.params = root / "params"  # published parameters
         self.latest_params = self.params / "latest.json"  # pointer to the newest ones

@@ -8,6 +8,7 @@ import sys
 
 from omegaconf import DictConfig
 
+from serl_launcher.supervisor.demos import import_demos
 from serl_launcher.supervisor.roles import roles_for
 from serl_launcher.supervisor.run_folder import RunError, prepare
 from serl_launcher.supervisor.supervisor import DONE, USER_MISTAKE, Supervisor
@@ -41,6 +42,12 @@ def main(cfg: DictConfig) -> int:
         if warning := unreachable_from_elsewhere(cfg):
             print(warning)
         print(f"{folder.state} run {folder.paths.root}, ports {cfg.port} and {cfg.broadcast_port}", flush=True)
+        try:
+            if cfg.demos and (code := import_demos(folder.paths)):
+                return code
+        except KeyboardInterrupt:
+            print("learner: interrupted while demonstrations were imported; the next start goes on", file=sys.stderr)
+            return INTERRUPTED
         supervisor = Supervisor(
             folder.paths,
             roles_for(cfg, folder.paths, folder.stages),

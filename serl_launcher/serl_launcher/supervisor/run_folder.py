@@ -15,9 +15,10 @@ from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from serl_config.secrets import literal_secrets, secret
+from serl_launcher.datasets.source import read_sources
 from serl_launcher.replay.journal import JournalCorrupt, JournalReader
 from serl_launcher.run import config as run_config
 from serl_launcher.run.config import plain, task_spec
@@ -25,6 +26,7 @@ from serl_launcher.run.files import DamagedFileError, clear, make_folder, read_s
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.schedule import Stage, read_stages
 from serl_launcher.run.versions import PublishedVersion
+from serl_launcher.supervisor.given import name_version, passed_over
 from serl_transport.contract.bounds import check_name
 from serl_transport.security.auth import is_loopback
 
@@ -81,6 +83,11 @@ def prepare(cfg: DictConfig) -> RunFolder:
         raise RunError(
             f"checkpoint_path={cfg.checkpoint_path}: no such file or folder ({Path.cwd()} is the work folder)"
         )
+    name_version(cfg)
+    try:
+        read_sources(plain(cfg, "demos"))
+    except ValueError as error:
+        raise RunError(str(error)) from None
     _check_reward(cfg)
     _check_token(cfg)
     lock = _open_folder(paths)
@@ -256,12 +263,20 @@ def _state(paths: RunPaths, cfg: DictConfig) -> str:
         raise RunError(f"{paths.root} holds a run and resume=never; choose another run=, or resume=auto to continue it")
     if os.path.lexists(paths.config):
         old = read_config(paths) if used else _readable(paths)
+        if not cfg.checkpoint_path and (known := plain(old, "policy.trained_on")) is not None:
+            with open_dict(cfg):  # checkpoint_path is for the start that began the run
+                cfg.policy.trained_on = known
         if changed := [*differences(old, cfg, IDENTITY)]:
             if used:
                 raise RunError(
                     f"{paths.root} holds another experiment:{_rows(changed)}\nStart a new one with run=<new name>, or "
                     f"set these keys back. (A key that only an update added: write it into {paths.config}.)"
                 )
+            _put_aside(paths)
+            return "new"
+        if other := passed_over(paths, old, cfg):
+            if used:
+                raise RunError(other)
             _put_aside(paths)
             return "new"
         if changed := [*differences(old, cfg, NOTED)]:

@@ -53,7 +53,7 @@ class StageRecord:
     name: str  # as in the schedule, or adhoc_<mode> of what actors asked for themselves
     mode: str  # demo | train | eval | online
     episodes: tuple[EpisodeRecord, ...]  # whole ones; an evaluation holds each seed once, one that actors asked for
-    # themselves those of the newest version, each seed once a process: it may be made again and again
+    # themselves, which may be made again and again, the newest: each seed once a process
     ticks: int  # of all its episodes
     steps: int  # trainer steps in it
     start_time: float  # unix s of its first sign of life
@@ -142,9 +142,16 @@ def _trial(episode: EpisodeRecord) -> tuple[str, int]:
     return (episode.boot if episode.stage.startswith(AD_HOC) else "", episode.seed)
 
 
-def _newest_version(episodes: Sequence[EpisodeRecord]) -> list[EpisodeRecord]:
-    newest = max((episode.policy_version_last for episode in episodes), default=-1)
-    return [episode for episode in episodes if episode.policy_version_last == newest]
+def _newest_evaluation(episodes: Sequence[EpisodeRecord]) -> list[EpisodeRecord]:
+    """From the version on with which the last process began that had a newer one than all before (gateway.ledger)."""
+    newest = since = -1
+    seen: set[str] = set()
+    for episode in episodes:
+        if episode.boot not in seen and episode.policy_version_last > newest:
+            since = episode.policy_version_last
+        seen.add(episode.boot)
+        newest = max(newest, episode.policy_version_last)
+    return [episode for episode in episodes if episode.policy_version_last >= since]
 
 
 def _stage(
@@ -157,6 +164,6 @@ def _stage(
         return None
     counted = [episode for episode in mine if episode.whole]
     if mode == "eval":
-        counted = _newest_version(counted) if name.startswith(AD_HOC) else counted
+        counted = _newest_evaluation(counted) if name.startswith(AD_HOC) else counted
         counted = list({_trial(episode): episode for episode in reversed(counted)}.values())[::-1]
     return StageRecord(name, mode, tuple(counted), sum(e.n_ticks for e in mine), steps, min(times), max(times))

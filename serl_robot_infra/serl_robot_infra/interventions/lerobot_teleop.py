@@ -19,6 +19,7 @@ from serl_config.nearest import nearest
 from serl_robot_infra import lerobot_devices as devices
 from serl_robot_infra.envs.base import Environment, PartLostError
 from serl_robot_infra.interventions.base import Intervention, Words
+from serl_robot_infra.interventions.matching import Matching
 from serl_robot_infra.keyboard import terminal_keyboard
 from serl_transport.contract.schema import Observation
 
@@ -63,9 +64,11 @@ class LeRobotTeleop(Intervention):
         self._node = devices.plain(teleop)
         self._device = devices.make_teleoperator(self._node)
         self._axes = _axes(self._spec.action_names, devices.feature_names(self._device.action_features), axes)
-        self._joints = _joints(self._axes, self._spec.state_names)
-        self._match_step = _positive("match_speed", match_speed) / self._spec.control_hz
-        self._tolerance = _positive("match_tolerance", match_tolerance)
+        self._matching = Matching(
+            _joints(self._axes, self._spec.state_names),
+            _positive("match_speed", match_speed) / self._spec.control_hz,
+            _positive("match_tolerance", match_tolerance), self._spec.action_names, self._spec.control_hz,
+        )  # fmt: skip
         _check_units(env, self._device)
         self._takeover_key = takeover_key
         self._switched = self._from_start = self._lost = False
@@ -81,8 +84,7 @@ class LeRobotTeleop(Intervention):
     def reset(self, rng: np.random.Generator, *, from_start: bool) -> None:
         """Begin an episode: the policy drives, in a demonstration the operator."""
         self._from_start, self._switched = from_start, False
-        self._target: np.ndarray | None = None  # float32[ad] of the arm that is not at the leader yet
-        self._matched = False
+        self._matching.forget()
         self._events = {}
         self._last[:] = 0.0
 
@@ -90,9 +92,9 @@ class LeRobotTeleop(Intervention):
         """The device's action while the operator drives, the policy's else. PartLostError: it does not answer."""
         wish = self._wish() if self._has_buttons or self._drives() else None
         if wish is None or not self._drives():
-            self._target, self._matched = None, False
+            self._matching.forget()
             return propose(), False
-        return self._match(wish, observation.state), True
+        return self._matching.toward(wish, observation.state), True
 
     def words(self) -> Words:
         """LeRobot's TeleopEvents; a device without buttons says nothing, nor one that does not answer."""
@@ -157,28 +159,6 @@ class LeRobotTeleop(Intervention):
         before = {name for name, was in self._events.items() if was and name != "is_intervention"}
         self._events = {name: now or name in before for name, now in said.items()}
         self._asked = True
-
-    def _match(self, wish: np.ndarray, state: np.ndarray) -> np.ndarray:
-        """The arm goes to the leader before it follows it: float32[ad]."""
-        if not self._joints or self._matched:
-            return wish
-        rows, columns = map(list, zip(*self._joints, strict=True))
-        if self._target is None:
-            self._target = wish.copy()
-            self._target[rows] = state[columns]
-            self._tell(wish - self._target)
-        gap = wish[rows] - self._target[rows]
-        self._matched = bool(np.abs(gap).max() <= self._tolerance)
-        self._target[rows] += np.clip(gap, -self._match_step, self._match_step)
-        return wish if self._matched else self._target.copy()
-
-    def _tell(self, gap: np.ndarray) -> None:
-        far = int(np.abs(gap).argmax())
-        if abs(gap[far]) > self._tolerance:
-            log.warning(
-                "the arm goes to the leader at %g units per second, then follows it: %s is %.0f away",
-                self._match_step * self._spec.control_hz, self._spec.action_names[far], abs(gap[far]),
-            )  # fmt: skip
 
     @contextmanager
     def _part(self) -> Iterator[None]:

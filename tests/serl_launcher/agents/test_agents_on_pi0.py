@@ -90,7 +90,7 @@ def test_sacs_reference_is_the_whole_policy_of_the_start_though_imitation_trains
     _, policy, learner = make("sac_pi0", behaviour_weight=1.0)
     agent, batch = learner.agent, random_transitions(seed=9)
     learner.begin_stage("online")
-    noise, step_noise = agent.draw(len(batch), before := agent.observe(batch.images, batch.state))
+    noise, step_noise = agent.draw(len(batch), before := agent.observe(batch.images, batch.state, batch.prompts))
     log_std = agent.noise_scale(policy.features(before)).detach()
     with torch.no_grad():
         at_the_start = agent.path(before, noise, step_noise, log_std).chunk

@@ -28,7 +28,7 @@ def make_agent(variant="per_step", ah=2, state_dim=1, **settings):
     defaults |= {"memory": 1024, "memory_batch": 64}
     defaults |= {"return_bound": False, "tau": 0.005, "init_temperature": 0.01, "q_limit": 1e3}
     settings = agent_settings("dsrl_pi0", **(defaults | settings))
-    return DSRLAgent(policy, "", settings, feature_dim=state_dim, horizon=ah)
+    return DSRLAgent(policy, settings, feature_dim=state_dim, horizon=ah)
 
 
 def make_learner(agent, lr=3e-3, ema_decay=0.9):
@@ -183,7 +183,7 @@ def test_one_pass_of_the_flow_serves_many_samples_and_the_oldest_leave():
 def test_what_the_memory_holds_of_a_transition_is_what_flow_and_steering_said():
     agent = make_agent("tiled", prior_share=1.0)
     data = agent.encode(batch := bandit_batch(np.random.default_rng(0), 8))
-    prefix = agent.observe({}, batch.state)
+    prefix = agent.observe({}, batch.state, batch.prompts)
     assert torch.equal(data.w_chunk, agent.act(prefix, agent.steering.spread(data.w)))
     assert data.w.abs().max() <= agent.steering.bound
     torch.testing.assert_close(data.chunk.numpy(), batch.action)

@@ -79,7 +79,7 @@ def labels(action=ACTION, is_pad=None, weight=(1, 1, 1)):
 
 def by_flow_matching():
     """SFT and rejection sampling."""
-    agent = FlowMatchingAgent(still(ToyFlow(ah=2)), "", noise_samples=2)
+    agent = FlowMatchingAgent(still(ToyFlow(ah=2)), noise_samples=2)
     return lambda batch: agent(batch, 0)[0]["policy"]
 
 
@@ -143,7 +143,7 @@ def test_samples_count_by_their_weights_in_an_agents_imitation(loss_of):
 def test_the_imitation_loss_by_hand():
     policy, weight = still(ToyFlow(ah=2)), np.array([0.5, 3.0, 2.0])
     torch.manual_seed(5)
-    loss = imitation_loss(policy, "", labels(is_pad=PADDED, weight=weight), noise_samples=2)[0]
+    loss = imitation_loss(policy, labels(is_pad=PADDED, weight=weight), noise_samples=2)[0]
     torch.manual_seed(5)
     noise = torch.randn(6, 2, 1).numpy()[..., 0].reshape(3, 2, 2)  # two of each sample, adjacent
     error = (ACTION[:, None, :, 0] - noise) ** 2  # v = 0, so what is missed is a − ε

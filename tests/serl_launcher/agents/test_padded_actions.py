@@ -77,7 +77,7 @@ def test_sac_counts_the_density_of_the_robots_dims_alone():
 def test_imitation_ignores_what_the_model_says_of_padding():
     """The decoder's padded columns get no gradient."""
     _, policy, _ = make("reject_sampling")
-    imitation_loss(policy, SPEC.prompt, random_batch(), 2)[0].backward()
+    imitation_loss(policy, random_batch(), 2)[0].backward()
     gradient = policy.core.action_head.action_decoder.layer2.W.grad
     assert torch.count_nonzero(gradient[..., ROBOT:]) == 0
     assert torch.count_nonzero(gradient[0, :, :ROBOT]) > 0

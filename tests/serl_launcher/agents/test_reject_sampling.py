@@ -66,7 +66,7 @@ def improve(folder, rollout, rule, threshold=None, cycles=6, steps=100):
     torch.manual_seed(0)
     rng, policy = np.random.default_rng(0), ToyFlow()
     learner = Learner(
-        FlowMatchingAgent(policy, "", noise_samples=4), lambda p: torch.optim.Adam(p, lr=3e-3), Accelerator(cpu=True),
+        FlowMatchingAgent(policy, noise_samples=4), lambda p: torch.optim.Adam(p, lr=3e-3), Accelerator(cpu=True),
         max_grad_norm=10.0, ema_decay=0.9,
     )  # fmt: skip
     ring = RingWriter(SPEC, 4000, folder, shared=folder)

@@ -44,7 +44,7 @@ def make_agent(policy=None, horizon=None, unit=None, **settings):
     }
     settings = agent_settings("sac_pi0", **(defaults | settings))
     horizon = policy.action_horizon if horizon is None else horizon
-    return SACAgent(policy, "", settings, feature_dim=feature_dim, horizon=horizon, unit=unit)
+    return SACAgent(policy, settings, feature_dim=feature_dim, horizon=horizon, unit=unit)
 
 
 def make_learner(agent, lr=3e-3, ema_decay=0.9):
@@ -298,7 +298,7 @@ def test_uniform_chunks_fill_the_robots_limits(monkeypatch):
     agent.critic.register_forward_pre_hook(lambda module, args: drawn.append(args[1]))
     zeros = np.zeros((8, 1))
     batch = transitions(zeros, np.zeros((8, 1, 1)), np.ones(8), zeros, np.ones(8), np.zeros(8))
-    agent.critic_loss(batch, agent.observe(batch.images, batch.state))
+    agent.critic_loss(batch, agent.observe(batch.images, batch.state, batch.prompts))
     random = drawn[-1]
     assert -1.5 <= random.min() < -1.2
     assert 2.2 < random.max() <= 2.5

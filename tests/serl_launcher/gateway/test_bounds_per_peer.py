@@ -203,10 +203,21 @@ def test_names_of_processes_and_troubles_are_forgotten_oldest_first_and_that_is_
     assert len(problems._counts) == 3
 
 
-def row(n: int, stage: str, boot: str, seed: int, success: bool) -> LedgerRow:
+def row(n: int, stage: str, boot: str, seed: int, success: bool, version: int = 3) -> LedgerRow:
     return LedgerRow(
-        f"e{n}", n, "a", boot, "eval", stage, seed, 5, 0.0, success, 0, 0, n, None, True, 1.0, 2.0, 0.5
+        f"e{n}", n, "a", boot, "eval", stage, seed, 5, 0.0, success, 0, 0, version, None, True, 1.0, 2.0, 0.5
     )  # fmt: skip
+
+
+def test_evaluations_that_actors_ask_for_begin_anew_with_a_later_version(tmp_path: Path) -> None:
+    book = Ledger(tmp_path / "episodes.jsonl")
+    trials = [("b1", 1, False), ("b1", 2, False), ("b2", 4, True), ("b1", 2, True), ("b2", 5, False)]
+    for n, (boot, version, success) in enumerate(trials):
+        book.add(row(n, "adhoc_eval", boot, seed=1_000_000 + n, success=success, version=version))
+    assert book.evaluations() == {"adhoc_eval": {"episodes": 2, "successes": 1, "version": 5}}
+    for n, version in enumerate((1, 4)):  # a stage of the schedule is one evaluation, whichever versions acted
+        book.add(row(9 + n, "after", "b1", seed=1_000_000 + n, success=True, version=version))
+    assert book.evaluations()["after"] == {"episodes": 2, "successes": 2, "version": 4}
 
 
 def test_stages_and_ad_hoc_counts_are_bounded_and_the_totals_are_not(tmp_path: Path, monkeypatch) -> None:
@@ -216,7 +227,7 @@ def test_stages_and_ad_hoc_counts_are_bounded_and_the_totals_are_not(tmp_path: P
     for n in range(10):
         book.add(row(n, "adhoc_eval", f"b{n}", seed=1_000_000, success=n % 2 == 0))
     book.add(row(10, "adhoc_eval", "b9", seed=1_000_000, success=True))  # a seed of that process again
-    assert book.evaluations() == {"adhoc_eval": {"episodes": 10, "successes": 5, "version": 10}}
+    assert book.evaluations() == {"adhoc_eval": {"episodes": 10, "successes": 5, "version": 3}}
     assert [book.scope(("adhoc_eval", "a", f"b{n}")).counted for n in (0, 8, 9)] == [0, 1, 1]
     for stage in ("before", "after"):
         book.check_stage(stage)

@@ -8,13 +8,12 @@ import preflight
 import pytest
 import train_sft
 from checkpoints import make_tokenizer
-from datasets import Dataset
 from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 from sft_samples import make_dataset
 
-from serl_launcher.learner.fit_check import Ranges, column_ranges, misfits
-from serl_launcher.learner.sft import Columns
+from serl_launcher.datasets.source import Source
+from serl_launcher.learner.fit_check import Ranges, misfits
 from serl_launcher.policies.estimate import meta_policy
 from serl_launcher.policies.normalise import Affine, Units
 from serl_transport.contract.specs import TaskSpec
@@ -54,18 +53,6 @@ def test_units_that_do_not_fit_are_named_by_dim(given, data, told):
     assert told is None or re.search(told, found[0]), found
 
 
-def test_a_value_that_is_not_finite_is_named_by_episode_and_frame():
-    rows = {"episode_index": [4, 4, 5], "frame_index": [0, 1, 0], "observation.state": [0.0, 1.0, 2.0]}
-    rows["action"] = [[0.0, 1.0], [2.0, float("nan")], [float("inf"), 0.0]]
-    plain = Columns({}, [("observation.state", slice(None))], [("action", slice(None))])
-    with pytest.raises(ValueError, match=r"action holds nan in dim 1, first in episode 4, frame 1 \(2 rows in all\)"):
-        column_ranges(SimpleNamespace(rows=SimpleNamespace(hf_dataset=Dataset.from_dict(rows)), columns=plain))
-    rows["action"] = [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
-    found = column_ranges(SimpleNamespace(rows=SimpleNamespace(hf_dataset=Dataset.from_dict(rows)), columns=plain))
-    assert [end.tolist() for end in found.state] == [[0], [2]]  # a column of plain numbers is one dim
-    assert [end.tolist() for end in found.action] == [[0, 1], [4, 5]]
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A dataset, and a checkpoint that was trained on it, as a user has them."""
@@ -101,7 +88,7 @@ def test_a_checkpoint_whose_statistics_do_not_fit_is_refused_by_train_sft_and_pr
     for std, told in (
         (
             0.0,
-            "units of action dim 1 (a1): the data go from -1 to 1.85, and in the checkpoint's statistics this dim",
+            "units of action dim 1 (g): the data go from -1 to 1.85, and in the checkpoint's statistics this dim",
         ),
         (-1.0, "'action': std is negative in dims [1]"),
         (float("nan"), "'action': std holds NaN or Inf in dims [1]"),
@@ -117,5 +104,5 @@ def test_a_checkpoint_whose_statistics_do_not_fit_is_refused_by_train_sft_and_pr
     spec = TaskSpec.from_dict(SPEC)
     size = instantiate(train_sft.configured(words).policy.size)
     policy, _ = meta_policy({**META, "checkpoint": str(place / "checkpoint")}, spec, size)
-    (found,) = preflight.unit_findings(place / "data", policy, Columns.plain(spec), spec)
+    (found,) = preflight.look_at(Source(str(place / "data")), policy, spec)
     assert "units of action dim 1 (g)" in found

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import SPEC, random_batch, tiny_policy
+from tiny import random_batch, tiny_policy
 
 from serl_launcher.agents.base import ParameterGroup
 from serl_launcher.agents.flow_matching import FlowMatchingAgent
@@ -14,7 +14,7 @@ from serl_launcher.learner.stage import StageProgress, StageSettings, TrainingSt
 
 
 def make_learner(lr=3e-3):
-    agent = FlowMatchingAgent(tiny_policy(), SPEC.prompt, noise_samples=2)
+    agent = FlowMatchingAgent(tiny_policy(), noise_samples=2)
     return Learner(
         agent, lambda p: torch.optim.AdamW(p, lr=lr), Accelerator(cpu=True), max_grad_norm=1.0, ema_decay=0.9
     )

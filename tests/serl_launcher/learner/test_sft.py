@@ -1,7 +1,6 @@
 """Supervised fine-tuning of the three tiny policies on a LeRobot dataset."""
 
 import importlib.util
-import sys
 from functools import partial
 
 import numpy as np
@@ -9,14 +8,13 @@ import pytest
 import torch
 import train_sft
 from accelerate import Accelerator
-from lerobot.datasets import LeRobotDatasetMetadata
-from sft_samples import EPISODES, TICKS, add_modality, make_dataset
+from sft_samples import EPISODES, TICKS, make_dataset
 
 from serl_launcher.agents.flow_matching import FlowMatchingAgent
+from serl_launcher.datasets.dataset import Dataset
 from serl_launcher.learner.learner import Learner, Schedule
-from serl_launcher.learner.modality import Modality
 from serl_launcher.learner.sampling import ShuffledRows, batches, seed_noise
-from serl_launcher.learner.sft import Chunks, Columns, open_dataset, spec_of
+from serl_launcher.learner.sft import Chunks
 from serl_launcher.policies.base import frozen_hash
 from serl_launcher.policies.groot.build import build_groot
 from serl_launcher.policies.groot.tiny import TinyGrootSize
@@ -32,16 +30,8 @@ def folder(tmp_path_factory):
 
 
 def chunks_of(folder):
-    meta = LeRobotDatasetMetadata("local/sft", root=folder)
-    modality = Modality.read(folder)
-    if modality:
-        columns, names = modality.columns, (modality.names("state"), modality.names("action"))
-    else:
-        columns, names = Columns({c: f"observation.images.{c}" for c in ("front", "wrist")}, *PLAIN), (None, None)
-    return Chunks(folder, spec_of(meta, columns, *names), AH, columns)
-
-
-PLAIN = [("observation.state", slice(None))], [("action", slice(None))]
+    data = Dataset(folder)
+    return Chunks(data.rows(data.spec()), AH)
 
 
 @pytest.fixture(scope="module")
@@ -65,25 +55,6 @@ def test_chunks_are_the_recorded_actions_and_end_with_the_episode(chunks):
     assert middle["image.front"][-1, -1].tolist() == [100, 100, 100]
 
 
-def test_modality_json_selects_half_open_ranges(tmp_path):
-    folder = make_dataset(tmp_path / "sft")
-    add_modality(folder)
-    chunks = chunks_of(folder)
-    assert chunks.spec.state_names == ("tail.0", "tail.1", "head.0")
-    assert list(chunks.spec.cameras) == ["ego"]
-    np.testing.assert_allclose(chunks[3]["state"], [0, np.sin(9 / TICKS), 3 / TICKS], atol=1e-6)
-    path = folder / "meta" / "modality.json"
-    path.write_text(path.read_text().replace('"end": 3', '"end": 1'))
-    with pytest.raises(ValueError, match=r"state\.tail: expected 0 <= start < end, got 1 and 1"):
-        Modality.read(folder)
-    path.write_text(path.read_text().replace('"end": 1}', '"end": 9}'))
-    with pytest.raises(ValueError, match=r"dataset: state: expected \d+ dims as in modality\.json, got \d"):
-        chunks_of(folder)
-    path.write_text(path.read_text().replace("front", "top"))
-    with pytest.raises(ValueError, match=r"no column 'observation\.images\.top'"):
-        chunks_of(folder)
-
-
 TINY = dict(width=64, vision_width=32, image_size=32)
 BUILDS = {
     "pi0": partial(build_pi0, size=TinySize(**TINY), train="expert"),
@@ -91,13 +62,6 @@ BUILDS = {
     "pi05": partial(build_pi05, size=TinyPI05Size(**TINY)),
     "groot": partial(build_groot, size=TinyGrootSize(image_size=32), tune={"llm": False, "visual": False}),
 }
-
-
-def test_a_torchcodec_that_does_not_load_is_not_told_of(folder, monkeypatch, caplog, capfd):
-    """As where FFmpeg is absent: pyav reads the videos, and nobody sees a page of tracebacks."""
-    monkeypatch.setitem(sys.modules, "torchcodec", None)  # importing it raises ImportError
-    assert open_dataset(folder)._video_backend == "pyav"
-    assert "torchcodec" not in caplog.text + "".join(capfd.readouterr())
 
 
 @pytest.mark.slow
@@ -109,7 +73,7 @@ def test_the_loss_falls_to_a_fifth_and_frozen_parts_stay_bit_equal(kind, chunks)
     policy = BUILDS[kind](kind, chunks.spec, "random", 0, AH)
     before = frozen_hash(policy)
     learner = Learner(
-        FlowMatchingAgent(policy, chunks.spec.prompt, noise_samples=4),
+        FlowMatchingAgent(policy, noise_samples=4),
         partial(torch.optim.AdamW, lr=3e-3, weight_decay=1e-4),
         Accelerator(cpu=True),
         max_grad_norm=1.0,

@@ -10,7 +10,7 @@ STATES = np.zeros((5, 3), np.float32)
 
 
 def evaluated(predict, stride=2):
-    still = hold_still(NAMES, ("x", "y", "z"), [0])
+    still = hold_still(NAMES, ("x", "y", "z"), [0], {})
     return run_episode(7, RECORDED, STATES, predict, still, stride)
 
 
@@ -45,8 +45,13 @@ def test_figures_of_a_perfect_and_of_a_shifted_policy():
 
 
 def test_targets_hold_still_at_the_state():
-    still = hold_still(("z", "x"), ("x", "y", "z"), None)
+    still = hold_still(("z", "x"), ("x", "y", "z"), None, {})
     assert still(np.array([1, 2, 3], np.float32), np.zeros(2, np.float32)).tolist() == [3, 1]
+
+
+def test_what_the_task_says_of_its_targets_counts_beside_displacements():
+    still = hold_still(("dx", "gripper", "grip"), ("x", "opening"), [0, 1], {1: 1})
+    assert still(np.float32([1, 40]), np.float32([5, 6, 7])).tolist() == [0, 40, 7]
 
 
 def test_the_error_over_a_chunk_grows_where_the_policy_drifts():

@@ -7,6 +7,7 @@ import pytest
 from configured import rule as accepting
 
 from serl_launcher.replay.ring import RingReader, RingWriter
+from serl_launcher.replay.ring_layout import RingError
 from serl_launcher.replay.transitions import TransitionView
 from serl_launcher.replay.views import ChunkView
 from serl_transport.contract.specs import TaskSpec
@@ -86,6 +87,39 @@ def test_the_observation_is_that_of_the_chunks_first_tick(ring):
     np.testing.assert_array_equal(batch.state[:, 0], batch.action[:, 0, 0] - 10)
     np.testing.assert_array_equal(batch.images["front"][:, 0, 0, 0], batch.action[:, 0, 0] - 10)
     assert batch.demo.all()
+
+
+def test_every_chunk_has_its_own_episodes_prompt_and_so_has_every_transition(ring):
+    texts = ["put the pen into the cup", "wirf den Stift weg – jetzt", "put the pen into the cup"]
+    for ordinal, prompt in enumerate(texts):
+        ring.append(ordinal, "demo", True, arrays(5, 10 * ordinal + 10), prompt)
+    assert [row.prompt for row in RingReader(ring.path).episodes()] == texts
+    transitions = TransitionView(SPEC, 2, 0.9, demo_share=0.5)
+    transitions.attach(RingReader(ring.path))
+    for view in (view_of(ring), transitions):
+        view.refresh()
+        batch = view.sample(np.random.default_rng(0), 100)
+        assert batch.prompts == [texts[int(first) // 10 - 1] for first in batch.action[:, 0, 0]]
+        assert len(set(batch.prompts)) == 2
+
+
+def test_a_demonstration_that_moves_in_the_ring_keeps_its_prompt(ring):
+    ring.append(0, "demo", True, arrays(5, 10), "stay")
+    for ordinal in range(1, 12):
+        ring.append(ordinal, "online", True, arrays(5, 20), "go")
+    view = view_of(ring)
+    view.refresh()
+    batch = view.sample(np.random.default_rng(0), 200)
+    assert {prompt for prompt, demo in zip(batch.prompts, batch.demo, strict=True) if demo} == {"stay"}
+    assert {prompt for prompt, demo in zip(batch.prompts, batch.demo, strict=True) if not demo} == {"go"}
+
+
+def test_more_prompts_than_the_ring_has_room_for_are_refused_by_name(ring):
+    ring.append(0, "demo", True, arrays(3, 10), "x" * (1 << 19))
+    with pytest.raises(RingError, match="1 different prompts fill the 1048576 bytes"):
+        ring.append(1, "demo", True, arrays(3, 10), "y" * (1 << 20))
+    ring.append(1, "demo", True, arrays(3, 10), "x" * (1 << 19))
+    assert len(RingReader(ring.path).episodes()) == 2
 
 
 def test_rejected_episodes_and_hidden_ticks_are_never_drawn(ring):

@@ -131,6 +131,21 @@ def test_keys_or_insecure_on_loopback_are_warned_about(compose, protection):
     assert unreachable_from_elsewhere(compose()) is None
 
 
+def test_units_that_a_run_began_with_stay_its_own_where_the_next_start_does_not_name_them(compose):
+    known = "{cameras: [front], state_low: [0.0], state_high: [1.0], action_low: [0.0], action_high: [1.0]}"
+    record(prepare(compose("run=one", f"+policy.trained_on={known}")))
+    config = compose("run=one")
+    folder = prepare(config)
+    folder.lock.close()
+    assert folder.state == "resumed"
+    assert config.policy.trained_on == OmegaConf.create(yaml.safe_load(known))
+
+
+def test_an_entry_of_demos_that_is_none_is_refused_by_key(compose):
+    with pytest.raises(RunError, match=r"demos\.0\.camera: unknown key; did you mean 'cameras'"):
+        prepare(compose("demos=[{source: /data/lab, camera: {front: top}}]"))
+
+
 @pytest.mark.parametrize(
     ("override", "shown"),
     [
@@ -225,6 +240,59 @@ def test_another_schedule_goes_on_in_the_same_folder(compose):
 def test_a_learner_that_serves_evaluations_serves_again_though_they_were_summed_up(compose):
     finish(prepare(compose("run=one", "schedule=eval")))
     assert prepare(compose("run=one", "schedule=eval")).state == "resumed"
+
+
+def evaluate(compose, *words):
+    """Prepare an evaluation in run `one`, let it publish and record something; its folder."""
+    folder = prepare(compose("run=one", "schedule=eval", *words))
+    folder.paths.episodes.write_text("{}\n")
+    publish(folder.paths.params, 1)
+    folder.lock.close()
+    return folder
+
+
+def publish(params, version):
+    params.mkdir(parents=True, exist_ok=True)
+    file = file_path(params, version)
+    file.write_bytes(b"parameters %d" % version)
+    entry = PublishedVersion(version, 0, file.name, file.stat().st_size, sha256_of(file), 1.0)
+    write_entry(params, entry)
+
+
+def test_an_evaluation_of_other_parameters_is_not_one_of_those_that_the_folder_has(compose, tmp_path):
+    """Two checkpoints, one after the other, in the folder that a task's scripts share: the second was of the first."""
+    for name in ("a", "b"):
+        publish(tmp_path / name / "params", 7)
+    first = f"checkpoint_path={tmp_path / 'a'}"
+    folder = evaluate(compose, first)
+    assert run_folder.read_config(folder.paths).checkpoint_path == str(
+        tmp_path / "a" / "params" / "v000007.safetensors"
+    )
+    assert evaluate(compose, first).state == "resumed"  # the same once more
+    assert evaluate(compose).state == "resumed"
+    with pytest.raises(RunError, match=r"checkpoint_path=.*has parameters of its own .* Take run=<new name>"):
+        evaluate(compose, first)  # the start before said that the folder's own are meant
+
+
+def test_a_run_that_was_trained_on_since_is_another_one_to_evaluate(compose, tmp_path):
+    publish(tmp_path / "a" / "params", 7)
+    evaluate(compose, f"checkpoint_path={tmp_path / 'a'}")
+    publish(tmp_path / "b" / "params", 7)
+    with pytest.raises(RunError, match=r"has parameters that began at .*v000007\.safetensors and would go on"):
+        evaluate(compose, f"checkpoint_path={tmp_path / 'b'}")
+    publish(tmp_path / "a" / "params", 8)
+    with pytest.raises(RunError, match=r"v000008\.safetensors: .* Take run=<new name>"):
+        evaluate(compose, f"checkpoint_path={tmp_path / 'a'}")
+
+
+def test_parameters_that_evaluated_nothing_make_room_for_others(compose, tmp_path):
+    for name in ("a", "b"):
+        publish(tmp_path / name / "params", 7)
+    folder = prepare(compose("run=one", "schedule=eval", f"checkpoint_path={tmp_path / 'a'}"))
+    publish(folder.paths.params, 1)
+    folder.lock.close()
+    second = prepare(compose("run=one", "schedule=eval", f"checkpoint_path={tmp_path / 'b'}"))
+    assert (second.state, second.paths.params.exists()) == ("new", False)
 
 
 def test_a_second_learner_in_the_same_folder_is_refused(compose):

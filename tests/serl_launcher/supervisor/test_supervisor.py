@@ -280,18 +280,34 @@ def _alive(pid: int) -> bool:
     return bool(fields) and fields[0] not in "ZX"
 
 
-def test_done_ends_the_run_with_a_summary(paths, free_ports):
+def writing(paths, *documents: dict, pause_s: float = 0.0) -> str:
+    """Code of a role that writes these status documents, one after the other, and stays."""
+    lines = [f"open({str(paths.status)!r}, 'w').write({json.dumps(json.dumps(body))}); time.sleep({pause_s})"
+             for body in documents]  # fmt: skip
+    return "\n".join(["import time", *lines, "time.sleep(600)"])
+
+
+def ending(waits_for: dict, given_up: dict) -> dict:
+    counts = {"stage": {"index": 0, "name": "demos", "mode": "demo"}, "counts": {}}
+    return {"run": "demo", "done": True, "ending": {"waits_for": waits_for, "given_up": given_up}} | counts
+
+
+def test_done_ends_the_run_with_a_summary_once_no_actor_is_waited_for(paths, monkeypatch):
     from omegaconf import OmegaConf
 
     from flowserl_cli.compose import load_config
 
+    monkeypatch.setattr("serl_launcher.supervisor.supervisor.FINISHED_WAIT_S", 1.2)
     paths.config.write_text(OmegaConf.to_yaml(load_config([]), resolve=True))
-    status = {"run": "demo", "done": True, "stage": {"index": 0, "name": "demos", "mode": "demo"}, "counts": {}}
-    code = f"import time; open({str(paths.status)!r}, 'w').write({json.dumps(json.dumps(status))}); time.sleep(600)"
-    result, text = run(paths, role(paths, "gateway", code))
+    documents = [ending({"b": "makes its last episode"}, {}), ending({}, {"c": "silent for 30 s"})]
+    gateway = role(paths, "gateway", writing(paths, *documents, pause_s=2.0))
+    sees_the_end = f"import os, time\nwhile not os.path.exists({str(paths.status)!r}): time.sleep(0.01)"
+    result, text = run(paths, gateway, role(paths, "trainer", sees_the_end), budget=quick)
     assert result == 0
-    assert "every stage is done" in text
-    assert "run demo is complete" in text
+    waiting = text.index("every stage is done; waiting for actor b: it makes its last episode (Ctrl-C: do not wait)")
+    given_up = text.index("actor c is not waited for any longer: silent for 30 s; what it holds stays in its spool")
+    assert waiting < given_up < text.index("run demo is complete")
+    assert "trainer started again" not in text  # it saw the end a moment before the supervisor
     assert json.loads(paths.summary.read_text())["episodes"] == 0
     assert str(paths.learning_curve) in text
 
@@ -318,37 +334,9 @@ def test_a_schedule_without_stages_serves_until_it_is_stopped(paths):
     assert "every stage is done" not in text
 
 
-def writing(paths, *documents: dict, pause_s: float = 0.0) -> str:
-    """Code of a role that writes these status documents, one after the other, and stays."""
-    lines = [f"open({str(paths.status)!r}, 'w').write({json.dumps(json.dumps(body))}); time.sleep({pause_s})"
-             for body in documents]  # fmt: skip
-    return "\n".join(["import time", *lines, "time.sleep(600)"])
-
-
-def ending(waits_for: dict, given_up: dict) -> dict:
-    counts = {"stage": {"index": 0, "name": "demos", "mode": "demo"}, "counts": {}}
-    return {"run": "demo", "done": True, "ending": {"waits_for": waits_for, "given_up": given_up}} | counts
-
-
-def test_a_finished_run_waits_for_its_actors_and_does_without_the_trainer(paths):
-    from omegaconf import OmegaConf
-
-    from flowserl_cli.compose import load_config
-
-    paths.config.write_text(OmegaConf.to_yaml(load_config([]), resolve=True))
-    documents = [ending({"b": "makes its last episode"}, {}), ending({}, {"c": "silent for 30 s"})]
-    gateway = role(paths, "gateway", writing(paths, *documents, pause_s=2.5))
-    code, text = run(paths, gateway, role(paths, "trainer", "raise SystemExit(0)"))
-    assert code == 0
-    waiting = text.index("every stage is done; waiting for actor b: it makes its last episode (Ctrl-C: do not wait)")
-    given_up = text.index("actor c is not waited for any longer: silent for 30 s; what it holds stays in its spool")
-    assert waiting < given_up < text.index("run demo is complete")
-    assert "trainer started again" not in text
-
-
 def test_ctrl_c_ends_the_wait_for_the_last_episodes(paths):
     status = ending({"b": "makes its last episode"}, {})
-    stopper = f"import os, signal, time; time.sleep(1.5); os.kill({os.getpid()}, signal.SIGINT); time.sleep(600)"
+    stopper = f"import os, signal, time; time.sleep(1.2); os.kill({os.getpid()}, signal.SIGINT); time.sleep(600)"
     code, text = run(paths, role(paths, "gateway", writing(paths, status)), role(paths, "policy", stopper))
     assert code == 130
     assert "SIGINT: not waiting for b, stopping the roles (once more: at once)" in text

@@ -63,13 +63,15 @@ def test_how_long_a_success_takes(tmp_path):
     assert write_summary(sample.save())["median_seconds_to_success"] == 6.5
 
 
-def test_evaluations_that_actors_asked_for_are_summed_up_for_the_newest_version(tmp_path):
-    """The same seeds again: by a later version, by another process, and one twice by the same process."""
+def test_of_evaluations_that_actors_asked_for_the_newest_is_summed_up(tmp_path):
+    """The same seeds again: by a later version, by another process, and one twice by the same process. A trainer that
+    goes on meanwhile gives one evaluation several versions."""
     sample = SampleRun(tmp_path, [])
-    for version, boot, outcomes in ((1, "a", [False] * 4), (2, "b", [True, True]), (2, "c", [True, False])):
+    for version, boot, outcomes in ((1, "a", [False] * 4), (2, "b", [True]), (3, "b", [True]), (3, "c", [True, False])):
         for index, success in enumerate(outcomes):
-            sample.episode("eval", "adhoc_eval", 1_000_000 + index, success, boot=boot, policy_version_last=version)
-    sample.episode("eval", "adhoc_eval", 1_000_001, True, boot="c", policy_version_last=2)
+            seed = 1_000_000 + index + (boot, version).count(3)
+            sample.episode("eval", "adhoc_eval", seed, success, boot=boot, policy_version_last=version)
+    sample.episode("eval", "adhoc_eval", 1_000_001, False, boot="c", policy_version_last=3)
     summary = write_summary(sample.save())
     assert (summary["success_rate_from"], summary["success_rate"]) == ("adhoc_eval", 0.75)
     assert summary["success_rate_episodes"] == 4

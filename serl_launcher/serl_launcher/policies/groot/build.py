@@ -21,6 +21,7 @@ from serl_launcher.policies.groot.head import NEW_EMBODIMENT, GrootFlowPolicy, I
 from serl_launcher.policies.groot.inputs import QwenInputs, has_processor
 from serl_launcher.policies.groot.trainable import flags_of, put_groot_adapters
 from serl_launcher.policies.loading import load_core
+from serl_launcher.policies.normalise import as_trained
 from serl_launcher.policies.precision import hold
 from serl_transport.contract.specs import TaskSpec
 
@@ -45,6 +46,7 @@ def build_groot(
     cameras: Mapping[str, str] | None = None,
     statistics: str | None = None,
     precision: str = "float32",
+    trained_on: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> GrootFlowPolicy:
     """A GR00T policy for one task; arguments as `build_pi0`. tune: GR00T's flags without `tune_`, default all True,
@@ -62,10 +64,12 @@ def build_groot(
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            core, inputs = size(spec, action_horizon)
+            order, units = as_trained(spec, trained_on)
+            core, _ = size(spec, action_horizon)
+            inputs = size.inputs(order)
         if processor:
-            inputs = QwenInputs(processor, tuple(spec.cameras), size.geometry())
-        policy = GrootFlowPolicy(core, spec, inputs, embodiment=embodiment, **options)
+            inputs = QwenInputs(processor, order, size.geometry())
+        policy = GrootFlowPolicy(core, spec, inputs, units, embodiment, **options)
         policy.tune(**flags)
         return _adapted(policy, train, lora_rank, seed, precision)
     found = Checkpoint.find(checkpoint)

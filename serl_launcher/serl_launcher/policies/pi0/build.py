@@ -23,6 +23,7 @@ from serl_launcher.policies.checkpoint import (
     visual_features,
 )
 from serl_launcher.policies.loading import load_core
+from serl_launcher.policies.normalise import as_trained
 from serl_launcher.policies.pi0.checkpoint import ALIASES, read_config, tokenizer_name
 from serl_launcher.policies.pi0.full import FullSize
 from serl_launcher.policies.pi0.head import PI0FlowPolicy
@@ -55,22 +56,25 @@ def build[Head: PI0FlowPolicy](
     checkpointing: bool = False,
     precision: str = "float32",
     compile: str = "off",
+    trained_on: Mapping[str, Any] | None = None,
 ) -> Head:
     """A policy of class `head` for one task; the arguments are the keys of config/policy/pi0*.yaml.
 
     init: `random` (weights from `seed`) or `checkpoint` (from `checkpoint`, a LeRobot folder or a hub name of the
     head's type); tokenizer: folder or hub name, the checkpoint's own when None; cameras: the task's camera -> the
-    checkpoint's image feature, where names differ; train: full, expert or lora. Raises ValueError in the user's words.
+    checkpoint's image feature, where names differ; train: full, expert or lora; trained_on: what random weights
+    that a run has trained are known to (normalise.as_trained). Raises ValueError in the user's words.
     """
     check_init(init, checkpoint, action_horizon)
     options = dict(attention=attention, checkpointing=checkpointing, precision=precision, compile=compile)
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            order, units = as_trained(spec, trained_on)
             core, words = size(spec, action_horizon)
             if tokenizer:
                 words = HubTokenizer(tokenizer, core.config.tokenizer_max_length)
-            policy = head(core, spec, words, **options)
+            policy = head(core, spec, words, units, cameras=order, **options)
             set_trainable(policy, train, lora_rank)
         hold(policy, precision, masters=True)
         return policy

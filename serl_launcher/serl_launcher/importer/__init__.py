@@ -1,0 +1,1 @@
+"""Demonstrations from elsewhere (`demos=`) into a run's journal, before its roles start."""
