@@ -31,6 +31,7 @@ class Control:
     tool: bool  # end-effector displacements by ServoP; else joint targets by ServoJ
     v4: bool  # the firmware
     seconds: float  # of a control period
+    joint_speed: float  # rad/s that no ServoJ asks for more than
     speed_factor: int
     max_age_s: float  # of feedback
     lead: Lead
@@ -126,7 +127,7 @@ class Part:
             pose, made = self._target.move(wish, seen.pose)
             return protocol.servo_tool(pose, control.seconds, control.v4), made
         joints = bounded_joints(wish, seen.joints, control.lead)
-        return protocol.servo_joints(joints, control.seconds, control.v4), joints
+        return self._servo(joints, seen), joints
 
     def send(self, command: str, stopped: Callable[[], bool]) -> bool:
         """Whether it was sent: not after a stop."""
@@ -169,7 +170,16 @@ class Part:
 
     def drive(self, joints: np.ndarray, stopped: Callable[[], bool]) -> None:
         """ServoJ to float64[6], rad."""
-        self.send(protocol.servo_joints(joints, self._control.seconds, self._control.v4), stopped)
+        self.send(self._servo(joints, self.arm.feedback()), stopped)
+
+    def _servo(self, joints: np.ndarray, seen: Feedback) -> str:
+        """A late tick that is caught up, or a joint that lags, is given more time rather than more speed."""
+        far = float(np.abs(joints - seen.joints).max())
+        if np.abs(seen.planned - seen.joints).max() <= self._control.lead.joints:
+            far = float(np.abs(joints - seen.planned).max())
+        return protocol.servo_joints(
+            joints, max(self._control.seconds, far / self._control.joint_speed), self._control.v4
+        )
 
     def sensed(self, seen: Feedback) -> dict[str, float]:
         """State name -> value."""
