@@ -3,6 +3,11 @@
 
     python tools/eval_open_loop.py runs/<name> [--dataset DIR] [--version best] [--episodes 0 3 -1] [--stride 4]
 
+    python tools/eval_open_loop.py <checkpoint's folder> --dataset DIR [policy.cameras={front: top} ...]
+
+The first argument is a run's folder (also of train_sft.py), its params/ or one of its files or checkpoints, or a
+checkpoint's folder in LeRobot's or NVIDIA's layout, for the task that the dataset describes.
+
 Every `stride` ticks the policy sees the recorded observation and predicts a chunk, compared for `stride` ticks. Writes
 open_loop.json, errors.png and one trajectory picture an episode, and prints a table with two baselines: hold still, and
 repeat the last action. A policy that does not beat both has learnt nothing that matters here.
@@ -18,14 +23,19 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from omegaconf import DictConfig
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from sources import config_of, run_of
 
+from serl_config.mistakes import is_config_mistake, mistake_message
 from serl_launcher.datasets.dataset import Dataset, Rows
 from serl_launcher.policies.open_loop import (
     METHODS,
@@ -35,8 +45,7 @@ from serl_launcher.policies.open_loop import (
     hold_still,
     run_episode,
 )
-from serl_launcher.run.foreign import foreign_config
-from serl_launcher.run.parameters import find_version, version_of
+from serl_launcher.run.parameters import find_parameters, find_version, version_of
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.serving.engine import PolicyEngine
 from serl_launcher.serving.query import Query
@@ -57,20 +66,30 @@ def predictor(engine: PolicyEngine, rows: Rows, first: int) -> Callable[[int], n
     return predict
 
 
-def evaluate(
-    cfg: DictConfig,
-    run: Path,
-    version: str | None,
-    source: str,
-    episodes: list[int] | None,
-    stride: int,
-    output: Path,
-):
-    """Run all episodes, write the files, return the figures."""
-    path = find_version(run, version)
+def engine_of(source: Path, words: list[str], version: str | None, dataset: str) -> tuple[PolicyEngine, DictConfig]:
+    """The policy that `source` names, with its parameters or not at all, and its config.
+
+    Raises ValueError or FileNotFoundError in the user's words.
+    """
+    needed = ("task.spec", "policy", "algo", "rollout.execute_horizon")
+    cfg = config_of(source, words, *needed, builds=("policy", "algo"))
+    if (source / "config.json").is_file():
+        if version is not None:
+            raise ValueError(f"--version={version}: {source} is a checkpoint's folder, which is one version")
+        OmegaConf.set_struct(cfg, False)
+        cfg.task = {"name": "dataset", "spec": Dataset(dataset).spec().to_dict(), "noop_dims": None}
+        return PolicyEngine(cfg, source), cfg
+    path = find_version(source, version) if version or source.absolute() == run_of(source) else find_parameters(source)
     engine = PolicyEngine(cfg, path.parent)
     engine.stage_file(path, version_of(path))
     engine.swap()
+    return engine, cfg
+
+
+def evaluate(
+    engine: PolicyEngine, cfg: DictConfig, source: str, episodes: list[int] | None, stride: int, output: Path
+) -> dict[str, Any]:
+    """Run all episodes, write the files, return the figures."""
     spec = engine.spec
     rows = Dataset(source).rows(spec)
     total = len(rows.episodes)
@@ -89,7 +108,7 @@ def evaluate(
         recorded, states = rows.action[first:end], rows.state[first:end]
         done.append(run_episode(episode, recorded, states, predictor(engine, rows, first), still, stride))
     scale = engine.policy.action_units.scale.cpu().numpy()
-    out = {"run": str(run), "dataset": source, "policy_version": engine.version, "stride": stride}
+    out = {"dataset": source, "policy_version": max(0, engine.version), "stride": stride}
     out |= figures(done, spec.action_names, scale)
     output.mkdir(parents=True, exist_ok=True)
     (output / "open_loop.json").write_text(json.dumps(out, indent=2))
@@ -146,7 +165,8 @@ def draw_errors(episodes: Sequence[OpenLoop], names: Sequence[str], scale: np.nd
 
 def text(out: dict) -> str:
     """The table that is printed."""
-    lines = [f"{out['episodes']} episodes, {out['ticks']} ticks, policy version {out['policy_version']}"]
+    which = f"policy version {out['policy_version']}" if out["policy_version"] else "the parameters of that folder"
+    lines = [f"{out['episodes']} episodes, {out['ticks']} ticks, {which}"]
     lines.append(f"{'':<14}{'mse (model)':>13}{'mse (phys.)':>13}{'max (model)':>13}{'smoothness':>13}")
     for method in METHODS:
         row = out[method]
@@ -162,7 +182,8 @@ def text(out: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Exit 0, or 2 on a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder, runs/<name>")
+    parser.add_argument("source", type=Path, help="run folder, something in one, or a checkpoint's folder")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="overrides, for a checkpoint's folder")
     parser.add_argument("--dataset", help="LeRobot dataset, a folder or owner/name on the hub; default: the run's own")
     parser.add_argument("--version", help="best (of a fine-tuning run), or a file in params/; default: the newest")
     parser.add_argument("--episodes", type=int, nargs="+", help="indices, negative ones from the end; default: all")
@@ -170,21 +191,22 @@ def main(argv: list[str] | None = None) -> int:
         "--stride", type=int, help="ticks of a chunk that are compared; default: rollout.execute_horizon"
     )
     parser.add_argument("--output", type=Path, help="folder of the results; default: <run>/open_loop")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING)
     try:
-        paths = RunPaths(args.run)
-        if not paths.config.is_file():
-            raise FileNotFoundError(f"{args.run}: not a run folder (no config.yaml)")
-        needed = ("task.spec", "policy", "algo", "rollout.execute_horizon")
-        cfg = foreign_config(args.run, *needed, builds=("policy", "algo"))
-        stride = args.stride or cfg.rollout.execute_horizon
-        output, dataset = args.output or args.run / "open_loop", args.dataset or str(paths.dataset)
-        if args.dataset is None and not paths.dataset.is_dir():
-            raise FileNotFoundError(f"{paths.dataset}: no LeRobot dataset; name one with --dataset")
-        out = evaluate(cfg, args.run, args.version, dataset, args.episodes, stride, output)
-    except (ValueError, OSError) as mistake:
-        print(f"eval_open_loop: {printable(str(mistake))}", file=sys.stderr)
+        home = run_of(args.source) or args.source
+        if args.dataset is None and not RunPaths(home).dataset.is_dir():
+            raise FileNotFoundError(f"{RunPaths(home).dataset}: no LeRobot dataset; name one with --dataset")
+        dataset = args.dataset or str(RunPaths(home).dataset)
+        engine, cfg = engine_of(args.source, args.words, args.version, dataset)
+        stride = args.stride or min(cfg.rollout.execute_horizon, engine.policy.action_horizon)
+        output = args.output or home / "open_loop"
+        out = {"run": str(args.source)} | evaluate(engine, cfg, dataset, args.episodes, stride, output)
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as mistake:
+        if isinstance(mistake, InstantiationException) and not is_config_mistake(mistake):
+            raise
+        told = mistake_message(mistake) if isinstance(mistake, InstantiationException) else str(mistake)
+        print(f"eval_open_loop: {printable(told)}", file=sys.stderr)
         return 2
     print(text(out))
     print(f"written: {output}/open_loop.json, errors.png and {min(SHOWN, out['episodes'])} trajectories")

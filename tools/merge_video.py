@@ -101,9 +101,8 @@ def dataset_clips(source: str, mode: str | None, stage: str | None) -> list[Clip
 
 
 def clip_name(row: dict[str, Any]) -> str:
-    """`<stage>-<episode>-seed<seed>-<success|failure>`, as far as the dataset says so."""
-    parts = [re.sub(r"[^\w-]", "_", str(row.get("stage") or "episode")), f"{row['episode_index']:05d}"]
-    parts += [f"seed{row['seed']}"] if row.get("seed") is not None else []
+    """`<episode id>-<success|failure>`, the name that the actor gives its video; without an id the episode's number."""
+    parts = [re.sub(r"[^\w .-]", "_", str(row.get("episode_id") or f"episode-{row['episode_index']:05d}"))]
     parts += ["success" if row["success"] else "failure"] if row.get("success") is not None else []
     return "-".join(parts)
 

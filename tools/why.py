@@ -12,10 +12,11 @@ mistake of the user.
 
 from __future__ import annotations
 
+import needs_learner  # noqa: F401
+
 import argparse
 import logging
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,100 +24,66 @@ import numpy as np
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from sources import config_of, run_of
 
-from flowserl_cli.compose import load_config
+from serl_launcher.datasets import dataset
+from serl_launcher.datasets.folder import read_info, read_parquet
 from serl_launcher.learner import settings_check as settings
-from serl_launcher.learner.data_check import findings
-from serl_launcher.learner.modality import Modality
-from serl_launcher.learner.sft import Columns, check_columns, open_dataset
 from serl_launcher.learner.symptoms import Meaning, Rows, symptoms
-from serl_launcher.policies.checkpoint import Checkpoint
 from serl_launcher.run.config import plain, task_spec
 from serl_launcher.run.files import read_json
-from serl_launcher.run.foreign import foreign_config
 from serl_launcher.run.paths import RunPaths
 from serl_transport.contract.bounds import printable
-from serl_transport.contract.specs import TaskSpec
 
+MODES, TIME = {"demo": 0, "online": 1, "eval": 2}, "complementary_info.time_ns"
 LOOKS, EPISODES = 3, 30  # pictures of an episode; episodes that are looked at
-POLICIES = {"pi0": "pi0", "pi05": "pi05", "groot": "groot_n1_7", "Gr00tN1d7": "groot_n1_7"}
 
 
-def config_of(source: Path, words: list[str]) -> DictConfig:
-    """The config that a run's folder holds, or that a checkpoint's folder and the overrides make. Raises ValueError."""
-    if (source / "config.yaml").is_file():
-        if words:
-            raise ValueError(
-                f"{source} is a run with a config of its own: {words[0]!r} goes with a checkpoint's folder"
-            )
-        return foreign_config(source, "task.spec", "policy")
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"{source}: no run (config.yaml) and no checkpoint (config.json)")
-    kind = Checkpoint.find(str(source)).config
-    name = POLICIES.get(kind.get("type") or kind.get("model_type"))
-    if name is None:
-        raise ValueError(f"{source}: config.json: expected a type of {', '.join(POLICIES)}, got {kind.get('type')!r}")
-    return load_config([f"policy={name}", f"policy.checkpoint={source}", *words])
-
-
-def read_rows(folder: Path, columns: Columns, spec: TaskSpec) -> tuple[Rows, np.ndarray | None]:
-    """The rows of a LeRobot dataset, and each one's complementary_info.mode where it is a run's."""
-    dataset = open_dataset(folder)
-    check_columns(dataset.meta.features, columns, spec)
-    keys = {key for key, _ in (*columns.state, *columns.action)} | {"episode_index"}
-    extra = [k for k in ("complementary_info.time_ns", "complementary_info.mode") if k in dataset.meta.features]
-    table = dataset.hf_dataset.select_columns([*keys, *extra]).with_format("numpy")[:]
-
-    def joined(parts: list[tuple[str, slice]]) -> np.ndarray:
-        return np.concatenate([np.stack(table[key])[:, part] for key, part in parts], 1).astype(np.float32)
-
-    episode = np.asarray(table["episode_index"])
-    pictures = _looks(dataset, columns.images, episode)
-    time_ns, mode = (np.asarray(table[k]).ravel() if k in table else None for k in
-                     ("complementary_info.time_ns", "complementary_info.mode"))  # fmt: skip
-    return Rows(
-        joined(columns.state), joined(columns.action), episode, float(dataset.meta.fps), pictures, time_ns
-    ), mode
-
-
-def _looks(dataset: Any, keys: Mapping[str, str], episode: np.ndarray) -> dict[str, np.ndarray]:
-    """camera -> uint8[episodes, LOOKS, h, w, 3]: first, middle and last picture of some episodes."""
-    chosen = np.unique(episode)
-    chosen = chosen[np.unique(np.linspace(0, len(chosen) - 1, min(len(chosen), EPISODES)).round().astype(int))]
-    ticks = [np.flatnonzero(episode == e)[np.linspace(0, (episode == e).sum() - 1, LOOKS).astype(int)] for e in chosen]
-    rows = [[dataset[int(at)] for at in some] for some in ticks] if keys else []
-    return {camera: np.array([[_picture(row[key]) for row in some] for some in rows]) for camera, key in keys.items()}
-
-
-def _picture(image: Any) -> np.ndarray:
-    return (image.permute(1, 2, 0) * 255).round().byte().numpy()
+def read_rows(rows: dataset.Rows, data: dataset.Dataset) -> tuple[Rows, np.ndarray | None]:
+    """A dataset's rows as the checks take them, and each one's mode (0 demo, 1 online, 2 eval) where a run wrote it."""
+    lengths = [len(episode) for episode in rows.episodes]
+    chosen = np.unique(np.linspace(0, len(lengths) - 1, min(len(lengths), EPISODES)).round().astype(int))
+    looks: dict[str, list[np.ndarray]] = {camera: [] for camera in rows.cameras}
+    for first, end in [rows.bounds[e] for e in chosen] if looks else []:
+        for camera, seen in rows.images(np.linspace(first, end - 1, LOOKS).astype(int).tolist()).items():
+            looks[camera].append(seen)
+    said = [MODES.get(episode.said.get("mode"), -1) for episode in rows.episodes]
+    mode = None if -1 in said else np.repeat(said, lengths)
+    time_ns = None
+    if TIME in read_info(data.folder)["features"]:
+        files = sorted({episode.file for episode in rows.episodes})
+        time_ns = np.concatenate([read_parquet(file, [TIME])[TIME].to_numpy() for file in files])
+    pictures = {camera: np.array(seen) for camera, seen in looks.items()}
+    episode = np.repeat(np.arange(len(lengths)), lengths)
+    return Rows(rows.state, rows.action, episode, data.fps, pictures, time_ns), mode
 
 
 def look(cfg: DictConfig, folder: Path, status: dict[str, Any]) -> list[str]:
-    """Everything that is found, one line each. Raises ValueError or OSError in the user's words."""
-    spec, modality = task_spec(cfg), Modality.read(folder)
-    columns = modality.columns if modality else Columns.plain(spec)
-    found = findings(folder, spec, columns, "MEAN_STD")
-    try:
-        rows, mode = read_rows(folder, columns, spec)
-    except ValueError as mistake:  # the columns are others, which the findings say as well
-        return found or [str(mistake)]
-    safety = plain(cfg, "task.safety") or {}
-    meaning = Meaning.of(spec, safety.get("targets"), plain(cfg, "task.noop_dims"))
+    """Everything that is found, one line each; `note: …` is no finding. Raises ValueError or OSError in the user's
+    words."""
+    spec, data = task_spec(cfg), dataset.Dataset(folder)
+    fit = data.fit(spec)
+    if fit.problems:
+        return [*fit.problems, *(f"note: {note}" for note in fit.notes)]
+    rows, mode = read_rows(data.rows(spec), data)
+    meaning = Meaning.of(spec, plain(cfg, "task.noop_dims"))
     stats, horizon = read_json(settings.stats_file(folder)) or {}, settings.chunk_of(cfg)
     taught = rows if mode is None or not (mode == settings.DEMONSTRATION).any() else rows.part(mode == 0)
-    more = symptoms(taught, spec, meaning, safety.get("max_speed"))
-    if not modality:
-        more += settings.statistics(rows, stats, "observation.state", rows.state, spec.state_names)
-        more += settings.statistics(rows, stats, "action", rows.action, spec.action_names)
-    policy = settings.units_of_policy(cfg, spec)
-    more += settings.units(rows, spec, policy, bool(cfg.policy.get("checkpoint")))
+    found = [note for note in fit.notes if note.startswith("prompt:")]  # what a policy was never told
+    more = symptoms(taught, spec, meaning, (plain(cfg, "task.safety") or {}).get("max_speed"))
+    for key, parts, values in (
+        ("observation.state", data.columns.state, data.table.state), ("action", data.columns.action, data.table.action),
+    ):  # fmt: skip
+        if len(parts) == 1:  # else several columns make it up, each with statistics of its own
+            more += settings.statistics(stats, key, values)
+    more += settings.units(rows, spec, settings.units_of_policy(cfg, spec), bool(cfg.policy.get("checkpoint")))
     more += settings.cameras_mapped(cfg.policy.get("cameras"), spec)
     more += settings.chunks(cfg, horizon, rows, spec)
     more += settings.latency(cfg, horizon, status.get("serving") or {}, spec)
     more += settings.origin(cfg)
     more += settings.motion(rows, mode, np.array(sorted(meaning.rates), int))
-    return found + [str(one) for one in more]
+    notes = [f"note: {note}" for note in fit.notes if note not in found]
+    return [*found, *map(str, more), *notes]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,21 +98,25 @@ def main(argv: list[str] | None = None) -> int:
     words = [word for word in args.rest if "=" in word]
     folders = [Path(word) for word in args.rest if "=" not in word]
     try:
-        cfg = config_of(args.source, words)
-        folder = folders[0] if folders else RunPaths(args.source).dataset
+        cfg = config_of(args.source, words, "task.spec", "policy")
+        paths = RunPaths(run_of(args.source) or args.source)
+        folder = folders[0] if folders else paths.dataset
         if not (folder / "meta" / "info.json").is_file():
             raise FileNotFoundError(
                 f"{folder}: no LeRobot dataset (meta/info.json); name the one that it was trained on"
             )
-        found = look(cfg, folder, read_json(RunPaths(args.source).status) or {})
+        found = look(cfg, folder, read_json(paths.status) or {})
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as mistake:
         print(f"why: {printable(str(mistake))}", file=sys.stderr)
         return 2
-    for number, line in enumerate(found, 1):
+    wrong = [line for line in found if not line.startswith("note: ")]
+    for number, line in enumerate(wrong, 1):
         print(f"{number}. {printable(line)}")
-    if not found:
+    for line in found[len(wrong) :]:
+        print(printable(line))
+    if not wrong:
         print("nothing found: data, statistics, units, chunks and timing fit together")
-    return 1 if found else 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

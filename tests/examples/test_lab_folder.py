@@ -49,7 +49,9 @@ def test_its_parts_are_found_built_and_recorded(lab):
     assert (code.version, code.commit) == (None, None)
     (lab / "my_lab/arm.py").open("a").write("# changed\n")
     assert load_config([flag(lab), *WORDS]).code.packages.my_lab.digest != code.digest
-    assert str(lab) in os.environ["PYTHONPATH"]
+    child = [sys.executable, "-c", "import my_lab; print(my_lab.__file__)"]  # as a role of the learner is started
+    found = subprocess.run(child, capture_output=True, text=True, check=True, cwd="/").stdout.strip()
+    assert found == str(lab / "my_lab/__init__.py")
     assert load_config([]).code is None
 
 

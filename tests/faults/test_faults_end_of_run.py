@@ -76,10 +76,10 @@ class Machines:
         actors = self.status().get("actors") or {}
         return {name for name, actor in actors.items() if actor["policy_version"] >= 0}
 
-    def to_the_end_of_the_stage(self) -> None:
+    def to_the_end_of_the_stage(self, hz: float = 2) -> None:
         """Until nothing is left to do but the slow robot's episode."""
         self.learn()
-        self.act("slow", 2, "rollout.operator=false")
+        self.act("slow", hz, "rollout.operator=false", "rollout.batch_ticks=5")
         self.wait(lambda: self.driven() == {"slow"}, "slow begins")
         self.act("fast", 20)
         self.wait(lambda: self.status().get("done"), "the schedule is done")
@@ -138,7 +138,7 @@ def test_an_operators_stop_waits_for_open_episodes_but_not_for_ever_for_who_vani
 
 @pytest.mark.timeout(400)
 def test_ctrl_c_twice_does_not_wait_and_the_robot_is_not_left_waiting(machines):
-    machines.to_the_end_of_the_stage()
+    machines.to_the_end_of_the_stage(hz=1)  # an episode of a minute
     machines.wait(lambda: "waiting for actor slow" in machines.screen("learner"), "the learner waits", 20)
     machines.wait(lambda: machines.processes["fast"].poll() is not None, "fast has left", 20)
     learner = machines.processes["learner"]

@@ -25,7 +25,13 @@ SMS = {
     "Goal_Position": (42, 2), "Torque_Limit": (48, 2), "Present_Position": (56, 2),
 }  # fmt: skip
 # A loaded machine is slow, and that is not what is tried here.
-FAST = ("spec.control_hz=50", "env.home_speed=1.5", "env.camera_max_age_ms=2000", "env.feedback_max_age_ms=500")
+FAST = (
+    "spec.control_hz=50",
+    "env.home_speed=1.5",
+    "env.joint_speed=2.0",
+    "env.camera_max_age_ms=2000",
+    "env.feedback_max_age_ms=500",
+)
 CAMERAS = ("cam_high", "cam_left_wrist", "cam_right_wrist")
 
 

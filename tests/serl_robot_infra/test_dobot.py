@@ -32,6 +32,7 @@ def test_it_answers_as_an_environment_and_as_a_robot(xtrainer, v4):
     left = rig.arms["left"]
     assert isinstance(env, Environment)
     assert isinstance(env, Stoppable)
+    assert env.limits()["right_joint3"] == (-2.79, 2.79)
     seen = env.reset(1)
     env.spec.check_observation(seen)
     np.testing.assert_allclose(seen.state[LEFT], np.radians(HOME["left"]), atol=0.01)
@@ -275,7 +276,7 @@ MANY = [60, pytest.param(1000, marks=pytest.mark.slow)]
 @pytest.mark.parametrize("many", MANY)
 @pytest.mark.parametrize("chain", [True, False], ids=["chain", "driver alone"])
 def test_adversarial_joint_actions_reach_no_motor_outside_the_limits(xtrainer, chain, many):
-    env, rig = xtrainer()
+    env, rig = xtrainer("env.joint_speed=0.8")
     spec, rng, refused = env.spec, np.random.default_rng(0), 0
     safety = SafetyChain.of(spec, OmegaConf.to_container(rig.task.safety, resolve=True))
     state = env.reset(1).state
@@ -301,3 +302,4 @@ def test_adversarial_joint_actions_reach_no_motor_outside_the_limits(xtrainer, c
         if chain:  # no step above max_speed
             most = np.array([rig.task.safety.max_speed[name] for name in spec.action_names[rows]]) / spec.control_hz
             assert (np.abs(np.diff(goals, axis=0)).max(0) <= most + 1e-4).all()
+        assert np.radians(rig.arms[side].fastest).max() <= 0.8 * 1.5  # joint_speed, by feedback that is some ms old

@@ -148,5 +148,5 @@ def test_a_leader_that_is_not_there_or_does_not_fit_is_refused_in_one_line(tmp_p
             build(rig, arms=arms | {"left": arms["left"] | {"signs": [1, 1, 1, 1, 1, 0]}})
         with pytest.raises(ValueError, match="eight different numbers"):
             build(rig, arms=arms | {"left": arms["left"] | {"second_id": 4}})
-        with pytest.raises(ConnectionError, match=r"task\.operator: left leader: /dev/nothing: No such file"):
+        with pytest.raises(ConnectionError, match=r"task\.operator: left leader: /dev/nothing: no such port"):
             build(rig, arms=arms | {"left": arms["left"] | {"port": "/dev/nothing"}})

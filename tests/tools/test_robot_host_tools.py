@@ -7,9 +7,9 @@ import sys
 ABSENT = ("serl_launcher", "torch", "lerobot", "matplotlib", "rerun", "transformers", "safetensors", "pandas")
 THERE = {"check_robot", "estop", "keygen", "merge_video", "operate", "visualize_dataset"}
 LEARNERS = {
-    "audit_reward", "check_run", "eval_open_loop", "export_checkpoint", "preflight", "reaccept", "recover_run",
+    "audit_reward", "check_run", "eval_open_loop", "export_checkpoint", "preflight", "reaccept", "recover_run", "why",
 }  # fmt: skip
-PARTS = {"compile_imports", "needs_learner"}  # not for people
+PARTS = {"compile_imports", "needs_learner", "sources"}  # not for people
 PROGRAM = """
 import contextlib, importlib.abc, io, json, runpy, sys
 absent, tools = json.loads(sys.argv[1])

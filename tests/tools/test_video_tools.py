@@ -86,8 +86,11 @@ def test_a_file_for_each_episode_once(run, tmp_path, capsys):
     assert merge_video.main([*words, "--last", "2"]) == 0
     assert merge_video.main(words) == 0
     assert "wrote 2 files" in capsys.readouterr().out.splitlines()[-1]
-    files = sorted((run / "videos").iterdir(), key=lambda path: path.name.split("-0")[1])
+    clips = merge_video.dataset_clips(str(run), None, None)
+    files = [run / "videos" / f"{clip.name}.mp4" for clip in clips]  # as the actor would have named them
     assert [len(frames(path)) for path in files] == [3, 4, 5, 6]
+    ids = [row["episode_id"] for row in merge_video.episodes(run / "dataset")]
+    assert [path.stem.rpartition("-")[0] for path in files] == ids
     assert all(path.stem.endswith(("-success", "-failure")) for path in files)
     assert merge_video.main([str(run), "--split", "-o", str(run / "v")]) == 1
     assert "say --dataset" in capsys.readouterr().err

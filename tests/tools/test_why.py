@@ -1,6 +1,7 @@
 """tools/why.py: mistakes made on purpose are named with evidence and key, a good set raises nothing."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -44,17 +45,18 @@ def test_a_run_brings_config_dataset_and_latency_and_a_good_one_raises_nothing(g
     assert told.endswith("change: rollout.realtime=async, or rollout.execute_horizon\n")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_asked_about_the_robot_that_the_words_name(good, tmp_path, capsys):
     folder, cfg = good
     case = Case(shutil.copytree(folder, tmp_path / "data"), json.loads(json.dumps(cfg)))
     case.checkpoint(scale=1.0)
     checkpoint = str(case.cfg["policy"]["checkpoint"])
     assert why.main([checkpoint]) == 2
-    assert "no LeRobot dataset (meta/info.json); name the one that it was trained on" in capsys.readouterr().err
+    assert "name the one that it was trained on" in capsys.readouterr().err
     assert why.main([checkpoint, str(folder)]) == 1  # asked about the default task, which is another robot
-    assert "action: 6 dims, the task has 4" in capsys.readouterr().out
+    assert re.search(r"action: 6 dims .*, the task has 4", capsys.readouterr().out)
     assert why.main([str(tmp_path), str(folder)]) == 2
-    assert "no run (config.yaml) and no checkpoint (config.json)" in capsys.readouterr().err
+    assert "not a run folder (no config.yaml), nothing in one, and no checkpoint's folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -46,11 +46,15 @@ def chunk_of(cfg: DictConfig) -> int | None:
     return config.get("chunk_size") or config.get("action_horizon")
 
 
-def statistics(rows: Rows, stats: Mapping[str, Any], key: str, values: np.ndarray, names: tuple) -> Iterator[Finding]:
-    """meta/stats.json against the rows that it should describe: float32[n, d] of column `key`."""
-    told = {name: np.asarray(stats.get(key, {}).get(name, np.nan), np.float64).ravel() for name in ("mean", "std")}
-    if any(x.shape != (values.shape[1],) or not np.isfinite(x).all() for x in told.values()):
-        return  # preflight's finding
+def statistics(stats: Mapping[str, Any], key: str, values: np.ndarray) -> Iterator[Finding]:
+    """meta/stats.json, which LeRobot's own training and GR00T's new embodiments use, against the rows that it should
+    describe: float32[n, d] of column `key`."""
+    change = "recompute meta/stats.json with LeRobot after any change of the data"
+    told = {name: np.asarray(stats.get(key, {}).get(name, []), np.float64).ravel() for name in ("mean", "std")}
+    for name, x in told.items():
+        if x.shape != (values.shape[1],) or not np.isfinite(x).all():
+            yield Finding("statistics", f"{key}: {name} is absent, of another size or holds NaN", change)
+            return
     mean, std = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
     floor = 1e-4 * (1 + np.abs(mean))
     off = (np.abs(told["mean"] - mean) > 0.1 * std + floor) | (np.abs(told["std"] - std) > 0.1 * std + floor)
@@ -58,9 +62,9 @@ def statistics(rows: Rows, stats: Mapping[str, Any], key: str, values: np.ndarra
         k = int(off.argmax())
         yield Finding(
             "statistics are not the data's",
-            f"{key} {names[k]!r}: meta/stats.json says mean {told['mean'][k]:.4g}, std {told['std'][k]:.4g}, the rows "
+            f"{key} dim {k}: meta/stats.json says mean {told['mean'][k]:.4g}, std {told['std'][k]:.4g}, the rows "
             f"{mean[k]:.4g} and {std[k]:.4g} ({off.sum()} dims)",
-            "recompute meta/stats.json with LeRobot after any change of the data",
+            change,
         )
 
 

@@ -61,12 +61,12 @@ class Meaning:
     rates: frozenset[int]  # action dims that are displacements
 
     @classmethod
-    def of(cls, spec: TaskSpec, targets: Mapping[str, str] | None, moves: Sequence[int] | None) -> "Meaning":
-        """targets: task.safety.targets; moves: task.noop_dims. An action of a state's name is its position; one of the
-        name with d, delta_ or v before it is its displacement."""
+    def of(cls, spec: TaskSpec, moves: Sequence[int] | None) -> "Meaning":
+        """moves: task.noop_dims. A position is what the spec's targets name, and an action of a state's name; one of
+        the name with d, delta_ or v before it is its displacement."""
         names, states = list(spec.action_names), list(spec.state_names)
         pairs = {k: states.index(n) for k, n in enumerate(names) if n in states}
-        pairs |= {names.index(a): states.index(s) for a, s in (targets or {}).items() if a in names and s in states}
+        pairs |= spec.target_dims
         absolute = frozenset(pairs)
         for k, name in enumerate(names):
             for prefix in ("delta_", "d", "v"):
@@ -180,13 +180,13 @@ def kinds(rows: Rows, spec: TaskSpec, meaning: Meaning, span: np.ndarray) -> Ite
         yield Finding(
             "deltas where positions are meant",
             f"{', '.join(wrong['deltas'][:6])}: recorded actions follow the state's change, not the state",
-            "name them apart from the states (d<name>) and take them out of task.safety.targets, or record targets",
+            "name them apart from the states (d<name>) and take them out of task.spec.targets, or record targets",
         )
     if wrong["positions"]:
         yield Finding(
             "positions where deltas are meant",
             f"{', '.join(wrong['positions'][:6])}: recorded actions are the next state, not its change",
-            "task.safety.targets (and the action's name), or record displacements",
+            "task.spec.targets (and the action's name), or record displacements",
         )
 
 

@@ -207,6 +207,11 @@ def find_parameters(path: str | Path) -> Path:
             return folder / entry.file
     if (path / checkpoints.MANIFEST).exists():
         return _checked(path / checkpoints.TENSORS)
+    if (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"checkpoint_path={path}: a checkpoint's folder, no parameters of a run: give it as "
+            f"policy.checkpoint={path} with the policy= of its type"
+        )
     raise FileNotFoundError(
         f"checkpoint_path={path}: no parameters there; expected a *.safetensors file, a run folder holding "
         "params/latest.json, or a checkpoint folder such as runs/<name>/checkpoints/step_000900"

@@ -14,6 +14,7 @@ from serl_robot_infra.guard import Stoppable
 from serl_robot_infra.safety import describe
 from serl_transport.contract.specs import TaskSpec
 
+_LONGEST = 160  # characters of a line
 _ROUNDING = 1e-3  # of a range
 
 
@@ -40,7 +41,8 @@ def _check_chain(report: Report, said: str, robot: bool) -> None:
     elif "nothing bounds" in said:
         report.fail("safety limits", said, "task.safety.max_speed of these names: docs/safety.md, Limits")
     else:
-        report.ok("safety limits", said.removeprefix("safety limits: "))
+        shown = said.removeprefix("safety limits: ")
+        report.ok("safety limits", shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]} … (the actor prints all)")
 
 
 def _check_state(report: Report, spec: TaskSpec, state: np.ndarray) -> None:

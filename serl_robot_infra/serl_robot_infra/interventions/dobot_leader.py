@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,9 @@ class DobotLeader(Intervention):
             arm.close()
 
     def _open(self) -> None:
+        for name, arm in self._arms.items():
+            if not Path(arm.port).exists():
+                raise ConnectionError(f"task.operator: {name} leader: {arm.port}: no such port")
         for arm in self._arms.values():
             arm.start()
         deadline = time.monotonic() + 2.0

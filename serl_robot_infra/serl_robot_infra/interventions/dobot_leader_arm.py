@@ -55,7 +55,7 @@ class LeaderArm:
     """
 
     def __init__(self, settings: LeaderSettings, on_press: Callable[[str], None]):
-        self._settings, self._on_press = settings, on_press
+        self._settings, self._on_press, self.port = settings, on_press, settings.port
         self.free = False  # wanted; any thread
         self._is_free: bool | None = None
         self._newest: tuple[float, np.ndarray, float] | None = None  # when, float64[6] rad, gripper 0 to 1

@@ -47,6 +47,7 @@ class DobotEnv:
         control: joints | tool; firmware: v3 | v4.
         home: waypoints, each arm -> six joints in rad; the last one is where an episode begins. home_speed: rad/s.
         home_gripper: of each gripper.
+        joint_speed: rad/s, what ServoJ asks of a joint at most, also where a late tick is caught up.
         lead: the keys of `Lead`; tool_box: arm -> axis -> [low, high] m, where control=tool may command the tip.
         speed_factor: per cent, of every motion but the servo commands.
         feedback_max_age_ms, camera_max_age_ms, camera_frozen_s: when an arm or a camera counts as lost.
@@ -66,6 +67,7 @@ class DobotEnv:
         home_speed: float = 0.3,
         home_gripper: float = 1.0,
         lead: Mapping[str, float] | None = None,
+        joint_speed: float = 1.0,
         tool_box: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
         speed_factor: int = 20,
         feedback_max_age_ms: float = 100.0,
@@ -78,6 +80,7 @@ class DobotEnv:
             tool=_one_of("control", control, ("joints", "tool")) == "tool",
             v4=_one_of("firmware", firmware, ("v3", "v4")) == "v4",
             seconds=1.0 / self.spec.control_hz, speed_factor=_per_cent(speed_factor),
+            joint_speed=_positive("joint_speed", joint_speed),
             max_age_s=_positive("feedback_max_age_ms", feedback_max_age_ms) / 1e3, lead=_lead(lead),
         )  # fmt: skip
         if shared.seconds < SHORTEST_S:
@@ -118,6 +121,10 @@ class DobotEnv:
         if self._stopped:
             raise PartLostError("a stop ended the reset")
         return self.observe()
+
+    def limits(self) -> dict[str, tuple[float, float]]:
+        """What the arms' models reach, rad, for tools/check_robot.py; the protocol does not tell a controller's own."""
+        return {name: range_ for part in self._parts for name, range_ in part.limits().items()}
 
     def step(self, action: np.ndarray) -> StepResult:
         """Send float32[ad] and observe; `executed` is what was sent after the driver's own limits."""

@@ -31,6 +31,7 @@ class Control:
     tool: bool  # end-effector displacements by ServoP; else joint targets by ServoJ
     v4: bool  # the firmware
     seconds: float  # of a control period
+    joint_speed: float  # rad/s that no ServoJ asks for more than
     speed_factor: int
     max_age_s: float  # of feedback
     lead: Lead
@@ -72,15 +73,20 @@ class Part:
         """Find the actions in the spec, whose names were checked, and check their limits against the model's."""
         names = list(self._spec.action_names)
         self._rows = [names.index(action) for action in self.actions]
-        if self._control.tool or self.settings.model is None:
-            return
-        for row, most in zip(self._rows[:6], protocol.JOINT_LIMITS[self.settings.model], strict=True):
-            low, high = self._spec.action_low[row], self._spec.action_high[row]
-            if low < -most or high > most:
+        for name, (lowest, highest) in self.limits().items():
+            low, high = self._spec.action_low[names.index(name)], self._spec.action_high[names.index(name)]
+            if low < lowest or high > highest:
                 raise ValueError(
-                    f"task.spec.action_low and action_high: {names[row]}: a {self.settings.model} reaches "
-                    f"{-most:g} to {most:g} rad, got {low:g} to {high:g}"
+                    f"task.spec.action_low and action_high: {name}: a {self.settings.model} reaches "
+                    f"{lowest:g} to {highest:g} rad, got {low:g} to {high:g}"
                 )
+
+    def limits(self) -> dict[str, tuple[float, float]]:
+        """Joint target -> what its model reaches, rad; empty for end-effector control and an unknown model."""
+        if self._control.tool or self.settings.model is None:
+            return {}
+        most = protocol.JOINT_LIMITS[self.settings.model]
+        return {name: (-reach, reach) for name, reach in zip(self.actions, most, strict=False)}
 
     def outside(self, joints: np.ndarray) -> str | None:
         """Which joint target the task's limits would not allow, float64[6] rad; None: they do, or it has no such."""
@@ -121,7 +127,7 @@ class Part:
             pose, made = self._target.move(wish, seen.pose)
             return protocol.servo_tool(pose, control.seconds, control.v4), made
         joints = bounded_joints(wish, seen.joints, control.lead)
-        return protocol.servo_joints(joints, control.seconds, control.v4), joints
+        return self._servo(joints, seen), joints
 
     def send(self, command: str, stopped: Callable[[], bool]) -> bool:
         """Whether it was sent: not after a stop."""
@@ -164,7 +170,16 @@ class Part:
 
     def drive(self, joints: np.ndarray, stopped: Callable[[], bool]) -> None:
         """ServoJ to float64[6], rad."""
-        self.send(protocol.servo_joints(joints, self._control.seconds, self._control.v4), stopped)
+        self.send(self._servo(joints, self.arm.feedback()), stopped)
+
+    def _servo(self, joints: np.ndarray, seen: Feedback) -> str:
+        """A late tick that is caught up, or a joint that lags, is given more time rather than more speed."""
+        far = float(np.abs(joints - seen.joints).max())
+        if np.abs(seen.planned - seen.joints).max() <= self._control.lead.joints:
+            far = float(np.abs(joints - seen.planned).max())
+        return protocol.servo_joints(
+            joints, max(self._control.seconds, far / self._control.joint_speed), self._control.v4
+        )
 
     def sensed(self, seen: Feedback) -> dict[str, float]:
         """State name -> value."""
