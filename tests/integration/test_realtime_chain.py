@@ -74,5 +74,5 @@ def test_an_actor_with_rtc_is_driven_by_the_policy_server(cfg, tmp_path):
         assert (paths.root / trial["video"]).is_file()
         assert trial["episode_id"] == row["episode_id"]
         assert row["seconds"] == pytest.approx(float(trial["seconds"]), rel=0.2)
-        assert float(trial["seconds"]) > 29 / 20
+        assert float(trial["seconds"]) > 25 / 20  # in real time; a tick that came late is caught up
     assert sum(guided) > 2 * guided.count(False)  # the first chunk of an episode alone has nothing to agree with
