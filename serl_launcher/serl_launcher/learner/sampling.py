@@ -9,6 +9,7 @@ workers there are. `seed_noise` does the same for what the loss draws.
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from serl_launcher.learner.sft import Chunks
 from serl_launcher.replay.views import ChunkBatch
+from serl_launcher.run.kin import die_with_parent
 
 PREFETCH = 4  # batches that each worker has ready
 MOST_WORKERS = 8  # of `auto`
@@ -65,7 +67,7 @@ def batches(chunks: Chunks, rows: ShuffledRows, workers: int) -> Iterator[ChunkB
         collate_fn=chunks.collate,
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
-        worker_init_fn=_in_worker,
+        worker_init_fn=partial(_in_worker, os.getpid()),
     )
     source = iter(loader)
     while True:
@@ -81,7 +83,9 @@ def batches(chunks: Chunks, rows: ShuffledRows, workers: int) -> Iterator[ChunkB
         yield batch
 
 
-def _in_worker(_number: int) -> None:
-    """A signal to the whole group is the trainer's, which takes its last step and ends the workers itself."""
+def _in_worker(trainer: int, _number: int) -> None:
+    """A signal to the whole group is the trainer's, which takes its last step and ends the workers itself. One that is
+    killed cannot: a worker that waits for room in the pipe would wait for ever."""
+    die_with_parent(trainer)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)

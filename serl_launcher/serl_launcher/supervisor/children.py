@@ -9,7 +9,6 @@ the main thread: the kernel's parent-death signal follows the thread that forked
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -20,22 +19,14 @@ from pathlib import Path
 from typing import IO, Literal
 
 from serl_launcher.run.alive import BEAT_FILE, DUMP_SIGNAL
+from serl_launcher.run.kin import die_with_parent
 from serl_launcher.run.ready import STARTING_FILE
 from serl_launcher.supervisor.pulse import Pulse, Silence
 
 EndsRun = Literal["always", "until ready", "never"]
-PR_SET_PDEATHSIG = 1
 READY_AFTER_S = 60.0  # for a child that cannot say so itself
 LEFTOVER_GRACE_S = 15.0  # for what a dead leader left in its group
 DUMP_S = 3.0  # for a role that hangs to write down where
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def die_with_parent(parent: int, signum: signal.Signals = signal.SIGKILL) -> None:
-    """Ask the kernel to send `signum` to this process when its parent, process `parent`, is gone."""
-    _libc.prctl(PR_SET_PDEATHSIG, int(signum), 0, 0, 0)
-    if os.getppid() != parent:  # it died before the call
-        os.kill(os.getpid(), signum)
 
 
 @dataclass(frozen=True, slots=True)

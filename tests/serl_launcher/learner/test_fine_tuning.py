@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,3 +216,34 @@ def test_what_a_loader_process_cannot_read_or_does_not_survive_is_told():
     assert list(batches(Sleepers(), order, 2)) == list(order)
     assert worker_count(3) == 3
     assert 0 <= worker_count("auto") < os.cpu_count()
+
+
+class Wide(Sleepers):
+    """Rows that do not fit into a pipe."""
+
+    def __getitem__(self, row):
+        return np.zeros(1 << 20, np.uint8)
+
+
+def test_loader_processes_end_with_a_trainer_that_is_killed():
+    pid = os.fork()
+    if not pid:
+        for _ in batches(Wide(), ShuffledRows(np.arange(64), 4, 0, 0, 16), 2):
+            time.sleep(60)
+        os._exit(0)
+    children, until = Path(f"/proc/{pid}/task/{pid}/children"), time.monotonic() + 30
+    while len(workers := children.read_text().split()) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.5)  # until they wait for room
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert len(workers) == 2
+    while alive := [w for w in workers if Path(f"/proc/{w}").exists() and _state(w) != "Z"]:
+        assert time.monotonic() < until, alive
+        time.sleep(0.01)
+
+
+def _state(pid):
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return "Z"
