@@ -1,9 +1,10 @@
-"""A role that is stopped or hangs, in a whole run: both screens say so within ten seconds, and it is started again."""
+"""A role that is stopped, hangs or is killed, in a whole run: both screens say so, and it is started again."""
 
 import os
 import re
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -68,33 +69,58 @@ def shown_and_started_again(run: Run, signum: int, *roles: str, again_s: float =
     for role, name in zip(roles, names, strict=True):
         shown(run, name, start)
         took[role] = round(time.monotonic() - began, 1)
+    all_well_again(run, start, names, again_s)
+    return took
+
+
+def all_well_again(run: Run, start: int, names: Iterable[str], again_s: float = 60) -> None:
+    """Each was started again, and a gateway of now says that all is well."""
     for name in names:
         within(run, rf"^\[learner\] \S+ {name} started again", again_s, start)
-    run.wait_for(is_well, 90)
-    return took
+    since = time.time()
+    run.wait_for(lambda status: status["time"] > since and is_well(status), 90)
 
 
 ROUNDS = ("policy", "trainer", "exporter", "openpi"), ("gateway",)
 
 
 @pytest.mark.timeout(600)
-def test_a_role_that_is_stopped_or_hangs_is_shown_on_both_screens_and_started_again(tmp_path, free_ports, figures):
-    (tmp_path / "sitecustomize.py").write_text(HANG)
-    stopped: dict[str, float] = {}
-    hung: dict[str, float] = {}
-    with small(tmp_path, free_ports, PYTHONPATH=str(tmp_path)) as run:
+def test_a_role_that_is_stopped_is_shown_on_both_screens_and_started_again(tmp_path, free_ports, figures):
+    """And one that is killed, the actor too: nothing is lost."""
+    took: dict[str, float] = {}
+    with small(tmp_path, free_ports) as run:
         run.wait_for(is_well, 180)
         for roles in (*ROUNDS, ("trainer launcher",)):
-            stopped |= shown_and_started_again(run, signal.SIGSTOP, *roles)
-        for roles in ROUNDS:
-            hung |= shown_and_started_again(run, signal.SIGUSR1, *roles)
+            took |= shown_and_started_again(run, signal.SIGSTOP, *roles)
+        all_are_killed_at_once(run)
         a_stopped_supervisor_is_shown_and_the_run_goes_on(run)
         run.end(300)
-    for name, took in (("stopped", stopped), ("hanging", hung)):
-        figures.row(f"{name} roles", "shown on both screens within 10 s", max(took.values()) <= 10, **took)
-    for role in MODULES:  # and each said where it hung
+    figures.row("stopped roles", "shown on both screens within 10 s", max(took.values()) <= 10, **took)
+    assert "nothing lost" in check(run.folder)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_a_role_whose_work_loop_hangs_is_shown_started_again_and_says_where_it_hung(tmp_path, free_ports, figures):
+    (tmp_path / "sitecustomize.py").write_text(HANG)
+    took: dict[str, float] = {}
+    with small(tmp_path, free_ports, PYTHONPATH=str(tmp_path)) as run:
+        run.wait_for(is_well, 180)
+        for roles in ROUNDS:
+            took |= shown_and_started_again(run, signal.SIGUSR1, *roles)
+        run.end(300)
+    figures.row("hanging roles", "shown on both screens within 10 s", max(took.values()) <= 10, **took)
+    for role in MODULES:
         assert "in hang" in (run.folder / "logs" / f"{role}.log").read_text(), role
     assert "nothing lost" in check(run.folder)
+
+
+def all_are_killed_at_once(run: Run) -> None:
+    start, before = len(run.text()), run.status()["counts"]["online"]
+    for module in (*MODULES.values(), "actor=true"):
+        run.kill(module)
+    all_well_again(run, start, MODULES)
+    run.wait_for(lambda status: status["counts"]["online"] >= before + 2, 60)
 
 
 def a_stopped_supervisor_is_shown_and_the_run_goes_on(run: Run) -> None:

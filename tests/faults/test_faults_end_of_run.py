@@ -115,6 +115,7 @@ def test_the_last_episode_is_served_to_its_end_and_everybody_leaves(machines, fi
     assert "nothing lost" in check(machines.run)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_an_operators_stop_waits_for_open_episodes_but_not_for_ever_for_who_vanished(machines):
     machines.learn()
@@ -136,6 +137,7 @@ def test_an_operators_stop_waits_for_open_episodes_but_not_for_ever_for_who_vani
     assert "nothing lost" in check(machines.run)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_ctrl_c_twice_does_not_wait_and_the_robot_is_not_left_waiting(machines):
     machines.to_the_end_of_the_stage(hz=1)  # an episode of a minute

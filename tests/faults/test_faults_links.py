@@ -76,7 +76,7 @@ def test_10_mbit_and_200_ms(proxied, figures):
     run.await_acknowledged(5, 60)
     time.sleep(2)
     windows = Windows()
-    for _ in range(4):
+    for _ in range(2):
         with windows.during("calm"):
             time.sleep(4)
         weather.delay_s, weather.rate_bps = 0.2, 10e6

@@ -1,6 +1,6 @@
 """The quick start in small, as a user starts it: real actor, gateway, policy server, trainer and exporter.
 
-One run ends by itself; in the other (marker `faults`) trainer, gateway and actor are killed in mid-run, and what was
+One run ends by itself; in the others (marker `soak`) trainer, gateway and actor are killed in mid-run, and what was
 acknowledged is compared with the journal and the dataset.
 """
 
@@ -45,7 +45,7 @@ def files_with(folder: Path, *words: str) -> list[Path]:
     return [path for path in files if any(word.encode() in path.read_bytes() for word in words)]
 
 
-@pytest.mark.faults
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_killing_trainer_gateway_and_actor_in_mid_run_loses_nothing(tmp_path, free_ports):
     def step_reached(step):

@@ -11,6 +11,7 @@ from typing import Any
 
 from serl_launcher.gateway.ingest import Ingest
 from serl_launcher.gateway.progress import TrainerProgress
+from serl_launcher.run.alive import is_watched
 from serl_transport.connection.router import Peer
 from serl_transport.contract.errors import BadFrame
 from serl_transport.wire.envelope import Envelope
@@ -24,7 +25,9 @@ class Troubles:
     def __init__(self, ingest: Ingest, progress: TrainerProgress) -> None:
         self._ingest, self._progress = ingest, progress
         self._roles: dict[str, str] = {}
-        self._told: float | None = None  # time.monotonic(); None: no supervisor so far
+        self._told: float | None = (
+            None  # time.monotonic() of the last word, or of the first look; None: there is nobody
+        )
 
     def take(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> None:
         """The supervisor's `troubles`; no reply."""
@@ -36,6 +39,8 @@ class Troubles:
     def current(self) -> dict[str, str]:
         """Role -> what is wrong with it, in words; empty when all is well."""
         found = dict(self._roles)
+        if self._told is None and is_watched():  # whoever started this process may be silent from its first moment on
+            self._told = time.monotonic()
         silent_s = 0.0 if self._told is None else time.monotonic() - self._told
         if silent_s > SILENT_S:
             found = {"supervisor": f"silent for {silent_s:.0f} s: a role that dies is not started again"}

@@ -86,6 +86,11 @@ def _mine() -> _Heart:
     return _heart
 
 
+def is_watched() -> bool:
+    """Was this process started by a supervisor?"""
+    return BEAT_FILE in os.environ
+
+
 def beat() -> None:
     """The work goes on; call it at least once a second from the work loop."""
     _mine().beat()

@@ -39,6 +39,17 @@ def test_what_the_supervisor_tells_is_in_the_status_and_at_the_actor(tmp_path: P
         supervisor.close()
 
 
+def test_a_supervisor_that_was_silent_from_the_start_is_told_of(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("FLOWSERL_BEAT_FILE", str(tmp_path / "beat"))
+    (tmp_path / "beat").write_bytes(bytes(256))
+    monkeypatch.setattr(troubles, "SILENT_S", 0.3)
+    with serving(tmp_path) as gateway, connected(gateway) as client:
+        until(lambda: "supervisor" in client.troubles)
+        supervisor = SupervisorLink(tmp_path)
+        until(lambda: supervisor.tell({}) or not gateway.status()["troubles"])
+        supervisor.close()
+
+
 def test_what_the_trainer_goes_on_without_is_told_and_other_words_are_refused(tmp_path: Path) -> None:
     with serving(tmp_path) as gateway:
         trainer = InternalClient(tmp_path, "trainer", patience_s=PATIENCE_S)
