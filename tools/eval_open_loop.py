@@ -73,6 +73,8 @@ def engine_of(source: Path, words: list[str], version: str | None, dataset: str)
     """
     needed = ("task.spec", "policy", "algo", "rollout.execute_horizon")
     cfg = config_of(source, words, *needed, builds=("policy", "algo"))
+    if dataset == str(RunPaths(run_of(source) or source).dataset) and not Path(dataset).is_dir():
+        raise FileNotFoundError(f"{dataset}: no LeRobot dataset; name one with --dataset")
     if (source / "config.json").is_file():
         if version is not None:
             raise ValueError(f"--version={version}: {source} is a checkpoint's folder, which is one version")
@@ -195,8 +197,6 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING)
     try:
         home = run_of(args.source) or args.source
-        if args.dataset is None and not RunPaths(home).dataset.is_dir():
-            raise FileNotFoundError(f"{RunPaths(home).dataset}: no LeRobot dataset; name one with --dataset")
         dataset = args.dataset or str(RunPaths(home).dataset)
         engine, cfg = engine_of(args.source, args.words, args.version, dataset)
         stride = args.stride or min(cfg.rollout.execute_horizon, engine.policy.action_horizon)

@@ -430,9 +430,12 @@ def test_what_the_journal_took_last_is_in_the_ledger(tmp_path: Path, monkeypatch
 
     with serving(tmp_path) as gateway:
         with connected(gateway) as client:
-            monkeypatch.setattr(os, "fdatasync", slow)
-            for part in batches(info("e1", boot=client.boot_id)):
+            *first, last = batches(info("e1", boot=client.boot_id))
+            for part in first:
                 client.send_item(part.to_body())
+            assert client.flush(30)
+            monkeypatch.setattr(os, "fdatasync", slow)
+            client.send_item(last.to_body())
             assert working.wait(30)
             gateway.stop()
     assert [json.loads(line)["episode_id"] for line in (tmp_path / "episodes.jsonl").read_text().splitlines()] == ["e1"]
