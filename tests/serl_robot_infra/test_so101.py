@@ -72,7 +72,7 @@ def test_the_leader_demonstrates(arms, tmp_path):
     assert episode.n == 15
     # Matched at 25 units per second at 20 Hz from home, so at most 1.25 a tick before it follows.
     pan = episode.arrays["action"][:, 0]
-    assert pan[-1] == pytest.approx(10.0, abs=0.2)
+    assert pan[-1] == pytest.approx(10.0, abs=0.6)
     assert np.abs(np.diff(pan)).max() < 4.0
     assert episode.arrays["observation.images.front"].shape[1:] == (240, 320, 3)
 
