@@ -82,8 +82,7 @@ def _export(run_dir: Path, once: bool) -> None:
             if stopping(0.0):
                 raise
             log.warning("%s; trying again in %g s", error, RETRY_S)
-            if stopping(RETRY_S):
-                raise
+            stopping(RETRY_S)  # told to end meanwhile: once more all the same, there may be room by now
 
 
 @contextlib.contextmanager
