@@ -1,11 +1,13 @@
 """The exporter role on a real journal: following, kill -9, rebuilding, foreign datasets, LeRobot's own reader."""
 
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from run_samples import SPEC, entries, episode, write_config, write_journal
 
+from serl_launcher.exporter import __main__ as exporter_main
 from serl_launcher.exporter.__main__ import main
 from serl_launcher.exporter.role import Exporter, ExporterOptions
 
@@ -211,6 +214,29 @@ def test_only_one_exporter_per_run(tmp_path):
         assert first.wait(30) == 0
     assert second.returncode == 1
     assert "another exporter is at work" in second.stderr
+
+
+def test_told_to_end_while_it_waits_for_room_it_tries_once_more(tmp_path, monkeypatch):
+    """The disk has room again by then: the dataset is whole when it leaves."""
+    write_config(tmp_path, batch_episodes=4)
+    write_journal(tmp_path, entries([episode(index) for index in range(8)]))
+    opened, refused = exporter_main.Exporter, []
+
+    def open_one(*words):
+        if not refused:
+            refused.append(threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)))
+            refused[0].start()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(*words)
+
+    monkeypatch.setattr(exporter_main, "Exporter", open_one)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert main([str(tmp_path)]) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert exported(tmp_path) == list(range(8))
 
 
 def test_a_full_disk_is_waited_for(tmp_path):
