@@ -59,7 +59,7 @@ def spec():
 
 def act(spec, tmp_path, robot, *tickets):
     with ScriptedLearner(spec, tickets) as learner:
-        config = actor_config(learner, tmp_path, demo_noise=0.0)
+        config = actor_config(learner, tmp_path, demo_noise=0.0, watchdog={"enabled": False})  # its holds are others
         config.task.env = {"_target_": f"test_lost_parts.{robot}"}
         stream = io.StringIO()
         code = main(config, stream)
@@ -73,7 +73,7 @@ def test_a_lost_part_cuts_the_episode_with_what_was_executed_and_the_next_one_ru
     assert (episodes[0].n, episodes[0].outcome.truncated_by, episodes[1].outcome.success) == (3, "stop", True)
     assert "episode demo-1 cut at tick 3: camera front: no picture in step" in out
     assert "episode demo-2 cut at tick 0: camera front: no picture in reset" in out
-    assert len(RobotPick.last.holds) >= 2  # a slow machine adds those of silence
+    assert len(RobotPick.last.holds) == 2
     assert RobotPick.last.stops == []
 
 

@@ -31,7 +31,7 @@ def arms(tmp_path, monkeypatch):
     """(follower's rig, leader's rig, the task with their ports)."""
     monkeypatch.setattr(cv2, "VideoCapture", FakeCapture)
     FakeCapture.devices, FakeCapture.frozen = {0, 1}, set()
-    task = load_config(["task=so101", "task.spec.max_ticks=15", "task.env.home_speed=300", *PATIENT]).task
+    task = load_config(["task=so101", "task.spec.max_ticks=20", "task.env.home_speed=300", *PATIENT]).task
     for index, camera in enumerate(("front", "wrist")):
         for key, value in (("index_or_path", index), ("warmup_s", 0)):
             OmegaConf.update(task, f"env.robot.cameras.{camera}.{key}", value, force_add=True)
@@ -69,10 +69,10 @@ def test_the_leader_demonstrates(arms, tmp_path):
     assert code == 0, out
     assert "watchdog: controlled stop after 5000 ms" in out
     assert episode.arrays["intervention"].all()
-    assert episode.n == 15
+    assert episode.n == 20
     # Matched at 25 units per second at 20 Hz from home, so at most 1.25 a tick before it follows.
     pan = episode.arrays["action"][:, 0]
-    assert pan[-1] == pytest.approx(10.0, abs=0.6)
+    assert pan[-1] == pytest.approx(10.0, abs=0.2)
     assert np.abs(np.diff(pan)).max() < 4.0
     assert episode.arrays["observation.images.front"].shape[1:] == (240, 320, 3)
 
@@ -106,7 +106,7 @@ def test_a_part_that_is_unplugged_costs_one_episode_and_the_night_goes_on(arms, 
     assert code == 0, out
     cut = [episode for episode in episodes if episode.outcome.truncated_by == "stop"]
     assert len(cut) <= 1, out
-    assert [episode.n for episode in episodes if episode not in cut][-1] == 15
+    assert [episode.n for episode in episodes if episode not in cut][-1] == 20
     assert len(episodes) >= 2
     names = {"arm": "so101_follower", "leader": "so101_leader", "camera": "OpenCVCamera(0)"}
     assert names[part] in out[out.index("cut at tick") :].splitlines()[0]

@@ -45,8 +45,10 @@ def test_a_supervisor_that_was_silent_from_the_start_is_told_of(tmp_path: Path, 
     monkeypatch.setattr(troubles, "SILENT_S", 0.3)
     with serving(tmp_path) as gateway, connected(gateway) as client:
         until(lambda: "supervisor" in client.troubles)
+        assert client.troubles["supervisor"].startswith("silent for ")
         supervisor = SupervisorLink(tmp_path)
         until(lambda: supervisor.tell({}) or not gateway.status()["troubles"])
+        assert gateway.status()["troubles"] == {}
         supervisor.close()
 
 
