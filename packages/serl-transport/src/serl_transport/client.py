@@ -20,7 +20,7 @@ from typing import Any
 
 from serl_transport.config import TrainerConfig
 from serl_transport.connection.link import Link
-from serl_transport.connection.reach import Watch, bracketed
+from serl_transport.connection.reach import Watch, bracketed, obstacle
 from serl_transport.connection.subscriber import Subscriber
 from serl_transport.contract.bounds import check_name
 from serl_transport.contract.errors import ServerSilent
@@ -258,18 +258,21 @@ class TrainerClient:
         }
 
     def _await_server(self, forever: bool, on_wait: Callable[[str], None]) -> None:
-        start, reach = time.monotonic(), Watch(self._host, self.config.port_number)
+        start, reach = time.monotonic(), None
         for link in (self._control, self._data):
             while not link.settled.wait(1.0 if forever else self.timeout_ms / 1e3):
                 for other in (self._control, self._data):
                     if other.refused is not None:
                         raise other.refused
                 waited = time.monotonic() - start
-                why = f"{reach.words} (check ip= and port=)" if reach.words else ""
                 if not forever:
+                    why = obstacle(self._host, self.config.port_number, ipv4_names=True)
                     raise ServerSilent(
-                        f"no learner at {self._server} in {waited:.1f} s; is it running, on that port?{why}"
+                        f"no learner at {self._server} in {waited:.1f} s; is it running, on that port?"
+                        + (f": {why} (check ip= and port=)" if why else "")
                     )
+                reach = reach or Watch(self._host, self.config.port_number)  # a learner that answers is not probed
+                why = f"{reach.words} (check ip= and port=)" if reach.words else ""
                 on_wait(f"waiting for learner at {self._server} ({waited:.0f} s){why}")
             if link.refused is not None:
                 raise link.refused
