@@ -1,9 +1,9 @@
-"""The control loop's clock and its stop signal. Both are asked by the actor loop between ticks."""
+"""The control loop's clock and its stop signal, asked by the actor loop between ticks; its watchers' clock."""
 
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -72,3 +72,21 @@ class Pace:
             self._due += late
         else:
             time.sleep(-late)
+
+
+@contextmanager
+def repeated(name: str, seconds: float, look: Callable[[], None]) -> Iterator[None]:
+    """`look`, every so many seconds, on a thread of that name for as long as this lasts."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(seconds):
+            look()
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -7,12 +7,12 @@ and then the learner hears nothing of this actor any more.
 """
 
 import contextlib
-import threading
 from collections.abc import Iterator
 
 from serl_robot_infra.calls import Calls
 from serl_robot_infra.guard import RobotGuard
 from serl_robot_infra.observers.base import Observer
+from serl_robot_infra.pacing import repeated
 
 LIMIT_S = 0.5  # where no watchdog has another one
 RESET_S = 20.0  # homing and waiting for a scene to settle take their time
@@ -50,17 +50,6 @@ class CallWatch:
 @contextlib.contextmanager
 def watching_calls(calls: Calls, guard: RobotGuard, observer: Observer) -> Iterator[None]:
     """A CallWatch on a thread of its own for as long as this lasts; it looks ten times a limit."""
-    ended = threading.Event()
     watch = CallWatch(calls, guard, observer)
-
-    def run() -> None:
-        while not ended.wait(min(watch.limit_s / 10, 1.0)):
-            watch.look()
-
-    thread = threading.Thread(target=run, name="call-watch", daemon=True)
-    thread.start()
-    try:
+    with repeated("call-watch", min(watch.limit_s / 10, 1.0), watch.look):
         yield
-    finally:
-        ended.set()
-        thread.join()

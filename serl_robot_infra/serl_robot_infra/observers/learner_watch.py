@@ -8,10 +8,11 @@ person who demonstrates asks the learner nothing.
 
 import contextlib
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
+
+from serl_robot_infra.pacing import repeated
 
 SILENT_S = 4.0  # a learner that is there answers a heartbeat every second
 LOOK_S = 1.0
@@ -70,17 +71,5 @@ class LearnerWatch:
 @contextlib.contextmanager
 def watching(link: Heard, say: Callable[[str], None]) -> Iterator[None]:
     """A LearnerWatch on a thread of its own for as long as this lasts."""
-    ended = threading.Event()
-    watch = LearnerWatch(link, say)
-
-    def run() -> None:
-        while not ended.wait(LOOK_S):
-            watch.look()
-
-    thread = threading.Thread(target=run, name="learner-watch", daemon=True)
-    thread.start()
-    try:
+    with repeated("learner-watch", LOOK_S, LearnerWatch(link, say).look):
         yield
-    finally:
-        ended.set()
-        thread.join()
