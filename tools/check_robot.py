@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Check; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="as for run_actor.sh: task=so101 run=night1 ip=10.0.0.5")
-    parser.add_argument("--config-dir", metavar="FOLDER", help="a lab's own config folder (docs/robot.md)")
+    parser.add_argument("--config-dir", metavar="FOLDER", help="a lab's own config folder (docs/your_lab.md)")
     parser.add_argument("--move", action="store_true", help="the robot may be reset and stepped")
     parser.add_argument("--unattended", action="store_true", help="ask nobody to press keys")
     parser.add_argument("--remember", action="store_true", help="later checks compare the cameras with these pictures")

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="as for a run: policy=pi0 trainer.batch_size=32")
-    parser.add_argument("--config-dir", metavar="FOLDER", help="a lab's own config folder (docs/robot.md)")
+    parser.add_argument("--config-dir", metavar="FOLDER", help="a lab's own config folder (docs/your_lab.md)")
     parser.add_argument("--dataset", help="LeRobot dataset to check against the task: a folder or a hub name")
     parser.add_argument("--gpu-gb", type=float, help="memory of the device, default: this GPU's")
     parser.add_argument("--tflops", type=float, help="peak of the device, default: by this GPU's name")

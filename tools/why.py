@@ -29,7 +29,7 @@ from sources import config_of, run_of
 from serl_launcher.datasets import dataset
 from serl_launcher.datasets.folder import read_info, read_parquet
 from serl_launcher.learner import settings_check as settings
-from serl_launcher.learner.symptoms import Meaning, Rows, symptoms
+from serl_launcher.learner.symptoms import Meaning, Recording, symptoms
 from serl_launcher.run.config import plain, task_spec
 from serl_launcher.run.files import read_json
 from serl_launcher.run.paths import RunPaths
@@ -39,7 +39,7 @@ MODES, TIME = {"demo": 0, "online": 1, "eval": 2}, "complementary_info.time_ns"
 LOOKS, EPISODES = 3, 30  # pictures of an episode; episodes that are looked at
 
 
-def read_rows(rows: dataset.Rows, data: dataset.Dataset) -> tuple[Rows, np.ndarray | None]:
+def read_rows(rows: dataset.Rows, data: dataset.Dataset) -> tuple[Recording, np.ndarray | None]:
     """A dataset's rows as the checks take them, and each one's mode (0 demo, 1 online, 2 eval) where a run wrote it."""
     lengths = [len(episode) for episode in rows.episodes]
     chosen = np.unique(np.linspace(0, len(lengths) - 1, min(len(lengths), EPISODES)).round().astype(int))
@@ -55,7 +55,7 @@ def read_rows(rows: dataset.Rows, data: dataset.Dataset) -> tuple[Rows, np.ndarr
         time_ns = np.concatenate([read_parquet(file, [TIME])[TIME].to_numpy() for file in files])
     pictures = {camera: np.array(seen) for camera, seen in looks.items()}
     episode = np.repeat(np.arange(len(lengths)), lengths)
-    return Rows(rows.state, rows.action, episode, data.fps, pictures, time_ns), mode
+    return Recording(rows.state, rows.action, episode, data.fps, pictures, time_ns), mode
 
 
 def look(cfg: DictConfig, folder: Path, status: dict[str, Any]) -> list[str]:

@@ -25,9 +25,7 @@ class Troubles:
     def __init__(self, ingest: Ingest, progress: TrainerProgress) -> None:
         self._ingest, self._progress = ingest, progress
         self._roles: dict[str, str] = {}
-        self._told: float | None = (
-            None  # time.monotonic() of the last word, or of the first look; None: there is nobody
-        )
+        self._told: float | None = None  # time.monotonic() of its last word, at first of our first look; None: nobody
 
     def take(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> None:
         """The supervisor's `troubles`; no reply."""

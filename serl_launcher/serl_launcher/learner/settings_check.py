@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from serl_launcher.learner.symptoms import Finding, Rows
+from serl_launcher.learner.symptoms import Finding, Recording
 from serl_launcher.policies.checkpoint import Checkpoint
 from serl_launcher.policies.groot.assets import read_assets
 from serl_launcher.policies.groot.head import NEW_EMBODIMENT
@@ -68,7 +68,7 @@ def statistics(stats: Mapping[str, Any], key: str, values: np.ndarray) -> Iterat
         )
 
 
-def units(rows: Rows, spec: TaskSpec, policy: Units, of_checkpoint: bool) -> Iterator[Finding]:
+def units(rows: Recording, spec: TaskSpec, policy: Units, of_checkpoint: bool) -> Iterator[Finding]:
     """The data in the policy's units: a few ones wide around 0, or the network sees and says something else."""
     where = "policy.checkpoint (its statistics)" if of_checkpoint else "task.spec.{0}_low and {0}_high"
     for what, affine, values, names in (
@@ -107,7 +107,7 @@ def cameras_mapped(mapping: Mapping[str, str] | None, spec: TaskSpec) -> Iterato
             )
 
 
-def chunks(cfg: DictConfig, horizon: int | None, rows: Rows, spec: TaskSpec) -> Iterator[Finding]:
+def chunks(cfg: DictConfig, horizon: int | None, rows: Recording, spec: TaskSpec) -> Iterator[Finding]:
     """How chunks are executed, against what they hold."""
     execute = plain(cfg, "rollout.execute_horizon")
     if horizon is None:
@@ -164,7 +164,7 @@ def origin(cfg: DictConfig) -> Iterator[Finding]:
         yield Finding("another rate", told, "task.spec.control_hz")
 
 
-def motion(rows: Rows, mode: np.ndarray | None, moves: np.ndarray) -> Iterator[Finding]:
+def motion(rows: Recording, mode: np.ndarray | None, moves: np.ndarray) -> Iterator[Finding]:
     """What the policy did in evaluations beside the demonstrations of the same run; moves: dims that are rates."""
     if mode is None or not len(moves):
         return

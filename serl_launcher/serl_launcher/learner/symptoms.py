@@ -1,8 +1,8 @@
 """Why a policy that looks right does not move the robot: what recorded rows say against task and units, one check each.
 
-tools/why.py prints what `symptoms` finds. Pure functions of the rows (`Rows`) and the task: no file is read here and
-nothing is built. Each finding says what is wrong, the evidence in figures, and the key or file to change. Thresholds
-are wide on purpose: a clean set of demonstrations raises none of them (benchmarks/seeded_mistakes.py).
+tools/why.py prints what `symptoms` finds. Pure functions of a `Recording` and the task: no file is read, nothing is
+built. Each finding says what is wrong, the evidence in figures, and the key or file to change. Thresholds are wide on
+purpose: a clean set of demonstrations raises none of them (benchmarks/seeded_mistakes.py).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class Recording:
     """A dataset's rows in order; a picture is seen at some ticks only."""
 
     state: np.ndarray  # float32[n, s], physical
@@ -41,10 +41,10 @@ class Rows:
     pictures: Mapping[str, np.ndarray] = field(default_factory=dict)  # camera -> uint8[episodes, looks, h, w, 3]
     time_ns: np.ndarray | None = None  # int64[n], when each was captured
 
-    def part(self, which: np.ndarray) -> "Rows":
+    def part(self, which: np.ndarray) -> "Recording":
         """Some of the rows, bool[n]; the pictures stay."""
         time_ns = None if self.time_ns is None else self.time_ns[which]
-        return Rows(self.state[which], self.action[which], self.episode[which], self.fps, self.pictures, time_ns)
+        return Recording(self.state[which], self.action[which], self.episode[which], self.fps, self.pictures, time_ns)
 
     @property
     def inner(self) -> np.ndarray:
@@ -76,7 +76,7 @@ class Meaning:
         return cls(pairs, absolute, rates)
 
 
-def symptoms(rows: Rows, spec: TaskSpec, meaning: Meaning, max_speed: Mapping[str, float] | None) -> list[Finding]:
+def symptoms(rows: Recording, spec: TaskSpec, meaning: Meaning, max_speed: Mapping[str, float] | None) -> list[Finding]:
     """Every finding of the rows against the task. `max_speed`: task.safety.max_speed."""
     found = list(not_finite(rows, spec))
     if found or rows.inner.sum() < FEW:
@@ -98,7 +98,7 @@ def symptoms(rows: Rows, spec: TaskSpec, meaning: Meaning, max_speed: Mapping[st
     ]
 
 
-def not_finite(rows: Rows, spec: TaskSpec) -> Iterator[Finding]:
+def not_finite(rows: Recording, spec: TaskSpec) -> Iterator[Finding]:
     """NaN and Inf: one of them ends a training."""
     for what, values, names in (("state", rows.state, spec.state_names), ("action", rows.action, spec.action_names)):
         bad = np.argwhere(~np.isfinite(values))
@@ -111,7 +111,7 @@ def not_finite(rows: Rows, spec: TaskSpec) -> Iterator[Finding]:
             )
 
 
-def idle(rows: Rows, moved: np.ndarray) -> Iterator[Finding]:
+def idle(rows: Recording, moved: np.ndarray) -> Iterator[Finding]:
     """Ticks at which nothing moves: a policy that imitates them stands still."""
     still = ~moved.any(1) & rows.inner
     share = still.sum() / rows.inner.sum()
@@ -124,7 +124,7 @@ def idle(rows: Rows, moved: np.ndarray) -> Iterator[Finding]:
         )
 
 
-def stale_states(rows: Rows, span: np.ndarray) -> Iterator[Finding]:
+def stale_states(rows: Recording, span: np.ndarray) -> Iterator[Finding]:
     """A state that stays to the bit while the action goes on: sensed less often than it is recorded."""
     acts = (np.abs(np.diff(rows.action, axis=0)) > STILL * _span(rows.action)).any(1) & rows.inner
     kept = (rows.state[1:] == rows.state[:-1]).all(1)
@@ -137,7 +137,7 @@ def stale_states(rows: Rows, span: np.ndarray) -> Iterator[Finding]:
         )
 
 
-def lags(rows: Rows, spec: TaskSpec, meaning: Meaning, span: np.ndarray) -> Iterator[Finding]:
+def lags(rows: Recording, spec: TaskSpec, meaning: Meaning, span: np.ndarray) -> Iterator[Finding]:
     """A target leads the state. One that equals the state of its own tick, or of one before, says "stay"."""
     dims = [k for k in sorted(meaning.targets) if span[meaning.pairs[k]] > 0]
     if not dims:
@@ -163,7 +163,7 @@ def lags(rows: Rows, spec: TaskSpec, meaning: Meaning, span: np.ndarray) -> Iter
         )
 
 
-def kinds(rows: Rows, spec: TaskSpec, meaning: Meaning, span: np.ndarray) -> Iterator[Finding]:
+def kinds(rows: Recording, spec: TaskSpec, meaning: Meaning, span: np.ndarray) -> Iterator[Finding]:
     """Displacements where the task says positions, and positions where it says displacements."""
     after, before, action = rows.state[1:][rows.inner], rows.state[:-1][rows.inner], rows.action[:-1][rows.inner]
     wrong: dict[str, list[str]] = {"deltas": [], "positions": []}
@@ -190,7 +190,7 @@ def kinds(rows: Rows, spec: TaskSpec, meaning: Meaning, span: np.ndarray) -> Ite
         )
 
 
-def signs(rows: Rows, spec: TaskSpec, meaning: Meaning) -> Iterator[Finding]:
+def signs(rows: Recording, spec: TaskSpec, meaning: Meaning) -> Iterator[Finding]:
     """An action that drives its state the other way, in all episodes or in some."""
     for k, j in sorted(meaning.pairs.items()):
         each = [_effect(rows, k, j, k in meaning.targets, rows.episode == e) for e in np.unique(rows.episode)]
@@ -207,7 +207,7 @@ def signs(rows: Rows, spec: TaskSpec, meaning: Meaning) -> Iterator[Finding]:
             yield Finding("sign differs between episodes", told, "one convention for all recordings")
 
 
-def orders(rows: Rows, spec: TaskSpec, meaning: Meaning) -> Iterator[Finding]:
+def orders(rows: Recording, spec: TaskSpec, meaning: Meaning) -> Iterator[Finding]:
     """Targets that follow another state than their own: joints in another order."""
     dims = sorted(meaning.targets)
     if len(dims) < 2:
@@ -224,7 +224,7 @@ def orders(rows: Rows, spec: TaskSpec, meaning: Meaning) -> Iterator[Finding]:
         yield Finding("order of the dims", told, "task.spec.action_names and state_names in the order of the columns")
 
 
-def scales(rows: Rows, spec: TaskSpec, meaning: Meaning, span: np.ndarray) -> Iterator[Finding]:
+def scales(rows: Recording, spec: TaskSpec, meaning: Meaning, span: np.ndarray) -> Iterator[Finding]:
     """Targets in another unit than the state that they command."""
     commanded = _span(rows.action)
     for k in sorted(meaning.targets):
@@ -234,7 +234,7 @@ def scales(rows: Rows, spec: TaskSpec, meaning: Meaning, span: np.ndarray) -> It
             yield Finding("scale", told, "one unit for state and action (a gripper of 0 to 1 or of 0 to 100)")
 
 
-def limits(rows: Rows, spec: TaskSpec) -> Iterator[Finding]:
+def limits(rows: Recording, spec: TaskSpec) -> Iterator[Finding]:
     """Recorded actions beyond the task's limits are cut off by safety and policy; far within them they are nothing."""
     low, high = np.array(spec.action_low), np.array(spec.action_high)
     slack = 0.01 * (high - low)
@@ -260,7 +260,7 @@ def limits(rows: Rows, spec: TaskSpec) -> Iterator[Finding]:
             )
 
 
-def speeds(rows: Rows, spec: TaskSpec, meaning: Meaning, max_speed: Mapping[str, float]) -> Iterator[Finding]:
+def speeds(rows: Recording, spec: TaskSpec, meaning: Meaning, max_speed: Mapping[str, float]) -> Iterator[Finding]:
     """Demonstrations faster than safety lets the policy be."""
     for name, limit in max_speed.items():
         if name not in spec.action_names:
@@ -275,7 +275,7 @@ def speeds(rows: Rows, spec: TaskSpec, meaning: Meaning, max_speed: Mapping[str,
             yield Finding("clipped actions", told, f"task.safety.max_speed.{name}, or record more slowly")
 
 
-def late_ticks(rows: Rows) -> Iterator[Finding]:
+def late_ticks(rows: Recording) -> Iterator[Finding]:
     """Ticks that took longer than the rate that the dataset names."""
     if rows.time_ns is None:
         return
@@ -285,7 +285,7 @@ def late_ticks(rows: Rows) -> Iterator[Finding]:
         yield Finding("ticks late", told, "task.spec.control_hz, or what slows the actor down (cameras, rollout.video)")
 
 
-def cameras(rows: Rows) -> Iterator[Finding]:
+def cameras(rows: Recording) -> Iterator[Finding]:
     """Pictures without content, that do not change, that are another camera's."""
     for camera, seen in rows.pictures.items():
         flat = np.array([looks.std() < 1 for looks in seen])
@@ -341,14 +341,14 @@ def _corr(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def _effect(rows: Rows, k: int, j: int, target: bool, part: np.ndarray) -> float:
+def _effect(rows: Recording, k: int, j: int, target: bool, part: np.ndarray) -> float:
     """Correlation of an action with what its state does, within one episode."""
     here = part[1:] & part[:-1]
     after, before, action = rows.state[1:, j][here], rows.state[:-1, j][here], rows.action[:-1, k][here]
     return _corr(action, after if target else after - before) if here.sum() > 5 else 0.0
 
 
-def _error_at(rows: Rows, dims: Sequence[int], states: Sequence[int], lag: int) -> np.ndarray:
+def _error_at(rows: Recording, dims: Sequence[int], states: Sequence[int], lag: int) -> np.ndarray:
     """float[dims]: mean |action[t] − state[t + lag]| within episodes."""
     n, shift = len(rows.state), abs(lag)
     first, second = (slice(0, n - shift), slice(shift, n)) if lag >= 0 else (slice(shift, n), slice(0, n - shift))

@@ -35,10 +35,7 @@ MIN_FREE_MB = 500
 PORT_PATIENCE_S = 5.0
 # What makes the recorded data and the parameters of a run usable; the rest may change from one start to the next.
 IDENTITY = ("task.name", "task.spec", "policy")
-NOTED = (
-    "task.env",
-    "code",
-)  # a camera's serial number, an address, a lab's package: worth a line, and the user's to judge
+NOTED = ("task.env", "code")  # a serial number, an address, a lab's package: worth a line, and the user's to judge
 # What a start leaves that never got data, made for its task and policy.
 UNUSED = ("journal", "params", "checkpoints", "dataset", "metrics", "stage_progress.json")
 
