@@ -4,7 +4,7 @@
     python examples/train_rlpd.py learner=true [algo= policy= task= schedule= checkpoint_path= any.key=value]
 
 The run scripts of examples/experiments/ and start.sh call it. --dry-run prints the resolved config and ends.
---config-dir FOLDER: a lab's own groups and package (docs/robot.md).
+--config-dir FOLDER: a lab's own groups and package (docs/your_lab.md).
 Exit codes: 0 done, 2 a mistake of the user (one message on stderr), 3 gave up (said why), 130 interrupted.
 """
 

@@ -32,7 +32,7 @@ USAGE = """start.sh [--no-tmux] [--stop] [--config-dir FOLDER] [overrides]
   (nothing)    the quick start: actor and learner on this machine, in two tmux panes when there is a terminal
   --no-tmux    both in this terminal, lines prefixed [actor] and [learner]
   --stop       end everything that start.sh started from this checkout (one run of it: --stop run=<name>)
-  --config-dir FOLDER   groups and a package of your own, outside this checkout (docs/robot.md)
+  --config-dir FOLDER   groups and a package of your own, outside this checkout (docs/your_lab.md)
   overrides    any key of config/base.yaml, such as  run=night1 seed=3 task=pick_gym_hil schedule.stages.3.steps=4000
 A run that was interrupted goes on where it was; a finished one of the same name is moved aside."""
 ACTOR_GOODBYE_S = 30.0  # the learner's schedule has told the actor to stop; it delivers what it holds
