@@ -4,9 +4,9 @@
     python tools/audit_reward.py runs/night1 [--model runs/night1/reward] [--relabel labels.json] [--mode eval]
 
 Prints each disagreement and the counts of false positives and negatives; writes reward_audit.json into the run folder.
-`--relabel`: {"episode id": true | false}, a person's word on some episodes. It is kept in the run's relabelled.json,
-with who and when, and counts as the truth from then on: here, in train_reward.sh, and for what the run learns from its
-next start on. The journal is never changed. Exit codes: 0 done, 2 a mistake of the user.
+`--relabel`: {"episode id": true | false}, a person's word on some episodes. It is kept in the run's acts.jsonl, with
+who and when, as by `tools/operate.py verdict`, and counts as the truth from then on: here, in train_reward.sh, and for
+what the run learns, at once where it goes on. The journal is never changed. Exit codes: 0 done, 2 a mistake here.
 """
 
 import needs_learner  # noqa: F401
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> int:
     show(rows)
     if words:
         print(f"{relabelled.path}: {len(words)} episodes relabelled. train_reward.sh learns from these labels, and the")
-        print("  run itself from its next start on: a failure is imitated no longer, a success is")
+        print("  run itself, at once where it goes on: a failure is imitated no longer, a success is")
     table = [asdict(row) | {"verdict": row.verdict} for row in rows]
     (args.run / "reward_audit.json").write_text(json.dumps(table, indent=1))
     print(f"{args.run / 'reward_audit.json'}: every episode; correct some with --relabel")
