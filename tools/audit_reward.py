@@ -12,9 +12,7 @@ what the run learns, at once where it goes on. The journal is never changed. Exi
 import needs_learner  # noqa: F401
 
 import argparse
-import getpass
 import json
-import os
 import statistics
 import sys
 from collections.abc import Iterator, Mapping
@@ -30,6 +28,7 @@ from serl_launcher.rewards.judging import balanced_accuracy, confusion, episode_
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, load
 from serl_launcher.run.config import task_spec
 from serl_launcher.run.foreign import foreign_config
+from serl_launcher.run.record import user
 from serl_transport.contract.bounds import printable
 from serl_transport.contract.schema import DISCARD, Episode
 from serl_transport.contract.specs import TaskSpec
@@ -107,7 +106,7 @@ def main(argv: list[str]) -> int:
     try:
         spec = task_spec(foreign_config(args.run, "task.spec"))  # first: it looks where the folder's links lead
         words, relabelled = read_words(args.relabel) if args.relabel else {}, Relabelled(args.run)
-        relabelled.add(words, _login(), datetime.now(UTC).isoformat(timespec="seconds"))
+        relabelled.add(words, user(), datetime.now(UTC).isoformat(timespec="seconds"))
         rows = list(audit(args.run, spec, load(args.model or args.run / "reward"), relabelled, words, args.mode))
         if words:
             relabelled.save()
@@ -135,13 +134,6 @@ def read_words(path: Path) -> dict[str, bool]:
     if wrong or not isinstance(words, dict):
         raise ValueError(f"{expected}, got {json.dumps(wrong)[:80]}")
     return words
-
-
-def _login() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        return str(os.getuid())
 
 
 def show(rows: list[Row]) -> None:

@@ -19,7 +19,7 @@ from serl_launcher.run.acts import ActsLedger
 from serl_launcher.run.files import DamagedFileError, read_sealed
 from serl_launcher.run.in_force import Word
 from serl_launcher.run.paths import RunPaths
-from serl_transport.contract.schema import DISCARD, Episode
+from serl_transport.contract.schema import DISCARD, Episode, Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,27 +97,36 @@ class Relabelled:
         return self._by_key.get(key)
 
     def correct(self, episode: Episode) -> Episode:
-        """The episode as if the person had pressed the key for success, failure or discard at its last tick.
-
-        A success gets what its rewards lack to 1, so that stages already paid are not paid twice; a failure gets 0.
-        """
-        word, outcome = self.words.get(episode.info.episode_id), episode.outcome
+        """The episode by what a person said of it: a success or failure as `corrected` has it, or discarded."""
+        word = self.words.get(episode.info.episode_id)
         if word is None:
             return episode
-        success, arrays = as_said(word, outcome.success, episode.arrays)
         if word.success is not None:
-            stays = success == outcome.success or outcome.truncated_by == DISCARD
-            cut = outcome.truncated_by if stays else None
-            outcome = replace(outcome, success=success, success_source="human", truncated_by=cut)
+            episode = corrected(episode, word.success)
         if word.use == "discard":
-            outcome = replace(outcome, truncated_by=DISCARD)
-        return replace(episode, outcome=outcome, arrays=arrays)
+            episode = replace(episode, outcome=replace(episode.outcome, truncated_by=DISCARD))
+        return episode
+
+
+def corrected(episode: Episode, success: bool) -> Episode:
+    """The episode as if a person had pressed the key for success or failure at its last tick.
+
+    A success gets what its rewards lack to 1, so that stages already paid are not paid twice; a failure gets 0. What
+    was thrown away at the robot stays so.
+    """
+    outcome = episode.outcome
+    stays = success == outcome.success or outcome.truncated_by == DISCARD
+    return replace(
+        episode,
+        outcome=Outcome(success, "human", outcome.truncated_by if stays else None),
+        arrays=as_said(Word(success), outcome.success, episode.arrays)[1],
+    )
 
 
 def as_said(
     word: Word | None, success: bool, arrays: Mapping[str, np.ndarray]
 ) -> tuple[bool, Mapping[str, np.ndarray]]:
-    """An episode's success and its columns (those that are given of n rows each) by a person's word."""
+    """An episode's success and its columns (those that are given, of n rows each) by a person's word."""
     if word is None or word.success in (None, success):
         return success, arrays
     reward = np.clip(1 - arrays["next.reward"][:-1].sum(), 0, 1) if word.success else 0

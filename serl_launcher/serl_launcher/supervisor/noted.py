@@ -3,8 +3,6 @@
 An operator's stop ends with it; pauses, verdicts, settings and a pinned version go on.
 """
 
-import getpass
-import os
 from collections.abc import Iterator
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,21 +11,14 @@ from serl_launcher.run.acts import ActsLedger
 from serl_launcher.run.in_force import InForce
 from serl_launcher.run.live_settings import in_force
 from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.record import user
 
 
-def note_start(paths: RunPaths, cfg: DictConfig) -> list[str]:
+def start_act(paths: RunPaths, cfg: DictConfig) -> list[str]:
     """Keep the start in the ledger of acts; lines for the screen. OSError: it cannot be written."""
     ledger = ActsLedger(paths.root)
-    ledger.append({"act": "start"}, by=login())
+    ledger.append({"act": "start"}, by=user())
     return list(_holds(ledger.state, cfg))
-
-
-def login() -> str:
-    """Whoever runs this process."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        return str(os.getuid())
 
 
 def _holds(state: InForce, cfg: DictConfig) -> Iterator[str]:
