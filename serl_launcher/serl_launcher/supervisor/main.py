@@ -8,6 +8,7 @@ import sys
 
 from omegaconf import DictConfig
 
+from serl_launcher.run.console import lay_out
 from serl_launcher.supervisor.demos import import_demos
 from serl_launcher.supervisor.roles import roles_for
 from serl_launcher.supervisor.run_folder import RunError, prepare
@@ -43,6 +44,13 @@ def main(cfg: DictConfig) -> int:
             print(warning)
         print(f"{folder.state} run {folder.paths.root}, ports {cfg.port} and {cfg.broadcast_port}", flush=True)
         try:
+            console = lay_out(cfg, folder.paths)
+        except (ValueError, OSError) as problem:
+            print(f"learner: {problem}", file=sys.stderr)
+            return USER_MISTAKE
+        if console:
+            print(f"console: {console.url}", flush=True)
+        try:
             if cfg.demos and (code := import_demos(folder.paths)):
                 return code
         except KeyboardInterrupt:
@@ -53,6 +61,7 @@ def main(cfg: DictConfig) -> int:
             roles_for(cfg, folder.paths, folder.stages),
             dashboard_period_s=cfg.telemetry.dashboard_period_s,
             ends=bool(folder.stages),
+            console=console.url if console else None,
         )
         return supervisor.run()
 

@@ -360,12 +360,12 @@ def test_a_broken_config_file_is_named(compose):
 @pytest.mark.parametrize(
     ("overrides", "roles"),
     [
-        ([], ["gateway", "policy", "exporter", "trainer"]),
-        (["schedule=data_collection"], ["gateway", "exporter"]),
-        (["schedule=sft"], ["gateway", "exporter", "trainer"]),
-        (["schedule=reject_sampling"], ["gateway", "policy", "exporter", "trainer"]),
+        ([], ["gateway", "policy", "exporter", "console", "trainer"]),
+        (["schedule=data_collection"], ["gateway", "exporter", "console"]),
+        (["schedule=sft", "console.port=null"], ["gateway", "exporter", "trainer"]),
+        (["schedule=reject_sampling"], ["gateway", "policy", "exporter", "console", "trainer"]),
         # Nothing is published yet: the trainer publishes the first version.
-        (["schedule=eval"], ["gateway", "policy", "exporter", "trainer"]),
+        (["schedule=eval"], ["gateway", "policy", "exporter", "console", "trainer"]),
     ],
 )
 def test_a_schedule_starts_the_roles_that_it_needs(compose, overrides, roles):

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 ROLES = ("actor", "operator")
 ACTOR_KINDS = frozenset({"hello", "heartbeat", "data", "infer", "request"})
-OPERATOR_REQUESTS = frozenset({"pause", "resume", "publish", "stop"})
+OPERATOR_REQUESTS = frozenset({"pause", "resume", "publish", "stop", "drive"})
 CHECK_S = 1.0
 
 
