@@ -4,11 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 LATE_S = 4.0  # the gateway writes its status every second
+ASKED = "waiting for the operator"  # as an actor says it
 SILENT_S = 5.0  # an actor says something every second
 
 
-def alarms(status: Mapping[str, Any], silent_s: float) -> list[dict[str, str]]:
-    """`[{who, text}]`, the gravest first; silent_s: for how long the gateway has told nothing new."""
+def alarms(status: Mapping[str, Any], silent_s: float) -> list[dict[str, Any]]:
+    """`[{who, text}]`, the gravest first; silent_s: for how long the gateway has told nothing new.
+
+    `asks: True` with those that are no fault: a robot that waits for its person.
+    """
     found = []
     if not status:
         return [{"who": "learner", "text": "has told nothing yet"}]
@@ -21,8 +25,9 @@ def alarms(status: Mapping[str, Any], silent_s: float) -> list[dict[str, str]]:
     found += [{"who": name, "text": str(text)} for name, text in (status.get("troubles") or {}).items()]
     for name, actor in sorted((status.get("actors") or {}).items()):
         if text := _of_actor(actor, bool(status.get("done"))):
-            found.append({"who": name, "text": text})
-    return found
+            asks = {"asks": True} if text.startswith(ASKED) else {}
+            found.append({"who": name, "text": text, **asks})
+    return sorted(found, key=lambda alarm: alarm.get("asks", False))
 
 
 def _of_actor(actor: Mapping[str, Any], done: bool) -> str | None:

@@ -148,6 +148,7 @@ def test_alarms():
     actors = {
         "a": {"trouble": "e-stop pressed", "last_seen_s": 0.2},
         "b": {"trouble": None, "last_seen_s": 9.0},
+        "b2": {"trouble": "waiting for the operator: no gamepad", "last_seen_s": 0.2},
         "c": {"left": "done", "last_seen_s": 99.0},
     }
     status = {
@@ -158,8 +159,10 @@ def test_alarms():
     }
     assert [f"{alarm['who']} {alarm['text']}" for alarm in alarms(status, 0.0)] == [
         "disk the disk is full", "trainer room", "policy x", "a e-stop pressed", "b silent for 9 s", "c has left: done",
+        "b2 waiting for the operator: no gamepad",
     ]  # fmt: skip
-    assert [alarm["who"] for alarm in alarms(status | {"done": True}, 0.0)][-1] == "b"
+    assert [alarm["who"] for alarm in alarms(status, 0.0) if alarm.get("asks")] == ["b2"]
+    assert "c" not in [alarm["who"] for alarm in alarms(status | {"done": True}, 0.0)]
     assert alarms({}, 0.0)[0]["text"] == "has told nothing yet"
 
 

@@ -57,7 +57,7 @@ export function showLive({ status, live }) {
     const who = { operator: "a person drives", policy: `policy v${actor.policy_version} drives` }[driver] || (actor.left ? "has left" : "nobody drives");
     if (card.badge.textContent !== who) card.badge.textContent = who;
     card.badge.className = `badge ${driver || "idle"}`;
-    const says = actor.left || actor.trouble || (view.age_s > OLD_S ? null : view.says);
+    const says = actor.left || (view.age_s <= OLD_S ? view.says : actor.trouble);
     card.says.hidden = !says;
     card.says.textContent = says || "";
     showPictures(card, name, view);

@@ -10,7 +10,7 @@ import { showRows } from "./ledger.js";
 const state = { status: {}, metrics: {}, alarms: [], live: {}, hands: {}, connected: false };
 
 function showRun() {
-  const s = state.status, stage = s.stage || {}, trouble = state.alarms.length;
+  const s = state.status, stage = s.stage || {}, trouble = state.alarms.filter((alarm) => !alarm.asks).length;
   document.title = `${trouble ? `⚠ ${trouble} · ` : ""}${s.run || "FlowSERL"} console`;
   $("run").textContent = s.run || "console";
   const goals = [["steps", stage.steps, stage.steps_goal], ["episodes", stage.episodes, stage.episodes_goal]].filter(([, , goal]) => goal);
@@ -26,7 +26,8 @@ function showRun() {
 function showAlarms() {
   const all = state.connected ? state.alarms : [{ who: "console", text: "does not answer: what you see is old" }, ...state.alarms];
   $("alarms").hidden = !all.length;
-  $("alarms").replaceChildren(...all.map(({ who, text }) => h("p", {}, h("strong", {}, `⚠ ${who} `), text)));
+  $("alarms").className = all.every((alarm) => alarm.asks) ? "asks" : "";
+  $("alarms").replaceChildren(...all.map(({ who, text, asks }) => h("p", { className: asks ? "asks" : "" }, h("strong", {}, `⚠ ${who} `), text)));
 }
 
 function showFigures() {
