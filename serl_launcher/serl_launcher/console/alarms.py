@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 LATE_S = 4.0  # the gateway writes its status every second
-ASKED = "waiting for the operator"  # as an actor says it
+ASKED = ("waiting for the operator", "set the scene, then press")  # as an actor says it
 SILENT_S = 5.0  # an actor says something every second
 
 
@@ -25,7 +25,7 @@ def alarms(status: Mapping[str, Any], silent_s: float) -> list[dict[str, Any]]:
     found += [{"who": name, "text": str(text)} for name, text in (status.get("troubles") or {}).items()]
     for name, actor in sorted((status.get("actors") or {}).items()):
         if text := _of_actor(actor, bool(status.get("done"))):
-            asks = {"asks": True} if text.startswith(ASKED) else {}
+            asks = {"asks": True} if any(words in text for words in ASKED) else {}
             found.append({"who": name, "text": text, **asks})
     return sorted(found, key=lambda alarm: alarm.get("asks", False))
 

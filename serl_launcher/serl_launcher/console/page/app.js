@@ -38,7 +38,7 @@ function showFigures() {
   list($("policy"), "Policy", [
     ["version trained", `v${trainer.version ?? "–"}, step ${trainer.step ?? "–"}`],
     ["version served", serving.alive ? `v${serving.version ?? "–"}` : "nobody serves"],
-    ...Object.entries(s.actors || {}).map(([name, a]) => [`on ${name}`, a.policy_version >= 0 ? `v${a.policy_version}, ${age(a.version_age_s)} old` : "none yet"]),
+    ...Object.entries(s.actors || {}).map(([name, a]) => [`on ${name}`, a.policy_version < 0 ? "none yet" : `v${a.policy_version}${a.version_age_s == null ? "" : `, ${age(a.version_age_s)} old`}`]),
     ["success without help", rates.success_rate == null ? "–" : `${percent(rates.success_rate)} [${percent(rates.success_low)}, ${percent(rates.success_high)}]`],
     ["helped episodes", percent(rates.intervention_rate)],
     ...evaluations,
