@@ -177,7 +177,8 @@ class PolicyServer:
         now = time.monotonic()
         if now - self._reported >= REPORT_S:
             self._reported = now
-            self._link.serving(version=self._engine.version, **self._figures.to_body(len(self._queue)))
+            chunk = self._engine.policy.valid_horizon  # ticks; the GR00T server tells its clients
+            self._link.serving(version=self._engine.version, chunk=chunk, **self._figures.to_body(len(self._queue)))
 
 
 def _deadline_s(body: dict) -> float:
