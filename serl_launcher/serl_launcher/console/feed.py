@@ -1,6 +1,6 @@
 """What the page shows, read from the run folder: once a second while somebody looks, on a thread of its own.
 
-    status.json, episodes.jsonl, acceptance.jsonl, relabelled.json, metrics/trainer.jsonl, videos/ ─▶ look()
+    status.json, episodes.jsonl, acceptance.jsonl, acts.jsonl, metrics/trainer.jsonl, videos/ ─▶ look()
     look() ─▶ parts, each with a number that grows when it changes ─▶ since(number) ─▶ each page what it has not got
 
 Files only: the gateway, the trainer and a full disk do not know that somebody looks.
@@ -15,20 +15,26 @@ from typing import Any
 from serl_launcher.console.alarms import alarms
 from serl_launcher.console.curves import of_episodes, of_metrics
 from serl_launcher.console.tail import Tail
+from serl_launcher.replay.relabelled import Relabelled
+from serl_launcher.run.acts import ActsLedger
 from serl_launcher.run.files import read_json
 from serl_launcher.run.paths import RunPaths
 
-EPISODES, METRICS = 3000, 4000  # rows that are kept and shown
+EPISODES, METRICS, ACTS = 3000, 4000, 40  # rows that are kept and shown
 LONGEST_LOOK_S = 2.0  # a console that was itself stopped finds nobody silent when it goes on
 
 
 class Feed:
-    """One run's. `look` may be called from any thread, one at a time; `since` from another."""
+    """One run's. `look` may be called from any thread, one at a time; `since` from another.
+
+    ValueError: a word of an older release (relabelled.json) cannot be read.
+    """
 
     def __init__(self, paths: RunPaths) -> None:
         self._paths = paths
         self._episodes, self._verdicts = Tail(paths.episodes), Tail(paths.acceptance)
         self._metrics = Tail(paths.metrics / "trainer.jsonl")
+        self._relabelled, self._acts = Relabelled(paths.root), ActsLedger(paths.root)
         self._rows: dict[int, dict[str, Any]] = {}  # ordinal -> row of the page's ledger, oldest first
         self._judged: dict[int, dict[str, Any]] = {}  # ordinal -> its newest verdict
         self._steps: deque[dict[str, Any]] = deque(maxlen=METRICS)
@@ -43,7 +49,8 @@ class Feed:
         """Read what is new. OSError does not come out: what cannot be read is as it was."""
         self._next = self._number + 1
         self._look_at_status()
-        videos, labels = self._list_videos(), read_json(self._paths.relabelled) or {}
+        videos = self._list_videos()
+        self._relabelled.refresh()
         replaced, lines = self._episodes.read()
         if replaced:
             self._rows.clear()
@@ -51,11 +58,12 @@ class Feed:
         rows = {line["ordinal"]: _row(line) for line in lines if _is_row(line)}
         self._rows |= rows
         self._drop_old()
-        news |= {n for n, row in self._rows.items() if self._decorate(row, videos, labels)}
+        news |= {n for n, row in self._rows.items() if self._decorate(row, videos)}
         self._changed |= {n: self._next for n in news if n in self._rows}
         if news or replaced:
             self._put("curves", of_episodes(self._rows.values()))
         self._look_at_metrics()
+        self._put("acts", [_act(row) for row in self._acts.rows[-ACTS:]][::-1])
         self._number = self._next
 
     def since(self, number: int) -> tuple[int, dict[str, Any]]:
@@ -99,15 +107,15 @@ class Feed:
         self._judged |= {line["ordinal"]: line for line in lines}
         return {line["ordinal"] for line in lines}
 
-    def _decorate(self, row: dict[str, Any], videos: Mapping[str, str], labels: Mapping[str, Any]) -> bool:
+    def _decorate(self, row: dict[str, Any], videos: Mapping[str, str]) -> bool:
         """Verdict, video and a person's later word, from other files; has anything changed?"""
-        verdict, label = self._judged.get(row["n"]) or {}, labels.get(row["id"])
+        verdict, word = self._judged.get(row["n"]) or {}, self._relabelled.words.get(row["id"])
         now = {
             "accepted": verdict.get("accepted"),
             "reason": verdict.get("reason"),
             "rule": verdict.get("rule"),
             "video": row["id"] in videos,
-            "label": label if isinstance(label, dict) else None,
+            "word": None if word is None else {"success": word.success, "use": word.use, "by": word.by},
         }
         changed = any(row.get(key) != value for key, value in now.items())
         row |= now
@@ -126,6 +134,15 @@ class Feed:
             names = []
         self.videos = {name.rpartition("-")[0]: name for name in names}
         return self.videos
+
+
+def _act(row: Mapping[str, Any]) -> dict[str, str]:
+    """One line of acts.jsonl for the page's list."""
+    said = [f"{key} {value}" for key, value in row.items() if key not in _OF_EVERY and value is not None]
+    return {"n": row["n"], "time": row.get("time", ""), "by": row.get("by", ""), "text": " ".join([row["act"], *said])}
+
+
+_OF_EVERY = ("n", "id", "time", "by", "act", "goals", "trains")
 
 
 def _is_row(line: Mapping[str, Any]) -> bool:

@@ -14,10 +14,11 @@ from serl_transport import TrainerClient, TrainerConfig
 from serl_transport.contract.errors import Refused
 
 TIMEOUT_MS = 3000
+ACT_MS = 60_000  # `serve` compares the checksum of a version, which may be large
 
 
 class ConsoleOperator:
-    """One connection, opened by the first request. Thread-safe; every call may wait for TIMEOUT_MS."""
+    """One connection, opened by the first request. Thread-safe; calls wait, for TIMEOUT_MS or, an act, ACT_MS."""
 
     def __init__(self, name: str, host: str, config: TrainerConfig) -> None:
         self._name, self._host, self._config = name, host, config
@@ -34,7 +35,8 @@ class ConsoleOperator:
 
     def request(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
         """The gateway's answer. Raises its typed WireError, or Refused where this console has no key to act by."""
-        return self._connected().request(kind, payload, timeout_ms=TIMEOUT_MS)
+        timeout_ms = TIMEOUT_MS if kind == "drive" else ACT_MS
+        return self._connected().request(kind, payload, timeout_ms=timeout_ms)
 
     def close(self) -> None:
         """Hang up."""

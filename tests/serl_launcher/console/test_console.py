@@ -17,6 +17,7 @@ from serl_launcher.console.feed import Feed
 from serl_launcher.console.operator import ConsoleOperator
 from serl_launcher.console.tail import Tail
 from serl_launcher.run import console as place_of
+from serl_launcher.run.acts import ActsLedger
 from serl_launcher.run.console import ConsolePlace, check_console, lay_out
 from serl_launcher.run.paths import RunPaths
 from serl_transport.config import TrainerConfig
@@ -123,9 +124,15 @@ def test_a_page_gets_what_has_changed_and_nothing_twice(paths):
     paths.acceptance.write_text(json.dumps({"ordinal": 0, "accepted": False, "reason": "short", "rule": "R"}) + "\n")
     paths.metrics.mkdir()
     (paths.metrics / "trainer.jsonl").write_text('{"step": 1, "losses/flow": 0.5, "replay/chunks": 7}\n')
+    ActsLedger(paths.root).append({"act": "verdict", "episode_id": "online-1", "word": "failure"}, by="ann")
     feed.look()
     number, news = feed.since(number)
-    assert [(row["n"], row["accepted"], row["reason"]) for row in news["rows"]] == [(0, False, "short")]
+    assert [(row["n"], row["accepted"], row["reason"]) for row in news["rows"]] == [
+        (0, False, "short"),
+        (1, None, None),
+    ]
+    assert news["rows"][1]["word"] == {"success": False, "use": None, "by": "ann"}
+    assert news["acts"][0]["text"] == "verdict episode_id online-1 word failure"
     assert news["losses"] == {"losses/flow": [[1, 0.5]]}
     assert news["metrics"]["replay/chunks"] == 7
 
@@ -235,6 +242,7 @@ def test_an_act_reaches_the_gateway_and_a_refusal_the_person(paths):
 
         status, told = await act(request="pause", payload={}, person="ann")
         assert (status, told["reply"]["operator"]["paused"]) == (200, True)
+        assert told["reply"]["act"]["by"] == "ann (console)"
         status, told = await act(request="fly", payload={}, person="ann")
         assert status == 409
         assert "no request 'fly'" in told["error"]

@@ -28,7 +28,7 @@ export function showActors({ status, hands }) {
   const known = Object.keys(status.actors || {}).sort();
   for (const [name, card] of cards) if (!known.includes(name)) { card.root.remove(); cards.delete(name); }
   for (const name of known) {
-    const card = cardOf(name), subject = { actor: name, ...status.actors[name] };
+    const card = cardOf(name), subject = { actor: name, operator: status.operator };
     card.acts.replaceChildren(...buttons("actor", subject));
     drive.show(name, hands[name]);
   }

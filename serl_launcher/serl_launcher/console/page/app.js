@@ -1,7 +1,7 @@
 // The page: one websocket, what comes in goes to the part that shows it. Nothing is asked for twice.
 
 import { showActors, showLive } from "./actors.js";
-import { buttons } from "./acts.js";
+import { buttons, forms } from "./acts.js";
 import { draw } from "./charts.js";
 import { $, age, h, list, number, percent } from "./dom.js";
 import { drive } from "./drive.js";
@@ -16,7 +16,10 @@ function showRun() {
   const goals = [["steps", stage.steps, stage.steps_goal], ["episodes", stage.episodes, stage.episodes_goal]].filter(([, , goal]) => goal);
   const [unit, done, goal] = goals.sort((a, b) => (a[1] || 0) / a[2] - (b[1] || 0) / b[2])[0] || [];
   const said = s.done ? "every stage is done" : stage.name ? `stage ${stage.index + 1} ${stage.name} (${stage.mode})` : "idle";
-  const paused = s.operator?.paused ? " · PAUSED: actors wait between episodes" : "";
+  const o = s.operator || {}, paused = [
+    o.paused && `PAUSED by ${o.paused_by}: actors wait between episodes`, o.training_paused && `TRAINING PAUSED by ${o.training_paused}`,
+    Number.isInteger(o.served) && `version ${o.served} is pinned`,
+  ].filter(Boolean).map((text) => ` · ${text}`).join("");
   $("stage").textContent = `${said}${goal ? ` · ${done || 0}/${goal} ${unit}` : ""}${paused}`;
   $("progress").hidden = !goal || s.done;
   if (goal) $("progress").value = Math.min(1, (done || 0) / goal);
@@ -70,6 +73,11 @@ function showLosses(losses) {
   draw($("chart-losses"), lines, { x: "step" });
 }
 
+function showActs(acts) {
+  const line = ({ n, time, by, text }) => h("li", { value: n }, `${new Date(time).toLocaleTimeString([], { hour12: false })} `, h("strong", {}, by), ` ${text}`);
+  $("done").replaceChildren(...(acts.length ? acts.map(line) : [h("li", { className: "quiet" }, "nothing yet")]));
+}
+
 function take(news) {
   if (news.beat) drive.beaten(news.beat);
   for (const key of ["status", "metrics", "alarms", "hands"]) if (news[key]) state[key] = news[key];
@@ -81,6 +89,7 @@ function take(news) {
   if (news.ages) showLive(state);
   if (news.curves) showCurves(news.curves);
   if (news.losses) showLosses(news.losses);
+  if (news.acts) showActs(news.acts);
   if (news.rows) showRows(news.rows);
 }
 
@@ -101,4 +110,5 @@ $("person").value = localStorage.getItem("person") || "";
 $("person").onchange = () => localStorage.setItem("person", $("person").value.trim());
 showCurves({ success: [], help: [], return: [] });
 showLosses({});
+$("forms").replaceChildren(...forms());
 connect();

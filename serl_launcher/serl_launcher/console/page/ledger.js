@@ -9,41 +9,47 @@ let shown = PAGE;
 
 const KINDS = {
   success: (r) => r.ok, failure: (r) => !r.ok && r.cut !== "discard", helped: (r) => r.mode !== "demo" && r.help > 0,
-  accepted: (r) => r.accepted === true, rejected: (r) => r.accepted === false, discarded: (r) => r.cut === "discard",
+  accepted: (r) => imitated(r)[1], rejected: (r) => imitated(r)[0] && !imitated(r)[1], discarded: (r) => r.cut === "discard" || r.word?.use === "discard",
   eval: (r) => r.mode === "eval", video: (r) => r.video,
 };
 
 function outcome(row) {
-  const label = row.label && row.label.success !== undefined ? ` → ${row.label.success ? "success" : "failure"} (${row.label.by})` : "";
+  const word = row.word, said = word && word.success !== null;
+  const label = said ? ` → ${word.success ? "success" : "failure"}, said ${word.by}` : "";
   if (row.cut === "discard") return [`discarded${label}`, "quiet"];
   if (row.ok) return [`success${label}`, "good"];
   return [`${row.cut ? row.cut.replace("_", " ") : "failure"}${label}`, "bad"];
 }
 
-function play(row) {
-  const dialog = $("video"), video = dialog.querySelector("video");
-  $("video-name").textContent = `${row.id}: ${outcome(row)[0]}`;
-  video.src = `/video/${encodeURIComponent(row.id)}`;
+/** Is it learned from, in a word, and why. A person's word comes before the rule's. */
+function imitated(row) {
+  const use = row.word?.use;
+  if (use) return [`${{ accept: "yes", reject: "no", discard: "thrown away" }[use]}, said ${row.word.by}`, use === "accept"];
+  if (row.accepted === null) return ["", false];
+  return [row.accepted ? "yes" : `no${row.reason ? `: ${row.reason}` : ""}`, row.accepted];
+}
+
+function open(row) {
+  const dialog = $("episode"), video = dialog.querySelector("video");
+  $("episode-name").textContent = `episode ${row.n}`;
+  $("episode-facts").textContent = [row.id, outcome(row)[0], imitated(row)[0] && `imitated: ${imitated(row)[0]}`, row.rule].filter(Boolean).join(" · ");
+  $("episode-acts").replaceChildren(...buttons("episode", row));
+  video.hidden = !row.video;
+  if (row.video) video.src = `/video/${encodeURIComponent(row.id)}`;
   dialog.onclose = () => { video.removeAttribute("src"); video.load(); };
   dialog.showModal();
 }
 
 function line(row) {
   const [result, style] = outcome(row);
-  const imitated = row.accepted === null ? "" : row.accepted ? "yes" : "no";
+  const [use, used] = imitated(row);
   const cell = (name, text, props = {}) => h("td", { ...props, data: { name } }, text);
   return h("tr", { title: row.rule ? `${row.id}\n${row.rule}` : row.id },
     cell("#", String(row.n)), cell("", new Date(1000 * row.time).toLocaleTimeString([], { hour12: false })), cell("", row.actor || ""),
     cell("", row.stage || row.mode), cell("", result, { className: style }), cell("return", number(row.ret, 1)), cell("ticks", String(row.ticks)),
     cell("help", row.ticks ? percent(row.help / row.ticks) : "–"), cell("policy", row.version >= 0 ? `v${row.version}` : "–"),
-    imitated ? cell("imitated", row.accepted || !row.reason ? imitated : `${imitated}: ${row.reason}`, { className: row.accepted ? "good" : "quiet" }) : h("td"),
-    row.video ? h("td", {}, h("button", { type: "button", ariaLabel: `video of episode ${row.n}`, onclick: () => play(row) }, "▶")) : h("td"),
-    h("td", {}, ...actsOf(row)));
-}
-
-function actsOf(row) {
-  const all = buttons("episode", row);
-  return all.length ? [h("span", { className: "acts" }, ...all)] : [];
+    use ? cell("imitated", use, { className: used ? "good" : "quiet" }) : h("td"),
+    h("td", {}, h("button", { type: "button", ariaLabel: `${row.video ? "watch and " : ""}judge episode ${row.n}`, onclick: () => open(row) }, row.video ? "▶ judge" : "judge")));
 }
 
 function show() {
