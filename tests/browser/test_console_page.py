@@ -70,6 +70,14 @@ class QuickStart:
         except FileNotFoundError:
             return []
 
+    def status(self) -> dict:
+        return json.loads((self.folder / "status.json").read_text())
+
+    def accepted(self, row: dict) -> bool | None:
+        """Is that episode imitated, by the newest verdict? None: it is not judged yet."""
+        verdicts = [json.loads(line) for line in (self.folder / "acceptance.jsonl").read_text().splitlines()]
+        return next((v["accepted"] for v in reversed(verdicts) if v["ordinal"] == row["ordinal"]), None)
+
     def wait(self, condition, what: str) -> None:
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
@@ -120,6 +128,32 @@ def take(page) -> None:
 
 def press(page, button: int, down: bool) -> None:
     page.js(f"void (window.pad.buttons[{button}].pressed = {str(down).lower()})")
+
+
+def judge(start, page, row) -> None:
+    """A person's word on an episode from its line on the page; the trainer imitates it no longer."""
+    start.wait(lambda: start.accepted(row) is True, "the trainer imitates the episode")
+    page.js(f"document.querySelector('button[aria-label$=\"judge episode {row['ordinal']}\"]').click()")
+    page.click("Do not imitate", "#episode-acts")
+    page.wait("document.querySelector('#rows').innerText.includes('no, said Ann (console)')")
+    page.wait("document.querySelector('#done').innerText.includes('Ann (console)')")
+    start.wait(lambda: start.accepted(row) is False, "the trainer imitates it no longer")
+
+
+def roll_back(start, page) -> None:
+    """An older version is served and pinned from the page, then the newest again; what is not there is refused."""
+    page.fill("#forms input[name=version]", "99999")
+    page.click("Serve this version", "#forms")
+    page.wait("document.querySelector('#said').innerText.includes('version 99999 is not on disk')")
+    newest = start.status()["serving"]["version"]
+    version = min(int(path.name[1:7]) for path in (start.folder / "params").glob("v*.json"))
+    assert version < newest
+    page.fill("#forms input[name=version]", str(version))
+    page.click("Serve this version", "#forms")
+    start.wait(lambda: start.status()["serving"]["version"] == version, "the older version is served")
+    page.wait(f"document.querySelector('#stage').innerText.includes('version {version} is pinned')")
+    page.click("Serve the newest", "#acts")
+    start.wait(lambda: start.status()["serving"]["version"] >= newest, "the newest version is served")
 
 
 def test_a_quick_start_is_watched_driven_and_let_go_from_its_page(start, chromium):
@@ -189,7 +223,9 @@ def test_a_quick_start_is_watched_driven_and_let_go_from_its_page(start, chromiu
     second.wait("document.querySelectorAll('#rows button').length >= 3")  # videos
     second.click("▶", "#rows")
     second.wait("document.querySelector('video').readyState >= 2")
-    second.js("document.querySelector('dialog').close()")
+    second.click("close", "#episode")
+    judge(start, second, by_keys)
+    roll_back(start, second)
     before, began = start.console_cpu_s(), time.monotonic()
     time.sleep(8.0)
     busy = (start.console_cpu_s() - before) / (time.monotonic() - began)
