@@ -64,8 +64,8 @@ def read_assets(
     wanted = video.get("modality_keys") or [mapping.get(camera, camera) for camera in spec.cameras]
     return GrootAssets(
         Units(
-            _affine(found, statistics, parts, "state", ends, len(spec.state_names)),
-            _affine(found, statistics, parts, "action", ends, len(spec.action_names)),
+            affine(found, statistics, parts, "state", ends, len(spec.state_names)),
+            affine(found, statistics, parts, "action", ends, len(spec.action_names)),
         ),
         raw.slot,
         camera_order(found.folder, wanted, spec, mapping),
@@ -98,7 +98,7 @@ def _nvidia(found: Checkpoint, tag: str, spec: TaskSpec, dataset: str | None) ->
     if tag in statistics and processor:
         embodiment = Described(statistics[tag], keywords.get("modality_configs", {}).get(tag, {}))
     elif tag not in statistics and dataset:
-        embodiment = _described(spec, dataset)
+        embodiment = described(spec, dataset)
     else:
         raise CheckpointError(
             f"{found.folder}: no normalisation statistics of embodiment {tag!r} (statistics.json has "
@@ -114,7 +114,7 @@ def _nvidia(found: Checkpoint, tag: str, spec: TaskSpec, dataset: str | None) ->
     return _Raw(embodiment, keywords, int(slots[tag]), relative, new=tag not in statistics)
 
 
-def _described(spec: TaskSpec, dataset: str) -> Described:
+def described(spec: TaskSpec, dataset: str) -> Described:
     """A LeRobot dataset's statistics, part by part as its modality.json says (whole vectors without one)."""
     meta = Path(dataset).expanduser() / "meta"
     if not (meta / "stats.json").is_file():
@@ -159,7 +159,7 @@ def _lerobot(found: Checkpoint) -> _Raw:
     pack, encode = steps[PACK]["config"], steps[ENCODE]["config"]
     statistics, modality = pack.get("raw_stats"), dict(pack.get("modality_config") or {})
     if not statistics or not modality:
-        statistics = _flat_statistics(found, steps[PACK].get("state_file"))
+        statistics = flat_statistics(found, steps[PACK].get("state_file"))
         modality = {what: {"modality_keys": ["all"]} for what in ("state", "action")}
     keys = pack.get("video_modality_keys") or sorted(visual_features(found))
     modality["video"] = {"modality_keys": keys, "delta_indices": list(range(pack.get("video_horizon") or 1))}
@@ -172,7 +172,7 @@ def _lerobot(found: Checkpoint) -> _Raw:
     return _Raw(Described(statistics, modality), {**pack, **encode}, slot, relative, encode.get("model_name"))
 
 
-def _flat_statistics(found: Checkpoint, name: str | None) -> dict[str, Any]:
+def flat_statistics(found: Checkpoint, name: str | None) -> dict[str, Any]:
     """LeRobot's flat statistics of whole vectors, as one part each."""
     if name is None or not (found.folder / name).is_file():
         raise CheckpointError(f"{found.folder}: no normalisation statistics ({name or PREPROCESSOR} holds none)")
@@ -185,7 +185,7 @@ def _flat_statistics(found: Checkpoint, name: str | None) -> dict[str, Any]:
     return out
 
 
-def _affine(found: Checkpoint, statistics: dict, parts: dict, what: str, ends: tuple[str, str], dims: int) -> Affine:
+def affine(found: Checkpoint, statistics: dict, parts: dict, what: str, ends: tuple[str, str], dims: int) -> Affine:
     """The range `ends` onto [−1, 1]; a dim that never moved is 0 as a state, its value as an action."""
     keys = parts.get(what, {}).get("modality_keys", [])
     absent = [key for key in keys if not set(ends) <= set(statistics.get(what, {}).get(key, {}))]
