@@ -100,6 +100,14 @@ def build_guard(cfg: DictConfig, env: Environment, estop: EmergencyStop) -> Robo
     return RobotGuard(robot, estop, rate, stop_s, process)
 
 
+def restart_s(cfg: DictConfig) -> float | None:
+    """rollout.watchdog.restart_s, seconds; null: a call that hangs is never given up."""
+    seconds = (cfg.rollout.get("watchdog") or {}).get("restart_s", 60.0)
+    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0):
+        raise ValueError(f"rollout.watchdog.restart_s: expected seconds above 0 or null, got {seconds!r}")
+    return seconds
+
+
 def describe_guard(guard: RobotGuard, env: Environment) -> str:
     """Whether a watchdog stops this robot, in one line, for the actor's start."""
     if guard.stop_s is not None:

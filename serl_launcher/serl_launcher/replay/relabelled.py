@@ -43,22 +43,25 @@ class Relabelled:
         write_sealed(self.path, labels, indent=1)
 
     def correct(self, episode: Episode) -> Episode:
-        """The episode as if the person had pressed the key for success or failure at its last tick.
-
-        A success gets what its rewards lack to 1, so that stages already paid are not paid twice; a failure gets 0.
-        """
+        """The episode as `corrected` has it, where a person said anything of it."""
         label = self.labels.get(episode.info.episode_id)
-        if label is None:
-            return episode
-        if label.success == episode.outcome.success:
-            return replace(episode, outcome=replace(episode.outcome, success_source="human"))
-        reward = np.clip(1 - episode.arrays["next.reward"][:-1].sum(), 0, 1) if label.success else 0
-        last = {"next.reward": reward, "next.success": label.success, "next.done": True, "next.truncated": False}
-        arrays = dict(episode.arrays)
-        for key, value in last.items():
-            arrays[key] = arrays[key].copy()
-            arrays[key][-1] = value
-        return replace(episode, outcome=Outcome(label.success, "human", None), arrays=arrays)
+        return episode if label is None else corrected(episode, label.success)
+
+
+def corrected(episode: Episode, success: bool) -> Episode:
+    """The episode as if a person had pressed the key for success or failure at its last tick.
+
+    A success gets what its rewards lack to 1, so that stages already paid are not paid twice; a failure gets 0.
+    """
+    if success == episode.outcome.success:
+        return replace(episode, outcome=replace(episode.outcome, success_source="human"))
+    reward = np.clip(1 - episode.arrays["next.reward"][:-1].sum(), 0, 1) if success else 0
+    last = {"next.reward": reward, "next.success": success, "next.done": True, "next.truncated": False}
+    arrays = dict(episode.arrays)
+    for key, value in last.items():
+        arrays[key] = arrays[key].copy()
+        arrays[key][-1] = value
+    return replace(episode, outcome=Outcome(success, "human", None), arrays=arrays)
 
 
 def _read(path: Path) -> dict[str, Label]:

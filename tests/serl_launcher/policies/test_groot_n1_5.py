@@ -275,7 +275,13 @@ def test_a_folder_of_lerobot_s_groot_type_is_read_and_written_back(folder, tmp_p
         noise = chunk_noise_time()[1]
         want = policy.physical_actions(sample(policy, policy.encode(observation()), noise, steps=2))
         close(again.physical_actions(sample(again, again.encode(observation()), noise, steps=2)), want)
+    steps = [{"registry_name": "relative_actions_processor", "config": {"enabled": True}}, pack]
     written = again.save(tmp_path / "written")
+    (out / "policy_preprocessor.json").write_text(json.dumps({"steps": steps}))
+    steps = [{"registry_name": "absolute_actions_processor", "config": {"enabled": True}}]
+    (out / "policy_postprocessor.json").write_text(json.dumps({"steps": steps}))
+    with pytest.raises(CheckpointError, match=r"relative actions of a GR00T N1\.5 are not supported"):
+        loaded(out)
     assert load_file(written / "model.safetensors").keys() == tensors.keys()
     assert (written / "pre.safetensors").is_file()
 

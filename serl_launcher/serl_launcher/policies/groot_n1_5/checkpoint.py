@@ -22,11 +22,12 @@ from serl_launcher.policies.groot.assets import Described, affine, described, fl
 from serl_launcher.policies.groot.checkpoint import LEROBOT_PREFIX
 from serl_launcher.policies.groot_n1_5.core import RELEASED, N15Config, N15Core
 from serl_launcher.policies.normalise import Units
+from serl_launcher.policies.relative import anchors_of_steps
 from serl_transport.contract.specs import TaskSpec
 
 TYPE, LEROBOT = "gr00t_n1_5", "groot"
 METADATA = "experiment_cfg/metadata.json"
-PACK = "groot_pack_inputs_v3"
+PACK, UNPACK = "groot_pack_inputs_v3", "groot_action_unpack_unnormalize_v1"
 SLOTS = {"new_embodiment": 31, "oxe_droid": 17, "agibot_genie1": 26, "gr1": 24}  # EMBODIMENT_TAG_MAPPING
 _EMBEDDING = "backbone.eagle_model.language_model.model.embed_tokens.weight"
 ALIASES = {_EMBEDDING: "backbone.eagle_model.language_model.lm_head.weight"}
@@ -100,7 +101,7 @@ def read_assets(
 ) -> N15Assets:
     """Arguments as groot.assets.read_assets. Raises CheckpointError naming what is absent or does not fit."""
     lerobot = is_lerobot(found)
-    embodiment, slot, new = _lerobot(found) if lerobot else _nvidia(found, tag, spec, dataset)
+    embodiment, slot, new = _lerobot(found, spec) if lerobot else _nvidia(found, tag, spec, dataset)
     statistics, parts = embodiment.statistics, embodiment.modality
     units = Units(
         affine(found, statistics, parts, "state", ENDS, len(spec.state_names)),
@@ -117,7 +118,7 @@ def _nvidia(found: Checkpoint, tag: str, spec: TaskSpec, dataset: str | None) ->
     if tag not in SLOTS:
         raise CheckpointError(f"policy.embodiment_tag={tag}: GR00T N1.5 has {', '.join(SLOTS)}")
     if tag not in metadata and dataset:
-        return described(spec, dataset), SLOTS[tag], True
+        return described(spec, dataset, None), SLOTS[tag], True
     if tag not in metadata:
         raise CheckpointError(
             f"{found.folder}: no normalisation statistics of embodiment {tag!r} ({METADATA} has {sorted(metadata)}); "
@@ -138,9 +139,11 @@ def _nvidia(found: Checkpoint, tag: str, spec: TaskSpec, dataset: str | None) ->
     return Described(statistics, {name: {"modality_keys": found} for name, found in keys.items()}), SLOTS[tag], False
 
 
-def _lerobot(found: Checkpoint) -> tuple[Described, int, bool]:
+def _lerobot(found: Checkpoint, spec: TaskSpec) -> tuple[Described, int, bool]:
     step = next(step for step in _steps(found) if step.get("registry_name") == PACK)
     config = step.get("config", {})
+    if anchors_of_steps(found, spec, (PACK,), (UNPACK,)) is not None:
+        raise CheckpointError(f"{found.folder}: relative actions of a GR00T N1.5 are not supported")
     if not config.get("normalize_min_max", True):
         raise CheckpointError(f"{found.folder / PREPROCESSOR}: normalize_min_max=false is not supported")
     statistics = flat_statistics(found, step.get("state_file"))
