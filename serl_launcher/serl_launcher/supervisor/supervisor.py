@@ -22,9 +22,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any, TextIO
 
+from serl_config.process import Death, RestartBudget, stopped_groups
 from serl_launcher.run.internal import SupervisorLink
 from serl_launcher.run.paths import RunPaths
-from serl_launcher.supervisor.children import Child, ChildSpec, Death, RestartBudget, stopped_groups
+from serl_launcher.supervisor.children import Child, ChildSpec
 from serl_launcher.supervisor.disk import DiskWatch
 from serl_launcher.supervisor.ending import LastEpisodes
 from serl_launcher.supervisor.health import Health, StatusFile

@@ -6,19 +6,25 @@ import re
 import signal
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import train_sft
+from accelerate import Accelerator
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from sft_samples import TICKS, make_dataset
 
+from serl_launcher.agents.build import build_agent
 from serl_launcher.learner.fine_tuning import SftSettings
 from serl_launcher.learner.held_out import split
-from serl_launcher.learner.sampling import ShuffledRows, batches, worker_count
+from serl_launcher.learner.learner import Learner
+from serl_launcher.learner.overfit import Overfit
+from serl_launcher.learner.sampling import ShuffledRows, batches, seed_noise, worker_count
+from serl_launcher.policies.base import PolicyInput, sample
 from serl_launcher.run.data_record import dataset_digest
 from serl_launcher.run.files import read_sealed
 from serl_launcher.run.parameters import find_version
@@ -171,6 +177,58 @@ def test_held_out_episodes_are_measured_and_named(data, whole):
         assert row["held_out/open_loop_mse"] == row[f"held_out/open_loop_mse_episode_{episode}"] > 0
     best = json.loads((whole / "best" / "best.json").read_text())
     assert best["loss"] == min(row["held_out/loss"] for row in measured)
+
+
+def test_held_out_error_is_of_the_ticks_and_flow_steps_of_the_config(whole, data):
+    """By hand, on one batch: the first `rollout.execute_horizon` ticks, `serving.flow_steps`, the model's units."""
+    cfg = OmegaConf.load(whole / "config.yaml")
+    cfg.rollout.execute_horizon, cfg.serving.flow_steps, cfg.sft.batch_size, cfg.sft.eval_samples = 2, 3, 5, 5
+    policy, chunks, _ = train_sft.opened(data, cfg)
+    held_out, overfit = train_sft.measuring(cfg, policy, chunks, {0: np.arange(TICKS)})
+    assert overfit is None
+    agent = build_agent(cfg, policy, chunks.spec)
+    options = {"max_grad_norm": 1.0, "ema_decay": 0.9}
+    learner = Learner(agent, partial(torch.optim.SGD, lr=0.1), Accelerator(cpu=True), **options)
+    batch = chunks.collate([chunks[row] for row in held_out.rows[0]])
+    seed_noise(0, 0)
+    with torch.no_grad():
+        loss = sum(agent(batch, 0)[0].values())
+        noise = torch.randn(5, policy.action_horizon, policy.action_dim)
+        prefix = policy.encode(PolicyInput(batch.images, batch.state, batch.prompts))
+        chosen = policy.physical_actions(sample(policy, prefix, noise, 3))[:, :2]
+    wrong = (chosen - torch.tensor(batch.action[:, :2])) / policy.action_units.scale
+    keep = ~torch.tensor(batch.is_pad[:, :2])
+    by_sample = [wrong[k][keep[k]].square().mean() for k in range(5)]
+    measured = held_out.measure(learner)
+    assert measured["held_out/loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert measured["held_out/open_loop_mse"] == pytest.approx(float(torch.stack(by_sample).mean()), rel=1e-5)
+
+
+def test_an_overfit_check_that_is_not_passed_ends_with_1_and_says_how_far_it_is(data, tmp_path, capsys):
+    words = [*TINY, *SHORT, "sft.overfit=1", "sft.steps=4"]
+    assert train_sft.main([str(data), str(tmp_path / "run"), *words]) == 1
+    said = capsys.readouterr()
+    assert "overfit check: the first 1 of 6 episodes train and are measured" in said.out
+    assert "train_sft: overfit check NOT passed at step 4: open-loop error " in said.err
+    assert "at most 10% is asked" in said.err
+    assert train_sft.main([str(data), str(tmp_path / "run"), *words]) == 1, "nor is it when asked again"
+    assert "NOT passed at step 4" in capsys.readouterr().err
+    for key, told in (
+        ("overfit=9", "at most the dataset's 6 episodes, got 9"),
+        ("max_samples=8", "no sft.max_samples"),
+    ):
+        assert train_sft.main([str(data), str(tmp_path / "new"), *words, f"sft.{key}"]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_a_check_against_episodes_in_which_nothing_moves_is_refused():
+    with pytest.raises(ValueError, match="to hold still makes no error in these episodes"):
+        Overfit({"hold still": 0.0, "repeat the last action": 0.1})
+    check = Overfit({"hold still": 0.2, "repeat the last action": 0.1})
+    for error, passed in ((0.011, False), (0.01, True), (0.02, False)):
+        check.judge(7, error)
+        assert check.passed == passed
+    assert "NOT passed at step 7: open-loop error 0.02, 20% of the better baseline's (hold still 0.2, " in str(check)
 
 
 def test_the_split_is_seeded_and_leaves_something_to_train():

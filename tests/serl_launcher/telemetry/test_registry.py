@@ -228,7 +228,7 @@ def test_two_runs_beside_each_other(run, tmp_path, capsys):
     picture = tmp_path / "both.png"
     assert runs.main(["compare", str(run), str(other), "--png", str(picture)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "config: 2 keys differ" in lines
+    assert "config: 3 keys differ" in lines
     assert "seed 7 9" in lines
     assert "task.name pick place" in lines
     assert picture.read_bytes()[:4] == b"\x89PNG"
