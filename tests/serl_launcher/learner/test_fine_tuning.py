@@ -25,7 +25,11 @@ from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.overfit import Overfit
 from serl_launcher.learner.sampling import ShuffledRows, batches, seed_noise, worker_count
 from serl_launcher.policies.base import PolicyInput, sample
+from serl_launcher.run.data_record import dataset_digest
+from serl_launcher.run.files import read_sealed
 from serl_launcher.run.parameters import find_version
+from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.record import ORIGIN, read_starts
 
 EPISODES = 6
 TINY = ["policy=pi0_tiny", "policy.action_horizon=4", "policy.size.image_size=32", "policy.size.depth=1"]
@@ -111,6 +115,12 @@ def test_a_run_that_is_killed_and_stopped_is_the_run_that_was_not(data, whole, t
         assert find_version(run, None).exists()
     assert train_sft.main([str(data), str(run), *TINY, *SHORT]) == 0
     assert_same_run(run, whole)
+    starts = read_starts(RunPaths(run))
+    assert [row["state"] for row in starts] == ["new", "resumed", "resumed", "resumed"]
+    assert {row["dataset"]["digest"] for row in starts} == {dataset_digest(data)}
+    assert read_sealed(max((run / "checkpoints").iterdir()) / ORIGIN)["start"]["start"] == 4
+    assert [line.rpartition(" · ")[2] for line in (run / "journal.md").read_text().splitlines() if "ended" in line] == [
+        "ended: stopped by signal 15", "ended: stopped by signal 2", "ended: complete"]  # fmt: skip
 
 
 @pytest.mark.slow
