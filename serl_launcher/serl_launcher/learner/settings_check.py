@@ -19,7 +19,7 @@ from serl_launcher.policies.checkpoint import Checkpoint
 from serl_launcher.policies.groot.assets import read_assets
 from serl_launcher.policies.groot.head import NEW_EMBODIMENT
 from serl_launcher.policies.normalise import Affine, Units, as_trained
-from serl_launcher.policies.pi0.units import units_of
+from serl_launcher.policies.pi0.units import units_of, units_of_dataset
 from serl_launcher.policies.relative import check_measured
 from serl_launcher.run.config import plain, task_spec
 from serl_launcher.run.origin import config_of_run
@@ -38,6 +38,8 @@ def units_of_policy(cfg: DictConfig, spec: TaskSpec) -> Units:
     if "groot" in policy._target_:
         tag, mapping = policy.get("embodiment_tag") or NEW_EMBODIMENT, dict(policy.get("cameras") or {})
         return read_assets(found, tag, spec, mapping, policy.get("statistics"), policy.get("relative")).units
+    if policy.get("statistics"):
+        return units_of_dataset(found, spec, policy.statistics, policy.get("relative"))
     return units_of(found, spec)
 
 
