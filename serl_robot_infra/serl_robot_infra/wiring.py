@@ -24,6 +24,7 @@ from serl_robot_infra.connect import keeper, waiting
 from serl_robot_infra.envs.base import Environment
 from serl_robot_infra.episode import ControlStack, EpisodeRunner
 from serl_robot_infra.estop import EmergencyStop
+from serl_robot_infra.groot_policy import GrootPolicy, GrootSettings
 from serl_robot_infra.guard import RobotGuard, Stoppable
 from serl_robot_infra.keyboard import character_of, terminal_keyboard
 from serl_robot_infra.link import LearnerLink
@@ -199,10 +200,14 @@ def build_policy(cfg: DictConfig, link: LearnerLink) -> MeasuredPolicy | None:
             settings = OpenpiSettings.of(plain(cfg.rollout.get("openpi")) or {}, spec)
             guided = cfg.rollout.get("realtime") == "rtc"
             return MeasuredPolicy(OpenpiPolicy(settings, spec, run=cfg.run, guided=guided))
+        case "groot":
+            spec = TaskSpec.from_dict(plain(cfg.task.spec))
+            settings = GrootSettings.of(plain(cfg.rollout.get("groot")) or {}, spec)
+            return MeasuredPolicy(GrootPolicy(settings, spec, guided=cfg.rollout.get("realtime") == "rtc"))
         case "none":
             return None
         case other:
-            raise ValueError(f"rollout.policy: expected remote, local, openpi or none, got {other!r}")
+            raise ValueError(f"rollout.policy: expected remote, local, openpi, groot or none, got {other!r}")
 
 
 def build_reward(cfg: DictConfig, on_wait: Callable[[str], None] = log.warning) -> RewardSource:

@@ -176,6 +176,10 @@ class DSRLAgent(ValueAgent):
         super().begin_stage("online" if self.online_steps > 0 else mode)
         self.memory.clear()
 
+    def forget_data(self) -> None:
+        """The memory holds rewards of before."""
+        self.memory.clear()
+
     @torch.no_grad()
     def after_step(self) -> None:
         super().after_step()

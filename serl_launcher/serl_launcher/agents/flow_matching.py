@@ -45,6 +45,9 @@ class FlowMatchingAgent(nn.Module):
     def begin_stage(self, mode: str) -> None:
         """The loss is the same in every stage."""
 
+    def forget_data(self) -> None:
+        """Nothing of a batch is kept."""
+
     def after_step(self) -> None:
         """There is no target network to move."""
 

@@ -56,6 +56,9 @@ class ValueAgent(nn.Module):
     def begin_stage(self, mode: str) -> None:
         self.online = mode == "online"
 
+    def forget_data(self) -> None:
+        """Nothing of a batch is kept."""
+
     def after_step(self) -> None:
         """The target critics follow, and online steps are counted."""
         track(self.target, self.critic, self.settings.tau)

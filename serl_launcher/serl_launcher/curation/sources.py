@@ -2,7 +2,7 @@
 
     a run's folder, a LeRobot v3 folder or a hub name ─▶ Opened: rows of meta/episodes ─▶ EpisodeFacts ─▶ Filter.chosen
 
-Nothing is written into a source. Of a run's folder the words that people said afterwards (relabelled.json) count.
+Nothing is written into a source. Of a run's folder the words that people said afterwards (acts.jsonl) count.
 """
 
 import fnmatch
@@ -17,7 +17,6 @@ import pandas as pd
 
 from serl_launcher.datasets.folder import DatasetError, find, read_info, read_parquet
 from serl_launcher.replay.relabelled import Label, Relabelled
-from serl_launcher.run.paths import RunPaths
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +53,9 @@ class Opened:
         self.info = read_info(self.folder)
         self.features: dict[str, dict[str, Any]] = self.info["features"]
         self.fps = float(self.info["fps"])
-        labels = Relabelled(run).labels if run and RunPaths(run).relabelled.is_file() else {}
+        said = Relabelled(run) if run else None
         self.tasks = _tasks(self.folder)
-        self.episodes = [_facts(place, row, labels, source) for row in self._rows()]
+        self.episodes = [_facts(place, row, said, source) for row in self._rows()]
         if not self.episodes:
             raise DatasetError(f"{source}: the dataset holds no episodes")
 
@@ -155,10 +154,12 @@ def _said(one: EpisodeFacts, word: str, value: Any) -> Any:
     return value
 
 
-def _facts(place: int, row: Mapping[str, Any], labels: Mapping[str, Label], name: str) -> EpisodeFacts:
+def _facts(place: int, row: Mapping[str, Any], said: Relabelled | None, name: str) -> EpisodeFacts:
     try:
         low, high = (_one(row, "complementary_info.policy_version", which) for which in ("min", "max"))
-        success, label = row.get("success"), labels.get(str(row.get("episode_id")))
+        word = said.words.get(str(row.get("episode_id"))) if said else None
+        label = Label(word.success, word.by, word.time) if word and word.success is not None else None
+        success = row.get("success")
         if success is None and (told := _one(row, "next.success", "max")) is not None:
             success = bool(told)
         return EpisodeFacts(
@@ -173,7 +174,7 @@ def _facts(place: int, row: Mapping[str, Any], labels: Mapping[str, Label], name
             row.get("actor_id"),
             _one(row, "intervention", "mean"),
             None if low is None or high is None else (int(low), int(high)),
-            row.get("truncated_by") == "discard",
+            row.get("truncated_by") == "discard" or (word is not None and word.use == "discard"),
             row.get("episode_id"),
             label,
             row,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from serl_launcher.run.acts import ActsLedger
 from serl_launcher.run.files import read_json, sha256_of
 from serl_launcher.run.paths import RunPaths
 
@@ -33,8 +34,9 @@ def data_of(paths: RunPaths, until: float | None = None) -> dict[str, Any]:
         "last_ordinal": max((row.get("ordinal", -1) for row in rows), default=-1),
         "digest": digest.hexdigest()[:16],
     }
-    labels = read_json(paths.relabelled) or {}
-    people = Counter(str(label.get("by")) for label in labels.values() if isinstance(label, dict))
+    words = {name: row.get("by") for name, row in (read_json(paths.relabelled) or {}).items() if isinstance(row, dict)}
+    words |= {name: word.by for name, word in ActsLedger(paths.root).state.words.items()}
+    people = Counter(map(str, words.values()))
     if people:
         found["relabelled_by"] = dict(people)
     if demos := (read_json(paths.demos) or {}).get("sources"):

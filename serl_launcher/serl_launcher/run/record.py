@@ -57,7 +57,7 @@ def note_start(
         "kind": kind,
         "state": state,
         "words": hidden(words),
-        "user": _user(),
+        "user": user(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "revision": asdict(code),
@@ -184,7 +184,8 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
         sync(path.parent)
 
 
-def _user() -> str:
+def user() -> str:
+    """Who runs this process: the login."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's number without a name

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.record import note_start
 from serl_launcher.supervisor.demos import import_demos
+from serl_launcher.supervisor.noted import start_act
 from serl_launcher.supervisor.roles import roles_for
 from serl_launcher.supervisor.run_folder import RunError, prepare
 from serl_launcher.supervisor.supervisor import DONE, GAVE_UP, USER_MISTAKE, Supervisor
@@ -46,6 +47,12 @@ def main(cfg: DictConfig) -> int:
         if warning := unreachable_from_elsewhere(cfg):
             print(warning)
         print(f"{folder.state} run {folder.paths.root}, ports {cfg.port} and {cfg.broadcast_port}", flush=True)
+        try:
+            for line in start_act(folder.paths, cfg):
+                print(f"  {line}", flush=True)
+        except OSError as error:
+            print(f"learner: {folder.paths.acts} cannot be written: {error.strerror}", file=sys.stderr)
+            return USER_MISTAKE
         try:
             if cfg.demos and (code := import_demos(folder.paths)):
                 return code

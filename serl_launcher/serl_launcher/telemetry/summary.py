@@ -69,6 +69,7 @@ def summarise(history: RunHistory) -> dict[str, Any]:
         "git_revision": _git_revision(),
         "code": history.config.get("code"),  # of a lab's own package; as the last start wrote it
         "stages": [stage_row(stage) for stage in history.stages],
+        "operators": history.operators,
     }
 
 
