@@ -33,24 +33,29 @@ from serl_config.mistakes import mistake_message
 from serl_launcher.agents.build import build_agent
 from serl_launcher.datasets.dataset import Dataset
 from serl_launcher.learner.fine_tuning import Best, FineTuning, SftSettings
-from serl_launcher.learner.fit_check import misfits, ranges_of
+from serl_launcher.learner.fit_check import unfit
 from serl_launcher.learner.held_out import HeldOut, split
 from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.overfit import Overfit, baselines
 from serl_launcher.learner.publisher import Publisher
+from serl_launcher.learner.relative import measure
 from serl_launcher.learner.resume import TrainerCheckpoints
+from serl_launcher.learner.settings_check import chunk_of
 from serl_launcher.learner.sft import Chunks
 from serl_launcher.learner.stage import StageProgress, StageSettings
 from serl_launcher.learner.step_log import StepLog
 from serl_launcher.policies.base import FlowPolicy
-from serl_launcher.policies.normalise import Units
 from serl_launcher.policies.open_loop import hold_still
 from serl_launcher.policies.parameter_table import parameter_table
-from serl_launcher.run.config import read_config
+from serl_launcher.run.config import dotted, read_config
+from serl_launcher.run.data_record import dataset_digest
 from serl_launcher.run.files import PART, write_text
 from serl_launcher.run.parameters import BEST
 from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.record import note_start
+from serl_launcher.telemetry.journal_page import JournalPage
 from serl_launcher.telemetry.metrics import MetricsWriter
+from serl_launcher.telemetry.registry import update
 
 FREE = ("dataset.folder", "sft.workers", "sft.log_period", "trainer.threads", "trainer.device", "telemetry")
 """What may differ when a run goes on: nothing of it changes what is learned."""
@@ -82,8 +87,10 @@ def opened(dataset: str | Path, cfg: DictConfig) -> tuple[FlowPolicy, Chunks, Da
     rows = data.rows(spec := data.spec())
     for note in rows.notes:
         print(f"note: {note}", flush=True)
+    if measure(cfg, rows, spec, chunk_of(cfg)):
+        print("relative actions: their ranges are measured over every chunk of the dataset", flush=True)
     policy = instantiate(cfg.policy, spec=spec)
-    if wrong := misfits(Units(policy.state_units, policy.action_units), ranges_of(rows), spec):
+    if wrong := unfit(policy.units, rows, spec, policy.action_horizon):
         raise ValueError("; ".join(wrong))
     return policy, Chunks(rows, policy.action_horizon), data
 
@@ -132,14 +139,6 @@ def claim(output: Path, cfg: DictConfig, modality: Path | None) -> None:
     write_text(config, OmegaConf.to_yaml(cfg, resolve=True), durable=True)
 
 
-def dotted(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Every value of nested sections and lists by its dotted key."""
-    if not isinstance(node, dict | list) or not node:
-        return {prefix.rstrip("."): node}
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    return {key: value for name, child in items for key, value in dotted(child, f"{prefix}{name}.").items()}
-
-
 def measuring(
     cfg: DictConfig, policy: FlowPolicy, chunks: Chunks, rows: dict[int, np.ndarray]
 ) -> tuple[HeldOut, Overfit | None]:
@@ -158,7 +157,7 @@ def measuring(
         return held_out, None
     known = chunks.rows
     still = hold_still(known.action_names, known.state_names, None, chunks.spec.target_dims)
-    chosen, scale = [row for r in held_out.rows.values() for row in r], policy.action_units.scale.cpu().numpy()
+    chosen, scale = [row for r in held_out.rows.values() for row in r], policy.action_units.unit.cpu().numpy()
     return held_out, Overfit(baselines(known, chosen, ticks, scale, still))
 
 
@@ -205,6 +204,27 @@ def build(dataset: str, output: Path, cfg: DictConfig) -> FineTuning:
     )
 
 
+def record_start(output: Path, words: list[str], state: str) -> JournalPage:
+    """Which code, config and data this start trains with, in OUTPUT's record; its row in the index of runs_dir.
+
+    OSError when the disk refuses.
+    """
+    paths, cfg = RunPaths(output), read_config(output / "config.yaml")
+    data = dict(cfg.dataset) | {"digest": dataset_digest(Path(cfg.dataset.folder))}
+    note_start(paths, "train_sft", words, state, data)
+    page = JournalPage(paths, print)
+    page.start()
+    update_index(output)
+    return page
+
+
+def update_index(output: Path) -> None:
+    """The row of a folder in runs_dir; a folder elsewhere has none. OSError when the disk refuses."""
+    runs = Path(read_config(output / "config.yaml").get("runs_dir") or "runs")
+    if output.resolve().parent == runs.resolve():
+        update(output)
+
+
 def train(tuning: FineTuning) -> int:
     """To the last step (0), or to the first SIGINT or SIGTERM (128 and its number); a second one ends at once."""
     came: list[int] = []
@@ -232,12 +252,17 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     output = Path(arguments[1])
     try:
+        state = "resumed" if (output / "config.yaml").is_file() else "new"
         tuning = build(arguments[0], output, configured(arguments[2:]))
+        page = record_start(output, arguments, state)
         code = train(tuning)
+        page.end(f"stopped by signal {code - 128}" if code else "complete")
+        update_index(output)
     except (ValueError, OSError, HydraException, OmegaConfBaseException, yaml.YAMLError) as mistake:
         print(f"train_sft: {mistake_message(mistake)}", file=sys.stderr)
         return 2
     except FloatingPointError as fault:
+        page.end(f"training failed: {fault}")
         print(
             f"train_sft: {fault}: training ends; {output} has what came before, a lower sft.lr may help",
             file=sys.stderr,

@@ -78,13 +78,6 @@ class ControlStack:
     voices: Sequence[Voice] = ()  # who may say something: the operator, the keys of a terminal
     calls: Calls = field(default_factory=Calls)  # into env, operator, reward and voices
 
-    def close(self) -> None:
-        """Let go of the operator's device and the reward's; the environment is its maker's to close."""
-        for part in (self.operator, self.reward):
-            if (close := getattr(part, "close", None)) is not None:
-                with self.calls(part, "close"):
-                    close()
-
 
 @dataclass(frozen=True, slots=True)
 class EpisodeRunner:

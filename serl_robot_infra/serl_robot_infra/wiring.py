@@ -24,6 +24,7 @@ from serl_robot_infra.connect import keeper, waiting
 from serl_robot_infra.envs.base import Environment
 from serl_robot_infra.episode import ControlStack, EpisodeRunner
 from serl_robot_infra.estop import EmergencyStop
+from serl_robot_infra.groot_policy import GrootPolicy, GrootSettings
 from serl_robot_infra.guard import RobotGuard, Stoppable
 from serl_robot_infra.keyboard import character_of, terminal_keyboard
 from serl_robot_infra.link import LearnerLink
@@ -97,6 +98,14 @@ def build_guard(cfg: DictConfig, env: Environment, estop: EmergencyStop) -> Robo
     if robot is not None and stopper is not None and stop_s is not None:
         process = WatchdogProcess(stopper, estop.path, 1.0 / (rate or env.spec.control_hz), stop_s)
     return RobotGuard(robot, estop, rate, stop_s, process)
+
+
+def restart_s(cfg: DictConfig) -> float | None:
+    """rollout.watchdog.restart_s, seconds; null: a call that hangs is never given up."""
+    seconds = (cfg.rollout.get("watchdog") or {}).get("restart_s", 60.0)
+    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0):
+        raise ValueError(f"rollout.watchdog.restart_s: expected seconds above 0 or null, got {seconds!r}")
+    return seconds
 
 
 def describe_guard(guard: RobotGuard, env: Environment) -> str:
@@ -191,10 +200,14 @@ def build_policy(cfg: DictConfig, link: LearnerLink) -> MeasuredPolicy | None:
             settings = OpenpiSettings.of(plain(cfg.rollout.get("openpi")) or {}, spec)
             guided = cfg.rollout.get("realtime") == "rtc"
             return MeasuredPolicy(OpenpiPolicy(settings, spec, run=cfg.run, guided=guided))
+        case "groot":
+            spec = TaskSpec.from_dict(plain(cfg.task.spec))
+            settings = GrootSettings.of(plain(cfg.rollout.get("groot")) or {}, spec)
+            return MeasuredPolicy(GrootPolicy(settings, spec, guided=cfg.rollout.get("realtime") == "rtc"))
         case "none":
             return None
         case other:
-            raise ValueError(f"rollout.policy: expected remote, local, openpi or none, got {other!r}")
+            raise ValueError(f"rollout.policy: expected remote, local, openpi, groot or none, got {other!r}")
 
 
 def build_reward(cfg: DictConfig, on_wait: Callable[[str], None] = log.warning) -> RewardSource:

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from serl_config.process import die_with_parent
 from serl_launcher.learner.sft import Chunks
 from serl_launcher.replay.views import ChunkBatch
-from serl_launcher.run.kin import die_with_parent
 
 PREFETCH = 4  # batches that each worker has ready
 MOST_WORKERS = 8  # of `auto`

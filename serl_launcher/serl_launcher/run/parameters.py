@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from serl_launcher.run import checkpoints
 from serl_launcher.run.files import DamagedFileError, sha256_of, write_whole
+from serl_launcher.run.record import short_origin
 from serl_launcher.run.versions import (
     LATEST,
     PublishedVersion,
@@ -84,6 +85,7 @@ def publish(
     """
     path = file_path(params_dir, version)
     metadata = {"version": str(version), "step": str(step), "base_sha256": base, "policy": policy}
+    metadata["origin"] = short_origin(params_dir.parent)
     on_host = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     try:
         write_whole(path, lambda part: save_tensors(on_host, part, metadata), durable=True)

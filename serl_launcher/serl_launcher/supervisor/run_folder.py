@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from openpi_client.groot_layout import Layout
 from serl_config.secrets import literal_secrets, secret
 from serl_launcher.datasets.source import read_sources
 from serl_launcher.replay.journal import JournalCorrupt, JournalReader
@@ -86,7 +87,7 @@ def prepare(cfg: DictConfig) -> RunFolder:
     except ValueError as error:
         raise RunError(str(error)) from None
     _check_reward(cfg)
-    _check_token(cfg)
+    _check_clients(cfg)
     lock = _open_folder(paths)
     if is_complete(paths, cfg) and cfg.on_complete == "rotate":
         print(f"the finished run {paths.root.name} was moved to {rotate(paths)}", flush=True)
@@ -214,13 +215,16 @@ def _check_reward(cfg: DictConfig) -> None:
         )
 
 
-def _check_token(cfg: DictConfig) -> None:
-    """A reference to a token leads somewhere; the openpi server would wait for it for ever."""
-    if OmegaConf.select(cfg, "serving.openpi_port") is not None:
-        try:
-            secret(OmegaConf.select(cfg, "serving.openpi_token"), "serving.openpi_token")
-        except ValueError as error:
-            raise RunError(str(error)) from None
+def _check_clients(cfg: DictConfig) -> None:
+    """What the servers of openpi's and GR00T's clients need leads somewhere; they would start for ever for it."""
+    given = [name for name in ("openpi", "groot") if OmegaConf.select(cfg, f"serving.{name}_port") is not None]
+    try:
+        for name in given:
+            secret(OmegaConf.select(cfg, f"serving.{name}_token"), f"serving.{name}_token")
+        if "groot" in given:
+            Layout.read(OmegaConf.select(cfg, "serving.groot_modality"), task_spec(cfg), "serving.groot_modality")
+    except ValueError as error:
+        raise RunError(str(error)) from None
 
 
 def _open_folder(paths: RunPaths) -> IO[str]:

@@ -22,15 +22,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any, TextIO
 
+from serl_config.process import Death, RestartBudget, stopped_groups
 from serl_launcher.run.internal import SupervisorLink
 from serl_launcher.run.paths import RunPaths
-from serl_launcher.supervisor.children import Child, ChildSpec, Death, RestartBudget, stopped_groups
+from serl_launcher.supervisor.children import Child, ChildSpec
 from serl_launcher.supervisor.disk import DiskWatch
 from serl_launcher.supervisor.ending import LastEpisodes
 from serl_launcher.supervisor.health import Health, StatusFile
 from serl_launcher.supervisor.roles import STOP_ORDER
 from serl_launcher.supervisor.screen import Screen
 from serl_launcher.telemetry.dashboard import render
+from serl_launcher.telemetry.journal_page import JournalPage
 
 DONE, USER_MISTAKE, GAVE_UP = 0, 2, 3
 TICK_S = 0.2
@@ -48,6 +50,7 @@ class Supervisor:
         dashboard_period_s: seconds between two dashboards where `out` is not a terminal (1 s on one).
         ends: whether a status with `done` ends the run; False for a schedule without stages: it serves until stopped.
         budget: one a role; when to start it again.
+        page: the run's journal.md, which gets a section for each stage that is over.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Supervisor:
         ends: bool = True,
         out: TextIO | None = None,
         budget: Callable[[], RestartBudget] = RestartBudget,
+        page: JournalPage | None = None,
     ) -> None:
         out = out or sys.stdout
         self._paths = paths
@@ -69,7 +73,7 @@ class Supervisor:
         self._came_up: set[str] = set()  # roles that were ready once
         self._health = Health(lambda text: self._screen.event(text))
         self._status = StatusFile(paths.status)
-        self._ends = ends
+        self._ends, self._page = ends, page
         self._screen = Screen(out)
         self._disk = DiskWatch(paths.root, self._screen.event)
         self._last_episodes = LastEpisodes(self._screen.event)
@@ -114,6 +118,8 @@ class Supervisor:
                 troubles = self._look(now - last_look)
                 link.tell(troubles)
                 last_look = now
+                if self._page is not None:
+                    self._page.look(self._status.body)
                 if self._ends and self._last_episodes.are_over(self._status.body):
                     return DONE
                 if now >= next_dashboard and (lines := self._lines(troubles)):

@@ -11,8 +11,9 @@ import time
 from omegaconf import OmegaConf
 
 from flowserl_cli.compose import load_config
+from serl_config.process import stopped_groups
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, save
-from serl_launcher.supervisor.children import Child, stopped_groups
+from serl_launcher.supervisor.children import Child
 from serl_launcher.supervisor.roles import roles_for
 from serl_launcher.supervisor.run_folder import prepare
 

@@ -13,8 +13,9 @@ from functools import partial
 import pytest
 from history_samples import SampleRun
 
+from serl_config.process import RestartBudget, process_stat
 from serl_launcher.run.paths import RunPaths
-from serl_launcher.supervisor.children import Child, ChildSpec, RestartBudget, process_stat
+from serl_launcher.supervisor.children import Child, ChildSpec
 from serl_launcher.supervisor.supervisor import Supervisor
 
 PATIENCE_S = 30.0

@@ -121,9 +121,11 @@ class GrootFlowPolicy(FlowPolicy):
         """The host's part: tokens, patches and the normalised state on the device (the grid stays on the host)."""
         tensors = self.inputs(observation.images, observation.prompts, self.device)
         tensors = {k: v if k == "image_grid_thw" else to_device(v, self.device) for k, v in tensors.items()}
-        state = self.state_units.to_model(to_device(observation.state, self.device))
+        physical = to_device(observation.state, self.device)
+        state, anchor = self.state_units.to_model(physical), self.anchor_of(physical)
         state = state.clamp(-1, 1) if self.clip else state
-        return tensors | {"state": pad_last(state, self.core.config.max_state_dim)}
+        tensors["state"] = pad_last(state, self.core.config.max_state_dim)
+        return tensors if anchor is None else tensors | {"anchor": anchor}
 
     def encode_prepared(self, tensors: dict[str, Tensor]) -> GrootPrefix:
         """One pass of the backbone, then the norm, self-attention and state encoder of the action head; `tensors` as
@@ -139,7 +141,8 @@ class GrootFlowPolicy(FlowPolicy):
             encoded = self._per_robot(head.state_encoder.layer1, tensors["state"][:, None].float()).relu()
             state_features = self._drop_states(self._per_robot(head.state_encoder.layer2, encoded))
         image_mask = tensors["input_ids"] == self.backbone.model.config.image_token_id
-        return GrootPrefix(None, keep, hidden, tensors["state"], image_mask, state_features)
+        own = (image_mask, state_features)
+        return GrootPrefix(None, keep, hidden, tensors["state"], *own, anchor=tensors.get("anchor"))
 
     def _run_backbone(self, tensors: dict[str, Tensor], keep: Tensor) -> Tensor:
         """Output of the last decoder layer, before the final norm: float[b, l, width]."""

@@ -24,7 +24,7 @@ from serl_launcher.policies.checkpoint import (
 )
 from serl_launcher.policies.loading import load_core
 from serl_launcher.policies.normalise import as_trained
-from serl_launcher.policies.pi0.checkpoint import ALIASES, read_config, tokenizer_name
+from serl_launcher.policies.pi0.checkpoint import ALIASES, anchors_of, read_config, tokenizer_name
 from serl_launcher.policies.pi0.full import FullSize
 from serl_launcher.policies.pi0.head import PI0FlowPolicy
 from serl_launcher.policies.pi0.pi05 import PI05FlowPolicy
@@ -32,6 +32,7 @@ from serl_launcher.policies.pi0.tiny import TinySize
 from serl_launcher.policies.pi0.trainable import set_trainable
 from serl_launcher.policies.pi0.units import units_of
 from serl_launcher.policies.precision import hold
+from serl_launcher.policies.relative import Anchors, by_place, check_measured
 from serl_launcher.policies.tokens import HubTokenizer, WordHashTokenizer
 from serl_transport.contract.specs import TaskSpec
 
@@ -57,27 +58,34 @@ def build[Head: PI0FlowPolicy](
     precision: str = "float32",
     compile: str = "off",
     trained_on: Mapping[str, Any] | None = None,
+    relative: Mapping[str, Any] | None = None,
 ) -> Head:
     """A policy of class `head` for one task; the arguments are the keys of config/policy/pi0*.yaml.
 
     init: `random` (weights from `seed`) or `checkpoint` (from `checkpoint`, a LeRobot folder or a hub name of the
     head's type); tokenizer: folder or hub name, the checkpoint's own when None; cameras: the task's camera -> the
     checkpoint's image feature, where names differ; train: full, expert or lora; trained_on: what random weights
-    that a run has trained are known to (normalise.as_trained). Raises ValueError in the user's words.
+    that a run has trained are known to; relative: which of their actions are relative
+    to the state (normalise.as_trained). Raises ValueError in the user's words.
     """
     check_init(init, checkpoint, action_horizon)
+    check_measured(relative)
     options = dict(attention=attention, checkpointing=checkpointing, precision=precision, compile=compile)
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            order, units = as_trained(spec, trained_on)
+            order, units = as_trained(spec, trained_on, relative)
             core, words = size(spec, action_horizon)
+            if relative is not None:
+                _say_relative(core.config, spec, units.anchors, relative)
             if tokenizer:
                 words = HubTokenizer(tokenizer, core.config.tokenizer_max_length)
             policy = head(core, spec, words, units, cameras=order, **options)
             set_trainable(policy, train, lora_rank)
         hold(policy, precision, masters=True)
         return policy
+    if relative is not None:
+        raise ValueError("policy.relative: is for weights that begin at random; a checkpoint says it itself")
     found = Checkpoint.find(checkpoint)
     found.expect_type(head.kind)
     config = read_config(found, spec, action_horizon)
@@ -101,6 +109,18 @@ def build[Head: PI0FlowPolicy](
     return policy
 
 
+def _say_relative(config: Any, spec: TaskSpec, anchors: Anchors, relative: Mapping[str, Any]) -> None:
+    """In lerobot's words, for an export. ValueError where these cannot say it."""
+    exclude, names = list(relative.get("exclude") or []), list(spec.action_names)
+    if anchors != by_place(names, exclude, len(names)):
+        raise ValueError(
+            f"policy.relative: LeRobot's {config.type} subtracts the state at an action's own place, and the task's "
+            f"states are {list(spec.state_names)}, its actions {names}: put them in one order"
+        )
+    config.use_relative_actions, config.relative_exclude_joints = True, exclude
+    config.action_feature_names = names
+
+
 def meta(
     head: type[PI0FlowPolicy], cfg: Mapping[str, Any], spec: TaskSpec, size: FullSize | TinySize
 ) -> tuple[nn.Module, str]:
@@ -114,6 +134,7 @@ def meta(
         found.expect_type(head.kind)
         config = read_config(found, spec, cfg.get("action_horizon"))
         mode = read_statistics(found, PREPROCESSOR, "action", "ACTION").mode
+        anchors_of(found, spec)
     else:
         config = size.config(spec, cfg.get("action_horizon") or 50)
     with torch.device("meta"):

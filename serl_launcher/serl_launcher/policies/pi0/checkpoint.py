@@ -1,4 +1,4 @@
-"""What a PI0 or PI0.5 checkpoint says of itself, checked against the task: configuration, cameras, tokenizer.
+"""What a PI0 or PI0.5 checkpoint says of itself, checked against the task: configuration, tokenizer, relative actions.
 
 pi0.build reads it, pi0.saving writes under the same names.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 
 from serl_launcher.policies.checkpoint import PREPROCESSOR, Checkpoint, CheckpointError
+from serl_launcher.policies.relative import Anchors, anchors_of_steps
 from serl_transport.contract.specs import TaskSpec
 
 EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
@@ -22,8 +23,6 @@ def read_config(checkpoint: Checkpoint, spec: TaskSpec, action_horizon: int | No
     from lerobot.configs import PreTrainedConfig
 
     config = PreTrainedConfig.from_pretrained(checkpoint.folder)
-    if config.use_relative_actions:
-        raise CheckpointError(f"{checkpoint.folder}: use_relative_actions checkpoints are not supported")
     if action_horizon is not None and action_horizon != config.chunk_size:
         raise CheckpointError(f"policy.action_horizon={action_horizon}: the checkpoint's chunk is {config.chunk_size}")
     for what, dims, limit in (
@@ -34,6 +33,11 @@ def read_config(checkpoint: Checkpoint, spec: TaskSpec, action_horizon: int | No
             raise CheckpointError(f"{checkpoint.folder}: holds {what}s of at most {limit} dims, the task has {dims}")
     config.dtype, config.compile_model, config.gradient_checkpointing = "float32", False, False
     return config
+
+
+def anchors_of(checkpoint: Checkpoint, spec: TaskSpec) -> Anchors | None:
+    """What the checkpoint's actions are relative to; None where they are absolute. Raises CheckpointError."""
+    return anchors_of_steps(checkpoint, spec, ("normalizer_processor",), ("unnormalizer_processor",))
 
 
 def tokenizer_name(checkpoint: Checkpoint) -> str:

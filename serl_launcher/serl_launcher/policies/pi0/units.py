@@ -18,6 +18,7 @@ from serl_launcher.policies.checkpoint import (
     read_statistics,
 )
 from serl_launcher.policies.normalise import Affine, Units
+from serl_launcher.policies.pi0.checkpoint import anchors_of
 from serl_transport.contract.specs import TaskSpec
 
 EPSILON = 1e-8  # as LeRobot's normaliser
@@ -37,6 +38,7 @@ def units_of(checkpoint: Checkpoint, spec: TaskSpec) -> Units:
     return Units(
         affine(checkpoint, "observation.state", state, len(spec.state_names)),
         affine(checkpoint, "action", back, len(spec.action_names)),
+        anchors_of(checkpoint, spec),
     )
 
 
