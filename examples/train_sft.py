@@ -33,17 +33,18 @@ from serl_config.mistakes import mistake_message
 from serl_launcher.agents.build import build_agent
 from serl_launcher.datasets.dataset import Dataset
 from serl_launcher.learner.fine_tuning import Best, FineTuning, SftSettings
-from serl_launcher.learner.fit_check import misfits, ranges_of
+from serl_launcher.learner.fit_check import unfit
 from serl_launcher.learner.held_out import HeldOut, split
 from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.overfit import Overfit, baselines
 from serl_launcher.learner.publisher import Publisher
+from serl_launcher.learner.relative import measure
 from serl_launcher.learner.resume import TrainerCheckpoints
+from serl_launcher.learner.settings_check import chunk_of
 from serl_launcher.learner.sft import Chunks
 from serl_launcher.learner.stage import StageProgress, StageSettings
 from serl_launcher.learner.step_log import StepLog
 from serl_launcher.policies.base import FlowPolicy
-from serl_launcher.policies.normalise import Units
 from serl_launcher.policies.open_loop import hold_still
 from serl_launcher.policies.parameter_table import parameter_table
 from serl_launcher.run.config import dotted, read_config
@@ -86,8 +87,10 @@ def opened(dataset: str | Path, cfg: DictConfig) -> tuple[FlowPolicy, Chunks, Da
     rows = data.rows(spec := data.spec())
     for note in rows.notes:
         print(f"note: {note}", flush=True)
+    if measure(cfg, rows, spec, chunk_of(cfg)):
+        print("relative actions: their ranges are measured over every chunk of the dataset", flush=True)
     policy = instantiate(cfg.policy, spec=spec)
-    if wrong := misfits(Units(policy.state_units, policy.action_units), ranges_of(rows), spec):
+    if wrong := unfit(policy.units, rows, spec, policy.action_horizon):
         raise ValueError("; ".join(wrong))
     return policy, Chunks(rows, policy.action_horizon), data
 
@@ -154,7 +157,7 @@ def measuring(
         return held_out, None
     known = chunks.rows
     still = hold_still(known.action_names, known.state_names, None, chunks.spec.target_dims)
-    chosen, scale = [row for r in held_out.rows.values() for row in r], policy.action_units.scale.cpu().numpy()
+    chosen, scale = [row for r in held_out.rows.values() for row in r], policy.action_units.unit.cpu().numpy()
     return held_out, Overfit(baselines(known, chosen, ticks, scale, still))
 
 

@@ -130,7 +130,7 @@ class DSRLAgent(ValueAgent):
     @torch.no_grad()
     def act(self, prefix: Prefix, noise: Tensor) -> Tensor:
         """The executed part of the chunk that grows from this noise: float32[b, h, robot dims]."""
-        return self.executed(sample(self.policy, prefix, noise, self.settings.flow_steps))
+        return self.executed(sample(self.policy, prefix, noise, self.settings.flow_steps), prefix.anchor)
 
     @torch.no_grad()
     def encode(self, batch: TransitionBatch) -> Encoded:
@@ -142,7 +142,7 @@ class DSRLAgent(ValueAgent):
         w = self.explore(features)
         return Encoded(
             features=features,
-            chunk=self.labels(batch.action, device),
+            chunk=self.labels(batch.action, device, prefix.anchor),
             next_features=self.policy.features(after),
             next_chunk=self.act(after, noise),
             w=w,

@@ -78,8 +78,8 @@ class HeldOut:
         policy = agent.policy
         prefix = policy.encode(PolicyInput(batch.images, batch.state, batch.prompts))
         noise = torch.randn(len(batch), policy.action_horizon, policy.action_dim, device=policy.device)
-        chosen = policy.physical_actions(sample(policy, prefix, noise, self._steps))[:, : self._ticks]
+        chosen = policy.physical_actions(sample(policy, prefix, noise, self._steps), prefix.anchor)[:, : self._ticks]
         recorded = torch.as_tensor(batch.action, device=chosen.device)[:, : chosen.shape[1]]
         keep = ~torch.as_tensor(batch.is_pad, device=chosen.device)[:, : chosen.shape[1]]
-        error = ((chosen - recorded) / policy.action_units.scale).square().mean(-1)
+        error = ((chosen - recorded) / policy.action_units.unit).square().mean(-1)
         return float(((error * keep).sum(-1) / keep.sum(-1).clamp(min=1)).mean())

@@ -28,7 +28,9 @@ def tensors_to_save(policy: nn.Module, prefix: str, aliases: dict[str, str]) -> 
     names = {stored: stored.removeprefix(prefix) for stored in source.files}
     tied = {other: name for name, other in aliases.items() if name in trained or name not in names.values()}
     mine = {stored: tied.get(name, name) for stored, name in names.items()}
-    return {s: _on_host(held[name]) if name in trained else source.tensor(s) for s, name in mine.items()}
+    out = {s: _on_host(held[name]) if name in trained else source.tensor(s) for s, name in mine.items()}
+    # A file that has both names gets two copies: safetensors refuses tensors that share memory.
+    return {s: tensor.clone() if mine[s] != names[s] else tensor for s, tensor in out.items()}
 
 
 def _on_host(tensor: Tensor) -> Tensor:

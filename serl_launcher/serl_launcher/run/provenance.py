@@ -56,7 +56,7 @@ def find(path: Path) -> Found:
 def _run(path: Path) -> Found:
     newest = PublishedVersion.read(path / "params")
     step, version = (newest.step, newest.version) if newest else (0, 0)
-    return Found("run", path, origin_of(RunPaths(path), step, version), None)
+    return Found("run", path, origin_of(RunPaths(path), step, version) | {"time": None}, None)
 
 
 def _checkpoint(path: Path) -> Found:

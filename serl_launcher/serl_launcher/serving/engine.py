@@ -192,9 +192,8 @@ class PolicyEngine:
             answers: dict[int, np.ndarray] = {}
             for rows, make in ((plain, self._sample), (guided, self._sample_guided)):
                 if rows:
-                    part = prefix.take(self._index(queries, rows))
-                    chunks = make(part, [queries[row] for row in rows])
-                    answers.update(zip(rows, self._physical(chunks, [queries[row] for row in rows]), strict=True))
+                    part, asked = prefix.take(self._index(queries, rows)), [queries[row] for row in rows]
+                    answers.update(zip(rows, self._physical(make(part, asked), part.anchor, asked), strict=True))
         return [answers[row] for row in range(len(queries))]
 
     def _act_by_graph(self, queries: Sequence[Query], size: int) -> list[np.ndarray]:
@@ -204,8 +203,8 @@ class PolicyEngine:
         with torch.inference_mode():
             inputs = self.policy.prepare(self._observation(filled))
             inputs["noise"] = torch.cat([noise, noise[-1:].expand(size - len(queries), -1, -1)])
-            chunks = self._graphs(inputs)[: len(queries)]
-            return self._physical(chunks, queries)
+            chunks, anchor = self._graphs(inputs)[: len(queries)], inputs.get("anchor")
+            return self._physical(chunks, None if anchor is None else anchor[: len(queries)], queries)
 
     def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """What a graph holds: prepared inputs and noise to chunks in the model's units."""
@@ -234,13 +233,15 @@ class PolicyEngine:
             k, robot = running.shape
             weights = soft_mask(query.inference_delay, k, noise.shape[1]).to(self.device)
             for _ in range(query.rows):
-                known[row, :k] = self.policy.normalise_actions(running)
+                # The running chunk is absolute: to the new one it is relative to the state that this one is asked at.
+                anchor = None if prefix.anchor is None else prefix.anchor[row]
+                known[row, :k] = self.policy.normalise_actions(running, anchor)
                 mask[row, :, :robot] = weights[:, None]
                 row += 1
         return sample_realtime(self.policy, prefix, noise, self._steps, known, mask)
 
-    def _physical(self, chunks: Tensor, queries: Sequence[Query]) -> list[np.ndarray]:
-        actions = self.policy.physical_actions(chunks).float().cpu().numpy()
+    def _physical(self, chunks: Tensor, anchor: Tensor | None, queries: Sequence[Query]) -> list[np.ndarray]:
+        actions = self.policy.physical_actions(chunks, anchor).float().cpu().numpy()
         if not all_finite(actions):
             raise FloatingPointError("the policy made actions that are NaN or infinite")
         parts = np.split(actions, np.cumsum([query.rows for query in queries])[:-1])

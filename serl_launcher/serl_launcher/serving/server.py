@@ -181,8 +181,9 @@ class PolicyServer:
         now = time.monotonic()
         if now - self._reported >= REPORT_S:
             self._reported = now
-            figures = self._figures.to_body(len(self._queue))
-            self._link.serving(version=self._engine.version, trouble=self._engine.trouble, **figures)
+            engine, figures = self._engine, self._figures.to_body(len(self._queue))
+            chunk = engine.policy.valid_horizon  # ticks; the GR00T server tells its clients
+            self._link.serving(version=engine.version, chunk=chunk, trouble=engine.trouble, **figures)
 
 
 def _deadline_s(body: dict) -> float:

@@ -27,7 +27,7 @@ _HEAD = """# {run}
 {when} · run id {run_id}
 
 Write into this page wherever you like: each start, each stage that ends and each end adds a section below, and nothing
-above is changed. `tools/runs.py show {folder}` says which code, config and data this run is made of.
+above is changed. `tools/runs.py show <this folder>` says which code, config and data the run is made of.
 """
 
 
@@ -105,7 +105,7 @@ class JournalPage:
         try:
             size = os.fstat(descriptor).st_size
             if not size:
-                text = _HEAD.format(run=self._paths.root.name, when=now, run_id=run_id, folder=self._paths.root) + text
+                text = _HEAD.format(run=self._paths.root.name, when=now, run_id=run_id) + text
             elif os.pread(descriptor, 1, size - 1) != b"\n":  # an editor that ends no last line
                 text = "\n" + text
             append_whole(descriptor, text.encode())
@@ -119,26 +119,24 @@ class JournalPage:
 
 
 def _stage_line(row: Mapping[str, Any]) -> str:
-    rate = _rate(row["success_rate"], row["success_rate_interval"])
-    return (
-        f"{row['mode']}: {row['episodes']} episodes, {rate}{row['ticks']} ticks, {row['steps']} steps, "
-        f"{row['minutes']:g} minutes"
-    )
+    parts = []
+    if row["episodes"]:
+        rate = _rate(row["success_rate"], row["success_rate_interval"])
+        parts.append(f"{row['episodes']} episodes, {rate}, {row['ticks']} ticks")
+    if row["steps"]:
+        parts.append(f"{row['steps']} steps")
+    return f"{row['mode']}: {', '.join([*parts, f'{row["minutes"]:g} minutes'])}"
 
 
 def _figures(history: RunHistory) -> list[str]:
     figures = summarise(history)
     rate = _rate(figures["success_rate"], figures["success_rate_interval"])
     return [
-        f"{rate}from {figures['success_rate_from']} ({figures['success_rate_episodes']} episodes)",
+        f"{rate}, from {figures['success_rate_from']} ({figures['success_rate_episodes']} episodes)",
         f"{figures['episodes']} episodes, {figures['transitions']} ticks, {figures['interventions']} with help, "
         f"{figures['steps']} steps, {figures['policy_versions']} versions, {figures['minutes']:g} minutes",
     ]
 
 
 def _rate(rate: float | None, interval: list[float] | None) -> str:
-    return (
-        "no rate, "
-        if rate is None or interval is None
-        else f"success {rate:.2f} [{interval[0]:.2f}, {interval[1]:.2f}], "
-    )
+    return f"success {rate:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]" if rate is not None and interval else "no rate"

@@ -36,7 +36,7 @@ def refresh(runs_dir: Path) -> list[dict[str, Any]]:
     """
     with _alone(runs_dir):
         rows = [row(folder) for folder in folders(runs_dir)]
-        gone = [old for old in read_index(runs_dir) if not any(_same(old, found) for found in rows)]
+        gone = [old for old in read_index(runs_dir) if not any(_same(old, found, runs_dir) for found in rows)]
         rows += [{**old, "gone": True} for old in gone]
         return _write(runs_dir, rows)
 
@@ -49,7 +49,7 @@ def update(run_dir: Path) -> None:
         return
     with _alone(runs_dir):
         mine = row(run_dir)
-        others = [old for old in read_index(runs_dir) if not _same(old, mine)]
+        others = [old for old in read_index(runs_dir) if not _same(old, mine, runs_dir)]
         _write(runs_dir, [*others, mine])
 
 
@@ -76,7 +76,6 @@ def row(run_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "run": run_dir.name,
         "run_id": first["run_id"] if first else None,
-        "folder": str(run_dir),
         "started": first["time"] if first else paths.config.stat().st_mtime,
         "last_start": last["time"] if last else None,
         "starts": len(starts),
@@ -112,12 +111,12 @@ def _figures(paths: RunPaths, dataset: str | None) -> dict[str, Any]:
     }
 
 
-def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """The same run, whatever its folder is called now; an older release's has its folder alone."""
+def _same(one: Mapping[str, Any], other: Mapping[str, Any], runs_dir: Path) -> bool:
+    """The same run, whatever its folder is called now; an older release's has its folder's name alone."""
     if one.get("run_id") and other.get("run_id"):
-        here = Path(one["folder"]).is_dir() and not one.get("gone")  # a copy beside the original is a row of its own
-        return one["run_id"] == other["run_id"] and (one["folder"] == other["folder"] or not here)
-    return one.get("folder") == other.get("folder")
+        here = (runs_dir / one["run"]).is_dir() and not one.get("gone")  # a copy beside the original has its own row
+        return one["run_id"] == other["run_id"] and (one["run"] == other["run"] or not here)
+    return one.get("run") == other.get("run")
 
 
 def _write(runs_dir: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
