@@ -174,6 +174,7 @@ def test_a_change_on_the_way_is_found(run, tmp_path):
     [
         (["copy", "{run}", "{run}"], "exists; name a folder that does not"),
         (["copy", "{out}", "{run}", "--success", "yes", "--mode", "online", "--prompt", "push*"], "no episode is left"),
+        (["copy", "{run}/good", "{run}"], "a source is never changed"),
         (["copy", "{out}", "{run}", "--rename", "lift", "drop"], "--rename 'lift': no episode has that prompt"),
         (["copy", "{out}", "{run}", "{lab}"], "has 30 frames a second"),
         (["copy", "{out}", "{lab}", "--success", "yes"], "--success: the dataset says nothing of it, episode 0"),

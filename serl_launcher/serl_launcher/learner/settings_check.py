@@ -20,7 +20,7 @@ from serl_launcher.policies.groot.assets import read_assets
 from serl_launcher.policies.groot.head import NEW_EMBODIMENT
 from serl_launcher.policies.groot_n1_5 import checkpoint as n1_5
 from serl_launcher.policies.normalise import Affine, Units, as_trained
-from serl_launcher.policies.pi0.units import units_of
+from serl_launcher.policies.pi0.units import units_of, units_of_dataset
 from serl_launcher.policies.relative import check_measured
 from serl_launcher.run.config import plain, task_spec
 from serl_launcher.run.origin import config_of_run
@@ -41,6 +41,8 @@ def units_of_policy(cfg: DictConfig, spec: TaskSpec) -> Units:
         if "groot_n1_5" in policy._target_:
             return n1_5.read_assets(found, tag, spec, mapping, policy.get("statistics")).units
         return read_assets(found, tag, spec, mapping, policy.get("statistics"), policy.get("relative")).units
+    if policy.get("statistics"):
+        return units_of_dataset(found, spec, policy.statistics, policy.get("relative"))
     return units_of(found, spec)
 
 
