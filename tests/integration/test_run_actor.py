@@ -93,13 +93,6 @@ def test_an_actor_that_dies_is_started_again_and_one_that_is_done_is_not(robot):
     assert (robot.root / "lives").read_text() == "xx"
 
 
-def test_a_driver_that_fails_is_started_again_and_a_camera_that_is_gone_then_is_no_mistake(robot):
-    robot.start("up()\nif life < 2: print('camera: no such device'); sys.exit(2 if life else 1)\n")
-    code, said = robot.end()
-    assert code == 0
-    assert said.count("the actor ended (exit code 2); starting it again in") == 1
-
-
 def test_a_mistake_of_the_user_ends_it(robot):
     robot.start("up()\nprint('rollout.mode: expected'); sys.exit(2)\n")
     code, said = robot.end()
