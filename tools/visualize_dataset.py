@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from serl_transport.contract.bounds import printable
 
 COLUMNS = ["episode_index", "mode", "stage", "success", "truncated_by", "length", "seed", "episode_id"]
+VERSION = "stats/complementary_info.policy_version/max"  # the policy version that drove last: [n]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,11 +66,11 @@ def find_dataset(source: str) -> Path:
 
 
 def episodes(root: Path) -> list[dict[str, Any]]:
-    """The dataset's committed episodes, as rows of its episodes files without statistics."""
+    """The dataset's committed episodes, as rows of its episodes files; of the statistics the policy version alone."""
     total = json.loads((root / "meta/info.json").read_text(encoding="utf-8"))["total_episodes"]
     rows: list[dict[str, Any]] = []
     for path in sorted(root.glob("meta/episodes/*/*.parquet")):
-        names = [name for name in pq.read_schema(path).names if not name.startswith("stats/")]
+        names = [name for name in pq.read_schema(path).names if name == VERSION or not name.startswith("stats/")]
         rows += pq.read_table(path, columns=names).to_pylist()
     return rows[:total]
 
