@@ -118,7 +118,8 @@ def meta(
         config = size.config(spec, cfg.get("action_horizon") or 50)
     with torch.device("meta"):
         words = WordHashTokenizer(300, config.tokenizer_max_length)
-        policy = head(size.build(config), spec, words, attention="sdpa")
+        precision = cfg.get("precision") or "float32"
+        policy = head(size.build(config), spec, words, attention="sdpa", precision=precision)
     policy.checkpointing = bool(cfg.get("checkpointing"))
     set_trainable(policy, cfg.get("train") or "full", cfg.get("lora_rank") or 16)
     return policy, mode
