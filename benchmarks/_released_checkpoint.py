@@ -21,12 +21,12 @@ from torch import Tensor
 from serl_launcher.policies.groot.checkpoint import ALIASES as GROOT_ALIASES
 from serl_launcher.policies.groot.head import GrootFlowPolicy
 from serl_launcher.policies.groot.inputs import QwenInputs
-from serl_launcher.policies.groot.saving import SHARD, write_sidecars
+from serl_launcher.policies.groot.saving import write_sidecars
 from serl_launcher.policies.pi0.checkpoint import ALIASES, EMBEDDING
 from serl_launcher.policies.pi0.head import PI0FlowPolicy
 from serl_launcher.policies.pi0.pi05 import PI05FlowPolicy
 from serl_launcher.policies.pi0.saving import language_heads, write_config
-from serl_launcher.policies.saving import new_folder, tensors_to_save, write_model
+from serl_launcher.policies.saving import SHARD, new_folder, tensors_to_save, write_model
 from serl_launcher.policies.tokens import HubTokenizer
 from serl_launcher.tensor_files import Pending
 from serl_transport.contract.specs import TaskSpec

@@ -7,7 +7,8 @@ used, else LeRobot's names.
 The task (sizes, ranges, prompt) comes from the dataset, the units from the checkpoint. config/sft/default.yaml has
 the keys of `sft.*`; `sft=groot_so101` takes a whole recipe. OUTPUT is a run folder: config.yaml, params/ (the last
 version), best/ (that of the lowest held-out loss), checkpoints/, metrics/. The same command goes on with what was cut.
-Exit codes: 0 done, 1 training failed, 2 a mistake of the user, 130 and 143 stopped by SIGINT and SIGTERM.
+Exit codes: 0 done, 1 training or the overfit check (`sft.overfit`) failed, 2 a mistake of the user, 130 and 143 stopped
+by SIGINT and SIGTERM.
 """
 
 import logging
@@ -32,22 +33,29 @@ from serl_config.mistakes import mistake_message
 from serl_launcher.agents.build import build_agent
 from serl_launcher.datasets.dataset import Dataset
 from serl_launcher.learner.fine_tuning import Best, FineTuning, SftSettings
-from serl_launcher.learner.fit_check import misfits, ranges_of
+from serl_launcher.learner.fit_check import unfit
 from serl_launcher.learner.held_out import HeldOut, split
 from serl_launcher.learner.learner import Learner
+from serl_launcher.learner.overfit import Overfit, baselines
 from serl_launcher.learner.publisher import Publisher
+from serl_launcher.learner.relative import measure
 from serl_launcher.learner.resume import TrainerCheckpoints
+from serl_launcher.learner.settings_check import chunk_of
 from serl_launcher.learner.sft import Chunks
 from serl_launcher.learner.stage import StageProgress, StageSettings
 from serl_launcher.learner.step_log import StepLog
 from serl_launcher.policies.base import FlowPolicy
-from serl_launcher.policies.normalise import Units
+from serl_launcher.policies.open_loop import hold_still
 from serl_launcher.policies.parameter_table import parameter_table
-from serl_launcher.run.config import read_config
+from serl_launcher.run.config import dotted, read_config
+from serl_launcher.run.data_record import dataset_digest
 from serl_launcher.run.files import PART, write_text
 from serl_launcher.run.parameters import BEST
 from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.record import note_start
+from serl_launcher.telemetry.journal_page import JournalPage
 from serl_launcher.telemetry.metrics import MetricsWriter
+from serl_launcher.telemetry.registry import update
 
 FREE = ("dataset.folder", "sft.workers", "sft.log_period", "trainer.threads", "trainer.device", "telemetry")
 """What may differ when a run goes on: nothing of it changes what is learned."""
@@ -79,26 +87,37 @@ def opened(dataset: str | Path, cfg: DictConfig) -> tuple[FlowPolicy, Chunks, Da
     rows = data.rows(spec := data.spec())
     for note in rows.notes:
         print(f"note: {note}", flush=True)
+    if measure(cfg, rows, spec, chunk_of(cfg)):
+        print("relative actions: their ranges are measured over every chunk of the dataset", flush=True)
     policy = instantiate(cfg.policy, spec=spec)
-    if wrong := misfits(Units(policy.state_units, policy.action_units), ranges_of(rows), spec):
+    if wrong := unfit(policy.units, rows, spec, policy.action_horizon):
         raise ValueError("; ".join(wrong))
     return policy, Chunks(rows, policy.action_horizon), data
 
 
 def sorted_rows(chunks: Chunks, settings: SftSettings, seed: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """The rows that train, and those of each held-out episode; printed, so that the log names them."""
-    bounds = chunks.bounds
-    held_out = split(len(bounds), settings.held_out, seed)
-    by_episode = [np.arange(*ends) for ends in bounds]
-    rows = np.concatenate([r for episode, r in enumerate(by_episode) if episode not in held_out])[
-        : settings.max_samples
-    ]
+    """The rows that train, and those of each episode that is measured: held out, or the same ones for `sft.overfit`.
+
+    Printed, so that the log names them. Raises ValueError where there are too few.
+    """
+    episodes = [np.arange(*ends) for ends in chunks.bounds]
+    if settings.overfit:
+        if settings.overfit > len(episodes):
+            raise ValueError(
+                f"sft.overfit: expected at most the dataset's {len(episodes)} episodes, got {settings.overfit}"
+            )
+        measured = training = range(settings.overfit)
+        told = f"overfit check: the first {len(training)} of {len(episodes)} episodes train and are measured"
+    else:
+        measured = split(len(episodes), settings.held_out, seed)
+        training = [episode for episode in range(len(episodes)) if episode not in measured]
+        told = f"held out: episodes {', '.join(map(str, measured))}" if measured else "no episode is held out"
+        told += f" (sft.held_out={settings.held_out:g} of {len(episodes)}, seed {seed})"
+    rows = np.concatenate([episodes[episode] for episode in training])[: settings.max_samples]
     if len(rows) < settings.batch_size:
         raise ValueError(f"dataset: {len(rows)} samples do not fill a batch of {settings.batch_size}")
-    print(f"{len(rows)} samples of {len(bounds) - len(held_out)} episodes")
-    told = f"held out: episodes {', '.join(map(str, held_out))}" if held_out else "no episode is held out"
-    print(f"{told} (sft.held_out={settings.held_out:g} of {len(bounds)}, seed {seed})", flush=True)
-    return rows, {episode: by_episode[episode] for episode in held_out}
+    print(f"{len(rows)} samples of {len(training)} episodes\n{told}", flush=True)
+    return rows, {episode: episodes[episode] for episode in measured}
 
 
 def claim(output: Path, cfg: DictConfig, modality: Path | None) -> None:
@@ -120,12 +139,26 @@ def claim(output: Path, cfg: DictConfig, modality: Path | None) -> None:
     write_text(config, OmegaConf.to_yaml(cfg, resolve=True), durable=True)
 
 
-def dotted(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Every value of nested sections and lists by its dotted key."""
-    if not isinstance(node, dict | list) or not node:
-        return {prefix.rstrip("."): node}
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    return {key: value for name, child in items for key, value in dotted(child, f"{prefix}{name}.").items()}
+def measuring(
+    cfg: DictConfig, policy: FlowPolicy, chunks: Chunks, rows: dict[int, np.ndarray]
+) -> tuple[HeldOut, Overfit | None]:
+    """How these episodes are measured during training, and the check of `sft.overfit` where it is asked for."""
+    ticks, overfit = min(cfg.rollout.execute_horizon, policy.action_horizon), cfg.sft.overfit is not None
+    held_out = HeldOut(
+        chunks,
+        rows,
+        samples=cfg.sft.eval_samples,
+        ticks=ticks,
+        steps=cfg.serving.flow_steps,
+        batch_size=cfg.sft.batch_size,
+        group="overfit" if overfit else "held_out",
+    )
+    if not overfit:
+        return held_out, None
+    known = chunks.rows
+    still = hold_still(known.action_names, known.state_names, None, chunks.spec.target_dims)
+    chosen, scale = [row for r in held_out.rows.values() for row in r], policy.action_units.unit.cpu().numpy()
+    return held_out, Overfit(baselines(known, chosen, ticks, scale, still))
 
 
 def build(dataset: str, output: Path, cfg: DictConfig) -> FineTuning:
@@ -137,7 +170,8 @@ def build(dataset: str, output: Path, cfg: DictConfig) -> FineTuning:
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.trainer.threads)
     policy, chunks, data = opened(dataset, cfg)
-    rows, held_out = sorted_rows(chunks, settings, cfg.seed)
+    rows, measured = sorted_rows(chunks, settings, cfg.seed)
+    held_out, overfit = measuring(cfg, policy, chunks, measured)
     print(parameter_table(policy), flush=True)
     cfg.task = {"name": "dataset", "spec": chunks.spec.to_dict(), "noop_dims": None, "rate_hz": None}
     cfg.dataset = {"folder": str(data.folder.absolute()), "episodes": len(chunks.bounds), "frames": len(chunks)}
@@ -154,12 +188,11 @@ def build(dataset: str, output: Path, cfg: DictConfig) -> FineTuning:
     rng, keep = np.random.default_rng(cfg.seed), cfg.trainer.keep_checkpoints
     checkpoints = TrainerCheckpoints(paths.checkpoints, learner, progress, publisher, rng, keep)
     checkpoints.resume(None)
-    ticks, samples = cfg.rollout.execute_horizon, (settings.eval_samples, settings.batch_size)
     return FineTuning(
         learner,
         chunks,
         rows,
-        HeldOut(chunks, held_out, *samples, ticks, cfg.serving.flow_steps),
+        held_out,
         progress,
         publisher,
         checkpoints,
@@ -167,7 +200,29 @@ def build(dataset: str, output: Path, cfg: DictConfig) -> FineTuning:
         StepLog(MetricsWriter(paths, cfg), settings.log_period),
         settings,
         seed=cfg.seed,
+        overfit=overfit,
     )
+
+
+def record_start(output: Path, words: list[str], state: str) -> JournalPage:
+    """Which code, config and data this start trains with, in OUTPUT's record; its row in the index of runs_dir.
+
+    OSError when the disk refuses.
+    """
+    paths, cfg = RunPaths(output), read_config(output / "config.yaml")
+    data = dict(cfg.dataset) | {"digest": dataset_digest(Path(cfg.dataset.folder))}
+    note_start(paths, "train_sft", words, state, data)
+    page = JournalPage(paths, print)
+    page.start()
+    update_index(output)
+    return page
+
+
+def update_index(output: Path) -> None:
+    """The row of a folder in runs_dir; a folder elsewhere has none. OSError when the disk refuses."""
+    runs = Path(read_config(output / "config.yaml").get("runs_dir") or "runs")
+    if output.resolve().parent == runs.resolve():
+        update(output)
 
 
 def train(tuning: FineTuning) -> int:
@@ -197,12 +252,17 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     output = Path(arguments[1])
     try:
+        state = "resumed" if (output / "config.yaml").is_file() else "new"
         tuning = build(arguments[0], output, configured(arguments[2:]))
+        page = record_start(output, arguments, state)
         code = train(tuning)
+        page.end(f"stopped by signal {code - 128}" if code else "complete")
+        update_index(output)
     except (ValueError, OSError, HydraException, OmegaConfBaseException, yaml.YAMLError) as mistake:
         print(f"train_sft: {mistake_message(mistake)}", file=sys.stderr)
         return 2
     except FloatingPointError as fault:
+        page.end(f"training failed: {fault}")
         print(
             f"train_sft: {fault}: training ends; {output} has what came before, a lower sft.lr may help",
             file=sys.stderr,
@@ -214,8 +274,13 @@ def main(argv: list[str] | None = None) -> int:
     if code:
         print(f"train_sft: stopped at step {tuning.taken}, all of it saved: the same command goes on", file=sys.stderr)
         return code
+    if tuning.overfit and not tuning.overfit.passed:
+        print(f"train_sft: {tuning.overfit}: more sft.steps, or what tools/why.py finds", file=sys.stderr)
+        return 1
     print(f"written: {output}; take it out with tools/export_checkpoint.py {output} <folder>")
-    if tuning.best.step:
+    if tuning.overfit:
+        print(tuning.overfit)
+    elif tuning.best.step:
         found = f"{tuning.best.loss:.4f} at step {tuning.best.step}"
         print(f"lowest held-out loss: {found}, in {output / BEST} (--version best)")
     return 0

@@ -4,17 +4,15 @@
     python tools/audit_reward.py runs/night1 [--model runs/night1/reward] [--relabel labels.json] [--mode eval]
 
 Prints each disagreement and the counts of false positives and negatives; writes reward_audit.json into the run folder.
-`--relabel`: {"episode id": true | false}, a person's word on some episodes. It is kept in the run's relabelled.json,
-with who and when, and counts as the truth from then on: here, in train_reward.sh, and for what the run learns from its
-next start on. The journal is never changed. Exit codes: 0 done, 2 a mistake of the user.
+`--relabel`: {"episode id": true | false}, a person's word on some episodes. It is kept in the run's acts.jsonl, with
+who and when, as by `tools/operate.py verdict`, and counts as the truth from then on: here, in train_reward.sh, and for
+what the run learns, at once where it goes on. The journal is never changed. Exit codes: 0 done, 2 a mistake here.
 """
 
 import needs_learner  # noqa: F401
 
 import argparse
-import getpass
 import json
-import os
 import statistics
 import sys
 from collections.abc import Iterator, Mapping
@@ -30,6 +28,7 @@ from serl_launcher.rewards.judging import balanced_accuracy, confusion, episode_
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, load
 from serl_launcher.run.config import task_spec
 from serl_launcher.run.foreign import foreign_config
+from serl_launcher.run.record import user
 from serl_transport.contract.bounds import printable
 from serl_transport.contract.schema import DISCARD, Episode
 from serl_transport.contract.specs import TaskSpec
@@ -107,7 +106,7 @@ def main(argv: list[str]) -> int:
     try:
         spec = task_spec(foreign_config(args.run, "task.spec"))  # first: it looks where the folder's links lead
         words, relabelled = read_words(args.relabel) if args.relabel else {}, Relabelled(args.run)
-        relabelled.add(words, _login(), datetime.now(UTC).isoformat(timespec="seconds"))
+        relabelled.add(words, user(), datetime.now(UTC).isoformat(timespec="seconds"))
         rows = list(audit(args.run, spec, load(args.model or args.run / "reward"), relabelled, words, args.mode))
         if words:
             relabelled.save()
@@ -117,7 +116,7 @@ def main(argv: list[str]) -> int:
     show(rows)
     if words:
         print(f"{relabelled.path}: {len(words)} episodes relabelled. train_reward.sh learns from these labels, and the")
-        print("  run itself from its next start on: a failure is imitated no longer, a success is")
+        print("  run itself, at once where it goes on: a failure is imitated no longer, a success is")
     table = [asdict(row) | {"verdict": row.verdict} for row in rows]
     (args.run / "reward_audit.json").write_text(json.dumps(table, indent=1))
     print(f"{args.run / 'reward_audit.json'}: every episode; correct some with --relabel")
@@ -135,13 +134,6 @@ def read_words(path: Path) -> dict[str, bool]:
     if wrong or not isinstance(words, dict):
         raise ValueError(f"{expected}, got {json.dumps(wrong)[:80]}")
     return words
-
-
-def _login() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        return str(os.getuid())
 
 
 def show(rows: list[Row]) -> None:

@@ -109,7 +109,7 @@ def evaluate(
         first, end = rows.bounds[episode]
         recorded, states = rows.action[first:end], rows.state[first:end]
         done.append(run_episode(episode, recorded, states, predictor(engine, rows, first), still, stride))
-    scale = engine.policy.action_units.scale.cpu().numpy()
+    scale = engine.policy.action_units.unit.cpu().numpy()
     out = {"dataset": source, "policy_version": max(0, engine.version), "stride": stride}
     out |= figures(done, spec.action_names, scale)
     output.mkdir(parents=True, exist_ok=True)

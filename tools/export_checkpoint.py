@@ -4,7 +4,8 @@
     python tools/export_checkpoint.py runs/<name> <folder> [--version best|FILE]
 
 Weights that the run did not train, and everything beside the weights, are copied from the checkpoint that the run began
-from. Exits 2, with one line, when something is missing or does not fit.
+from. flowserl_origin.json says which code, config and data made them (tools/runs.py show <folder>). Exits 2, with one
+line, when something is missing or does not fit.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from serl_launcher.agents.build import build_policy
+from serl_launcher.run.files import read_json, write_sealed
 from serl_launcher.run.foreign import foreign_config
 from serl_launcher.run.parameters import base_sha256, find_version, load_into
 from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.record import EXPORTED_ORIGIN, origin_of
 from serl_transport.contract.bounds import printable
 from serl_transport.contract.specs import TaskSpec
 
@@ -43,6 +46,9 @@ def export(run: Path, folder: Path, version: str | None = None) -> Path:
     if (run / "modality.json").is_file():
         extras["modality.json"] = run / "modality.json"
     written = policy.save(folder, extras)
+    made = (read_json(path.with_suffix(".json")) or {}).get("time")
+    origin = origin_of(RunPaths(run), int(metadata["step"]), int(metadata["version"]), made)
+    write_sealed(written / EXPORTED_ORIGIN, origin, indent=1)
     print(f"{written}: policy version {metadata['version']} of {run}, trainer step {metadata['step']}")
     began = "The run began at random weights; the task's ranges became the statistics."
     print(getattr(policy, "load_report", began))

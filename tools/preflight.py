@@ -24,8 +24,9 @@ from torch import nn
 from flowserl_cli.compose import load_config
 from serl_launcher.datasets.dataset import Dataset
 from serl_launcher.datasets.source import Source, read_sources
-from serl_launcher.learner.fit_check import misfits, ranges_of
-from serl_launcher.learner.settings_check import units_of_policy
+from serl_launcher.learner.fit_check import unfit
+from serl_launcher.learner.relative import measure
+from serl_launcher.learner.settings_check import chunk_of, units_of_policy
 from serl_launcher.policies.estimate import Estimate, estimate, meta_policy
 from serl_launcher.policies.parameter_table import parameter_table
 from serl_launcher.run.config import plain
@@ -95,12 +96,21 @@ def look_at(source: Source, cfg: DictConfig, spec: TaskSpec) -> list[str]:
         data = Dataset(source)
         found = data.fit(spec)
         problems, notes = found.problems, [f"note: {note}" for note in found.notes]
-        if not problems and cfg.policy.get("checkpoint"):
-            problems = misfits(units_of_policy(cfg, spec), ranges_of(data.rows(spec)), spec)
+        if not problems and (cfg.policy.get("checkpoint") or cfg.policy.get("relative")):
+            rows = data.rows(spec)
+            if measure(cfg, rows, spec, chunk_of(cfg)):
+                notes.append(f"note: measured: policy.relative={as_typed(cfg.policy.relative)}")
+            problems = unfit(units_of_policy(cfg, spec), rows, spec, chunk_of(cfg) or 1)
     except ValueError as mistake:
         problems = [str(mistake)]
     print("data       " + "\n           ".join([*(problems or ["nothing wrong"]), *notes]))
     return problems
+
+
+def as_typed(relative: DictConfig) -> str:
+    """`policy.relative` as the command line takes it."""
+    said = OmegaConf.to_container(relative, resolve=True)
+    return "'{" + ", ".join(f"{key}: {value}" for key, value in said.items()).replace("'", "") + "}'"
 
 
 def main(argv: list[str] | None = None) -> int:

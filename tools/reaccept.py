@@ -6,8 +6,9 @@
     python tools/reaccept.py runs/night1 '+algo.threshold={_target_: serl_launcher.replay.threshold.QuantileThreshold,
                                           start: 0.5, window: 20}'
 
-Nothing of the run is changed. To train by the new rule start the learner again with the same overrides, and its views
-are rebuilt; a finished run also needs another schedule (docs/algorithms/reject_sampling.md has the commands).
+Nothing of the run is changed. A running one is given another key of its rule by `tools/operate.py set`, and its views
+are rebuilt at once; for another rule start the learner again with the same overrides. A finished run also needs
+another schedule (docs/algorithms/reject_sampling.md has the commands). "This run's rule" is what its operators left.
 `--out FILE` writes the verdicts as JSON lines. Exit codes: 0 done, 2 a mistake of the user.
 """
 
@@ -33,8 +34,10 @@ from flowserl_cli.compose import load_config
 from serl_config.mistakes import mistake_message
 from serl_launcher.replay.rulebook import RuleBook, judge_journal
 from serl_launcher.replay.verdicts import Verdict, rule_text
+from serl_launcher.run.acts import ActsLedger
 from serl_launcher.run.config import task_spec
 from serl_launcher.run.foreign import foreign_config
+from serl_launcher.run.live_settings import in_force
 from serl_transport.contract.bounds import printable, shown
 
 KEYS = re.compile(r"rule|algo\.(rule|threshold)(\..+)?")
@@ -106,6 +109,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         cfg = foreign_config(args.run, "task.spec", "algo.rule", builds=("algo",))
+        cfg = OmegaConf.create(in_force(OmegaConf.to_container(cfg), ActsLedger(args.run).state).config)
         other = by(cfg, args.overrides)
         before, after = judge(args.run, cfg), judge(args.run, other)
     except (OSError, ValueError, HydraException, OmegaConfBaseException) as error:

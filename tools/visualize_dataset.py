@@ -50,6 +50,12 @@ def find_dataset(source: str) -> Path:
     candidates = [Path(source), Path(source) / "dataset", Path("runs") / source / "dataset"]
     for root in candidates:
         if (root / "meta/info.json").exists():
+            version = str(json.loads((root / "meta/info.json").read_text(encoding="utf-8")).get("codebase_version"))
+            if not version.startswith("v3."):
+                raise ValueError(
+                    f"{root}: is in LeRobot's {version} format, this shows v3: tools/preflight.py --dataset {root} "
+                    "names the command that converts it"
+                )
             return root
     looked = ", ".join(map(str, candidates))
     raise ValueError(

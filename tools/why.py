@@ -29,6 +29,7 @@ from sources import config_of, run_of
 from serl_launcher.datasets import dataset
 from serl_launcher.datasets.folder import read_info, read_parquet
 from serl_launcher.learner import settings_check as settings
+from serl_launcher.learner.relative import measure
 from serl_launcher.learner.symptoms import Meaning, Recording, symptoms
 from serl_launcher.run.config import plain, task_spec
 from serl_launcher.run.files import read_json
@@ -65,7 +66,8 @@ def look(cfg: DictConfig, folder: Path, status: dict[str, Any]) -> list[str]:
     fit = data.fit(spec)
     if fit.problems:
         return [*fit.problems, *(f"note: {note}" for note in fit.notes)]
-    rows, mode = read_rows(data.rows(spec), data)
+    whole = data.rows(spec)
+    rows, mode = read_rows(whole, data)
     meaning = Meaning.of(spec, plain(cfg, "task.noop_dims"))
     stats, horizon = read_json(settings.stats_file(folder)) or {}, settings.chunk_of(cfg)
     taught = rows if mode is None or not (mode == settings.DEMONSTRATION).any() else rows.part(mode == 0)
@@ -76,7 +78,8 @@ def look(cfg: DictConfig, folder: Path, status: dict[str, Any]) -> list[str]:
     ):  # fmt: skip
         if len(parts) == 1:  # else several columns make it up, each with statistics of its own
             more += settings.statistics(stats, key, values)
-    more += settings.units(rows, spec, settings.units_of_policy(cfg, spec), bool(cfg.policy.get("checkpoint")))
+    measure(cfg, whole, spec, horizon)
+    more += settings.units(rows, spec, settings.units_of_policy(cfg, spec), bool(cfg.policy.get("checkpoint")), horizon)
     more += settings.cameras_mapped(cfg.policy.get("cameras"), spec)
     more += settings.chunks(cfg, horizon, rows, spec)
     more += settings.latency(cfg, horizon, status.get("serving") or {}, spec)

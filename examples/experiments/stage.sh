@@ -35,5 +35,7 @@ side=${STAGE#run_} side=${side%%_*} # actor | learner
 task=$(basename "$FOLDER")          # one task, one run folder: what one stage recorded is what the next one finds
 bash "$ROOT/tools/bootstrap.sh" "$side"
 cd "$ROOT" # runs/ and relative paths are those of the repository
-# The user's overrides come last and win.
-exec "$ROOT/.venv/bin/python" "$ROOT/examples/train_rlpd.py" "task=$task" "run=$task" "$side=true" "${words[@]}" "$@"
+# The user's overrides come last and win. An actor that dies is started again; the learner's supervisor does that itself.
+words=("task=$task" "run=$task" "${words[@]}" "$@")
+[[ $side == learner ]] || exec "$ROOT/.venv/bin/python" -m flowserl_cli.keep "${words[@]}"
+exec "$ROOT/.venv/bin/python" "$ROOT/examples/train_rlpd.py" learner=true "${words[@]}"

@@ -32,7 +32,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
 # Keys that take one word of a few. Group choices are the files of the group's folder and need no entry here.
 CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.mode": ("follow", "demo", "online", "eval"),
-    "rollout.policy": ("remote", "local", "openpi", "none"),
+    "rollout.policy": ("remote", "local", "openpi", "groot", "none"),
     "rollout.realtime": ("off", "async", "rtc"),
     "resume": ("auto", "never"),
     "on_complete": ("keep", "rotate"),

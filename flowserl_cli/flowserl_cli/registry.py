@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from serl_launcher.supervisor.children import process_stat
+from serl_config.process import process_stat
 
 STOP_PATIENCE_S = 240.0  # a learner writes out its dataset before it goes
 

@@ -1,24 +1,44 @@
 """A side (the actor or the learner) as a child that is kept alive, and its output as prefixed lines.
 
-Used by start.py: both sides in one process (foreground), or one side in each tmux pane.
+Used by start.py: both sides in one process (foreground), or one side in each tmux pane; by keep.py: run_actor.sh.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from serl_launcher.supervisor.children import Child, ChildSpec, Death, RestartBudget, is_stopped
+from serl_config.process import Death, Process, ProcessSpec, RestartBudget, is_stopped
 
 USER_MISTAKE, GAVE_UP = 2, 3
 COLOURS = {"actor": "\x1b[36m", "learner": "\x1b[33m"}
 # 0 finished, 2 the user must change something, 3 the supervisor gave up, 128 + n somebody stopped it in an orderly way.
 FINAL_CODES = (0, USER_MISTAKE, GAVE_UP, 128 + signal.SIGHUP, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+class Stopper:
+    """The stop signals that came, SIGHUP unless it is ignored (nohup); `more`: others that are wanted as well."""
+
+    def __init__(self, *more: signal.Signals) -> None:
+        self.came: list[signal.Signals] = []
+        hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+        for signum in (signal.SIGINT, signal.SIGTERM, *hangup, *more):
+            signal.signal(signum, self._note)
+
+    @property
+    def signum(self) -> int | None:
+        """The last one."""
+        return self.came[-1] if self.came else None
+
+    def _note(self, signum: int, _frame: object) -> None:
+        self.came.append(signal.Signals(signum))
 
 
 class Side:
@@ -31,23 +51,27 @@ class Side:
     def __init__(self, name: str, overrides: Sequence[str], root: Path, prefixed: bool) -> None:
         argv = (sys.executable, str(root / "examples" / "train_rlpd.py"), f"{name}=true", *overrides)
         # It gets SIGTERM when we die, however we die, and then ends in an orderly way by itself.
-        spec = ChildSpec(name, argv, env={"PYTHONUNBUFFERED": "1"}, grace_s=GRACE_S[name], orphan_signal=signal.SIGTERM)
+        env = {"PYTHONUNBUFFERED": "1"}
         self.name = name
         self.final: int | None = None  # its exit code once it is over for good
-        self._child = Child(spec)
+        self._process = Process(ProcessSpec(name, argv, env, grace_s=GRACE_S[name], orphan_signal=signal.SIGTERM))
         self._budget = RestartBudget()
         self._prefixed = prefixed
         self._pump: threading.Thread | None = None
         self._restart_at: float | None = None
+        self._leave_by: float | None = None  # a signal that ends it was passed on
         self._stopped = False  # by a signal, as far as was told
         self._crashed = False  # it has been started again since
         self._worked = False  # it ran for a minute once
+        self._terminal: list | None = None  # the mode that it finds
 
     def start(self) -> None:
         """Spawn the process."""
         # A shared window's keys are the shell's: whoever sends us to the background would lose them to the actor.
-        keys = None if self.name == "actor" and not self._prefixed else subprocess.DEVNULL
-        process = self._child.start(subprocess.PIPE if self._prefixed else None, keys)
+        keys = self.name == "actor" and not self._prefixed and _keys_are_ours()
+        self._terminal = _terminal_mode() if keys else None
+        stdout = subprocess.PIPE if self._prefixed else None
+        process = self._process.start(stdout, None if keys else subprocess.DEVNULL)
         if self._prefixed:
             self._pump = threading.Thread(target=pump, args=(process.stdout, self.name), daemon=True)
             self._pump.start()
@@ -60,9 +84,15 @@ class Side:
             if time.monotonic() >= self._restart_at:
                 self._restart_at = None
                 self.start()
-        elif death := self._child.poll():
+        elif death := self._process.poll():
             self._drain()
+            if self._terminal:  # one that was killed left its own mode
+                with contextlib.suppress(termios.error):  # the terminal was closed
+                    termios.tcsetattr(0, termios.TCSADRAIN, self._terminal)
             self._after(death)
+        elif self._leave_by is not None and time.monotonic() >= self._leave_by:
+            say(self.name, f"the {self.name} does not end; killing it")
+            self.stop()
         self._tell_stopped()
         return self.final
 
@@ -74,6 +104,9 @@ class Side:
         """
         crashed, self._crashed = self._crashed, True
         self._worked = self._worked or death.ready
+        if self._leave_by is not None:
+            self.final = death.code if death.code >= 0 else 128 - death.code
+            return
         if death.code in FINAL_CODES and not (death.code == USER_MISTAKE and crashed and self.name == "actor"):
             self.final = death.code
             return
@@ -87,15 +120,27 @@ class Side:
 
     def _tell_stopped(self) -> None:
         """A side that somebody stopped is left alone: a robot's must not start by itself, a learner's roles go on."""
-        pid = self._child.pid
+        pid = self._process.pid
         stopped = pid is not None and is_stopped(pid)
         if stopped and not self._stopped:
             say(self.name, f"the {self.name} is stopped (SIGSTOP); it goes on after: kill -CONT {pid}")
         self._stopped = stopped
 
+    def pass_on(self, signum: signal.Signals) -> None:
+        """What came to us is meant for it: SIGUSR1 is the actor's e-stop, others end it; GRACE_S later it is killed.
+
+        While it waits for its next start that start is called off.
+        """
+        if self._restart_at is not None:
+            self.final = 128 + signum
+            return
+        if signum != signal.SIGUSR1 and self._leave_by is None:
+            self._leave_by = time.monotonic() + GRACE_S[self.name]
+        self._process.send(signal.SIGTERM if signum == signal.SIGHUP else signum)
+
     def stop(self) -> None:
         """End it in an orderly way; `final` is set when it was still running."""
-        self._child.stop()
+        self._process.stop()
         self._drain()
         if self.final is None:
             self.final = 128 + signal.SIGTERM
@@ -103,6 +148,37 @@ class Side:
     def _drain(self) -> None:
         if self._pump:
             self._pump.join(timeout=2.0)
+
+
+def keep(side: Side, stopper: Stopper) -> int:
+    """One side on our terminal, until it is over for good; its exit code.
+
+    Signals go on to it as they come: a second Ctrl-C interrupts an actor that still delivers.
+    """
+    side.start()
+    passed = 0
+    while side.tick() is None:
+        for signum in stopper.came[passed:]:
+            passed += 1
+            side.pass_on(signum)
+        time.sleep(0.1)
+    assert side.final is not None
+    return side.final
+
+
+def _keys_are_ours() -> bool:
+    """Not in a background job, whose terminal's user types to somebody else."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:  # no terminal, or one that is not our session's
+        return True
+
+
+def _terminal_mode() -> list | None:
+    try:
+        return termios.tcgetattr(0)
+    except termios.error:
+        return None
 
 
 # The learner's roles write out what they hold; see the supervisor.

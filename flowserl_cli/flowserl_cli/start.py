@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowserl_cli.registry import Registry
-from flowserl_cli.sides import USER_MISTAKE, Side
+from flowserl_cli.sides import USER_MISTAKE, Side, Stopper, keep
 from flowserl_cli.tmux import Panes
 
 if TYPE_CHECKING:
@@ -36,18 +36,6 @@ USAGE = """start.sh [--no-tmux] [--stop] [--config-dir FOLDER] [overrides]
   overrides    any key of config/base.yaml, such as  run=night1 seed=3 task=pick_gym_hil schedule.stages.3.steps=4000
 A run that was interrupted goes on where it was; a finished one of the same name is moved aside."""
 ACTOR_GOODBYE_S = 30.0  # the learner's schedule has told the actor to stop; it delivers what it holds
-
-
-class Stopper:
-    """The last stop signal that came."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, self._note)
-
-    def _note(self, signum: int, _frame: object) -> None:
-        self.signum = signum
 
 
 def main(argv: Sequence[str]) -> int:
@@ -161,23 +149,18 @@ def keep_side(name: str, overrides: Sequence[str], run_dir: Path, registry: Regi
     stopper = Stopper()
     socket = next((entry.socket for entry in registry.alive(run_dir) if entry.name == "launcher"), None)
     me = registry.register(name, run_dir, socket)
-    side = Side(name, overrides, ROOT, prefixed=False)
-    side.start()
+    code = 128 + signal.SIGTERM
     try:
-        while stopper.signum is None and side.tick() is None:
-            time.sleep(0.1)
+        code = keep(Side(name, overrides, ROOT, prefixed=False), stopper)
+        code = 128 + stopper.signum if stopper.signum else code
     finally:
-        if side.final is None:
-            print(f"stopping the {name}", flush=True)
-            side.stop()
-            side.final = 128 + (stopper.signum or signal.SIGTERM)
-        _exit_file(registry, run_dir, name).write_text(str(side.final))
+        _exit_file(registry, run_dir, name).write_text(str(code))
         registry.forget(me.pid)
     if name == "learner" and socket and not any(e.name == "launcher" for e in registry.alive(run_dir)):
         # The launcher's terminal was closed, and nobody else would end the session.
         registry.stop(run_dir)
         Panes(socket).close()
-    return side.final
+    return code
 
 
 def in_panes(panes: Panes, overrides: Sequence[str], run_dir: Path, registry: Registry) -> int:

@@ -59,6 +59,14 @@ class Adder:
         self._send(batch.to_body())
         return True
 
+    def rescue(self) -> None:
+        """Send what is held of the running episode, from another thread: the loop's hangs and this process ends.
+
+        The learner ends the episode there, as that of any actor that vanished.
+        """
+        if self._open and self._steps:
+            self._send(StepBatch.from_steps(self.info, self._first_tick, self._steps).to_body())
+
     def abandon(self) -> None:
         """End an episode that has no tick: there is nothing to send."""
         assert not self._steps, "an episode with ticks must be ended"

@@ -56,9 +56,9 @@ def connect_learner(cfg: DictConfig, spec: TaskSpec, stream: TextIO, stop: StopS
 def standalone(cfg: DictConfig) -> StandaloneLink:
     """The link of ip=null; ValueError unless the config asks for what works without a learner."""
     rollout = cfg.rollout
-    if rollout.mode != "eval" or rollout.policy not in ("local", "openpi") or rollout.episodes is None:
+    if rollout.mode != "eval" or rollout.policy not in ("local", "openpi", "groot") or rollout.episodes is None:
         raise ValueError(
-            "ip=null runs without a learner: it needs rollout.mode=eval, rollout.policy=local or openpi, and "
+            "ip=null runs without a learner: it needs rollout.mode=eval, rollout.policy=local, openpi or groot, and "
             f"rollout.episodes, got {rollout.mode}, {rollout.policy} and {rollout.episodes}"
         )
     return StandaloneLink()

@@ -78,13 +78,6 @@ class ControlStack:
     voices: Sequence[Voice] = ()  # who may say something: the operator, the keys of a terminal
     calls: Calls = field(default_factory=Calls)  # into env, operator, reward and voices
 
-    def close(self) -> None:
-        """Let go of the operator's device and the reward's; the environment is its maker's to close."""
-        for part in (self.operator, self.reward):
-            if (close := getattr(part, "close", None)) is not None:
-                with self.calls(part, "close"):
-                    close()
-
 
 @dataclass(frozen=True, slots=True)
 class EpisodeRunner:
@@ -163,7 +156,7 @@ class EpisodeRunner:
 
     def _reset(self, now: _Progress, operator: Intervention) -> None:
         """Home, wait for the scene where that is asked for, and forget what was pressed meanwhile."""
-        self._wait_for(now, lambda: None)
+        self._wait_for(now, lambda: self._absent(operator) if now.ticket.mode == "demo" else None)
         self._observe(now, self._home(now))
         if self.ready is not None:
             self._forget(now)
@@ -206,6 +199,10 @@ class EpisodeRunner:
                 if (reason := voice.missing()) is not None:
                     return f"waiting for the operator: {reason}"
         return None
+
+    def _absent(self, operator: Intervention) -> str | None:
+        with self.stack.calls(operator, "absent"):
+            return operator.absent()
 
     def _wait_for(self, now: _Progress, reason: Callable[[], str | None]) -> None:
         """Until the operator is there and no reason is left. A person may say stop meanwhile, and the e-stop counts."""

@@ -76,7 +76,7 @@ class RobotGuard:
         self._stopped_at = 0.0  # monotonic seconds of the last stop
         self._stopped_for: str | None = None  # the e-stop that the robot was stopped for
         self._stop_due = False  # a stop that the robot has not taken yet
-        self._leaving: str | None = None  # the signal that ends this process
+        self._leaving: str | None = None  # what ends this process
         self._complained = -_LOG_S  # monotonic seconds of the last line about a driver that fails
         self._lock = threading.Lock()  # an action is never sent beside a hold or a stop
         self.tripped: str | None = None  # why the running episode must end
@@ -149,6 +149,16 @@ class RobotGuard:
                 self._at_rest()
             else:
                 self._stop_due = True
+
+    def leave(self, reason: str) -> None:
+        """This process is about to end: the thread stops a robot that moves, and nothing is sent any more."""
+        self._leaving = reason
+        self._look_now()
+
+    @property
+    def moving(self) -> bool:
+        """Was the robot reset or fed since it held or stopped?"""
+        return self._moving
 
     def close(self) -> None:
         """Stop a robot that was not told to rest, and end the threads and the watchdog process."""

@@ -5,6 +5,7 @@
 User mistakes end here as one line: expected, got, and the key to change.
 """
 
+import faulthandler
 import json
 import logging
 import signal
@@ -26,7 +27,15 @@ from serl_robot_infra.observers.learner_watch import watching
 from serl_robot_infra.pacing import StopSignal
 from serl_robot_infra.safety import describe
 from serl_robot_infra.task_yaml import check_task
-from serl_robot_infra.wiring import build_actor, build_env, build_guard, describe_guard, listen_for_estop, plain
+from serl_robot_infra.wiring import (
+    build_actor,
+    build_env,
+    build_guard,
+    describe_guard,
+    listen_for_estop,
+    plain,
+    restart_s,
+)
 from serl_transport.client import TrainerClient
 from serl_transport.contract.errors import Refused, SpoolError, WireError
 from serl_transport.contract.specs import TaskSpec
@@ -40,7 +49,7 @@ _MISTAKES = (InstantiationException, ValueError, ImportError, WireError, SpoolEr
 def main(cfg: DictConfig, stream: TextIO | None = None) -> int:
     """Run an actor from a resolved config; the process's exit code.
 
-    0 done or stopped, 1 the robot's code failed, 2 user mistake, 130 interrupted. Its keys: config/base.yaml.
+    0 done or stopped, 1 what had worked failed, 2 user mistake, 130 interrupted. Its keys: config/base.yaml.
     """
     stream = stream or sys.stdout
     stop = StopSignal()
@@ -68,8 +77,9 @@ def _run(cfg: DictConfig, stream: TextIO, stop: StopSignal) -> None:
     check_task(plain(cfg.task), f"config/task/{cfg.task.get('name') or '<yours>'}.yaml")
     spec = TaskSpec.from_dict(plain(cfg.task.spec))
     with ExitStack() as resources:
+        resources.callback(faulthandler.cancel_dump_traceback_later)  # of watching_calls: it holds until here
         env = build_env(cfg, spec)
-        resources.callback(env.close)
+        resources.callback(_close, env, stream)
         renderer = getattr(env, "renderer_name", "none")
         learner = f"{cfg.ip}:{cfg.port}" if cfg.ip else "none"
         print(f"task {spec.name}, renderer {renderer}, learner {learner}", file=stream, flush=True)
@@ -86,9 +96,10 @@ def _run(cfg: DictConfig, stream: TextIO, stop: StopSignal) -> None:
         link = connect_learner(cfg, spec, stream, stop) if cfg.ip else standalone(cfg)
         resources.callback(link.stop)
         actor, observer = build_actor(cfg, env, link, stream, stop, guard)
-        parts.callback(actor.runner.stack.close)
-        calls = actor.runner.stack.calls
-        resources.enter_context(watching_calls(calls, guard, observer))
+        stack = actor.runner.stack
+        for part in (stack.reward, stack.operator):
+            parts.callback(_close, part, stream)
+        resources.enter_context(watching_calls(stack.calls, guard, observer, stack.adder.rescue, restart_s(cfg)))
         if isinstance(link, TrainerClient):
             resources.enter_context(watching(link, observer.message))
         try:
@@ -98,11 +109,23 @@ def _run(cfg: DictConfig, stream: TextIO, stop: StopSignal) -> None:
             raise
         except Exception as fault:
             leave(link, str(fault))
+            if isinstance(fault, OSError | SpoolError):  # it worked until now: nothing that a person typed
+                raise PartFailedError(f"{type(fault).__name__}: {fault}") from fault
             raise
         observer.message(ended)
         flush(link, cfg.rollout.flush_timeout_s, observer)
         leave(link, ended)
         observer.close()
+
+
+def _close(part: object, stream: TextIO) -> None:
+    """Let go of a device. One that fails at it is told, and makes no mistake of the user of how the run ended."""
+    try:
+        getattr(part, "close", lambda: None)()
+    except Exception as fault:
+        log.debug("where it came from", exc_info=True)
+        told = f"{type(part).__name__}.close failed: {type(fault).__name__}: {' '.join(str(fault).split())}"
+        print(f"actor: {told}", file=stream, flush=True)
 
 
 def _record_code(cfg: DictConfig, stream: TextIO) -> None:

@@ -62,6 +62,11 @@ class MeasuredPolicy(BasePolicy):
         latencies = list(self._latencies)  # at once: with real-time chunking another thread appends
         return float(np.median(latencies)) if latencies else None
 
+    def reset(self) -> None:
+        """Told to a policy that has a memory of its episode; the in-process one has none."""
+        if isinstance(self._policy, BasePolicy):
+            self._policy.reset()
+
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """The policy's answer."""
         start = time.perf_counter()

@@ -18,6 +18,7 @@ class StandaloneLink:
     backlog = 0
     refused_items = 0
     over = None
+    watched = False
 
     def __init__(self) -> None:
         self.boot_id = new_boot_id()
@@ -43,7 +44,7 @@ class StandaloneLink:
 
     def infer(self, body: dict[str, Any], *, timeout_ms: float) -> dict[str, Any]:
         """Nobody to ask."""
-        raise UnknownKind("ip=null has no policy server; set rollout.policy=local or openpi")
+        raise UnknownKind("ip=null has no policy server; set rollout.policy=local, openpi or groot")
 
     def send_item(self, body: dict[str, Any]) -> None:
         """Nobody to send to."""

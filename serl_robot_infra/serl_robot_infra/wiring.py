@@ -24,11 +24,13 @@ from serl_robot_infra.connect import keeper, waiting
 from serl_robot_infra.envs.base import Environment
 from serl_robot_infra.episode import ControlStack, EpisodeRunner
 from serl_robot_infra.estop import EmergencyStop
+from serl_robot_infra.groot_policy import GrootPolicy, GrootSettings
 from serl_robot_infra.guard import RobotGuard, Stoppable
 from serl_robot_infra.keyboard import character_of, terminal_keyboard
 from serl_robot_infra.link import LearnerLink
 from serl_robot_infra.observers.base import Observer, ObserverGroup
 from serl_robot_infra.observers.console import ConsoleObserver, Vitals
+from serl_robot_infra.observers.live import LiveObserver
 from serl_robot_infra.observers.status import StatusObserver
 from serl_robot_infra.observers.trials import TrialTable
 from serl_robot_infra.openpi_policy import OpenpiPolicy, OpenpiSettings
@@ -99,6 +101,14 @@ def build_guard(cfg: DictConfig, env: Environment, estop: EmergencyStop) -> Robo
     return RobotGuard(robot, estop, rate, stop_s, process)
 
 
+def restart_s(cfg: DictConfig) -> float | None:
+    """rollout.watchdog.restart_s, seconds; null: a call that hangs is never given up."""
+    seconds = (cfg.rollout.get("watchdog") or {}).get("restart_s", 60.0)
+    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0):
+        raise ValueError(f"rollout.watchdog.restart_s: expected seconds above 0 or null, got {seconds!r}")
+    return seconds
+
+
 def describe_guard(guard: RobotGuard, env: Environment) -> str:
     """Whether a watchdog stops this robot, in one line, for the actor's start."""
     if guard.stop_s is not None:
@@ -139,7 +149,7 @@ def build_actor(
     policy = build_policy(cfg, link)
     broker = build_broker(cfg, policy)
     pace = Pace(control_rate(cfg, env.spec))
-    operator, reward = build_operator(cfg, env), build_reward(cfg, waiting(stream, stop))
+    operator, reward = build_operator(cfg, env, link), build_reward(cfg, waiting(stream, stop))
     voices = [voice for voice in (operator, reward) if hasattr(voice, "words")]
     observer = ObserverGroup(_observers(cfg, env, link, stream, lambda: Vitals(
         infer_p50_ms=policy.p50_ms if policy else None,
@@ -191,10 +201,14 @@ def build_policy(cfg: DictConfig, link: LearnerLink) -> MeasuredPolicy | None:
             settings = OpenpiSettings.of(plain(cfg.rollout.get("openpi")) or {}, spec)
             guided = cfg.rollout.get("realtime") == "rtc"
             return MeasuredPolicy(OpenpiPolicy(settings, spec, run=cfg.run, guided=guided))
+        case "groot":
+            spec = TaskSpec.from_dict(plain(cfg.task.spec))
+            settings = GrootSettings.of(plain(cfg.rollout.get("groot")) or {}, spec)
+            return MeasuredPolicy(GrootPolicy(settings, spec, guided=cfg.rollout.get("realtime") == "rtc"))
         case "none":
             return None
         case other:
-            raise ValueError(f"rollout.policy: expected remote, local, openpi or none, got {other!r}")
+            raise ValueError(f"rollout.policy: expected remote, local, openpi, groot or none, got {other!r}")
 
 
 def build_reward(cfg: DictConfig, on_wait: Callable[[str], None] = log.warning) -> RewardSource:
@@ -244,6 +258,8 @@ def _observers(
 
         observers.append(VideoObserver(run_dir / "videos", videos, env.spec.control_hz))
     observers.append(TrialTable(run_dir))  # behind the videos, which it names
+    if cfg.ip:
+        observers.append(LiveObserver(link, vitals))
     if cfg.rollout.rerun:
         from serl_robot_infra.observers.rerun_log import connected
 

@@ -28,6 +28,7 @@ from serl_launcher.replay.journal import JournalCorrupt
 from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.rewards import model as rewards
 from serl_launcher.run.config import read_config
+from serl_launcher.run.files import write_sealed
 from serl_launcher.run.internal import InternalClient
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.serving.engine import PolicyEngine
@@ -116,6 +117,8 @@ def make_run(runs_dir: Path) -> Path:
     labels = Relabelled(root)
     labels.add({"demos-1": False}, "alice", "2026-01-01T00:00:00")
     labels.save()
+    older = {"demos-0": {"success": True, "by": "alice", "time": "2026-01-01T00:00:00"}}
+    write_sealed(folder.paths.relabelled, older, indent=1)  # as a release before the ledger of acts wrote it
     with serving(cfg, root) as gateway, actor(gateway, root) as client:
         first_eval = 2**31
         for k, (mode, stage) in enumerate([("demo", "demos"), ("demo", "demos"), ("eval", "after"), ("eval", "after")]):
@@ -124,7 +127,7 @@ def make_run(runs_dir: Path) -> Path:
         assert client.flush(20)
         with closing(InternalClient(root, "trainer")) as link:
             build_trainer(cfg, folder.paths, link).run()
-        gateway.operator.take("pause", "alice")
+        gateway.operator.keep({"act": "pause"}, by="alice")
     with closing(Exporter(root, SPEC, ExporterOptions(), video=False)) as exporter:
         exporter.poll(flush=True)
     Quarantine(root).add_item("robot/boot/7", "a test")

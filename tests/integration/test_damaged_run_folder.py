@@ -34,7 +34,8 @@ READERS = {
     "estop": ("robot",),
     "reward": ("reward",),
     "relabelled.json": ("gateway",),
-    "operator.json": ("gateway",),
+    "acts.jsonl": ("gateway", "trainer"),
+    "acts.mark": ("gateway",),
     "stage_progress.json": ("gateway", "trainer"),
 }
 # Files that nothing of the run depends on: whatever lies there is written again, and need not be named.
@@ -42,7 +43,7 @@ OF_NO_CONSEQUENCE = (".lock", "lock", "dataset.lock", "session", "status.json", 
                      "trainer.jsonl", "gateway.log", "trainer.exit", "latest.json", "info.json", "stats.json",
                      "tasks.parquet", "durable", "exporter.attempt", "robot.acknowledged.jsonl")  # fmt: skip
 # The state of a run: what the default suite damages, in the ways that reading alone does not notice.
-QUICK = ("params/v000003.", "params/latest.json", "params/kept.json", "checkpoints/step_000004/", "operator.json",
+QUICK = ("params/v000003.", "params/latest.json", "params/kept.json", "checkpoints/step_000004/", "acts.",
          "stage_progress.json", "relabelled.json", "ticket.secret", "quarantine.jsonl")  # fmt: skip
 QUICK_DAMAGES = ("empty", "flipped")
 
@@ -169,7 +170,7 @@ def test_a_folder_of_an_older_release_is_read(run, expected, tmp_path):
     root = copy_of(run, tmp_path)
     for path in [*root.glob("params/v*.json")]:
         path.unlink()
-    documents = ["params/latest.json", "params/kept.json", "operator.json", "stage_progress.json", "relabelled.json"]
+    documents = ["params/latest.json", "params/kept.json", "acts.mark", "stage_progress.json", "relabelled.json"]
     for path in [*map(root.joinpath, documents), *root.glob("checkpoints/*/manifest.json")]:
         body = json.loads(path.read_text())
         new = ("crc32", "sha256") if path.name == "manifest.json" else ("crc32",)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from flowserl_cli.registry import Registry
-from serl_launcher.supervisor.children import process_stat
+from serl_config.process import process_stat
 
 PATIENCE_S = 60.0
 ENTRY = """

@@ -17,6 +17,7 @@ class ToyFlow(nn.Module):
     def __init__(self, state_dim: int = 1, ah: int = 1, ad: int = 1, width: int = 32) -> None:
         super().__init__()
         self.action_horizon, self.action_dim, self.robot_dim = ah, ad, ad
+        self.anchors = None
         flat = ah * ad
         self.net = nn.Sequential(
             nn.Linear(state_dim + flat + 1, width),
@@ -37,10 +38,10 @@ class ToyFlow(nn.Module):
     def features(self, prefix: Prefix) -> Tensor:
         return prefix.state
 
-    def normalise_actions(self, chunk: Tensor) -> Tensor:
+    def normalise_actions(self, chunk: Tensor, anchor: Tensor | None = None) -> Tensor:
         return chunk
 
-    def physical_actions(self, chunk: Tensor) -> Tensor:
+    def physical_actions(self, chunk: Tensor, anchor: Tensor | None = None) -> Tensor:
         return chunk.clamp(-1, 1)
 
 

@@ -4,8 +4,10 @@
     python robot_process.py '{"role": "actor", "ports": …, "runs": …, "moves": …, "terminal": bool}'
 
 The robot appends a line for whatever happens to it, `<what> <time.monotonic()>`: a action, h hold, s stop, r reset.
+hangs_at: so many actions later a step never comes back, with `blind` keeping the interpreter.
 """
 
+import ctypes
 import fcntl
 import itertools
 import json
@@ -27,8 +29,9 @@ HZ = 20.0
 class NotingRobot(RobotPick):
     """A robot whose life is read from a file while it lives."""
 
-    def __init__(self, moves: str):
+    def __init__(self, moves: str, hangs_at: int | None = None, blind: bool = False):
         super().__init__()
+        self._hangs_at, self._blind = hangs_at, blind
         self._moves = os.open(moves, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def _note(self, what: str) -> None:
@@ -40,6 +43,8 @@ class NotingRobot(RobotPick):
 
     def step(self, action):
         self._note("a")
+        if len(self.sent) == self._hangs_at:
+            ctypes.PyDLL(None).sleep(600) if self._blind else time.sleep(600)
         return super().step(action)
 
     def hold(self):
@@ -74,15 +79,19 @@ def learn() -> int:
 def act(options: dict) -> int:
     """Run the real actor to its exit code."""
     from serl_robot_infra.main import main
+    from serl_robot_infra.observers import call_watch
 
     if options.get("terminal"):
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal is this session's
     cfg = actor_config(None, options["runs"], rate_hz=HZ, flush_timeout_s=5.0, estop_key=options.get("key", "space"))
-    OmegaConf.update(cfg, "rollout.watchdog", {"stop_ms": options.get("stop_ms", 500)}, force_add=True)
+    watchdog = {"stop_ms": options.get("stop_ms", 500), "restart_s": options.get("restart_s", 60.0)}
+    OmegaConf.update(cfg, "rollout.watchdog", watchdog, force_add=True)
+    call_watch.BLIND_S = options.get("blind_s", call_watch.BLIND_S)
     robot = RobotPick()
     cfg.task.spec = robot.spec.to_dict()
     robot.close()
-    cfg.task.env = {"_target_": "robot_process.NotingRobot", "moves": options["moves"]}
+    hang = {key: options[key] for key in ("hangs_at", "blind") if key in options}
+    cfg.task.env = {"_target_": "robot_process.NotingRobot", "moves": options["moves"], **hang}
     cfg.port, cfg.broadcast_port = options["ports"]
     return main(cfg)
 

@@ -253,7 +253,7 @@ def test_the_learner_of_another_run_is_one_clear_message(spec, tmp_path):
         ({"task.env": {"_target_": "builtins.object"}}, "task.env: builtins.object lacks spec, reset, step, close"),
         ({"rollout.demo_noise": "some"}, "rollout.demo_noise: expected auto or a number, 0 or more, got 'some'"),
         ({"rollout.mode": "evil"}, "rollout.mode: expected one of follow, demo, online, eval, got 'evil'"),
-        ({"rollout.policy": "distant"}, "rollout.policy: expected remote, local, openpi or none, got 'distant'"),
+        ({"rollout.policy": "distant"}, "rollout.policy: expected remote, local, openpi, groot or none, got 'distant'"),
         ({"rollout.execute_horizon": 0}, "execute_horizon: expected at least 1, got 0"),
         (
             {"task.saftey": {"max_speed": {"dx": 1.0}}},

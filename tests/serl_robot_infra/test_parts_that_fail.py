@@ -22,14 +22,14 @@ hung: list[tuple[float, float]] = []  # from when to when a simulation did not c
 
 
 class Failing:
-    """Fails at its third call of one method."""
+    """Fails at the third call of one method, or at the one named."""
 
-    def __init__(self, at: str, kind: str = "RuntimeError"):
-        self._at, self._kind, self._calls = at, KINDS[kind], 0
+    def __init__(self, at: str, kind: str = "RuntimeError", call: int = 3):
+        self._at, self._kind, self._call, self._calls = at, KINDS[kind], call, 0
 
     def look(self, method):
         self._calls += method == self._at
-        if method == self._at and self._calls == 3:
+        if method == self._at and self._calls == self._call:
             raise self._kind("no such device")
 
     def close(self):
@@ -40,8 +40,8 @@ class Failing:
 class FailingOperator(Failing):
     vocabulary = ("success",)
 
-    def __init__(self, at, kind="RuntimeError", env=None):
-        super().__init__(at, kind)
+    def __init__(self, at, kind="RuntimeError", call=3, env=None):
+        super().__init__(at, kind, call)
 
     def reset(self, rng, *, from_start):
         pass
@@ -65,6 +65,17 @@ class FailingReward(Failing, EnvironmentReward):
     def judge(self, result):
         self.look("judge")
         return result
+
+
+class FailsAtClose(PickEnv):
+    """Its cable is out when it is let go."""
+
+    def __init__(self):
+        super().__init__(image_size=32, renderer="ray")
+
+    def close(self):
+        super().close()
+        raise OSError("the port is gone")
 
 
 class SlowPick(PickEnv):
@@ -149,22 +160,24 @@ def learner_of(spec, *tickets, infer=None):
 
 
 @pytest.mark.parametrize(
-    ("part", "at", "kind", "code", "words"),
+    ("part", "at", "call", "kind", "code", "words"),
     [
-        ("Operator", "act", "RuntimeError", 1, "FailingOperator.act failed: RuntimeError: no such device (/"),
-        ("Operator", "words", "OSError", 1, "FailingOperator.words failed: OSError: no such device (/"),
-        ("Operator", "act", "ValueError", 2, "no such device\n"),
-        ("Reward", "judge", "RuntimeError", 1, "FailingReward.judge failed: RuntimeError: no such device (/"),
-        ("Reward", "judge", "ValueError", 2, "no such device\n"),
+        ("Operator", "act", 3, "RuntimeError", 1, "FailingOperator.act failed: RuntimeError: no such device (/"),
+        ("Operator", "words", 3, "OSError", 1, "FailingOperator.words failed: OSError: no such device (/"),
+        ("Operator", "act", 3, "ValueError", 1, "FailingOperator.act failed: ValueError: no such device (/"),
+        ("Operator", "act", 1, "ValueError", 2, "no such device\n"),
+        ("Reward", "judge", 3, "RuntimeError", 1, "FailingReward.judge failed: RuntimeError: no such device (/"),
+        ("Reward", "judge", 3, "ValueError", 1, "FailingReward.judge failed: ValueError: no such device (/"),
+        ("Reward", "judge", 1, "ValueError", 2, "no such device\n"),
     ],
 )
 def test_what_an_operator_or_a_reward_raises_is_one_line_and_ends_the_actor(
-    spec, tmp_path, part, at, kind, code, words
+    spec, tmp_path, part, at, call, kind, code, words
 ):
     closed.clear()
     with learner_of(spec, ticket("online", 1)) as learner:
         config = actor_config(learner, tmp_path)
-        node = {"_target_": f"test_parts_that_fail.Failing{part}", "at": at, "kind": kind}
+        node = {"_target_": f"test_parts_that_fail.Failing{part}", "at": at, "kind": kind, "call": call}
         if part == "Operator":
             config.task.operator = node
         else:
@@ -187,6 +200,17 @@ def test_the_operators_device_is_let_go_at_an_ordinary_end(spec, tmp_path):
         assert main(config, stream) == 0, stream.getvalue()
         assert learner.left == ["the learner says stop: the script is over; 1 episodes"]
     assert closed == ["FailingOperator"]
+
+
+def test_a_device_that_fails_while_it_is_closed_is_told_and_changes_no_exit_code(spec, tmp_path):
+    with learner_of(spec, ticket("online", 1)) as learner:
+        config = actor_config(learner, tmp_path)
+        config.task.env = {"_target_": "test_parts_that_fail.FailsAtClose"}
+        config.reward = {"_target_": "test_parts_that_fail.FailingReward", "at": "close", "kind": "OSError", "call": 1}
+        stream = io.StringIO()
+        assert main(config, stream) == 0, stream.getvalue()
+    assert "actor: FailingReward.close failed: OSError: no such device\n" in stream.getvalue()
+    assert "actor: FailsAtClose.close failed: OSError: the port is gone\n" in stream.getvalue()
 
 
 @pytest.mark.parametrize("at", ["step", "reset"])

@@ -14,6 +14,7 @@ from run_samples import SPEC, entries, episode, write_journal
 from serl_launcher.replay.episodes import journal_episodes
 from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, save
+from serl_launcher.run.acts import ActsLedger
 from serl_robot_infra.envs.base import StepResult
 from serl_robot_infra.rewards.classifier import ClassifierReward
 from serl_transport.contract.schema import Observation
@@ -104,8 +105,8 @@ def test_the_audit_counts_both_kinds_of_error_and_takes_a_persons_word(run, caps
         True,
         "environment",
     )
-    kept = json.loads((run / "relabelled.json").read_text())
-    assert (kept["episode-1"]["success"], set(kept["episode-1"])) == (True, {"success", "by", "time"})
+    kept = ActsLedger(run).rows
+    assert [(row["act"], row["episode_id"], row["word"]) for row in kept] == [("verdict", "episode-1", "success")]
     ticks = {episode.info.episode_id: episode.n for _, episode in journal_episodes(run, SPEC)}
     assert {name: row["early"] for name, row in rows.items()} == {name: n - 1 for name, n in ticks.items()}
     assert np.isfinite([row["score"] for row in rows.values()]).all()
@@ -118,7 +119,7 @@ def test_the_audit_counts_both_kinds_of_error_and_takes_a_persons_word(run, caps
     (run / "labels.json").write_text(json.dumps({"g": True}))
     assert audit_reward.main([str(run), "--relabel", str(run / "labels.json")]) == 2
     assert "does not hold: g" in capsys.readouterr().err
-    assert json.loads((run / "relabelled.json").read_text()) == kept
+    assert ActsLedger(run).rows == kept
     (run / "labels.json").write_text(json.dumps({"episode-1": "no"}))
     assert audit_reward.main([str(run), "--relabel", str(run / "labels.json")]) == 2
     assert 'expected {"episode id": true | false}, got {"episode-1": "no"}' in capsys.readouterr().err

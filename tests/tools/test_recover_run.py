@@ -39,8 +39,9 @@ def run(tmp_path: Path) -> Path:
     rows = [{"ordinal": k, "episode_id": f"episode-{k}", "n_ticks": episode(k).n} for k in range(COUNT)]
     (root / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("params/v000003.safetensors", "params/latest.json", "checkpoints/step_000900/manifest.json",
-                 "metrics/trainer.jsonl", "spool/actor-0/000001.seg", "spool/actor-0/lock", "relabelled.json",
-                 "operator.json", "stage_progress.json", "estop", "status.json", "summary.json"):  # fmt: skip
+                 "metrics/trainer.jsonl", "spool/actor-0/000001.seg", "spool/actor-0/lock", "acts.jsonl",
+                 "acts.mark", "relabelled.json", "operator.json", "stage_progress.json", "estop", "status.json",
+                 "summary.json"):  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("{}")
     latest = {"version": 3, "step": 900, "file": "v000003.safetensors", "bytes": 2, "sha256": "", "time": 1.0}
@@ -134,8 +135,8 @@ def test_what_a_run_needs_goes_along_and_what_is_derived_does_not(run, capsys):
     new, _ = recover(run, capsys)
     have = {path.split("/")[0] for path in contents(new)}
     assert have == {
-        "journal", "config.yaml", "params", "checkpoints", "metrics", "spool", "relabelled.json", "operator.json",
-        "stage_progress.json", "estop", "recovered.txt",
+        "journal", "config.yaml", "params", "checkpoints", "metrics", "spool", "acts.jsonl", "acts.mark",
+        "relabelled.json", "operator.json", "stage_progress.json", "estop", "recovered.txt",
     }  # fmt: skip
     assert yaml.safe_load((new / "config.yaml").read_text())["run"] == "night1.recovered"
     assert os.path.samefile(new / "params/latest.json", run / "params/latest.json")  # replaced as a whole, so linked

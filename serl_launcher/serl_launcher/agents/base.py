@@ -41,6 +41,10 @@ class Agent(Protocol):
         """A stage of this mode (`train` or `online`) begins, or is resumed."""
         ...
 
+    def forget_data(self) -> None:
+        """What people said of episodes has changed: drop what was kept of earlier batches."""
+        ...
+
     def after_step(self) -> None:
         """Called when the optimizers have stepped; target networks are moved here."""
         ...

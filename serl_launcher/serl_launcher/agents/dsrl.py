@@ -130,7 +130,7 @@ class DSRLAgent(ValueAgent):
     @torch.no_grad()
     def act(self, prefix: Prefix, noise: Tensor) -> Tensor:
         """The executed part of the chunk that grows from this noise: float32[b, h, robot dims]."""
-        return self.executed(sample(self.policy, prefix, noise, self.settings.flow_steps))
+        return self.executed(sample(self.policy, prefix, noise, self.settings.flow_steps), prefix.anchor)
 
     @torch.no_grad()
     def encode(self, batch: TransitionBatch) -> Encoded:
@@ -142,7 +142,7 @@ class DSRLAgent(ValueAgent):
         w = self.explore(features)
         return Encoded(
             features=features,
-            chunk=self.labels(batch.action, device),
+            chunk=self.labels(batch.action, device, prefix.anchor),
             next_features=self.policy.features(after),
             next_chunk=self.act(after, noise),
             w=w,
@@ -174,6 +174,10 @@ class DSRLAgent(ValueAgent):
     def begin_stage(self, mode: str) -> None:
         """From the first online stage on the flow is frozen: whatever stage comes later trains the noise policy."""
         super().begin_stage("online" if self.online_steps > 0 else mode)
+        self.memory.clear()
+
+    def forget_data(self) -> None:
+        """The memory holds rewards of before."""
         self.memory.clear()
 
     @torch.no_grad()

@@ -45,6 +45,9 @@ class FlowMatchingAgent(nn.Module):
     def begin_stage(self, mode: str) -> None:
         """The loss is the same in every stage."""
 
+    def forget_data(self) -> None:
+        """Nothing of a batch is kept."""
+
     def after_step(self) -> None:
         """There is no target network to move."""
 
@@ -61,7 +64,7 @@ def imitation_loss(policy: FlowPolicy, batch: ChunkBatch, noise_samples: int) ->
     k, b = noise_samples, len(batch)
     prefix = policy.encode(PolicyInput(batch.images, batch.state, batch.prompts)).repeat(k)
     device = prefix.state.device
-    chunk = policy.normalise_actions(to_device(batch.action, device)).repeat_interleave(k, 0)
+    chunk = policy.normalise_actions(to_device(batch.action, device).repeat_interleave(k, 0), prefix.anchor)
     is_pad = to_device(batch.is_pad, device).repeat_interleave(k, 0)
     weight = to_device(batch.weight, device).repeat_interleave(k, 0)
     noise, t = torch.randn_like(chunk), sample_times(b * k).to(device)

@@ -51,19 +51,24 @@ class SACSettings(ValueSettings):
     cal_ql_samples: int  # chunks of the policy, and uniform ones, for each transition in that term
 
     def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> "SACAgent":
-        unit = noise_unit(task)
+        unit = noise_unit(task, policy)
         return SACAgent(policy, self, feature_dim=feature_dim(policy, task), horizon=horizon, unit=unit)
 
 
-def noise_unit(task: TaskSpec) -> Tensor:
+def noise_unit(task: TaskSpec, policy: FlowPolicy | None = None) -> Tensor:
     """What the noise of each action dim is a share of, model units: float32[ad].
 
     A displacement's is 1, its limit. A target's is the share of its range that it moves in a tick: a whole range is
-    where the robot may be, not how far it may go.
+    where the robot may be, not how far it may go. A relative action's is that way in the policy's own unit, at most 1.
     """
     reach = (np.array(task.action_high) - np.array(task.action_low)) / 2
     low, high = task.full_moves()
-    return torch.from_numpy((high - low) / 2 / reach).float()
+    unit = torch.from_numpy((high - low) / 2 / reach).float()
+    if policy is None or policy.anchors is None:
+        return unit
+    moved = torch.from_numpy((high - low) / 2).float() / policy.action_units.unit.cpu()
+    relative = torch.tensor([anchor is not None for anchor in policy.anchors])
+    return torch.where(relative, moved.clamp(1e-3, 1), unit)
 
 
 class SACAgent(ValueAgent):
@@ -124,7 +129,8 @@ class SACAgent(ValueAgent):
         with torch.no_grad():
             target = self.backup(batch)
         features = self.policy.features(prefix)
-        q = self.critic(features, self.labels(batch.action, device), torch.as_tensor(batch.is_pad, device=device))
+        labels = self.labels(batch.action, device, prefix.anchor)
+        q = self.critic(features, labels, torch.as_tensor(batch.is_pad, device=device))
         self.check_values(q)
         loss = td_loss(q, target)
         metrics = critic_metrics(loss, q, target, batch.bootstrap)
@@ -139,7 +145,9 @@ class SACAgent(ValueAgent):
         prefix = self.observe(batch.next_images, batch.next_state, batch.prompts)
         features = self.policy.features(prefix)
         path = self.path(prefix, *self.draw(len(batch), prefix), self.noise_scale(features))
-        value = pessimistic(self.target(features, self.executed(path.chunk)), self.settings.target_members)
+        value = pessimistic(
+            self.target(features, self.executed(path.chunk, prefix.anchor)), self.settings.target_members
+        )
         if self.settings.backup_entropy:
             value = value - self.log_alpha.exp() * path.log_prob
         return self.target_of(batch, value)
@@ -151,8 +159,8 @@ class SACAgent(ValueAgent):
         with torch.no_grad():
             repeated = prefix.repeat(m)
             path = self.path(repeated, *self.draw(b * m, repeated), self.noise_scale(wide))
-            chunk = self.executed(path.chunk)
-            low, high = self._limits()
+            chunk = self.executed(path.chunk, repeated.anchor)
+            low, high = self._limits(repeated.anchor)
             random = low + (high - low) * torch.rand_like(chunk)
         by_policy, by_chance = (self.critic(wide, c).view(-1, b, m) for c in (chunk, random))
         return cal_ql(q, by_policy, by_chance, torch.as_tensor(batch.return_to_go, device=device))
@@ -167,7 +175,8 @@ class SACAgent(ValueAgent):
         features = self.policy.features(prefix)
         log_std = self.noise_scale(features)
         path = self.path(prefix, noise, step_noise, log_std)
-        q = functional_call(self.critic, frozen_copy(self.critic), (features, self.executed(path.chunk))).mean(0)
+        executed = self.executed(path.chunk, prefix.anchor)
+        q = functional_call(self.critic, frozen_copy(self.critic), (features, executed)).mean(0)
         alpha = self.log_alpha.exp()
         loss = soft_actor_loss(path.log_prob, q / mean_size(q) if self.settings.normalise_q else q, alpha)
         metrics = {}
@@ -252,7 +261,12 @@ class SACAgent(ValueAgent):
     # Limits.
 
     def _check_squash(self) -> None:
-        low, high = self._limits()
+        if self.policy.anchors is not None:
+            raise ValueError(
+                "algo.agent.squash: tanh ends at ±1, but this policy's actions are relative to the state, with which "
+                "the limits move; take algo.agent.squash=false"
+            )
+        low, high = (end[0, 0] for end in self._limits(None))
         if not (torch.allclose(low, -torch.ones_like(low)) and torch.allclose(high, torch.ones_like(high))):
             raise ValueError(
                 "algo.agent.squash: tanh ends at ±1, but in this policy's units the task's limits lie at "
@@ -260,8 +274,9 @@ class SACAgent(ValueAgent):
                 "take algo.agent.squash=false"
             )
 
-    def _limits(self) -> tuple[Tensor, Tensor]:
-        """The lowest and the highest action in the model's units: float32[robot dims] each."""
+    def _limits(self, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest chunk in the model's units: float32[b or 1, h, robot dims] each."""
         device = next(self.policy.parameters()).device
-        wide = torch.full((1, self.horizon, self.policy.robot_dim), BEYOND, device=device)
-        return self.sent(-wide)[0, 0], self.sent(wide)[0, 0]
+        rows = 1 if anchor is None else len(anchor)
+        wide = torch.full((rows, self.horizon, self.policy.robot_dim), BEYOND, device=device)
+        return self.sent(-wide, anchor), self.sent(wide, anchor)

@@ -56,6 +56,9 @@ class ValueAgent(nn.Module):
     def begin_stage(self, mode: str) -> None:
         self.online = mode == "online"
 
+    def forget_data(self) -> None:
+        """Nothing of a batch is kept."""
+
     def after_step(self) -> None:
         """The target critics follow, and online steps are counted."""
         track(self.target, self.critic, self.settings.tau)
@@ -79,25 +82,28 @@ class ValueAgent(nn.Module):
         with torch.no_grad():
             return self.policy.encode(PolicyInput(images, state, prompts))
 
-    def executed(self, chunk: Tensor) -> Tensor:
-        """The ticks and dims of a sampled chunk that reach the robot, as `sent`: float32[b, h, robot dims].
+    def executed(self, chunk: Tensor, anchor: Tensor | None = None) -> Tensor:
+        """The ticks and dims of a sampled chunk that reach the robot, as `sent`: float32[b, h, robot dims]. anchor: of
+        its prefix.
 
         The gradient passes the clip, or an action beyond the limit could never come back.
         """
         part = chunk[:, : self.horizon, : self.policy.robot_dim]
-        return part + (self.sent(part) - part).detach()
+        return part + (self.sent(part, anchor) - part).detach()
 
     @torch.no_grad()
-    def sent(self, chunk: Tensor) -> Tensor:
+    def sent(self, chunk: Tensor, anchor: Tensor | None = None) -> Tensor:
         """What the robot is sent for a chunk, both in the model's units: float32[..., robot dims].
 
         The limits are the task's; only units that span the task's ranges have them at ±1.
         """
-        return self.policy.normalise_actions(self.policy.physical_actions(chunk))[..., : self.policy.robot_dim]
+        physical = self.policy.physical_actions(chunk, anchor)
+        return self.policy.normalise_actions(physical, anchor)[..., : self.policy.robot_dim]
 
-    def labels(self, action: np.ndarray, device: torch.device) -> Tensor:
-        """Executed physical actions in the model's units: float32[b, h, robot dims]."""
-        chunk = self.policy.normalise_actions(torch.as_tensor(action, device=device))
+    def labels(self, action: np.ndarray, device: torch.device, anchor: Tensor | None = None) -> Tensor:
+        """Executed physical actions in the model's units: float32[b, h, robot dims]. anchor: of the observation that
+        they begin at."""
+        chunk = self.policy.normalise_actions(torch.as_tensor(action, device=device), anchor)
         return chunk[..., : self.policy.robot_dim]
 
     def target_of(self, batch: TransitionBatch | Encoded, next_value: Tensor) -> Tensor:

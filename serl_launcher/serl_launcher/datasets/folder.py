@@ -5,12 +5,14 @@
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 VERSION = "v3."
+MODALITY = Path("meta", "modality.json")  # GR00T's names of cameras and parts
 
 
 class DatasetError(ValueError):
@@ -32,6 +34,10 @@ def find(source: str | Path) -> Path:
     version = str(info.get("codebase_version"))
     if not version.startswith(VERSION):
         raise DatasetError(f"{source}: is in LeRobot's {version} format{_conversion(version, folder)}")
+    if _lost_modality(folder):
+        raise DatasetError(
+            f"{source}: its conversion to v3 left meta/modality.json behind: {_copy_of_modality(folder)}"
+        )
     return folder
 
 
@@ -67,11 +73,29 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 def _conversion(version: str, folder: Path) -> str:
     if version == "v2.1":
+        then = f", then: {_copy_of_modality(folder)}" if (folder / MODALITY).is_file() else ""
         return (
-            f"; convert it: python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=local/{folder.name} "
-            f"--root={folder} --push-to-hub=false"
+            f"; convert it: python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=local/{quote(folder.name)} "
+            f"--root={quote(str(folder))} --push-to-hub=false{then}"
         )
     return f", this reads {VERSION}x: convert it to v2.1 with the LeRobot that wrote it, then to v3.0"
+
+
+def _lost_modality(folder: Path) -> bool:
+    """LeRobot's conversion does not take modality.json along: the v2.1 folder that it leaves beside has one."""
+    old = _unconverted(folder)
+    if (folder / MODALITY).is_file() or not (old / MODALITY).is_file():
+        return False
+    return str(read_info(old).get("codebase_version")) == "v2.1"
+
+
+def _copy_of_modality(folder: Path) -> str:
+    return f"cp {quote(str(_unconverted(folder) / MODALITY))} {quote(str(folder / MODALITY))}"
+
+
+def _unconverted(folder: Path) -> Path:
+    """Where the conversion puts what it converted."""
+    return folder.absolute().with_name(f"{folder.absolute().name}_old")
 
 
 def _fetched(name: str) -> Path:

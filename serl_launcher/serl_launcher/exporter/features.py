@@ -56,7 +56,7 @@ def dataset_features(spec: TaskSpec, video: bool) -> dict[str, dict[str, Any]]:
     for camera, (height, width) in spec.cameras.items():
         feature = {"dtype": "image", "shape": [height, width, 3], "names": ["height", "width", "channels"]}
         if video:
-            feature |= {"dtype": "video", "info": _video_info(height, width, frame_rate(spec))}
+            feature |= {"dtype": "video", "info": video_info(height, width, frame_rate(spec))}
         features[IMAGE_PREFIX + camera] = feature
     for key, names in ((STATE, spec.state_names), (ACTION, spec.action_names)):
         features[key] = {"dtype": "float32", "shape": [len(names)], "names": list(names)}
@@ -87,7 +87,8 @@ def _column(dtype: str, shape: list[int]) -> tuple[pa.DataType, dict[str, Any]]:
     return pa.list_(kind, shape[0]), {"feature": value, "length": shape[0], "_type": "List"}
 
 
-def _video_info(height: int, width: int, fps: int) -> dict[str, Any]:
+def video_info(height: int, width: int, fps: int) -> dict[str, Any]:
+    """The `info` entry of a video feature, as `exporter.video` encodes it."""
     return {
         "video.height": height,
         "video.width": width,

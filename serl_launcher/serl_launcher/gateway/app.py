@@ -3,7 +3,7 @@
     5588 actors ─▶ data ─▶ Ingest          ipc roles ─▶ progress ─▶ TrainerProgress
                    infer ─▶ InferForwarder              serving, infer_reply ─▶ InferForwarder
                    heartbeat ◀─ Troubles ◀───────────── troubles (of the supervisor)
-                   request ─▶ next_episode | status | params
+                   request ─▶ next_episode | status | params | what operators ask (operating.py)
     5589 ◀─ notify: params version, stage, stop
 
 One thread owns all of it; the journal's thread only writes and posts back. Nothing here waits for a disk or a peer.
@@ -11,15 +11,18 @@ One thread owns all of it; the journal's thread only writes and posts back. Noth
 
 import logging
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from serl_launcher.gateway.actors import Actors
 from serl_launcher.gateway.ending import Ending
 from serl_launcher.gateway.forward import InferForwarder
+from serl_launcher.gateway.hands import Hands
 from serl_launcher.gateway.ingest import Ingest
 from serl_launcher.gateway.journalled import Journalled
 from serl_launcher.gateway.ledger import ADHOC, LedgerRow, scope_of
+from serl_launcher.gateway.operating import Operating
 from serl_launcher.gateway.operator_state import OperatorState
 from serl_launcher.gateway.progress import TrainerProgress
 from serl_launcher.gateway.published import PublishedParams
@@ -27,7 +30,9 @@ from serl_launcher.gateway.seal import Seal, load_secret
 from serl_launcher.gateway.settings import GatewaySettings
 from serl_launcher.gateway.tickets import Ticket, TicketOffice, stop, wait
 from serl_launcher.gateway.troubles import Troubles
+from serl_launcher.gateway.views import Views
 from serl_launcher.replay.journal_writer import JournalLock
+from serl_launcher.run.acts import Row
 from serl_launcher.run.alive import beat
 from serl_launcher.run.files import read_json, write_json
 from serl_launcher.run.internal import INFER, INFER_REPLY
@@ -36,7 +41,7 @@ from serl_launcher.run.schedule import Stage, StageState, current_stage
 from serl_transport.config import TrainerConfig
 from serl_transport.connection.router import Peer
 from serl_transport.contract.bounds import INT32, shown
-from serl_transport.contract.errors import BadFrame, Unauthorized, UnknownKind
+from serl_transport.contract.errors import BadFrame, Unauthorized, UnknownKind, WireError
 from serl_transport.security.allow_list import OPERATOR_REQUESTS
 from serl_transport.server import TrainerServer
 from serl_transport.wire.codec import Frames, pack
@@ -82,7 +87,8 @@ class Gateway:
     def _compose(self) -> None:
         settings, paths, server = self.settings, self.paths, self.server
         self.actors = Actors(settings.dead_actor_s)
-        self.progress = TrainerProgress(paths.stage_progress, paths.checkpoints, settings.stages)
+        self.operator = OperatorState(paths, settings.config)
+        self.progress = TrainerProgress(paths.stage_progress, paths.checkpoints, self.operator.live.stages)
         self.params = PublishedParams(paths.params, server.call_soon, self._announce_params)
         self.journalled = Journalled(settings, paths, self.actors, server.reply, self._episode_closed)
         reader = self.journalled.recover()
@@ -92,11 +98,21 @@ class Gateway:
         self.ending = Ending(self.actors, self.tickets, settings.dead_actor_s)
         self.ingest = Ingest(settings, paths, self.actors, self.journalled, reader, server.call_soon, seal)
         self.troubles = Troubles(self.ingest, self.progress)
+        self.views, self.hands = Views(), Hands(server.reply, server.loop.call_later)
         self._restore_tickets()
         self._roles = server.add_router(internal_endpoint(paths.root))
         self.forwarder = InferForwarder(self._roles)
+        self.params.pin(self.operator.state.served)
         self._stage = self._current_stage()
-        self.operator = OperatorState(paths.root / "operator.json")
+        self.operating = Operating(
+            paths,
+            self.operator,
+            self.actors,
+            self.journalled.ledger,
+            self.progress,
+            lambda: self._stage,
+            server.call_soon,
+        )
         self._exported: dict[str, Any] = {}
         self._status_late = False
         self._register_handlers()
@@ -117,6 +133,7 @@ class Gateway:
         roles.handle("status", lambda peer, envelope, body: self.status())
         roles.handle("serving", self._serving)
         roles.handle("troubles", self.troubles.take)
+        roles.handle("views", self._give_views)
         roles.handle(INFER, partial(self.forwarder.infer, roles.reply), raw=True)
         roles.handle(INFER_REPLY, self.forwarder.answered, raw=True)
 
@@ -158,7 +175,7 @@ class Gateway:
             "serving": self.forwarder.to_status(),
             "actors": self.actors.to_status(self.params.times),
             "exporter": self._exported,
-            "troubles": self.troubles.current(),
+            "troubles": self._troubles(),
         }
 
     # Actors.
@@ -171,7 +188,8 @@ class Gateway:
     def _heartbeat(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
         if peer.role == "actor":
             self.actors.heartbeat(peer.actor_id, body)
-        return self.server.heartbeat_reply() | {"troubles": self.troubles.current(), "over": self.over}
+        told = {"troubles": self._troubles(), "over": self.over, "watched": self.views.watched}
+        return self.server.heartbeat_reply() | told
 
     def _request(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any] | Frames | None:
         self.actors.seen(peer.actor_id)
@@ -182,22 +200,53 @@ class Gateway:
         if envelope.target == "leave" and peer.role == "actor":
             self.actors.leaves(peer.actor_id, peer.boot_id, body.get("reason"))
             return {}
+        if envelope.target in ("live", "hands") and peer.role == "actor":
+            return self._from_actor(peer, envelope, body)
+        if envelope.target == "drive":
+            return self.hands.drive(peer.actor_id, body)
         if envelope.target == "status":
             return self.status()
         if envelope.target == "params":
             self.params.look()
             return pack(self.params.chunk(body))
+        if envelope.target == "acts":
+            return self.operator.listed(body)
         if envelope.target in OPERATOR_REQUESTS:
-            return self._operate(peer.actor_id, envelope.target)
-        known = ["next_episode", "status", "params", "leave", *sorted(OPERATOR_REQUESTS)]
+            # Who may is the allow-list's business (without keys: whoever reaches the port).
+            self.operating.take(envelope.target, body, peer.actor_id, partial(self._acted, envelope.token))
+            return None
+        known = ["next_episode", "status", "params", "acts", "leave", "live", "hands", *sorted(OPERATOR_REQUESTS)]
         raise UnknownKind(f"no request {envelope.target!r}; the requests are {', '.join(known)}")
 
-    def _operate(self, name: str, request: str) -> dict[str, Any]:
-        """A person steers the run; who may is the allow-list's business (without keys: whoever reaches the port)."""
-        if self.operator.take(request, name):
-            self.server.notify({"topic": request, "by": name})
+    def _from_actor(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any] | None:
+        """What an actor says to the people at the console, and asks them."""
+        if envelope.target == "live":
+            return self.views.take(peer.actor_id, body)
+        return self.hands.poll(peer.actor_id, envelope.token, body)
+
+    def _give_views(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
+        return self.views.give(peer, envelope, body) | {"hands": self.hands.to_view()}
+
+    def _acted(self, token: bytes, act: Row | WireError) -> None:
+        """A person's request is kept, and in force from here on; or it is refused, with the reason."""
+        if isinstance(act, WireError):
+            self.server.reply(token, act)
+            return
+        self._take_acts()
+        self.server.notify({"topic": act["act"], "by": act["by"]})
         self._write_status()
-        return {"operator": self.operator.to_status(), "done": self.done}
+        self.server.reply(token, {"act": act, "operator": self.operator.to_status(), "done": self.done})
+
+    def _take_acts(self) -> None:
+        """What the ledger of acts says, into the parts that go by it."""
+        self.params.pin(self.operator.state.served)
+        self.progress.take_goals(self.operator.live.stages)
+        self._update_stage()
+
+    def _troubles(self) -> dict[str, str]:
+        serving = self.forwarder.to_status().get("trouble")
+        told = {"serving": serving} if serving else {}
+        return self.troubles.current() | self.operator.troubles() | self.params.troubles() | told
 
     @property
     def done(self) -> bool:
@@ -207,7 +256,7 @@ class Gateway:
     @property
     def over(self) -> str | None:
         """Why no tickets are left, for people; None while the run goes on."""
-        if self.operator.stopped:
+        if self.operator.state.stopped:
             return "an operator stopped the run"
         return "every stage of the schedule is done" if self._stage.done else None
 
@@ -224,15 +273,15 @@ class Gateway:
         if self.over is not None:
             self.tickets.release(actor, boot, time.monotonic())
             return self.ending.answer(actor, backlog, self.over)
-        if self.operator.paused:
-            return wait(WAIT_S, "an operator paused the run")
+        if paused := self.operator.paused(actor):
+            return wait(WAIT_S, paused)
         state = self._stage
         current = state.stage
         if current is not None and (want == "follow" or (want == current.mode and limit is None)):
             return self._ticket(current, actor, boot, state.min_version)
         if want == "follow":
             return stop("the schedule names no stage; an actor may ask for rollout.mode=demo, online or eval")
-        needed = {"demo": -1, "online": 0, "eval": max(self.params.version or 0, 0)}[want]
+        needed = {"demo": -1, "online": 0, "eval": max(self.params.served or 0, 0)}[want]
         stage = Stage(f"{ADHOC}{want}", want, limit, takeover=want != "eval")
         return self._ticket(stage, actor, boot, needed)
 
@@ -256,6 +305,7 @@ class Gateway:
 
     def _progress(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
         self.progress.report(body)
+        self.operating.obeyed(body.get("obeyed"), self.progress.version)
         self.params.look()
         self._update_stage()
         return self.status()
@@ -271,8 +321,11 @@ class Gateway:
         self._update_stage()
 
     def _current_stage(self) -> StageState:
-        counted = self.journalled.ledger.stage_episodes()
-        return current_stage(self.settings.stages, counted, self.progress.stage_steps, self.progress.end_versions)
+        counted, live = self.journalled.ledger.stage_episodes(), self.operator.live
+        versions = self.progress.end_versions | {name: v for name, v in live.ended.items() if v is not None}
+        state = current_stage(live.stages, counted, self.progress.stage_steps, versions, live.ended)
+        pinned = self.operator.state.served
+        return state if pinned is None else replace(state, min_version=min(state.min_version, pinned))
 
     def _update_stage(self) -> None:
         before, self._stage = self._stage, self._current_stage()
@@ -296,7 +349,7 @@ class Gateway:
             self.tickets.skip_seeds(stage, count)
 
     def _announce_params(self, version: int) -> None:
-        log.info("policy version %d is published", version)
+        log.info("actors are told of policy version %d", version)
         self.server.announce_params(version)
 
     def _every_second(self) -> None:
@@ -304,6 +357,7 @@ class Gateway:
         self.ingest.close_abandoned()
         self.journalled.write_ledger()
         self.forwarder.check()
+        self._take_acts()
         self._exported = read_json(self.paths.root / "dataset_status.json") or {"episodes": 0}
         self._write_status()
 

@@ -16,7 +16,6 @@ from serl_launcher.replay.assembler import ClosedEpisode
 from serl_launcher.replay.entries import DataEntry, Entry
 from serl_launcher.replay.episodes import EpisodeStream
 from serl_launcher.replay.journal import JournalCorrupt, JournalReader, how_to_recover
-from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.replay.ring import RingError, RingWriter
 from serl_launcher.run.paths import RunPaths
 from serl_transport.connection.router import Reply
@@ -37,7 +36,6 @@ class Journalled:
         reply: Callable[[bytes, Reply], None],
         on_closed: Callable[[LedgerRow], None],
     ) -> None:
-        self._relabelled = Relabelled(paths.root)  # read once: labels given later count from the next start on
         # By the gateway before: ordinal -> episode id.
         self._listed = {row["ordinal"]: row["episode_id"] for row in listed_rows(paths.episodes)}
         self.ledger = Ledger(paths.episodes)
@@ -127,17 +125,16 @@ class Journalled:
             self._ledger_late = True
 
     def _add(self, closed: ClosedEpisode) -> LedgerRow:
-        """A closed episode into the ledger as it was recorded, and into the ring as people corrected it.
+        """A closed episode into the ledger and into the ring, as it was recorded: a person's later word is the views'.
 
-        What a person discarded does not enter the ring: no view, whatever its rule, ever samples it.
+        What was discarded at the robot does not enter the ring: no view, whatever its rule, ever samples it.
         """
         episode = closed.build()
         row = LedgerRow.of(closed, episode)
         if row.is_experience:
-            corrected = self._relabelled.correct(episode)
+            info, success = episode.info, episode.outcome.success
             try:
-                success, prompt = corrected.outcome.success, corrected.info.prompt
-                self.ring.append(closed.ordinal, row.mode, success, corrected.arrays, prompt)
+                self.ring.append(closed.ordinal, row.mode, success, episode.arrays, info.prompt, info.episode_id)
             except RingError as error:
                 log.error("episode %s is recorded but cannot be trained on: %s", row.episode_id, error)
         self.ledger.add(row)

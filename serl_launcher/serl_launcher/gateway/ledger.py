@@ -119,6 +119,7 @@ class Ledger:
         self.experience = 0  # those of demonstrations and online episodes that nobody discarded
         self.per_mode = {"demo": 0, "online": 0, "eval": 0}
         self.started: dict[str, int] = {}  # stage -> rows of any kind
+        self.known: dict[str, tuple[int, str, str | None]] = {}  # episode id -> ordinal, mode, truncated_by
         self._counted: dict[Scope, int] = {}
         self._seeds: dict[Scope, dict[int, bool]] = {}  # eval: seed -> success of its first whole outcome
         self._evaluated: dict[str, Evaluated] = {}  # by stage
@@ -149,6 +150,7 @@ class Ledger:
     def add(self, row: LedgerRow) -> None:
         """Count a row; `write` puts its line into the file."""
         self.rows += 1
+        self.known[row.episode_id] = (row.ordinal, row.mode, row.truncated_by)
         self.interventions += row.interventions
         self.transitions += row.n_ticks
         if row.is_experience:

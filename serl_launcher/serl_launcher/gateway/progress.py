@@ -73,9 +73,19 @@ class TrainerProgress:
         if before != (self.step, self.version, self.stage_steps, self.end_versions):
             self._keep()
 
+    @property
+    def is_alive(self) -> bool:
+        """Has the trainer reported lately?"""
+        return time.monotonic() - self._last < ALIVE_S
+
+    def take_goals(self, stages: Sequence[Stage]) -> None:
+        """The stages as people changed them."""
+        self._goals = {stage.name: stage.steps for stage in stages if stage.steps}
+        self._note_ends()
+
     def to_status(self) -> dict[str, Any]:
         """The `trainer` part of the status document."""
-        alive = time.monotonic() - self._last < ALIVE_S
+        alive = self.is_alive
         waits = self.waits if alive else None
         return {"step": self.step, "version": self.version, "metrics": self.metrics, "alive": alive, "waits": waits}
 

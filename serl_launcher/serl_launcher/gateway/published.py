@@ -3,7 +3,8 @@
     latest.json ─▶ look (the loop, 4/s) ─▶ thread: compare with the sha256 ─▶ post ─▶ announced, handed out
 
 The trainer writes params/ (serl_launcher.run.versions); the gateway only reads. A file that is being pulled is kept
-mapped, so that the trainer may prune it meanwhile, and sent straight from the page cache.
+mapped, so that the trainer may prune it meanwhile, and sent straight from the page cache. A version that an operator
+pinned is told of and handed out in place of the newest.
 """
 
 import logging
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.run.versions import PublishedVersion, newest_whole
+from serl_launcher.run.versions import PublishedVersion, newest_whole, versions_told
 from serl_transport.contract.errors import NotReady, Refused
 from serl_transport.parameters.params import Offer, read_chunk
 
@@ -34,6 +35,7 @@ class PublishedParams:
         self._dir, self._post, self._on_newer = params_dir, post, on_newer
         self._told = PublishedVersion.read(params_dir)
         self._newest: PublishedVersion | None = None
+        self._pinned: int | None = None
         self._open: OrderedDict[int, Offer] = OrderedDict()  # by version
         self.times: dict[int, float] = {}  # version -> time.monotonic() of its publishing, if we were there
         self._take(newest_whole(params_dir))
@@ -43,6 +45,25 @@ class PublishedParams:
     def version(self) -> int | None:
         """The newest whole version, None before the first."""
         return None if self._newest is None else self._newest.version
+
+    @property
+    def served(self) -> int | None:
+        """The pinned version, else the newest whole one."""
+        return self.version if self._pinned is None else self._pinned
+
+    def pin(self, version: int | None) -> None:
+        """Hand this one out from now on; None: the newest."""
+        if version == self._pinned:
+            return
+        self._pinned = version
+        if self.served is not None:
+            self._on_newer(self.served)
+
+    def troubles(self) -> dict[str, str]:
+        """For the status document: a pinned version that is gone."""
+        if self._pinned is None or self._pinned in versions_told(self._dir):
+            return {}
+        return {"pinned": f"version {self._pinned} is pinned and is not in {self._dir}: serve another one"}
 
     def look(self) -> None:
         """Look at the pointer; another one is compared with its checksum, on a thread of its own, then told of."""
@@ -67,27 +88,32 @@ class PublishedParams:
             return
         self._newest = whole
         self.times[whole.version] = seen
-        self._on_newer(whole.version)
+        if self._pinned is None:
+            self._on_newer(whole.version)
+        else:
+            log.info("policy version %d is published; version %d is pinned", whole.version, self._pinned)
 
     def chunk(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Answer one `params` request `{version | null, number}`. NotReady, Refused or BadFrame."""
         version = payload.get("version")
         if self._newest is None:
             raise NotReady("no parameters have been published yet")
-        version = self.version if version is None else version
+        version = self.served if version is None else version
         return read_chunk(self._offer(version), payload | {"version": version})
 
     def _offer(self, version: Any) -> Offer:
         if version not in self._open:
-            assert self._newest is not None
-            if version != self.version:
+            if version not in (self.version, self._pinned):
                 raise Refused(f"version {version!r} is not held, the newest is {self.version}")
+            entry = self._newest if version == self.version else versions_told(self._dir).get(version)
+            if entry is None:
+                raise NotReady(f"version {version} is pinned and is gone: an operator must serve another one")
             try:
-                with (self._dir / self._newest.file).open("rb") as file:  # only ever replaced, never changed
+                with (self._dir / entry.file).open("rb") as file:  # only ever replaced, never changed
                     blob = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
             except FileNotFoundError:
                 raise NotReady(f"version {version} is being replaced, ask again") from None
-            self._open[version] = Offer.of(version, blob, self._newest.sha256)
+            self._open[version] = Offer.of(version, blob, entry.sha256)
             while len(self._open) > KEEP_OPEN:
                 self._open.popitem(last=False)
         return self._open[version]

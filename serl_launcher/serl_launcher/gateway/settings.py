@@ -31,6 +31,7 @@ class GatewaySettings:
     segment_mb: int  # journal.segment_mb
     dead_actor_s: float  # gateway.dead_actor_s: an actor silent this long is taken for dead
     unticketed: bool  # gateway.unticketed: are episodes taken without a ticket? auto: where there are no keys
+    config: dict[str, Any]  # all of it, for what people may change of it while the run goes on
 
     @staticmethod
     def load(path: Path) -> "GatewaySettings":
@@ -70,6 +71,7 @@ class GatewaySettings:
             segment_mb=int(_number(cfg, "journal.segment_mb", 1)),
             dead_actor_s=float(_number(cfg, "gateway.dead_actor_s", 0.1)),
             unticketed=security.get("keys_dir") is None if unticketed == "auto" else unticketed,
+            config=cfg,
         )
 
 

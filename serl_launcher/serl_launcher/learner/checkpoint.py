@@ -1,7 +1,8 @@
 """Checkpoints of the trainer: everything that resuming needs, on disk before it gets its name.
 
 `runs/<name>/checkpoints/step_000900/` holds tensors.safetensors (parameters, average), optimizer.pt, state.json
-(counters, random states, stage progress, policy version) and manifest.json with their sizes and checksums.
+(counters, random states, stage progress, policy version) and manifest.json with their sizes and checksums;
+origin.json says which code, config and data made it (run.record).
 run.checkpoints tells which are whole.
 """
 
@@ -20,15 +21,23 @@ from torch import Tensor
 from serl_launcher.run.checkpoints import FILES, MANIFEST, OPTIMIZER, STATE, TENSORS, complete, read_state, step_of
 from serl_launcher.run.files import DamagedFileError, make_folder, sha256_of, sync, write_sealed
 from serl_launcher.run.parameters import StoredTensors, save_tensors
+from serl_launcher.run.record import ORIGIN
 
 BEFORE = ".before"  # suffix of a checkpoint that makes room for another one of the same step
 RAW = "raw."  # what the policy's names begin with among the tensors; of their average it is AVERAGED
 
 
 def save(
-    root: Path, step: int, tensors: Mapping[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any], keep: int
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    optimizer: dict[str, Any],
+    state: dict[str, Any],
+    keep: int,
+    origin: dict[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint, then drop all but the newest `keep` up to it. `state` must be JSON; returns the folder.
+    origin: what it is made of (run.record.origin_of), kept beside the weights.
 
     On disk when this returns. OSError when the disk refuses: nothing of it is left then, and those before it stay.
     Later steps are left alone: training went on from before them because they are damaged.
@@ -40,6 +49,8 @@ def save(
     try:
         part.mkdir()
         _write(part, step, tensors, optimizer, state)
+        if origin is not None:
+            write_sealed(part / ORIGIN, origin)
         _put_in_place(part, folder)
     except OSError:
         shutil.rmtree(part, ignore_errors=True)  # half a checkpoint would keep a full disk full

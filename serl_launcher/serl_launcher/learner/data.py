@@ -16,13 +16,22 @@ class TrainingData:
     """
 
     def __init__(self, view: View, verdicts: VerdictLedger, rng: np.random.Generator, min_accepted: int) -> None:
-        self._view, self._verdicts, self._rng, self._min_accepted = view, verdicts, rng, min_accepted
+        self._view, self._verdicts, self._rng, self.min_accepted = view, verdicts, rng, min_accepted
         self._ring: str | None = None
 
     @property
     def accepted(self) -> int:
         """Episodes that are imitated, over the whole run."""
         return self._verdicts.accepted
+
+    def start_over(self) -> None:
+        """People said something of episodes: the next `refresh` builds the view anew over the ring."""
+        self._ring = None
+
+    def take(self, view: View, verdicts: VerdictLedger) -> None:
+        """Another rule's view from now on."""
+        self._view, self._verdicts = view, verdicts
+        self.start_over()
 
     def refresh(self, ring: str | None) -> bool:
         """Take in what came since the last call; False while there is no ring. ring: path that the status names.
@@ -42,10 +51,10 @@ class TrainingData:
         return True
 
     def problem(self, mode: str) -> str | None:
-        return self._view.problem(mode, self._min_accepted)
+        return self._view.problem(mode, self.min_accepted)
 
     def ready(self, mode: str) -> bool:
-        return self._view.ready(mode, self._min_accepted)
+        return self._view.ready(mode, self.min_accepted)
 
     def sample(self, size: int) -> ChunkBatch | LearningBatch:
         return self._view.sample(self._rng, size)

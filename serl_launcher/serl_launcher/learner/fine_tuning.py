@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,9 @@ import numpy as np
 from torch import Tensor
 
 from serl_launcher.learner.disk import DiskWait
-from serl_launcher.learner.held_out import ERROR, LOSS, HeldOut
+from serl_launcher.learner.held_out import HeldOut
 from serl_launcher.learner.learner import Learner
+from serl_launcher.learner.overfit import Overfit
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
 from serl_launcher.learner.sampling import ShuffledRows, batches, seed_noise, worker_count
@@ -48,6 +50,7 @@ class SftSettings:
     lr: float
     warmup: float
     max_samples: int | None
+    overfit: int | None
     workers: int | str
     held_out: float
     eval_period: int
@@ -58,8 +61,10 @@ class SftSettings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value != {"max_samples": None, "workers": "auto"}.get(field.name, math.nan):
+            if value != {"max_samples": None, "overfit": None, "workers": "auto"}.get(field.name, math.nan):
                 _check(field.name, value)
+        if self.overfit and self.max_samples:
+            raise ValueError("sft.overfit takes whole episodes: expected no sft.max_samples beside it")
 
     @property
     def stage(self) -> TrainingStage:
@@ -75,7 +80,7 @@ def _check(name: str, value: Any) -> None:
         least = 0 if name == "workers" else 1
         good, expected = number and isinstance(value, int) and value >= least, f"a whole number of at least {least}"
     if not good:
-        other = {"max_samples": ", or null", "workers": ", or auto"}.get(name, "")
+        other = {"max_samples": ", or null", "overfit": ", or null", "workers": ", or auto"}.get(name, "")
         raise ValueError(f"sft.{name}: expected {expected}{other}, got {value!r}")
 
 
@@ -117,11 +122,13 @@ class FineTuning:
         settings: SftSettings,
         *,
         seed: int,
+        overfit: Overfit | None = None,
     ) -> None:
         self._learner, self._held_out, self._progress = learner, held_out, progress
         self._publisher, self._checkpoints, self.best, self._step_log = publisher, checkpoints, best, step_log
         self._settings, self._stage, self._seed = settings, settings.stage, seed
         self._disk = DiskWait(lambda: "")
+        self.overfit = overfit  # asks of the measured episodes, which train in that case, whether they are learned
         self._refused = 0  # steps in a row
         self._stopping = False
         first = self.taken * settings.accumulate
@@ -135,7 +142,7 @@ class FineTuning:
 
     @property
     def finished(self) -> bool:
-        return self._progress.finished(self._stage)
+        return self._progress.finished(self._stage) or (self.overfit is not None and self.overfit.passed)
 
     def stop(self) -> None:
         """End after the step in hand; from a signal handler."""
@@ -147,9 +154,11 @@ class FineTuning:
         FloatingPointError after PATIENCE refused steps in a row, OSError when a loader's process was killed,
         RuntimeError when frozen parameters have changed.
         """
-        source = self._batches()
-        while not self.finished and not self._stopping:
-            self._turn(source)
+        if self.overfit and self.taken:  # it may be learned already
+            self._judge(self._held_out.measure(self._learner))
+        with closing(self._batches()) as source:  # its processes end here: at an exit they would be waited for
+            while not self.finished and not self._stopping:
+                self._turn(source)
         if self._stopping and not self.finished:
             self._write([self._publisher.publish, self._checkpoints.save])
         self._step_log.close()
@@ -165,10 +174,17 @@ class FineTuning:
         due: list[Callable[[], object]] = []
         measured = self._held_out.measure(self._learner) if self._due(self._settings.eval_period) else {}
         if measured:
-            due.append(partial(self.best.offer, self.taken, measured[LOSS]))
+            due += self._judge(measured)
         due.append(partial(self._log_step, metrics, measured))
         due += [self._publisher.publish, self._checkpoints.save] if self._due(self._settings.save_period) else []
         self._write(due)
+
+    def _judge(self, measured: dict[str, float]) -> list[Callable[[], object]]:
+        """Of the measured episodes: is this the best version, or are they learned by heart? What is to be written."""
+        if self.overfit is None:
+            return [partial(self.best.offer, self.taken, measured[self._held_out.loss])]
+        self.overfit.judge(self.taken, measured[self._held_out.error])
+        return []
 
     def _take_step(self, parts: list[ChunkBatch]) -> dict[str, Tensor | float]:
         """The step's metrics; empty when it was refused."""
@@ -204,7 +220,10 @@ class FineTuning:
     def _line(self) -> str:
         shown = self._step_log.shown
         text = f"step {self.taken}/{self._settings.steps}  loss {shown.get('losses/flow', math.nan):.4f}"
-        if LOSS in shown:
-            text += f"  held out: loss {shown[LOSS]:.4f}, open-loop error {shown[ERROR]:.4f}"
-            text += "  best so far" if self.best.step == self.taken else f"  (best: {self.best.loss:.4f})"
-        return text
+        if self._held_out.loss not in shown:
+            return text
+        loss, error = shown[self._held_out.loss], shown[self._held_out.error]
+        if self.overfit:
+            return f"{text}  open-loop error {error:.4g} (asked: {self.overfit.bound:.4g})"
+        text += f"  held out: loss {loss:.4f}, open-loop error {error:.4f}"
+        return text + ("  best so far" if self.best.step == self.taken else f"  (best: {self.best.loss:.4f})")

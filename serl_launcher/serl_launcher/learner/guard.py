@@ -64,6 +64,22 @@ class EvaluationWatch:
         self._rebuilds = False
         return None
 
+    def take(self, goals: Mapping[str, int], margin: float | None) -> None:
+        """What an operator changed of these."""
+        self._goals, self._margin = goals, margin
+
+    def pass_over(self, results: Mapping[str, Mapping[str, int]]) -> None:
+        """Evaluations of a version that a person pinned say nothing of the training: what is over is not judged."""
+        if self._margin is None:
+            return
+        for stage, goal in self._goals.items():
+            row = results.get(stage)
+            if row and row["episodes"] >= goal and stage not in self.best.judged:
+                log.info(
+                    "evaluation %s was of version %s, which is pinned: it is not judged", stage, row.get("version")
+                )
+                self.settle(stage)
+
     @property
     def kept(self) -> Path | None:
         """Parameters of the best version, compared with their checksum; None where they are gone or damaged."""
@@ -115,7 +131,10 @@ class RollbackGuard:
     @busy(1800.0, "judging an evaluation")
     def check(self, status: Mapping[str, Any]) -> None:
         """Look at the evaluations of a status document; after a fall, bring the best version's parameters back."""
-        fall = self._watch.look(status.get("eval") or {})
+        results = status.get("eval") or {}
+        if (status.get("operator") or {}).get("served") is not None:
+            self._watch.pass_over(results)
+        fall = self._watch.look(results)
         kept = self._watch.kept if fall else None
         if fall is None or kept is None:
             return

@@ -15,8 +15,6 @@ from serl_launcher.learner.sft import Chunks
 from serl_launcher.policies.base import PolicyInput, sample
 from serl_launcher.replay.views import ChunkBatch
 
-LOSS, ERROR = "held_out/loss", "held_out/open_loop_mse"
-
 
 def split(episodes: int, share: float, seed: int) -> list[int]:
     """The episodes that are held out, ascending: `share` of them, rounded, drawn by the seed; never all of them."""
@@ -25,36 +23,45 @@ def split(episodes: int, share: float, seed: int) -> list[int]:
 
 
 class HeldOut:
-    """The held-out episodes of one dataset.
+    """The held-out episodes of one dataset, or others that are to be measured as they are.
 
     rows: episode -> int64[n], its rows; samples: that are measured in all, evenly spaced in each episode; ticks: of a
-    chunk that are compared, as the actor executes them; steps: of the flow.
+    chunk that are compared, as the actor executes them; steps: of the flow; group: of the metrics.
     """
 
     def __init__(
-        self, chunks: Chunks, rows: dict[int, np.ndarray], samples: int, ticks: int, steps: int, batch_size: int
+        self,
+        chunks: Chunks,
+        rows: dict[int, np.ndarray],
+        *,
+        samples: int,
+        ticks: int,
+        steps: int,
+        batch_size: int,
+        group: str = "held_out",
     ) -> None:
         each = max(1, samples // max(1, len(rows)))
         spaced = {e: np.linspace(0, len(r) - 1, min(each, len(r))).round().astype(int) for e, r in rows.items()}
-        self._rows = {episode: rows[episode][places].tolist() for episode, places in spaced.items()}
+        self.loss, self.error = f"{group}/loss", f"{group}/open_loop_mse"
+        self.rows = {episode: rows[episode][places].tolist() for episode, places in spaced.items()}
         self._chunks, self._ticks, self._steps, self._batch_size = chunks, ticks, steps, batch_size
 
     @torch.no_grad()
     def measure(self, learner: Learner) -> dict[str, float]:
-        """`held_out/loss` (as `losses/flow`) and `held_out/open_loop_mse` (in the model's units, as
+        """`<group>/loss` (as `losses/flow`) and `<group>/open_loop_mse` (in the model's units, as
         tools/eval_open_loop.py), the means over samples, and both of each episode. Empty without held-out episodes."""
         sums: dict[int, np.ndarray] = {}
         with learner.averaged_in_place() as agent:
-            for episode, rows in self._rows.items():
+            for episode, rows in self.rows.items():
                 found = [np.array(self._of_batch(agent, b, k)) * len(b) for k, b in enumerate(self._batches(rows))]
                 sums[episode] = np.sum(found, axis=0)
         if not sums:
             return {}
-        total = np.sum(list(sums.values()), axis=0) / sum(len(rows) for rows in self._rows.values())
-        out = {LOSS: float(total[0]), ERROR: float(total[1])}
+        total = np.sum(list(sums.values()), axis=0) / sum(len(rows) for rows in self.rows.values())
+        out = {self.loss: float(total[0]), self.error: float(total[1])}
         for episode, summed in sums.items():
-            loss, error = summed / len(self._rows[episode])
-            out |= {f"{LOSS}_episode_{episode}": float(loss), f"{ERROR}_episode_{episode}": float(error)}
+            loss, error = summed / len(self.rows[episode])
+            out |= {f"{self.loss}_episode_{episode}": float(loss), f"{self.error}_episode_{episode}": float(error)}
         return out
 
     def _batches(self, rows: Sequence[int]) -> Iterator[ChunkBatch]:
@@ -71,8 +78,8 @@ class HeldOut:
         policy = agent.policy
         prefix = policy.encode(PolicyInput(batch.images, batch.state, batch.prompts))
         noise = torch.randn(len(batch), policy.action_horizon, policy.action_dim, device=policy.device)
-        chosen = policy.physical_actions(sample(policy, prefix, noise, self._steps))[:, : self._ticks]
+        chosen = policy.physical_actions(sample(policy, prefix, noise, self._steps), prefix.anchor)[:, : self._ticks]
         recorded = torch.as_tensor(batch.action, device=chosen.device)[:, : chosen.shape[1]]
         keep = ~torch.as_tensor(batch.is_pad, device=chosen.device)[:, : chosen.shape[1]]
-        error = ((chosen - recorded) / policy.action_units.scale).square().mean(-1)
+        error = ((chosen - recorded) / policy.action_units.unit).square().mean(-1)
         return float(((error * keep).sum(-1) / keep.sum(-1).clamp(min=1)).mean())

@@ -25,7 +25,7 @@ class Publisher:
     def __init__(self, folder: Path, learner: Learner, policy: FlowPolicy, *, name: str, keep: int) -> None:
         self._folder, self._learner, self._policy, self._name, self._keep = folder, learner, policy, name, keep
         self.base = base_sha256(policy)  # of what is frozen, and of the units
-        self._requests = 0  # of operators, that were obeyed
+        self.obeyed = 0  # number of the last act for which a version was published
         self.version = 0  # the newest one; the first one published is 1
 
     @busy(600.0, "publishing a version")
@@ -48,12 +48,12 @@ class Publisher:
         )
 
     def publish_on_request(self, status: Mapping[str, Any]) -> None:
-        """An operator may ask for a version out of turn; a count that falls belongs to a restarted gateway."""
-        asked = status.get("operator", {}).get("publish_requests", 0)
-        if asked > self._requests:
-            log.info("publishing on an operator's request")
+        """An operator may ask for a version out of turn. The gateway keeps asking until it hears that it was obeyed."""
+        wanted = (status.get("operator") or {}).get("publish_wanted", 0)
+        if wanted > self.obeyed:
+            log.info("publishing on an operator's request (act %d)", wanted)
             self.publish()
-        self._requests = asked
+            self.obeyed = wanted
 
     def continue_after(self, version: int) -> None:
         """Number on from this version (a checkpoint's), or from the highest on disk: actors have used that one."""

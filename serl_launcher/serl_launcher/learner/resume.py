@@ -24,6 +24,8 @@ from serl_launcher.run import checkpoints
 from serl_launcher.run.alive import busy
 from serl_launcher.run.files import DamagedFileError
 from serl_launcher.run.parameters import StoredTensors, check_base, find_parameters, read_tensors
+from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.record import origin_of
 
 log = logging.getLogger("trainer")
 
@@ -57,7 +59,8 @@ class TrainerCheckpoints:
             "base": self._publisher.base,
         }
         optimizer = learner.optimizer_state()
-        checkpoint.save(self._folder, learner.step_count, learner.tensors(), optimizer, state, self._keep)
+        origin = origin_of(RunPaths(self._folder.parent), learner.step_count, self._publisher.version)
+        checkpoint.save(self._folder, learner.step_count, learner.tensors(), optimizer, state, self._keep, origin)
 
     def resume(self, checkpoint_path: str | None) -> None:
         """From the newest whole checkpoint of this run; else from checkpoint_path; else from scratch.

@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from omegaconf import DictConfig
 
+from serl_launcher.learner.fit_check import mistaken
+from serl_launcher.learner.relative import FEW, Bounds, episodes_of, longest, relative_ticks
 from serl_launcher.learner.symptoms import Finding, Recording
 from serl_launcher.policies.checkpoint import Checkpoint
 from serl_launcher.policies.groot.assets import read_assets
 from serl_launcher.policies.groot.head import NEW_EMBODIMENT
-from serl_launcher.policies.normalise import Affine, Units
-from serl_launcher.policies.pi0.units import units_of
+from serl_launcher.policies.groot_n1_5 import checkpoint as n1_5
+from serl_launcher.policies.normalise import Affine, Units, as_trained
+from serl_launcher.policies.pi0.units import units_of, units_of_dataset
+from serl_launcher.policies.relative import check_measured
 from serl_launcher.run.config import plain, task_spec
 from serl_launcher.run.origin import config_of_run
 from serl_transport.contract.specs import TaskSpec
@@ -28,11 +33,16 @@ def units_of_policy(cfg: DictConfig, spec: TaskSpec) -> Units:
     """The policy's own units, without building it. Raises ValueError in the user's words."""
     policy = cfg.policy
     if not policy.get("checkpoint"):
-        return Units.from_spec(spec)
+        check_measured(policy.get("relative"))
+        return as_trained(spec, policy.get("trained_on"), policy.get("relative"))[1]
     found = Checkpoint.find(policy.checkpoint)
     if "groot" in policy._target_:
         tag, mapping = policy.get("embodiment_tag") or NEW_EMBODIMENT, dict(policy.get("cameras") or {})
-        return read_assets(found, tag, spec, mapping, policy.get("statistics")).units
+        if "groot_n1_5" in policy._target_:
+            return n1_5.read_assets(found, tag, spec, mapping, policy.get("statistics")).units
+        return read_assets(found, tag, spec, mapping, policy.get("statistics"), policy.get("relative")).units
+    if policy.get("statistics"):
+        return units_of_dataset(found, spec, policy.statistics, policy.get("relative"))
     return units_of(found, spec)
 
 
@@ -42,7 +52,8 @@ def chunk_of(cfg: DictConfig) -> int | None:
         return int(cfg.policy.action_horizon)
     if not cfg.policy.get("checkpoint"):
         return None
-    config = Checkpoint.find(cfg.policy.checkpoint).config
+    found = Checkpoint.find(cfg.policy.checkpoint)
+    config = n1_5.model_config(found)[0] if "groot_n1_5" in cfg.policy._target_ else found.config
     return config.get("chunk_size") or config.get("action_horizon")
 
 
@@ -68,14 +79,23 @@ def statistics(stats: Mapping[str, Any], key: str, values: np.ndarray) -> Iterat
         )
 
 
-def units(rows: Recording, spec: TaskSpec, policy: Units, of_checkpoint: bool) -> Iterator[Finding]:
-    """The data in the policy's units: a few ones wide around 0, or the network sees and says something else."""
+def units(
+    rows: Recording, spec: TaskSpec, policy: Units, of_checkpoint: bool, horizon: int | None = None
+) -> Iterator[Finding]:
+    """The data in the policy's units: a few ones wide around 0, or the network sees and says something else. horizon:
+    ticks of a chunk, over which relative actions are looked at."""
+    bounds = episodes_of(rows.episode)
+    if found := mistaken(policy, rows, bounds, spec, horizon or 1):
+        yield found
     where = "policy.checkpoint (its statistics)" if of_checkpoint else "task.spec.{0}_low and {0}_high"
     for what, affine, values, names in (
         ("state", policy.state, rows.state, spec.state_names),
         ("action", policy.action, rows.action, spec.action_names),
     ):
-        z = _in(affine, values)
+        if what == "action" and policy.anchors is not None:
+            values, z = _chunks_in(policy, rows, bounds, horizon or 1)
+        else:
+            z = _in(affine, values)
         low, high = np.percentile(z, (1, 99), axis=0)
         wide, far = high - low, np.maximum(np.abs(low), np.abs(high))
         moves = np.ptp(values, axis=0) > 0
@@ -184,3 +204,11 @@ def stats_file(folder: Path) -> Path:
 
 def _in(affine: Affine, values: np.ndarray) -> np.ndarray:
     return (values - affine.offset.numpy()) / affine.scale.numpy()
+
+
+def _chunks_in(policy: Units, rows: Recording, bounds: Bounds, horizon: int) -> tuple[np.ndarray, np.ndarray]:
+    """Relative actions of all ticks of chunks, physical and in the policy's units: float32[n, ad] each."""
+    horizon = min(horizon, longest(bounds))
+    ticks = np.stack(list(relative_ticks(rows.state, rows.action, bounds, policy.anchors, horizon, FEW)), axis=1)
+    z = policy.action.to_model(torch.from_numpy(ticks)).numpy()
+    return ticks.reshape(-1, ticks.shape[-1]), z.reshape(-1, ticks.shape[-1])

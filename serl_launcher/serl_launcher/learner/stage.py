@@ -36,7 +36,7 @@ class StageProgress:
     """Steps taken in each stage. Ticks of experience are counted by the gateway over the whole run."""
 
     def __init__(self, settings: StageSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self.steps: dict[str, int] = {}  # stage -> steps taken
         self.began: dict[str, int] = {}  # stage -> ticks of experience when it began
         self._entered: str | None = None
@@ -66,14 +66,14 @@ class StageProgress:
 
     def allows(self, stage: TrainingStage, experience: int) -> bool:
         """May the next step be taken at so many ticks of experience? Only an online stage waits for them."""
-        return stage.mode != "online" or self.taken(stage) < self._settings.max_steps_per_tick * self._new(
+        return stage.mode != "online" or self.taken(stage) < self.settings.max_steps_per_tick * self._new(
             stage, experience
         )
 
     def lr_scale(self, stage: TrainingStage) -> float:
         """Factor on the optimizers' learning rates at the next step."""
-        peak = self._settings.online_lr_scale if stage.mode == "online" else 1.0
-        schedule = Schedule(peak, stage.steps, self._settings.warmup_steps, self._settings.final_lr_scale)
+        peak = self.settings.online_lr_scale if stage.mode == "online" else 1.0
+        schedule = Schedule(peak, stage.steps, self.settings.warmup_steps, self.settings.final_lr_scale)
         return schedule.scale(self.taken(stage))
 
     def metrics(self, stage: TrainingStage, experience: int) -> dict[str, float]:

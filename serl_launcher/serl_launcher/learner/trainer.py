@@ -14,7 +14,6 @@ that refuses to be written (learner.disk: no step is taken until what is due is 
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +22,7 @@ from serl_launcher.learner.disk import DiskWait
 from serl_launcher.learner.faults import Faults, Reminder
 from serl_launcher.learner.guard import RollbackGuard
 from serl_launcher.learner.learner import Learner
+from serl_launcher.learner.operated import Operated
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
 from serl_launcher.learner.stage import StageProgress, TrainingStage
@@ -36,15 +36,6 @@ REPORT_S = 1.0  # at most between two reports to the gateway, plus a step
 REST_S = 0.2  # while nothing is to be trained
 LIMITED_S = 0.1  # while the limiter waits for transitions
 GATEWAY_S = 90.0  # for the gateway's answer: more than its client's patience
-
-
-@dataclass(frozen=True, slots=True)
-class TrainerSettings:
-    """Keys of `trainer` in the config."""
-
-    batch_size: int
-    publish_period: int  # steps between published versions
-    checkpoint_period: int  # steps between checkpoints
 
 
 class Trainer:
@@ -61,11 +52,12 @@ class Trainer:
         faults: Faults,
         rollback: RollbackGuard,
         step_log: StepLog,
-        settings: TrainerSettings,
+        operated: Operated,
     ) -> None:
         self.gateway, self.learner, self.data, self.stages = gateway, learner, data, stages
         self.publisher, self.checkpoints, self.faults, self.rollback = publisher, checkpoints, faults, rollback
-        self.step_log, self.settings = step_log, settings
+        self.step_log, self.operated = step_log, operated
+        self._paused: str | None = None  # that an operator holds training, for people
         self.disk = DiskWait(lambda: f", policy version {publisher.version} goes on being served")
         self._written_steps = dict(stages.steps)  # of each stage, once what was due after them is written
         self._reminder = Reminder()
@@ -99,7 +91,10 @@ class Trainer:
     def turn(self, status: dict[str, Any]) -> bool:
         """What is to be done by this status; True when that is nothing more. OSError when the disk refuses a write."""
         self.disk.catch_up()
+        self.operated.look()
         self.rollback.check(status)
+        paused_by = (status.get("operator") or {}).get("training_paused")
+        self._paused = f"{paused_by} paused the training; training_resume lets it go on" if paused_by else None
         if status.get("done"):
             return True
         self.publisher.publish_on_request(status)
@@ -136,7 +131,7 @@ class Trainer:
         began = time.perf_counter()
         try:
             with self._pace.timed():
-                batch = self.data.sample(self.settings.batch_size)
+                batch = self.data.sample(self.operated.settings.batch_size)
                 sampled = time.perf_counter()
                 metrics = self.learner.step(batch, self.stages.lr_scale(stage))
         except FloatingPointError as fault:
@@ -146,15 +141,15 @@ class Trainer:
         self.stages.count(stage)
         times = {"time/sample_s": sampled - began, "time/step_s": time.perf_counter() - sampled}
         due = [partial(self.log_step, stage, experience, metrics | {"batch/size": float(len(batch))} | times)]
-        due += [self.publisher.publish] if self._due(stage, self.settings.publish_period) else []
-        due += [self.checkpoints.save] if self._due(stage, self.settings.checkpoint_period) else []
+        due += [self.publisher.publish] if self._due(stage, self.operated.settings.publish_period) else []
+        due += [self.checkpoints.save] if self._due(stage, self.operated.settings.checkpoint_period) else []
         self.disk.write(due)
         return True
 
     def may_train(self, stage: TrainingStage, status: dict[str, Any]) -> bool:
         """Is there data to train this stage on, and nothing that holds training? Says what is in the way."""
-        if self.faults.held:
-            self._reminder.say(self.faults.held)
+        if held := self._paused or self.faults.held:
+            self._reminder.say(held)
             return False
         with busy(600.0, "judging the episodes of the ring"):
             refreshed = self.data.refresh(status.get("ring"))
@@ -185,7 +180,8 @@ class Trainer:
             version=self.publisher.version,
             metrics=self.step_log.shown | self.faults.metrics() | accepted,
             troubles=self.step_log.troubles,
-            waits=self.disk.waits,
+            waits=self.disk.waits or self._paused,
+            obeyed=self.publisher.obeyed,
         )
 
     def stop(self) -> None:

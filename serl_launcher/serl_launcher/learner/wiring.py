@@ -5,10 +5,7 @@ ring ─▶ view ─▶ data ───────┴─────────
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import fields
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,16 +18,19 @@ from serl_launcher.learner.data import TrainingData
 from serl_launcher.learner.faults import Faults
 from serl_launcher.learner.guard import EvaluationWatch, RollbackGuard, evaluation_goals
 from serl_launcher.learner.learner import Learner
+from serl_launcher.learner.operated import LiveRun, Operated
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
-from serl_launcher.learner.stage import StageProgress, StageSettings
+from serl_launcher.learner.stage import StageProgress
 from serl_launcher.learner.step_log import StepLog
-from serl_launcher.learner.trainer import Trainer, TrainerSettings
+from serl_launcher.learner.trainer import Trainer
 from serl_launcher.policies.base import FlowPolicy
 from serl_launcher.policies.parameter_table import parameter_table
+from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.replay.rulebook import RuleBook, judge_journal
 from serl_launcher.replay.verdicts import VerdictLedger, rule_text
 from serl_launcher.replay.views import ChunkView, View, ViewSources
+from serl_launcher.run.acts import ActsLedger
 from serl_launcher.run.config import task_spec
 from serl_launcher.run.internal import InternalClient
 from serl_launcher.run.paths import RunPaths
@@ -41,10 +41,12 @@ log = logging.getLogger("trainer")
 
 
 def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient) -> Trainer:
-    """A trainer that goes on from what it finds in the run folder.
+    """A trainer that goes on from what it finds in the run folder, by the config and what people changed of it.
 
     Raises ValueError, FileNotFoundError or Hydra's InstantiationException for a mistake in config or checkpoint.
     """
+    run, words = LiveRun(ActsLedger(paths.root), cfg), Relabelled(paths.root)
+    cfg = run.config
     settings = cfg.trainer
     torch.set_num_threads(settings.threads)
     torch.manual_seed(cfg.seed)
@@ -52,8 +54,9 @@ def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient) -> 
     spec = task_spec(cfg)
     policy = build_policy(cfg, spec)
     learner = build_learner(cfg, policy, spec)
-    view, verdicts = build_view(cfg, paths, spec, policy.action_horizon)
-    stages = StageProgress(StageSettings(**_only(settings, StageSettings)))
+    make_view = partial(build_view, paths=paths, spec=spec, action_horizon=policy.action_horizon, words=words)
+    data = TrainingData(*make_view(cfg), rng, cfg.algo.min_accepted)
+    stages = StageProgress(run.stages)
     publisher = Publisher(paths.params, learner, policy, name=cfg.policy.name, keep=settings.keep_params)
     checkpoints = TrainerCheckpoints(paths.checkpoints, learner, stages, publisher, rng, settings.keep_checkpoints)
     log.info("parameters of %s\n%s", cfg.policy.name, parameter_table(policy))
@@ -62,19 +65,21 @@ def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient) -> 
     return Trainer(
         gateway,
         learner,
-        TrainingData(view, verdicts, rng, cfg.algo.min_accepted),
+        data,
         stages,
         publisher,
         checkpoints,
         Faults(checkpoints, publisher),
         RollbackGuard(watch, learner, publisher, checkpoints),
         StepLog(MetricsWriter(paths, cfg), settings.log_period),
-        TrainerSettings(**_only(settings, TrainerSettings)),
+        Operated(run, words, data, stages, watch, learner, make_view),
     )
 
 
-def build_view(cfg: DictConfig, paths: RunPaths, spec: TaskSpec, action_horizon: int) -> tuple[View, VerdictLedger]:
-    """The view that `algo.view` names, over what `algo.rule` accepts, and the ledger of the rule's verdicts."""
+def build_view(
+    cfg: DictConfig, paths: RunPaths, spec: TaskSpec, action_horizon: int, words: Relabelled
+) -> tuple[View, VerdictLedger]:
+    """The view that `algo.view` names, over what `algo.rule` and people accept, and the ledger of their verdicts."""
     algo = cfg.algo
     rule, threshold = instantiate(algo.rule), instantiate(algo.threshold)
     ledger = VerdictLedger(paths.acceptance, rule_text(rule, threshold))
@@ -90,8 +95,9 @@ def build_view(cfg: DictConfig, paths: RunPaths, spec: TaskSpec, action_horizon:
         weights=algo.source_weights,
         on_verdict=ledger.note,
         history=ledger.returns,
+        words=words.word_of,
     )
-    sources = ViewSources(spec, accepted, action_horizon, cfg.rollout.execute_horizon)
+    sources = ViewSources(spec, accepted, action_horizon, cfg.rollout.execute_horizon, words.word_of)
     return instantiate(algo.view, sources), ledger
 
 
@@ -107,8 +113,3 @@ def build_learner(cfg: DictConfig, policy: FlowPolicy, spec: TaskSpec) -> Learne
         ema_decay=cfg.trainer.ema_decay,
         optimizers={name: optimizer(row) for name, row in (cfg.algo.get("optimizers") or {}).items()},
     )
-
-
-def _only(settings: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """The values of a dataclass's fields."""
-    return {field.name: settings[field.name] for field in fields(kind)}

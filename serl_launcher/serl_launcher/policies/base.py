@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -43,6 +43,8 @@ class Prefix:
     pad_mask: Tensor  # bool[b, l], True where a token counts
     hidden: Tensor  # float[b, l, width], last hidden states
     state: Tensor  # float32[b, s], normalised
+    anchor: Tensor | None = field(default=None, kw_only=True)
+    """float32[b, 1, robot dims], what the policy's actions are relative to, physical; None where all are absolute."""
 
     def __len__(self) -> int:
         return len(self.state)
@@ -110,7 +112,9 @@ class FlowPolicy(nn.Module):
         self.action_horizon, self.action_dim = chunk
         self.robot_dim = len(spec.action_names)
         units = units or Units.from_spec(spec)
-        self.state_units, self.action_units = units.state, units.action
+        self.state_units, self.action_units, self.anchors = units.state, units.action, units.anchors
+        if self.anchors is not None:  # persistent: parameters fit only what they were trained relative to
+            self.register_buffer("_anchor", torch.tensor([-1 if a is None else a for a in self.anchors]))
         self.register_buffer("_low", torch.tensor(spec.action_low), persistent=False)
         self.register_buffer("_high", torch.tensor(spec.action_high), persistent=False)
         self.attention, self.checkpointing, self.precision = attention, checkpointing, check_precision(precision)
@@ -146,15 +150,38 @@ class FlowPolicy(nn.Module):
         keep = prefix.pad_mask.unsqueeze(-1).to(prefix.hidden.dtype)
         return torch.cat([((prefix.hidden * keep).sum(1) / keep.sum(1)).float(), prefix.state], dim=-1)
 
-    def normalise_actions(self, chunk: Tensor) -> Tensor:
-        """Physical float32[..., robot dims] to the model's units, zeros in the dims that the robot lacks."""
-        units = self.action_units.to_model(chunk)
+    @property
+    def units(self) -> Units:
+        """What the policy's numbers mean."""
+        return Units(self.state_units, self.action_units, self.anchors)
+
+    def anchor_of(self, state: Tensor) -> Tensor | None:
+        """What actions are relative to when a chunk is asked at `state` float32[b, s], physical: float32[b, 1, robot
+        dims], 0 where they are absolute; None where all are."""
+        if self.anchors is None:
+            return None
+        return (state[:, self._anchor.clamp(min=0)] * (self._anchor >= 0))[:, None]
+
+    def normalise_actions(self, chunk: Tensor, anchor: Tensor | None = None) -> Tensor:
+        """Physical float32[..., ticks, robot dims] to the model's units, zeros in the dims that the robot lacks.
+
+        anchor: of the observation that the chunk begins at, as its prefix has it.
+        """
+        units = self.action_units.to_model(chunk - self._shift(anchor))
         return pad_last(units.clamp(-1, 1) if self.clip else units, self.action_dim)
 
-    def physical_actions(self, chunk: Tensor) -> Tensor:
-        """The model's units to physical float32[..., valid horizon, robot dims], clipped to the task's limits."""
+    def physical_actions(self, chunk: Tensor, anchor: Tensor | None = None) -> Tensor:
+        """The model's units to physical float32[..., valid horizon, robot dims], absolute, clipped to the task's
+        limits. anchor: of the observation that the chunk was asked at."""
         chunk = chunk[..., : self.valid_horizon, : self.robot_dim]
-        return self.action_units.to_physical(chunk.clamp(-1, 1) if self.clip else chunk).clamp(self._low, self._high)
+        physical = self.action_units.to_physical(chunk.clamp(-1, 1) if self.clip else chunk) + self._shift(anchor)
+        return physical.clamp(self._low, self._high)
+
+    def _shift(self, anchor: Tensor | None) -> Tensor | float:
+        if (anchor is None) != (self.anchors is None):
+            said = "absolute" if self.anchors is None else "relative to a state"
+            raise ValueError(f"anchor: this policy's actions are {said}, got {anchor if anchor is None else 'one'}")
+        return 0.0 if anchor is None else anchor
 
     def dead_parameters(self) -> set[str]:
         """Names of parameters that no action depends on, though the features of critics may."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from serl_launcher.policies.checkpoint import INDEX, SINGLE, Checkpoint
 from serl_launcher.tensor_files import Pending, write_tensors
 
-METADATA = {"format": "pt"}
+FORMAT = {"format": "pt"}  # metadata of a file of weights
+SHARD = 5 * 10**9  # bytes of a file, where a release has several
 
 
 def tensors_to_save(policy: nn.Module, prefix: str, aliases: dict[str, str]) -> dict[str, Pending]:
@@ -76,11 +78,11 @@ def write_model(tensors: Mapping[str, Pending], folder: Path, shard: int | None 
     """
     parts = _parts(tensors, shard)
     if len(parts) == 1:
-        write_tensors(folder / SINGLE, tensors, METADATA)
+        write_tensors(folder / SINGLE, tensors, FORMAT)
         return
     files = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
     for file, part in zip(files, parts, strict=True):
-        write_tensors(folder / file, part, METADATA)
+        write_tensors(folder / file, part, FORMAT)
     index = {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
         "weight_map": {name: file for file, part in zip(files, parts, strict=True) for name in part},
@@ -112,6 +114,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         folder.rmdir()
     os.replace(part, folder)
+
+
+def write_extras(folder: Path, extras: Mapping[str, Any]) -> None:
+    """Further files of an export: name -> JSON content, or a path to copy."""
+    for name, content in extras.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, Path):
+            shutil.copyfile(content, folder / name)
+        else:
+            (folder / name).write_text(json.dumps(content, indent=2))
 
 
 def copy_beside(source: Path, folder: Path, folders: tuple[str, ...]) -> None:

@@ -32,7 +32,7 @@ class LearningView:
 
     def __init__(self, sources: ViewSources, *, gamma: float, demo_share: float, min_online: int) -> None:
         self.imitation, self._min_online = sources.accepted, min_online
-        self.transitions = TransitionView(sources.spec, sources.execute_horizon, gamma, demo_share)
+        self.transitions = TransitionView(sources.spec, sources.execute_horizon, gamma, demo_share, sources.words)
 
     def attach(self, ring: RingReader) -> None:
         self.imitation.attach(ring)

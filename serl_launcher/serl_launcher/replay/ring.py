@@ -55,6 +55,7 @@ class EpisodeRow:
     success: bool
     prompt: str  # what the policy was told
     row: int  # absolute row number of the table: grows with every commit, anew for a demonstration that moved
+    key: int = 0  # `episode_key` of its id
 
 
 class _RingFile:
@@ -86,9 +87,9 @@ class _RingFile:
         return int(self._counters[FIRST_VALID])
 
     def _row(self, index: int, columns: np.ndarray) -> EpisodeRow:
-        ordinal, first, n, mode, success, at, size = columns.tolist()
+        ordinal, first, n, mode, success, at, size, key = columns.tolist()
         prompt = self._prompts[at : at + size].tobytes().decode()
-        return EpisodeRow(ordinal, first, n, MODES[mode], bool(success), prompt, index)
+        return EpisodeRow(ordinal, first, n, MODES[mode], bool(success), prompt, index, key)
 
     def _view(self, place: ArrayPlace) -> np.ndarray:
         return np.ndarray(place.shape, place.dtype, self._map, place.offset)
@@ -112,7 +113,13 @@ class RingWriter(_RingFile):
         self._told = False
 
     def append(
-        self, ordinal: int, mode: str, success: bool, arrays: Mapping[str, np.ndarray], prompt: str = ""
+        self,
+        ordinal: int,
+        mode: str,
+        success: bool,
+        arrays: Mapping[str, np.ndarray],
+        prompt: str = "",
+        episode_id: str = "",
     ) -> EpisodeRow:
         """Copy one finished episode in and publish it, evicting the oldest ones it displaces, demonstrations last.
 
@@ -129,7 +136,7 @@ class RingWriter(_RingFile):
         if mode == "demo":
             self._demo_frames += n + 1
         self._make_room(n + 1)
-        return self._write((ordinal, n, mode, bool(success), *place), arrays)
+        return self._write((ordinal, n, mode, bool(success), *place, episode_key(episode_id)), arrays)
 
     def _place(self, prompt: str) -> tuple[int, int]:
         """Where a prompt lies among the prompts; put there when it is new."""
@@ -142,7 +149,7 @@ class RingWriter(_RingFile):
             self._places[prompt] = (first, len(text))
         return self._places[prompt]
 
-    def _write(self, of: tuple[int, int, str, bool, int, int], arrays: Mapping[str, np.ndarray]) -> EpisodeRow:
+    def _write(self, of: tuple[int, int, str, bool, int, int, int], arrays: Mapping[str, np.ndarray]) -> EpisodeRow:
         """Into free slots at the head. of: what the table says of the episode, without where it lies."""
         ordinal, n, mode, success, *place = of
         first, index = self.head, int(self._counters[ROWS])
@@ -237,6 +244,11 @@ class RingReader(_RingFile):
         if key not in self._arrays:
             raise KeyError(f"the ring holds no {key!r}; it holds {', '.join(self._arrays)}")
         return self._arrays[key]
+
+
+def episode_key(episode_id: str) -> int:
+    """What the table knows an episode by, so that a person's word on it finds it: 63 bits of a digest of its id."""
+    return int.from_bytes(hashlib.sha256(episode_id.encode()).digest()[:8], "little") >> 1
 
 
 def remove_rings(run_dir: Path, shared: Path = Path("/dev/shm")) -> None:

@@ -17,13 +17,13 @@ import psutil
 
 from serl_transport.contract.schema import IMAGE_PREFIX
 
-MAGIC = b"FSRING03"
+MAGIC = b"FSRING04"
 HEADER_BYTES = 65536
 COUNTERS_OFFSET = HEADER_BYTES
 ALIGN = 4096
 SHARED_MEMORY = Path("/dev/shm")
 
-EPISODE_COLUMNS = ("ordinal", "first_frame", "n_ticks", "mode", "success", "prompt", "prompt_bytes")
+EPISODE_COLUMNS = ("ordinal", "first_frame", "n_ticks", "mode", "success", "prompt", "prompt_bytes", "key")
 PROMPT_BYTES = 1 << 20  # of all different prompts together: some twenty thousand
 
 

@@ -14,8 +14,10 @@ import numpy as np
 
 from serl_launcher.replay.acceptance import EpisodeColumns, Selection
 from serl_launcher.replay.episodes import journal_episodes
+from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.replay.threshold import Threshold
 from serl_launcher.replay.verdicts import Verdict
+from serl_launcher.run.in_force import Word
 from serl_transport.contract.schema import DISCARD
 from serl_transport.contract.specs import TaskSpec
 
@@ -49,12 +51,18 @@ class RuleBook:
                 self.threshold.observe(mode, return_)
 
     def judge(
-        self, ordinal: int, mode: str, success: bool, columns: Mapping[str, np.ndarray]
+        self,
+        ordinal: int,
+        mode: str,
+        success: bool,
+        columns: Mapping[str, np.ndarray],
+        word: Word | None = None,
     ) -> tuple[Selection, list[Verdict]]:
         """The next episode: which ticks count, its verdict, and those of earlier ones that it overturns.
 
-        columns: COLUMNS of the episode, n rows each. An overturned verdict: m has risen above an online episode's
-        return, and the indicator I_m of the loss is of today's m.
+        columns: COLUMNS of the episode, n rows each, and success as people corrected them; word: what they said of it.
+        An overturned verdict: m has risen above an online episode's return, and the indicator I_m of the loss is of
+        today's m.
         """
         episode = EpisodeColumns(
             mode=mode,
@@ -66,14 +74,28 @@ class RuleBook:
             targets=self._targets,
         )
         finite = bool(np.isfinite(episode.reward).all())
-        selection = self._rule(episode) if finite else Selection.rejected(len(episode), "reward_not_finite")
-        verdict = _verdict(ordinal, episode, columns["policy_version"], selection)
-        if self.threshold is None or not finite:
+        use = word.use if word else None
+        selection = self._select(episode, use) if finite else Selection.rejected(len(episode), "reward_not_finite")
+        verdict = _verdict(ordinal, episode, columns["policy_version"], selection, word.act if word else 0)
+        if self.threshold is None or not finite or use == "discard":
             return selection, [verdict]
-        if selection.accepted and mode == "online":
+        if selection.accepted and mode == "online" and use is None:
             self._accepted_online[ordinal] = verdict
         self.threshold.observe(mode, verdict.return_)
         return selection, [verdict, *self._overturn(self.threshold.value)]
+
+    def _select(self, episode: EpisodeColumns, use: str | None) -> Selection:
+        """By the rule, or by a person's word in its place."""
+        if use in ("reject", "discard"):
+            return Selection.rejected(len(episode), f"{use}_by_person")
+        if use is None:
+            return self._rule(episode)
+        # What the rule would hide in a success of any return stays hidden.
+        selection = self._rule(replace(episode, success=True, threshold=-math.inf))
+        if not selection.accepted:
+            every = np.ones(len(episode), bool)
+            selection = Selection(True, "", every, every.copy())
+        return replace(selection, reason="accept_by_person")
 
     def _overturn(self, m: float) -> list[Verdict]:
         fallen = [self._accepted_online.pop(o) for o, v in list(self._accepted_online.items()) if v.return_ < m]
@@ -85,9 +107,11 @@ def judge_journal(book: RuleBook, run_dir: Path, spec: TaskSpec) -> Iterator[Ver
 
     Evaluations and what a person threw away are not learned from, so not judged.
     """
-    for ordinal, episode in journal_episodes(run_dir, spec):
+    relabelled = Relabelled(run_dir)
+    for ordinal, episode in journal_episodes(run_dir, spec, relabelled=relabelled):
         if episode.info.mode != "eval" and episode.outcome.truncated_by != DISCARD:
-            yield from book.judge(ordinal, episode.info.mode, episode.outcome.success, episode.arrays)[1]
+            word = relabelled.words.get(episode.info.episode_id)
+            yield from book.judge(ordinal, episode.info.mode, episode.outcome.success, episode.arrays, word)[1]
 
 
 def check_noop_dims(dims: Sequence[int] | None, spec: TaskSpec) -> None:
@@ -101,7 +125,7 @@ def check_noop_dims(dims: Sequence[int] | None, spec: TaskSpec) -> None:
         )
 
 
-def _verdict(ordinal: int, episode: EpisodeColumns, versions: np.ndarray, selection: Selection) -> Verdict:
+def _verdict(ordinal: int, episode: EpisodeColumns, versions: np.ndarray, selection: Selection, act: int) -> Verdict:
     return Verdict(
         ordinal=ordinal,
         mode=episode.mode,
@@ -115,4 +139,5 @@ def _verdict(ordinal: int, episode: EpisodeColumns, versions: np.ndarray, select
         starts=int(selection.starts.sum()),
         labels=int(selection.labels.sum()),
         threshold=episode.threshold,
+        act=act,
     )

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from serl_launcher.replay.relabelled import as_said
 from serl_launcher.replay.ring import EpisodeRow, Evicted, RingReader
+from serl_launcher.replay.views import Words, nobody_said
 from serl_transport.contract.specs import TaskSpec
 
 COLUMNS = ("next.reward", "next.done", "intervention")
@@ -86,16 +88,18 @@ class TransitionView:
     """Chunk transitions of a ring, demonstrations and online episodes apart; used as a View (replay.views).
 
     horizon: ticks of a chunk that the actor executes before it asks again. demo_share: of each batch, while both
-    sources hold something.
+    sources hold something. words: what people said of episodes (ViewSources).
     """
 
-    def __init__(self, spec: TaskSpec, horizon: int, gamma: float, demo_share: float) -> None:
+    def __init__(
+        self, spec: TaskSpec, horizon: int, gamma: float, demo_share: float, words: Words = nobody_said
+    ) -> None:
         if horizon < 1 or not 0 < gamma <= 1 or not 0 <= demo_share <= 1:
             raise ValueError(
                 "algo.view: expected horizon ≥ 1, 0 < gamma ≤ 1 and 0 ≤ demo_share ≤ 1, "
                 f"got {horizon}, {gamma} and {demo_share}"
             )
-        self.horizon, self.gamma, self.demo_share = horizon, gamma, demo_share
+        self.horizon, self.gamma, self.demo_share, self._words = horizon, gamma, demo_share, words
         self._cameras = {camera: f"observation.images.{camera}" for camera in spec.cameras}
         self._ring: RingReader | None = None
         self.clear()
@@ -131,7 +135,11 @@ class TransitionView:
         return len(rows)
 
     def _add(self, row: EpisodeRow) -> None:
+        word = self._words(row.key)
+        if word is not None and word.use == "discard":
+            return
         columns = self._ring.gather(np.arange(row.first_frame, row.first_frame + row.n_ticks), COLUMNS)
+        columns = as_said(word, row.success, columns)[1]
         reward = columns["next.reward"]
         if np.isfinite(reward).all():
             low, high = self.reward_range

@@ -33,6 +33,7 @@ class Verdict:
     starts: int  # ticks at which a chunk may begin
     labels: int  # ticks whose action is a label
     threshold: float | None  # m when the episode came, where a schedule sets it
+    act: int = 0  # number of the last act in which a person said something of it; 0: none did
 
 
 KEYS = frozenset({*Verdict.__dataclass_fields__, "return", "rule"} - {"return_"})  # of a line
@@ -64,11 +65,12 @@ class VerdictLedger:
         rows, self.incomplete = _rows(path)  # lines were lost, by a kill in mid-line or by damage: judge_journal
         # What is to stand in its place, before the next line; None: the file is in order.
         self._rewritten = "".join(_line(row) for row in rows) if self.incomplete else None
-        self._written: dict[int, set[tuple[bool, str]]] = {}  # ordinal -> verdicts of this rule since another rule's
+        # ordinal -> verdicts of this rule since another rule's: accepted, reason, act
+        self._written: dict[int, set[tuple[bool, str, int]]] = {}
         for row in rows:
             written = self._written.setdefault(row["ordinal"], set())
             if row["rule"] == rule:
-                written.add((row["accepted"], row["reason"]))
+                written.add((row["accepted"], row["reason"], row.get("act", 0)))
             else:
                 written.clear()
         self._newest = newest(rows)
@@ -92,7 +94,7 @@ class VerdictLedger:
         What the disk refuses is kept for `write`: the view that tells a verdict is in the middle of its own work.
         """
         self._returns[verdict.ordinal] = (verdict.mode, verdict.return_)
-        key, written = (verdict.accepted, verdict.reason), self._written.setdefault(verdict.ordinal, set())
+        key, written = (verdict.accepted, verdict.reason, verdict.act), self._written.setdefault(verdict.ordinal, set())
         if key in written:
             return
         written.add(key)

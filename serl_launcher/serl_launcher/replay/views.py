@@ -14,14 +14,22 @@ from typing import Any, Protocol
 import numpy as np
 
 from serl_launcher.replay.acceptance import EpisodeColumns, Selection
+from serl_launcher.replay.relabelled import as_said
 from serl_launcher.replay.ring import EpisodeRow, Evicted, RingReader
 from serl_launcher.replay.rulebook import COLUMNS, RuleBook
 from serl_launcher.replay.threshold import Threshold
 from serl_launcher.replay.verdicts import Verdict
+from serl_launcher.run.in_force import Word
 from serl_transport.contract.specs import TaskSpec
 
 PATIENCE_EPISODES = 5  # online episodes, all rejected, before the trainer warns
 SOURCES = ("demo", "autonomous", "operator")
+Words = Callable[[int], Word | None]  # what a person said of the episode with this key (EpisodeRow.key)
+
+
+def nobody_said(key: int) -> Word | None:
+    """Of a run whose episodes nobody judged afterwards."""
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +76,8 @@ class ChunkView:
 
     threshold: schedule of m; weights: loss weight of `demo`, `autonomous` and `operator` chunks (1 where not named);
     on_verdict: called with each episode's verdict, in ordinal order, again from the first after `clear`. history: mode
-    and return of the episodes between two ordinals, for the threshold: the ring may have lost them.
+    and return of the episodes between two ordinals, for the threshold: the ring may have lost them. words: what people
+    said of episodes; when one is said, whoever owns the view attaches it anew.
     """
 
     def __init__(
@@ -81,9 +90,10 @@ class ChunkView:
         weights: Mapping[str, float] | None = None,
         on_verdict: Callable[[Verdict], None] = lambda verdict: None,
         history: Callable[[int, int], Iterable[tuple[str, float]]] = lambda after, before: (),
+        words: Words = nobody_said,
     ) -> None:
         self._book = RuleBook(rule, spec, threshold)
-        self._horizon, self._on_verdict, self._history = horizon, on_verdict, history
+        self._horizon, self._on_verdict, self._history, self._words = horizon, on_verdict, history, words
         self._weights = _source_weights(weights or {})
         self._cameras = tuple(spec.cameras)
         self._ring: RingReader | None = None
@@ -155,7 +165,9 @@ class ChunkView:
         columns = self._ring.gather(np.arange(row.first_frame, row.first_frame + row.n_ticks), COLUMNS)
         self._book.remember(self._history(self._last_ordinal, row.ordinal))
         self._last_ordinal = row.ordinal
-        selection, (verdict, *overturned) = self._book.judge(row.ordinal, row.mode, row.success, columns)
+        word = self._words(row.key)
+        success, columns = as_said(word, row.success, columns)
+        selection, (verdict, *overturned) = self._book.judge(row.ordinal, row.mode, success, columns, word)
         self._on_verdict(verdict)
         self.seen[row.mode] += 1
         self.reasons[verdict.reason] += 1
@@ -231,6 +243,7 @@ class ViewSources:
     accepted: ChunkView  # what the acceptance rule lets through; attach and refresh it where it is sampled
     action_horizon: int  # ticks of a policy's chunk
     execute_horizon: int  # ticks of it that the actor executes before it asks again
+    words: Words = nobody_said  # what people said of episodes; the ring holds what was recorded
 
 
 def accepted_chunks(sources: ViewSources) -> ChunkView:

@@ -71,3 +71,11 @@ def plain(config: DictConfig, key: str, default: Any = None) -> Any:
 def task_spec(config: DictConfig) -> TaskSpec:
     """`task.spec` of a config. ValueError names what is wrong with it."""
     return TaskSpec.from_dict(plain(config, "task.spec"))
+
+
+def dotted(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Every value of nested sections and lists by its dotted key; an empty section is a value."""
+    if not isinstance(node, dict | list) or not node:
+        return {prefix.rstrip("."): node}
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    return {key: value for name, child in items for key, value in dotted(child, f"{prefix}{name}.").items()}

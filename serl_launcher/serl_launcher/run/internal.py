@@ -92,13 +92,16 @@ class InternalClient(_Link):
         metrics: Mapping[str, float] | None = None,
         troubles: Mapping[str, str] | None = None,
         waits: str | None = None,
+        obeyed: int = 0,
     ) -> dict[str, Any]:
         """The trainer's report, at least once a second; the status document.
 
-        troubles: of it, by name; waits: what it waits for; both for people.
+        troubles: of it, by name; waits: what it waits for; both for people. obeyed: number of the last act for which it
+        published a version.
         """
         body = {"step": step, "stage_steps": dict(stage_steps), "version": version, "metrics": dict(metrics or {})}
-        return self.call("progress", body | {"troubles": dict(troubles or {}), "waits": waits})
+        body |= {"troubles": dict(troubles or {}), "waits": waits, "obeyed": obeyed}
+        return self.call("progress", body)
 
     def call(self, kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """One request, repeated until answered (every kind may be repeated without harm)."""
@@ -177,15 +180,15 @@ class PolicyLink(_Link):
         else:
             self._send(Envelope(INFER_REPLY, self.role, request_id=token), codec.pack(dict(result)))
 
-    def serving(self, *, version: int, **figures: float | None) -> None:
+    def serving(self, *, version: int, trouble: str | None = None, **figures: float | None) -> None:
         """Register with the gateway and report, once a second; version −1: nothing to serve yet. Does not wait.
 
-        figures: shown in the status document's `serving`.
+        trouble: why it does not serve what it should, for people; figures: shown in the status document's `serving`.
         """
         if time.monotonic() - self._heard > DEAF_S and not self.socket.poll(
             0
         ):  # away, or this socket is dead: a fresh one costs nothing
             self.socket.close()
             self.socket, self._heard = self._connect(), time.monotonic()
-        body = {"pid": os.getpid(), "version": version, **figures}
+        body = {"pid": os.getpid(), "version": version, "trouble": trouble, **figures}
         self._send(Envelope("serving", self.role, request_id=next(self._ids)), codec.pack(body))

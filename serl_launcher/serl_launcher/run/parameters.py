@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from serl_launcher.run import checkpoints
 from serl_launcher.run.files import DamagedFileError, sha256_of, write_whole
+from serl_launcher.run.record import short_origin
 from serl_launcher.run.versions import (
     LATEST,
     PublishedVersion,
@@ -75,6 +76,7 @@ def publish(
     """
     path = file_path(params_dir, version)
     metadata = {"version": str(version), "step": str(step), "base_sha256": base, "policy": policy}
+    metadata["origin"] = short_origin(params_dir.parent)
     try:
         write_whole(path, lambda part: save_tensors(tensors, part, metadata), durable=True)
         entry = PublishedVersion(version, step, path.name, path.stat().st_size, sha256_of(path), now)

@@ -17,8 +17,12 @@ class RunPaths:
         self.journal = root / "journal"  # segments of everything that was acknowledged; the source of truth
         self.episodes = root / "episodes.jsonl"  # the ledger, one line per finished episode (derived)
         self.acceptance = root / "acceptance.jsonl"  # which episodes are imitated, and why (derived)
-        self.relabelled = root / "relabelled.json"  # what a person said of episodes afterwards
+        self.acts = root / "acts.jsonl"  # what people did to the run: pauses, verdicts, settings (run.acts)
+        self.relabelled = root / "relabelled.json"  # what a person said of episodes, by an older release
         self.demos = root / "demos.json"  # where imported demonstrations came from
+        self.record = root / "record"  # each start: code, config, libraries, who
+        self.starts = self.record / "starts.jsonl"  # one line a start
+        self.page = root / "journal.md"  # what happened, for people, who may write into it
         self.dataset = root / "dataset"  # LeRobotDataset v3 (derived)
         self.params = root / "params"  # published parameters
         self.latest_params = self.params / "latest.json"  # pointer to the newest ones

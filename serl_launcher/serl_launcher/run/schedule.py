@@ -3,7 +3,7 @@
 `schedule.stages` in yaml becomes a tuple of Stage; the gateway calls `current_stage` whenever a count changes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,15 +58,19 @@ def current_stage(
     episodes: Mapping[str, int],
     steps: Mapping[str, int],
     end_versions: Mapping[str, int],
+    ended: Collection[str] = (),
 ) -> StageState:
     """The first stage with an unmet condition.
 
     episodes: stage name -> episodes that count; steps: stage name -> trainer steps; end_versions: stage name -> policy
-    version at the end of its training. A stage without conditions never ends.
+    version at the end of its training; ended: stages that a person ended. A stage without conditions never ends.
     """
     if not stages:
         return StageState(-1, None, 0, 0, -1, False)
-    over = [_is_over(stage, episodes.get(stage.name, 0), steps.get(stage.name, 0)) for stage in stages]
+    over = [
+        stage.name in ended or _is_over(stage, episodes.get(stage.name, 0), steps.get(stage.name, 0))
+        for stage in stages
+    ]
     done = all(over)
     index = len(stages) - 1 if done else over.index(False)
     stage = stages[index]

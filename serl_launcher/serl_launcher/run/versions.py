@@ -1,7 +1,7 @@
 """Which policy versions a params/ folder holds, and which are whole. Torch-free; run.parameters has the tensors.
 
     v000012.safetensors ─▶ v000012.json (its size and sha256) ─▶ latest.json (the same, of the newest)
-    kept.json: the best evaluated version, which stays (learner.guard)
+    kept.json: the best evaluated version, which stays (learner.guard), as does one that an operator pinned (run.acts)
 
 Written in this order, each on disk before the next. Roles watch `latest.json`; what it names is compared with its
 checksum before it is used, and where it is damaged the newest whole version before it is taken, and the log says so.
@@ -13,6 +13,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from serl_launcher.run.acts import ActsLedger, locked
 from serl_launcher.run.files import DamagedFileError, clear, read_sealed, sha256_of, sync, write_sealed
 from serl_transport.contract.bounds import check_name
 
@@ -71,6 +72,17 @@ def newest_whole(params_dir: Path) -> PublishedVersion | None:
     return whole
 
 
+def versions_told(params_dir: Path) -> dict[int, PublishedVersion]:
+    """Every version that is told of and whose file is there, by number; its checksum is not compared."""
+    return {n: entry for n, entry in _told(params_dir)[0].items() if (params_dir / entry.file).is_file()}
+
+
+def problem_of(params_dir: Path, version: int) -> str | None:
+    """What is wrong with a version, its checksum compared; None when it is whole."""
+    entry = _told(params_dir)[0].get(version)
+    return _problem(params_dir, entry) if entry else f"version {version} is not in {params_dir}"
+
+
 def damages(params_dir: Path) -> list[str]:
     """What is wrong with the versions that are told of."""
     told, problems = _told(params_dir)
@@ -101,12 +113,20 @@ def check_file(path: Path) -> None:
 
 
 def keep_newest(params_dir: Path, count: int) -> None:
-    """Remove older versions, but for the best evaluated one; none while a damaged kept.json leaves it unknown."""
+    """Remove older versions, but for the best evaluated one and the one that an operator pinned.
+
+    None while a damaged kept.json leaves the best unknown, or the gateway is about to pin one.
+    """
     try:
         best = (read_sealed(params_dir / KEPT) or {}).get("version")
     except DamagedFileError:
         return
-    keep_only(params_dir, {best, *numbers_on_disk(params_dir)[-count:]})
+    try:
+        with locked(params_dir):
+            pinned = ActsLedger(params_dir.parent).state.served
+            keep_only(params_dir, {best, pinned, *numbers_on_disk(params_dir)[-count:]})
+    except BlockingIOError:
+        log.warning("%s is held by another process: older versions go after the next one", params_dir)
 
 
 def take_back(params_dir: Path, number: int) -> None:

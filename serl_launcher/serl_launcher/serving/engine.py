@@ -6,6 +6,9 @@ device), so that nobody waits for them. A file that is damaged or does not fit i
 goes on serving; at the start it is the newest whole one on disk.
 
     latest.json ─▶ stage: compare, read, copy to the device ─▶ [ one staged version, the newest ] ─▶ swap ─▶ act
+
+A version that an operator pinned is served in place of the newest, older or not; where it cannot be, nothing else is
+put in its place.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from serl_launcher.policies.compiling import check_switch
 from serl_launcher.policies.precision import hold
 from serl_launcher.policies.realtime import sample_realtime, soft_mask
 from serl_launcher.run.parameters import base_sha256, checked_tensors
-from serl_launcher.run.versions import PublishedVersion, newest_whole
+from serl_launcher.run.versions import PublishedVersion, file_path, newest_whole, problem_of
 from serl_launcher.serving.graphs import GraphRunner, bucket_of, bucket_sizes
 from serl_launcher.serving.query import Query
 from serl_transport.contract.specs import TaskSpec, all_finite
@@ -47,9 +50,9 @@ class Staged:
 
 
 class PolicyEngine:
-    """Serves a policy from a params folder."""
+    """Serves a policy from a params folder. pinned: the version that an operator pinned; None: the newest is served."""
 
-    def __init__(self, cfg: DictConfig, params_dir: Path) -> None:
+    def __init__(self, cfg: DictConfig, params_dir: Path, pinned: Callable[[], int | None] = lambda: None) -> None:
         torch.set_num_threads(cfg.serving.threads)
         wanted = cfg.serving.device
         self.device = torch.device(
@@ -62,6 +65,8 @@ class PolicyEngine:
         self._published = trainable(self.policy)
         self.policy.requires_grad_(False)  # guidance differentiates by actions, never by weights
         self._params_dir, self._steps = params_dir, cfg.serving.flow_steps
+        self._pinned = pinned
+        self.pin: int | None = None  # as it was last asked for
         self._noise = torch.Generator().manual_seed(cfg.seed)
         self._sizes = bucket_sizes(cfg.serving.max_batch)
         self._graphs = self._graph_runner(cfg.serving.get("cuda_graphs", "auto"))
@@ -104,7 +109,16 @@ class PolicyEngine:
         return self.swap()
 
     def stage(self) -> bool:
-        """Make the newest whole version ready, if it is new; True when it is. One thread at a time, any thread."""
+        """Make the pinned or the newest whole version ready, if it is new; True when it is.
+
+        One thread at a time, any thread.
+        """
+        if (pin := self._pinned()) != self.pin:
+            self.pin, self._seen, self._ready, self.trouble = pin, None, None, None
+            if pin is not None:
+                return self._stage_pinned(pin)
+        if pin is not None:
+            return False
         told = PublishedVersion.read(self._params_dir)
         if told is None or told == self._seen:
             return False
@@ -122,6 +136,17 @@ class PolicyEngine:
             self.trouble = f"version {newest.version} is refused: {problem}"
             return False
         self._ready, self.trouble = newest, None
+        return True
+
+    def _stage_pinned(self, version: int) -> bool:
+        try:
+            if problem := problem_of(self._params_dir, version):
+                raise ValueError(problem)
+            self.stage_file(file_path(self._params_dir, version), version)
+        except (ValueError, OSError) as problem:
+            log.error("version %d is pinned and cannot be served, serving %d on: %s", version, self.version, problem)
+            self.trouble = f"version {version} is pinned and cannot be served: {problem}"
+            return False
         return True
 
     def stage_file(self, path: Path, version: int) -> None:
@@ -142,7 +167,9 @@ class PolicyEngine:
         return True
 
     def will_serve(self, version: int) -> bool:
-        """Whether `version` or a newer one is published and on its way here."""
+        """Whether `version` or a newer one, or the pinned one, is published and on its way here."""
+        if self.pin is not None:
+            return self.trouble is None
         newest = PublishedVersion.read(self._params_dir)
         return newest is not None and newest.version >= version and newest.version != self._refused
 
@@ -165,9 +192,8 @@ class PolicyEngine:
             answers: dict[int, np.ndarray] = {}
             for rows, make in ((plain, self._sample), (guided, self._sample_guided)):
                 if rows:
-                    part = prefix.take(self._index(queries, rows))
-                    chunks = make(part, [queries[row] for row in rows])
-                    answers.update(zip(rows, self._physical(chunks, [queries[row] for row in rows]), strict=True))
+                    part, asked = prefix.take(self._index(queries, rows)), [queries[row] for row in rows]
+                    answers.update(zip(rows, self._physical(make(part, asked), part.anchor, asked), strict=True))
         return [answers[row] for row in range(len(queries))]
 
     def _act_by_graph(self, queries: Sequence[Query], size: int) -> list[np.ndarray]:
@@ -177,8 +203,8 @@ class PolicyEngine:
         with torch.inference_mode():
             inputs = self.policy.prepare(self._observation(filled))
             inputs["noise"] = torch.cat([noise, noise[-1:].expand(size - len(queries), -1, -1)])
-            chunks = self._graphs(inputs)[: len(queries)]
-            return self._physical(chunks, queries)
+            chunks, anchor = self._graphs(inputs)[: len(queries)], inputs.get("anchor")
+            return self._physical(chunks, None if anchor is None else anchor[: len(queries)], queries)
 
     def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """What a graph holds: prepared inputs and noise to chunks in the model's units."""
@@ -207,13 +233,15 @@ class PolicyEngine:
             k, robot = running.shape
             weights = soft_mask(query.inference_delay, k, noise.shape[1]).to(self.device)
             for _ in range(query.rows):
-                known[row, :k] = self.policy.normalise_actions(running)
+                # The running chunk is absolute: to the new one it is relative to the state that this one is asked at.
+                anchor = None if prefix.anchor is None else prefix.anchor[row]
+                known[row, :k] = self.policy.normalise_actions(running, anchor)
                 mask[row, :, :robot] = weights[:, None]
                 row += 1
         return sample_realtime(self.policy, prefix, noise, self._steps, known, mask)
 
-    def _physical(self, chunks: Tensor, queries: Sequence[Query]) -> list[np.ndarray]:
-        actions = self.policy.physical_actions(chunks).float().cpu().numpy()
+    def _physical(self, chunks: Tensor, anchor: Tensor | None, queries: Sequence[Query]) -> list[np.ndarray]:
+        actions = self.policy.physical_actions(chunks, anchor).float().cpu().numpy()
         if not all_finite(actions):
             raise FloatingPointError("the policy made actions that are NaN or infinite")
         parts = np.split(actions, np.cumsum([query.rows for query in queries])[:-1])

@@ -1,4 +1,5 @@
-"""Observations of openpi clients in our terms. Called by the openpi server with each decoded message.
+"""Observations of openpi clients in our terms. Called by the openpi server with each decoded message; the
+GR00T server takes its pictures and states through here, too.
 
 openpi has no one observation format: each of its robots names its own keys. Where each camera and the state are looked
 for, and in which forms images may come, stands in docs/serving.md.
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from openpi_client.image_tools import resize_with_pad
-from serl_transport.contract.bounds import LARGEST, shown
+from serl_transport.contract.bounds import LARGEST, check_number, shown
 from serl_transport.contract.specs import TaskSpec, check_finite
 
 PASSED_ON = ("seed", "samples", "min_version", "deadline_ms", "prefix_actions", "inference_delay", "mode")
@@ -20,12 +21,24 @@ PASSED_ON = ("seed", "samples", "min_version", "deadline_ms", "prefix_actions", 
 
 def infer_body(message: Mapping[str, Any], spec: TaskSpec, keys: Mapping[str, str]) -> dict[str, Any]:
     """The `infer` body of an openpi observation. Raises ValueError naming what is missing or misshapen."""
-    images = {camera: _image(message, camera, size, keys) for camera, size in spec.cameras.items()}
-    body: dict[str, Any] = {"observation": {"images": images, "state": _state(message, spec, keys)}}
+    images = {
+        camera: picture(_find(message, _candidates(camera, "images", keys), f"camera {camera!r}"), camera, size)
+        for camera, size in spec.cameras.items()
+    }
+    state = state_vector(_find(message, _candidates("state", "", keys), "state"), spec)
+    body: dict[str, Any] = {"observation": {"images": images, "state": state}}
     prompt = message.get("prompt")
     if prompt is not None:
         body["prompt"] = _text(prompt)
     return body | {key: _plain(message[key]) for key in PASSED_ON if message.get(key) is not None}
+
+
+def largest_message(key: str, megabytes: Any, spec: TaskSpec) -> int:
+    """Bytes of one message. auto: the task's observation as float32, a camera of any size up to 640×480 or its own."""
+    if megabytes == "auto":
+        pixels = sum(max(height * width, 640 * 480) for height, width in spec.cameras.values())
+        return (1 << 20) + 4 * (3 * pixels + spec.state_dim)
+    return int(check_number(key, megabytes, 0.001, 1024) * (1 << 20))
 
 
 def _candidates(name: str, folder: str, keys: Mapping[str, str]) -> list[tuple[str, ...]]:
@@ -51,8 +64,8 @@ def _find(message: Mapping[str, Any], paths: list[tuple[str, ...]], what: str) -
     )
 
 
-def _image(message: Mapping[str, Any], camera: str, size: tuple[int, int], keys: Mapping[str, str]) -> np.ndarray:
-    image = _find(message, _candidates(camera, "images", keys), f"camera {camera!r}")
+def picture(image: np.ndarray, camera: str, size: tuple[int, int]) -> np.ndarray:
+    """A client's picture as the policy reads it: uint8[*size, 3]. ValueError naming the camera."""
     if image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3:
         image = np.moveaxis(image, 0, 2)
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -75,8 +88,8 @@ def _pixels(image: np.ndarray, camera: str) -> np.ndarray:
     return np.ascontiguousarray(image * 255 if highest == 1 else image, np.uint8)
 
 
-def _state(message: Mapping[str, Any], spec: TaskSpec, keys: Mapping[str, str]) -> np.ndarray:
-    state = _find(message, _candidates("state", "", keys), "state")
+def state_vector(state: np.ndarray, spec: TaskSpec) -> np.ndarray:
+    """A client's state as float32[s]. ValueError naming what is wrong with it."""
     if state.shape != (len(spec.state_names),):
         raise ValueError(f"state: expected {len(spec.state_names)} numbers, got shape {list(state.shape)}")
     if state.dtype.kind not in "fiu":

@@ -40,8 +40,7 @@ from serl_launcher.run.files import read_json
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.ready import say_ready
 from serl_launcher.serving.gateway_client import GatewayClient
-from serl_launcher.serving.openpi_keys import infer_body
-from serl_transport.contract.bounds import check_number
+from serl_launcher.serving.openpi_keys import infer_body, largest_message
 from serl_transport.contract.errors import WireError
 from serl_transport.contract.specs import TaskSpec
 from serl_transport.security.auth import is_loopback, raise_file_limit
@@ -93,7 +92,7 @@ class OpenpiSettings:
             port=serving.openpi_port,
             token=token,
             tls=None if cert is None else (cert, key),
-            max_bytes=_max_bytes(serving.openpi_max_mb, spec),
+            max_bytes=largest_message("serving.openpi_max_mb", serving.openpi_max_mb, spec),
             max_clients=serving.openpi_max_clients,
             timeout_s=serving.openpi_timeout_s,
             keys=keys,
@@ -216,14 +215,6 @@ class OpenpiServer:
             "keys": self._settings.keys,
             "policy_version": serving.get("version", -1),
         }
-
-
-def _max_bytes(megabytes: Any, spec: TaskSpec) -> int:
-    """Of one message. auto: the task's observation as float32, a camera of any size up to 640×480 or its own."""
-    if megabytes == "auto":
-        pixels = sum(max(height * width, 640 * 480) for height, width in spec.cameras.values())
-        return (1 << 20) + 4 * (3 * pixels + spec.state_dim)
-    return int(check_number("serving.openpi_max_mb", megabytes, 0.001, 1024) * (1 << 20))
 
 
 def decode(message: str | bytes) -> dict[str, Any]:

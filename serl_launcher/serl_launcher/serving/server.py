@@ -22,6 +22,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from serl_config.mistakes import is_config_mistake, mistake_message
+from serl_launcher.run.acts import ActsLedger
 from serl_launcher.run.alive import Pace, beat
 from serl_launcher.run.config import read_config
 from serl_launcher.run.internal import InferRequest, PolicyLink
@@ -48,7 +49,8 @@ class PolicyServer:
         self._queue = BatchQueue(
             serving.max_batch, serving.max_wait_ms / 1e3, serving.max_queue, serving.evaluation_patience_ms / 1e3
         )
-        self._engine = PolicyEngine(cfg, paths.params)
+        acts = ActsLedger(paths.root)  # the loader thread's, once it runs
+        self._engine = PolicyEngine(cfg, paths.params, pinned=lambda: acts.state.served)
         self._engine.refresh()
         self._engine.warm_up()
         self._link = PolicyLink(paths.root)
@@ -129,6 +131,8 @@ class PolicyServer:
         """The validated question; None while a version that it wants is on its way."""
         body, version = request.body, self._engine.version
         wanted = check_whole("infer: min_version", body.get("min_version") or 0, -1, INT32)
+        if self._engine.pin is not None:  # an actor may hold a ticket from before
+            wanted = min(wanted, self._engine.pin)
         if version < wanted:
             if self._engine.will_serve(wanted) and len(self._parked) < self._max_parked:
                 return None
@@ -177,7 +181,9 @@ class PolicyServer:
         now = time.monotonic()
         if now - self._reported >= REPORT_S:
             self._reported = now
-            self._link.serving(version=self._engine.version, **self._figures.to_body(len(self._queue)))
+            engine, figures = self._engine, self._figures.to_body(len(self._queue))
+            chunk = engine.policy.valid_horizon  # ticks; the GR00T server tells its clients
+            self._link.serving(version=engine.version, chunk=chunk, trouble=engine.trouble, **figures)
 
 
 def _deadline_s(body: dict) -> float:

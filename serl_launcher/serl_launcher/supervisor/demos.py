@@ -6,8 +6,9 @@ It reads pictures with LeRobot's reader, which brings torch; this process stays 
 import sys
 import time
 
+from serl_config.process import RestartBudget
 from serl_launcher.run.paths import RunPaths
-from serl_launcher.supervisor.children import Child, ChildSpec, RestartBudget
+from serl_launcher.supervisor.children import Child, ChildSpec
 
 GAVE_UP = 3
 FINAL = (0, 2)  # exit codes after which it is not started again

@@ -10,8 +10,9 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from serl_config.process import Death
 from serl_launcher.run.files import read_json
-from serl_launcher.supervisor.children import Child, Death
+from serl_launcher.supervisor.children import Child
 from serl_launcher.supervisor.pulse import LONGEST_LOOK_S, Silence
 
 SHOWN_S = 5.0  # a restart stays on the screens for so long at least: an actor hears of it once a second

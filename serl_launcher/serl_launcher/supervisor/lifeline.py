@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from serl_launcher.run.kin import die_with_parent
+from serl_config.process import die_with_parent
 
 EXIT_FILE = "FLOWSERL_EXIT_FILE"
 ORPHAN_GRACE_S = 10.0

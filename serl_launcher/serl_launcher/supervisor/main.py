@@ -8,10 +8,15 @@ import sys
 
 from omegaconf import DictConfig
 
+from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.record import note_start
 from serl_launcher.supervisor.demos import import_demos
+from serl_launcher.supervisor.noted import start_act
 from serl_launcher.supervisor.roles import roles_for
-from serl_launcher.supervisor.run_folder import RunError, prepare
-from serl_launcher.supervisor.supervisor import DONE, USER_MISTAKE, Supervisor
+from serl_launcher.supervisor.run_folder import RunError, RunFolder, prepare
+from serl_launcher.supervisor.supervisor import DONE, GAVE_UP, USER_MISTAKE, Supervisor
+from serl_launcher.telemetry.journal_page import JournalPage
+from serl_launcher.telemetry.registry import update
 from serl_transport.security.auth import is_loopback
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -42,19 +47,65 @@ def main(cfg: DictConfig) -> int:
         if warning := unreachable_from_elsewhere(cfg):
             print(warning)
         print(f"{folder.state} run {folder.paths.root}, ports {cfg.port} and {cfg.broadcast_port}", flush=True)
+        if folder.console:
+            print(f"console: {folder.console}", flush=True)
+        try:
+            for line in start_act(folder.paths, cfg):
+                print(f"  {line}", flush=True)
+        except OSError as error:
+            print(f"learner: {folder.paths.acts} cannot be written: {error.strerror}", file=sys.stderr)
+            return USER_MISTAKE
         try:
             if cfg.demos and (code := import_demos(folder.paths)):
                 return code
         except KeyboardInterrupt:
             print("learner: interrupted while demonstrations were imported; the next start goes on", file=sys.stderr)
             return INTERRUPTED
-        supervisor = Supervisor(
-            folder.paths,
-            roles_for(cfg, folder.paths, folder.stages),
-            dashboard_period_s=cfg.telemetry.dashboard_period_s,
-            ends=bool(folder.stages),
-        )
-        return supervisor.run()
+        return supervise(cfg, folder)
+
+
+def supervise(cfg: DictConfig, folder: RunFolder) -> int:
+    """Write the start down, keep the roles alive to the end, write the end down; the exit code."""
+    try:
+        page = note(folder)
+    except OSError as error:
+        print(f"learner: {folder.paths.root} takes no record of this start: {error}", file=sys.stderr)
+        return USER_MISTAKE
+    supervisor = Supervisor(
+        folder.paths,
+        roles_for(cfg, folder.paths, folder.stages),
+        dashboard_period_s=cfg.telemetry.dashboard_period_s,
+        ends=bool(folder.stages),
+        console=folder.console,
+        page=page,
+    )
+    code = supervisor.run()
+    page.end(how_it_ended(code))
+    _update_index(folder.paths)
+    return code
+
+
+def note(folder: RunFolder) -> JournalPage:
+    """This start in the run's record, on its page and in the index of runs. OSError when the disk refuses."""
+    note_start(folder.paths, "learner", sys.argv[1:], folder.state)
+    page = JournalPage(folder.paths, lambda text: print(text, flush=True))
+    page.start()
+    update(folder.paths.root)
+    return page
+
+
+def how_it_ended(code: int) -> str:
+    """An exit code in words, for the run's page."""
+    known = {DONE: "complete", USER_MISTAKE: "a mistake that a person must mend", GAVE_UP: "gave up"}
+    return known.get(code) or f"stopped by {signal.Signals(code - 128).name}"
+
+
+def _update_index(paths: RunPaths) -> None:
+    """The run's row, as it ended; the index can be made again at any time."""
+    try:
+        update(paths.root)
+    except OSError as error:
+        print(f"the index of runs was not updated ({error}); tools/runs.py list makes it anew", flush=True)
 
 
 def unreachable_from_elsewhere(cfg: DictConfig) -> str | None:

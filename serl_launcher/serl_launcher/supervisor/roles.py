@@ -2,9 +2,11 @@
 
 gateway    always: sockets, journal, ring
 openpi     serving.openpi_port is set: openpi clients get actions, too; derived
+groot      serving.groot_port is set: GR00T's clients, the same
 policy     someone asks for actions: an online or evaluation stage, or a schedule without stages (serving)
 reward     a learned reward is asked for: answers actors' questions about observations; derived once it was up
 exporter   always: journal to LeRobotDataset; derived
+console    console.port is not null: the operator's web page; derived
 trainer    a stage names steps, or there is nothing to serve yet and it must publish the first version
 
 A derived role never ends a run: what it makes can be made later from what the others keep.
@@ -24,7 +26,7 @@ from serl_launcher.supervisor.children import ChildSpec, EndsRun
 from serl_launcher.supervisor.lifeline import EXIT_FILE
 
 # Stop order of a run: whoever feeds another goes first; the exporter writes out what the gateway journalled last.
-STOP_ORDER = ("openpi", "trainer", "policy", "gateway", "exporter")
+STOP_ORDER = ("openpi", "groot", "trainer", "policy", "gateway", "exporter")
 
 
 def roles_for(cfg: DictConfig, paths: RunPaths, stages: Sequence[Stage]) -> list[ChildSpec]:
@@ -34,11 +36,14 @@ def roles_for(cfg: DictConfig, paths: RunPaths, stages: Sequence[Stage]) -> list
     roles = [_role(paths, "gateway", "serl_launcher.gateway", grace_s=20.0)]
     if serves:
         roles.append(_role(paths, "policy", "serl_launcher.serving"))
-        if OmegaConf.select(cfg, "serving.openpi_port") is not None:
-            roles.append(_role(paths, "openpi", "serl_launcher.serving.openpi_server", ends_run="never"))
+        for name in ("openpi", "groot"):
+            if OmegaConf.select(cfg, f"serving.{name}_port") is not None:
+                roles.append(_role(paths, name, f"serl_launcher.serving.{name}_server", ends_run="never"))
     if OmegaConf.select(cfg, "reward.model"):
         roles.append(_role(paths, "reward", "serl_launcher.rewards", ends_run="until ready"))
     roles.append(_role(paths, "exporter", "serl_launcher.exporter", grace_s=120.0, ends_run="never"))
+    if OmegaConf.select(cfg, "console.port") is not None:
+        roles.append(_role(paths, "console", "serl_launcher.console", grace_s=5.0, ends_run="never"))
     if trains:
         roles.append(_trainer(cfg, paths))
     return roles

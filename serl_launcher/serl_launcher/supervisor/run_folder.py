@@ -17,11 +17,13 @@ from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from openpi_client.groot_layout import Layout
 from serl_config.secrets import literal_secrets, secret
 from serl_launcher.datasets.source import read_sources
 from serl_launcher.replay.journal import JournalCorrupt, JournalReader
 from serl_launcher.run import config as run_config
 from serl_launcher.run.config import plain, task_spec
+from serl_launcher.run.console import lay_out
 from serl_launcher.run.files import DamagedFileError, clear, make_folder, read_sealed, write_text
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.schedule import Stage, read_stages
@@ -52,6 +54,7 @@ class RunFolder:
     stages: tuple[Stage, ...]
     state: str  # "new", "resumed" or "complete"
     lock: IO[str]  # held until closed or until this process is gone
+    console: str | None = None  # the address of the run's page
 
 
 def run_paths(cfg: DictConfig) -> RunPaths:
@@ -86,7 +89,7 @@ def prepare(cfg: DictConfig) -> RunFolder:
     except ValueError as error:
         raise RunError(str(error)) from None
     _check_reward(cfg)
-    _check_token(cfg)
+    _check_clients(cfg)
     lock = _open_folder(paths)
     if is_complete(paths, cfg) and cfg.on_complete == "rotate":
         print(f"the finished run {paths.root.name} was moved to {rotate(paths)}", flush=True)
@@ -98,7 +101,17 @@ def prepare(cfg: DictConfig) -> RunFolder:
         _archive_summary(paths)
         paths.status.unlink(missing_ok=True)  # the last start's "done" is not ours
         _write_config(paths, cfg)
-    return RunFolder(paths, stages, state, lock)
+    return RunFolder(paths, stages, state, lock, None if state == "complete" else _console(paths, cfg))
+
+
+def _console(paths: RunPaths, cfg: DictConfig) -> str | None:
+    try:
+        place = lay_out(cfg, paths)
+    except ValueError as mistake:
+        raise RunError(str(mistake)) from None
+    except OSError as error:
+        raise RunError(f"cannot write console.json into {paths.root}: {error.strerror}") from None
+    return place.url if place else None
 
 
 def _write_config(paths: RunPaths, cfg: DictConfig) -> None:
@@ -214,13 +227,16 @@ def _check_reward(cfg: DictConfig) -> None:
         )
 
 
-def _check_token(cfg: DictConfig) -> None:
-    """A reference to a token leads somewhere; the openpi server would wait for it for ever."""
-    if OmegaConf.select(cfg, "serving.openpi_port") is not None:
-        try:
-            secret(OmegaConf.select(cfg, "serving.openpi_token"), "serving.openpi_token")
-        except ValueError as error:
-            raise RunError(str(error)) from None
+def _check_clients(cfg: DictConfig) -> None:
+    """What the servers of openpi's and GR00T's clients need leads somewhere; they would start for ever for it."""
+    given = [name for name in ("openpi", "groot") if OmegaConf.select(cfg, f"serving.{name}_port") is not None]
+    try:
+        for name in given:
+            secret(OmegaConf.select(cfg, f"serving.{name}_token"), f"serving.{name}_token")
+        if "groot" in given:
+            Layout.read(OmegaConf.select(cfg, "serving.groot_modality"), task_spec(cfg), "serving.groot_modality")
+    except ValueError as error:
+        raise RunError(str(error)) from None
 
 
 def _open_folder(paths: RunPaths) -> IO[str]:

@@ -22,15 +22,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any, TextIO
 
+from serl_config.process import Death, RestartBudget, stopped_groups
 from serl_launcher.run.internal import SupervisorLink
 from serl_launcher.run.paths import RunPaths
-from serl_launcher.supervisor.children import Child, ChildSpec, Death, RestartBudget, stopped_groups
+from serl_launcher.supervisor.children import Child, ChildSpec
 from serl_launcher.supervisor.disk import DiskWatch
 from serl_launcher.supervisor.ending import LastEpisodes
 from serl_launcher.supervisor.health import Health, StatusFile
 from serl_launcher.supervisor.roles import STOP_ORDER
 from serl_launcher.supervisor.screen import Screen
 from serl_launcher.telemetry.dashboard import render
+from serl_launcher.telemetry.journal_page import JournalPage
 
 DONE, USER_MISTAKE, GAVE_UP = 0, 2, 3
 TICK_S = 0.2
@@ -46,8 +48,10 @@ class Supervisor:
         paths: the run folder; status.json is read there, logs and the summary are written there.
         roles: in start order; their names give the stop order.
         dashboard_period_s: seconds between two dashboards where `out` is not a terminal (1 s on one).
+        console: where the console is, shown with the dashboard on a terminal; None: there is none.
         ends: whether a status with `done` ends the run; False for a schedule without stages: it serves until stopped.
         budget: one a role; when to start it again.
+        page: the run's journal.md, which gets a section for each stage that is over.
     """
 
     def __init__(
@@ -57,8 +61,10 @@ class Supervisor:
         *,
         dashboard_period_s: float = 5.0,
         ends: bool = True,
+        console: str | None = None,
         out: TextIO | None = None,
         budget: Callable[[], RestartBudget] = RestartBudget,
+        page: JournalPage | None = None,
     ) -> None:
         out = out or sys.stdout
         self._paths = paths
@@ -69,7 +75,7 @@ class Supervisor:
         self._came_up: set[str] = set()  # roles that were ready once
         self._health = Health(lambda text: self._screen.event(text))
         self._status = StatusFile(paths.status)
-        self._ends = ends
+        self._ends, self._page, self._console = ends, page, console
         self._screen = Screen(out)
         self._disk = DiskWatch(paths.root, self._screen.event)
         self._last_episodes = LastEpisodes(self._screen.event)
@@ -114,6 +120,8 @@ class Supervisor:
                 troubles = self._look(now - last_look)
                 link.tell(troubles)
                 last_look = now
+                if self._page is not None:
+                    self._page.look(self._status.body)
                 if self._ends and self._last_episodes.are_over(self._status.body):
                     return DONE
                 if now >= next_dashboard and (lines := self._lines(troubles)):
@@ -138,7 +146,9 @@ class Supervisor:
         told = self._status.body.get("troubles") or {}  # of the gateway and the trainer; ours come back a second late
         others = {name: text for name, text in told.items() if name not in self._budgets and name != "supervisor"}
         silent_s = self._status.silent_s
-        return render(self._status.body, silent_s, {**others, **troubles}, whole=self._screen.is_terminal)
+        lines = render(self._status.body, silent_s, {**others, **troubles}, whole=self._screen.is_terminal)
+        shown = lines and self._console and self._screen.is_terminal
+        return [*lines, f"  console    {self._console}"] if shown else lines
 
     def _look_after(self, child: Child) -> int | None:
         """Notice a death, start again when due; an exit code when the run cannot go on."""

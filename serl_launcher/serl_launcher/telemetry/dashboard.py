@@ -1,7 +1,7 @@
 """The learner's pane: the status document as a few lines of text. The supervisor prints them.
 
     render(status, …)          what the supervisor shows: one of these two, what ails the roles, or that news is late
-    render_status(status)      up to 6 lines + one per actor, at most 100 columns, for a terminal that is redrawn
+    render_status(status)      up to 7 lines + one per actor, at most 100 columns, for a terminal that is redrawn
     render_line(status)        the same in one line, for logs
 
 Metrics are explained in docs/data.md.
@@ -39,6 +39,8 @@ def render(status: Mapping[str, Any], silent_s: float, troubles: Mapping[str, st
 def render_status(status: Mapping[str, Any]) -> list[str]:
     """Lines of the learner's pane; parts that are not known yet are shown as a dash or left out."""
     lines = [_stage_line(status), _learning_line(status), _episodes_line(status)]
+    if asked := operators_asked(status):
+        lines.insert(1, f"  operator   {asked}")
     if waits := waits_for(status):
         lines.insert(1, f"  waits      {waits}")
     evaluation = _evaluation_line(status)
@@ -67,7 +69,19 @@ def render_line(status: Mapping[str, Any]) -> str:
         f"v{_get(status, 'trainer', 'version', default=-1)}",
     ]
     said = [f"{name}: {actor['trouble']}" for name, actor in _actors(status) if actor.get("trouble")]
-    return " · ".join([*parts, *filter(None, [waits_for(status)]), *said])
+    return " · ".join([*parts, *filter(None, [operators_asked(status), waits_for(status)]), *said])
+
+
+def operators_asked(status: Mapping[str, Any]) -> str | None:
+    """What people asked of the run and holds; None: nothing."""
+    operator = status.get("operator") or {}
+    said = ["actors paused"] if operator.get("paused") else []
+    said += [f"{actor} paused" for actor in operator.get("paused_actors") or ()]
+    said += ["training paused"] if operator.get("training_paused") else []
+    said += [f"v{operator['served']} pinned"] if operator.get("served") is not None else []
+    said += [f"{key}={row['value']} ({row['by']})" for key, row in (operator.get("settings") or {}).items()]
+    said += [f"{operator['words']} episodes judged by people"] if operator.get("words") else []
+    return " · ".join(said) or None
 
 
 def waits_for(status: Mapping[str, Any]) -> str | None:

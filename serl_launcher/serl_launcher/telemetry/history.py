@@ -4,8 +4,9 @@ Read by the summary and the learning curve. Only whole episodes count towards ra
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from omegaconf import OmegaConf
 
 from serl_launcher.replay.verdicts import newest
 from serl_launcher.replay.verdicts import read as read_verdicts
+from serl_launcher.run.acts import ActsLedger
 from serl_launcher.run.config import read_config
 from serl_launcher.run.files import read_json
+from serl_launcher.run.live_settings import in_force
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.metrics import read_metrics
 
@@ -76,6 +79,7 @@ class RunHistory:
     metrics: tuple[Mapping[str, Any], ...]  # rows of metrics/trainer.jsonl
     quarantined: int = 0  # episodes and items that the dataset goes on without
     accepted: int | None = None  # episodes that are imitated, by the newest verdicts; None: no trainer has judged any
+    operators: Mapping[str, Any] = field(default_factory=dict)  # what people did to the run (run.acts)
 
     @property
     def start_time(self) -> float:
@@ -99,7 +103,21 @@ def read_history(run_dir: Path) -> RunHistory:
     verdicts = newest(read_verdicts(paths.acceptance))
     accepted = sum(verdicts.values()) if paths.acceptance.exists() else None
     quarantined = (read_json(run_dir / "dataset_status.json") or {}).get("quarantined", 0)
-    return RunHistory(config, status, episodes, stages, metrics, quarantined, accepted)
+    operators = _operators(ActsLedger(run_dir), config)
+    return RunHistory(config, status, episodes, stages, metrics, quarantined, accepted, operators)
+
+
+def _operators(ledger: ActsLedger, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Acts by kind, and what of them holds."""
+    state, live = ledger.state, in_force(config, ledger.state)
+    return {
+        "acts": dict(Counter(row["act"] for row in ledger.rows)),
+        "by": sorted({row["by"] for row in ledger.rows if row["act"] not in ("start", "published") and "by" in row}),
+        "settings": {key: asdict(setting) for key, setting in live.settings.items()},
+        "ended_stages": sorted(live.ended),
+        "served": state.served,
+        "episodes_judged": sum(word.success is not None or word.use is not None for word in state.words.values()),
+    }
 
 
 def _read_episodes(path: Path) -> list[EpisodeRecord]:

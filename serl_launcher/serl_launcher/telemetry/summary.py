@@ -68,7 +68,8 @@ def summarise(history: RunHistory) -> dict[str, Any]:
         "task": (history.config.get("task") or {}).get("name"),
         "git_revision": _git_revision(),
         "code": history.config.get("code"),  # of a lab's own package; as the last start wrote it
-        "stages": [_stage_row(stage) for stage in history.stages],
+        "stages": [stage_row(stage) for stage in history.stages],
+        "operators": history.operators,
     }
 
 
@@ -112,7 +113,8 @@ def _newest(history: RunHistory, told: str, logged: str) -> int:
     return int(max((figure for figure in figures if figure is not None), default=0))
 
 
-def _stage_row(stage: StageRecord) -> dict[str, Any]:
+def stage_row(stage: StageRecord) -> dict[str, Any]:
+    """A stage in figures, as summary.json has them."""
     result = _rate(stage.successes, len(stage.episodes))
     return {
         "name": stage.name,

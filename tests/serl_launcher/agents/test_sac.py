@@ -272,10 +272,10 @@ def test_cal_ql_lowers_values_of_unseen_actions():
 class NarrowUnits(ToyFlow):
     """Mean and deviation of a dataset: what the robot can do, −1 to 3, lies at −1.5 and 2.5 of the model's units."""
 
-    def normalise_actions(self, chunk):
+    def normalise_actions(self, chunk, anchor=None):
         return chunk - 0.5
 
-    def physical_actions(self, chunk):
+    def physical_actions(self, chunk, anchor=None):
         return (chunk + 0.5).clamp(-1, 3)
 
 

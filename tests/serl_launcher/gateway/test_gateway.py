@@ -116,7 +116,7 @@ def test_a_restart_rebuilds_everything_from_the_journal(tmp_path: Path) -> None:
             assert ledger(tmp_path)[1]["n_ticks"] == 6
 
 
-def test_a_restart_trains_on_what_a_person_said_afterwards_and_the_record_stays(tmp_path: Path) -> None:
+def test_what_a_person_said_afterwards_is_trained_on_and_the_record_stays(tmp_path: Path) -> None:
     with serving(tmp_path) as gateway, connected(gateway) as client:
         second = batches(info("e2"), (7,), success=False)
         second[0].arrays["observation.images.front"][:] += 100  # tells the two apart
@@ -129,12 +129,12 @@ def test_a_restart_trains_on_what_a_person_said_afterwards_and_the_record_stays(
     labels.save()
     with serving(tmp_path) as gateway:
         ring = RingReader(gateway.journalled.ring.path)
-        imitation = ChunkView(accepting(noop_threshold=0.0), SPEC, 2)
-        values = TransitionView(SPEC, 2, gamma=1.0, demo_share=0.5)
+        imitation = ChunkView(accepting(noop_threshold=0.0), SPEC, 2, words=labels.word_of)
+        values = TransitionView(SPEC, 2, gamma=1.0, demo_share=0.5, words=labels.word_of)
         for view in (imitation, values):
             view.attach(ring)
             view.refresh()
-        assert [(row.ordinal, row.success) for row in ring.episodes()] == [(0, False), (1, True)]
+        assert [(row.ordinal, row.success) for row in ring.episodes()] == [(0, True), (1, False)]  # as recorded
         drawn = imitation.sample(np.random.default_rng(0), 100)
         assert set(drawn.images["front"][:, 0, 0, 0].tolist()) == {101, 102, 103, 104, 105, 106}
         got = values.sample(np.random.default_rng(0), 400)
@@ -327,7 +327,9 @@ def test_a_damaged_version_is_neither_announced_nor_handed_out(tmp_path: Path) -
 def test_a_damaged_operator_file_is_taken_for_a_pause(tmp_path: Path, caplog) -> None:
     (tmp_path / "operator.json").write_bytes(b"")
     with serving(tmp_path) as gateway, connected(gateway) as client:
-        assert client.request("next_episode", {"want": "follow"})["reason"] == "an operator paused the run"
+        assert (
+            client.request("next_episode", {"want": "follow"})["reason"] == "an operator paused the run (operator.json)"
+        )
         assert "operator.json is damaged: it holds no JSON object: the run is taken for paused" in caplog.text
 
 

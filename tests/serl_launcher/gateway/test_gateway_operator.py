@@ -9,9 +9,12 @@ import pytest
 from gateway_samples import connected, serving
 from replay_samples import SPEC
 
+from serl_launcher.run.acts import ActsLedger
+from serl_launcher.run.internal import InternalClient
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
-from serl_transport.contract.errors import Unauthorized, WireError
+from serl_transport.contract.errors import BadFrame, Refused, Unauthorized, WireError
+from serl_transport.security.allow_list import OPERATOR_REQUESTS
 
 
 def operator(gateway, name: str = "alice", **config) -> TrainerClient:
@@ -23,12 +26,12 @@ def ask(client: TrainerClient, request: str) -> dict:
     return client.request(request, timeout_ms=20_000)
 
 
-def test_pause_outlives_a_restart_and_stop_does_not(tmp_path: Path) -> None:
+def test_pause_and_stop_outlive_the_gateway_and_stop_ends_with_the_next_start(tmp_path: Path) -> None:
     with serving(tmp_path / "run") as gateway, connected(gateway) as actor:
         alice = operator(gateway)
         assert ask(alice, "pause")["operator"]["paused"]
         ticket = actor.request("next_episode", {"want": "follow"})
-        assert (ticket["action"], ticket["reason"]) == ("wait", "an operator paused the run")
+        assert (ticket["action"], ticket["reason"]) == ("wait", "an operator paused the run (alice)")
         assert "alice" not in gateway.status()["actors"]
         alice.stop()
     with serving(tmp_path / "run") as gateway, connected(gateway) as actor:
@@ -43,6 +46,9 @@ def test_pause_outlives_a_restart_and_stop_does_not(tmp_path: Path) -> None:
             alice.infer({})
         alice.stop()
     with serving(tmp_path / "run") as gateway:
+        assert gateway.status()["done"]  # a gateway that was killed forgets nothing
+    ActsLedger(tmp_path / "run").append({"act": "start"}, by="alice")  # as every start of the learner does
+    with serving(tmp_path / "run") as gateway:
         assert not gateway.status()["done"]
 
 
@@ -54,7 +60,7 @@ def test_with_keys_an_actor_steers_nothing(tmp_path: Path) -> None:
         actor = TrainerClient("a", "127.0.0.1", ports, spec=SPEC, wait_for_server=False)
         alice = operator(gateway, keys_dir=str(keys))
         assert actor.request("next_episode", {"want": "follow"})["action"] == "run"
-        for request in ("pause", "resume", "publish", "stop"):
+        for request in OPERATOR_REQUESTS:
             with pytest.raises(Unauthorized):
                 actor.request(request)
         assert not gateway.status()["operator"]["paused"]
@@ -63,3 +69,32 @@ def test_with_keys_an_actor_steers_nothing(tmp_path: Path) -> None:
             operator(gateway)  # no keys
         actor.stop()
         alice.stop()
+
+
+def test_goals_and_ends_of_stages_hold_over_a_restart(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with serving(run) as gateway:
+        alice = operator(gateway)
+        alice.request("set", {"key": "schedule.stages.demos.episodes", "value": 1})
+        assert gateway.status()["stage"]["episodes_goal"] == 1
+        alice.request("end_stage", {"stage": "demos"})
+        assert gateway.status()["stage"]["name"] == "sft"  # demos trains nothing: at once
+        with pytest.raises(Refused, match="stage demos is over"):
+            alice.request("set", {"key": "schedule.stages.demos.episodes", "value": 5})
+        with pytest.raises(BadFrame, match=r"unknown key 'stag'; did you mean 'stage'"):
+            alice.request("end_stage", {"stag": "sft"})
+        act = alice.request("end_stage", {"person": "bo"})["act"]
+        assert act["by"] == "bo (alice)"  # bo, at alice's console
+        assert gateway.status()["stage"]["name"] == "sft"  # what it has learned is published first
+        alice.stop()
+    with serving(run) as gateway:
+        assert gateway.status()["stage"]["name"] == "sft"
+        assert gateway.status()["operator"]["publish_wanted"] == act["n"]
+        trainer = InternalClient(run, "trainer", patience_s=10)
+        trainer.hello()
+        trainer.progress(step=3, stage_steps={"sft": 3}, version=4, obeyed=act["n"])
+        stage = gateway.status()["stage"]
+        assert (stage["name"], stage["min_version"]) == ("before", 4)
+        trainer.close()
+    with serving(run) as gateway:
+        assert (gateway.status()["stage"]["name"], gateway.status()["operator"]["publish_wanted"]) == ("before", 0)

@@ -1,25 +1,39 @@
 """Fine-tuning that may be cut anywhere: killed, stopped; held-out episodes, the best version, batches read ahead."""
 
 import json
+import logging
 import os
 import re
 import signal
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import train_sft
+from accelerate import Accelerator
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from sft_samples import TICKS, make_dataset
 
+from serl_launcher.agents.build import build_agent
+from serl_launcher.learner import sampling
 from serl_launcher.learner.fine_tuning import SftSettings
 from serl_launcher.learner.held_out import split
-from serl_launcher.learner.sampling import ShuffledRows, batches, worker_count
+from serl_launcher.learner.learner import Learner
+from serl_launcher.learner.overfit import Overfit
+from serl_launcher.learner.sampling import ShuffledRows, batches, seed_noise, worker_count
+from serl_launcher.policies.base import PolicyInput, sample
+from serl_launcher.replay.views import ChunkBatch
+from serl_launcher.run.data_record import dataset_digest
+from serl_launcher.run.files import read_sealed
 from serl_launcher.run.parameters import find_version
+from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.record import ORIGIN, read_starts
 
 EPISODES = 6
 TINY = ["policy=pi0_tiny", "policy.action_horizon=4", "policy.size.image_size=32", "policy.size.depth=1"]
@@ -105,6 +119,12 @@ def test_a_run_that_is_killed_and_stopped_is_the_run_that_was_not(data, whole, t
         assert find_version(run, None).exists()
     assert train_sft.main([str(data), str(run), *TINY, *SHORT]) == 0
     assert_same_run(run, whole)
+    starts = read_starts(RunPaths(run))
+    assert [row["state"] for row in starts] == ["new", "resumed", "resumed", "resumed"]
+    assert {row["dataset"]["digest"] for row in starts} == {dataset_digest(data)}
+    assert read_sealed(max((run / "checkpoints").iterdir()) / ORIGIN)["start"]["start"] == 4
+    assert [line.rpartition(" · ")[2] for line in (run / "journal.md").read_text().splitlines() if "ended" in line] == [
+        "ended: stopped by signal 15", "ended: stopped by signal 2", "ended: complete"]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -163,6 +183,58 @@ def test_held_out_episodes_are_measured_and_named(data, whole):
     assert best["loss"] == min(row["held_out/loss"] for row in measured)
 
 
+def test_held_out_error_is_of_the_ticks_and_flow_steps_of_the_config(whole, data):
+    """By hand, on one batch: the first `rollout.execute_horizon` ticks, `serving.flow_steps`, the model's units."""
+    cfg = OmegaConf.load(whole / "config.yaml")
+    cfg.rollout.execute_horizon, cfg.serving.flow_steps, cfg.sft.batch_size, cfg.sft.eval_samples = 2, 3, 5, 5
+    policy, chunks, _ = train_sft.opened(data, cfg)
+    held_out, overfit = train_sft.measuring(cfg, policy, chunks, {0: np.arange(TICKS)})
+    assert overfit is None
+    agent = build_agent(cfg, policy, chunks.spec)
+    options = {"max_grad_norm": 1.0, "ema_decay": 0.9}
+    learner = Learner(agent, partial(torch.optim.SGD, lr=0.1), Accelerator(cpu=True), **options)
+    batch = chunks.collate([chunks[row] for row in held_out.rows[0]])
+    seed_noise(0, 0)
+    with torch.no_grad():
+        loss = sum(agent(batch, 0)[0].values())
+        noise = torch.randn(5, policy.action_horizon, policy.action_dim)
+        prefix = policy.encode(PolicyInput(batch.images, batch.state, batch.prompts))
+        chosen = policy.physical_actions(sample(policy, prefix, noise, 3))[:, :2]
+    wrong = (chosen - torch.tensor(batch.action[:, :2])) / policy.action_units.scale
+    keep = ~torch.tensor(batch.is_pad[:, :2])
+    by_sample = [wrong[k][keep[k]].square().mean() for k in range(5)]
+    measured = held_out.measure(learner)
+    assert measured["held_out/loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert measured["held_out/open_loop_mse"] == pytest.approx(float(torch.stack(by_sample).mean()), rel=1e-5)
+
+
+def test_an_overfit_check_that_is_not_passed_ends_with_1_and_says_how_far_it_is(data, tmp_path, capsys):
+    words = [*TINY, *SHORT, "sft.overfit=1", "sft.steps=4"]
+    assert train_sft.main([str(data), str(tmp_path / "run"), *words]) == 1
+    said = capsys.readouterr()
+    assert "overfit check: the first 1 of 6 episodes train and are measured" in said.out
+    assert "train_sft: overfit check NOT passed at step 4: open-loop error " in said.err
+    assert "at most 10% is asked" in said.err
+    assert train_sft.main([str(data), str(tmp_path / "run"), *words]) == 1, "nor is it when asked again"
+    assert "NOT passed at step 4" in capsys.readouterr().err
+    for key, told in (
+        ("overfit=9", "at most the dataset's 6 episodes, got 9"),
+        ("max_samples=8", "no sft.max_samples"),
+    ):
+        assert train_sft.main([str(data), str(tmp_path / "new"), *words, f"sft.{key}"]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_a_check_against_episodes_in_which_nothing_moves_is_refused():
+    with pytest.raises(ValueError, match="to hold still makes no error in these episodes"):
+        Overfit({"hold still": 0.0, "repeat the last action": 0.1})
+    check = Overfit({"hold still": 0.2, "repeat the last action": 0.1})
+    for error, passed in ((0.011, False), (0.01, True), (0.02, False)):
+        check.judge(7, error)
+        assert check.passed == passed
+    assert "NOT passed at step 7: open-loop error 0.02, 20% of the better baseline's (hold still 0.2, " in str(check)
+
+
 def test_the_split_is_seeded_and_leaves_something_to_train():
     assert split(20, 0.1, 3) == split(20, 0.1, 3) != split(20, 0.1, 4)
     assert [len(split(n, 0.1, 0)) for n in (1, 4, 10, 25)] == [0, 0, 1, 2]
@@ -216,6 +288,29 @@ def test_what_a_loader_process_cannot_read_or_does_not_survive_is_told():
     assert list(batches(Sleepers(), order, 2)) == list(order)
     assert worker_count(3) == 3
     assert 0 <= worker_count("auto") < os.cpu_count()
+
+
+class Pictured(Sleepers):
+    """Batches with a picture for each row, of the row's brightness, 50 kB each."""
+
+    def collate(self, rows):
+        pictures = np.stack([np.full((128, 128, 3), row, np.uint8) for row in rows])
+        numbers, flags = np.array(rows, np.float32)[:, None], np.zeros(len(rows), bool)
+        return ChunkBatch({"front": pictures}, numbers, numbers, flags, flags, flags, numbers[:, 0], ["go"] * len(rows))
+
+
+@pytest.mark.parametrize("free", [1 << 40, 1 << 20])
+def test_pictures_come_in_shared_memory_and_where_that_is_short_by_pipe_which_is_said(free, monkeypatch, capfd):
+    monkeypatch.setattr(sampling.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(sampling.log, "handlers", [logging.StreamHandler()])
+    order = ShuffledRows(np.arange(16), 4, 0, 0, 6)
+    found = list(batches(Pictured(), order, 2))
+    for batch, expected in zip(found, batches(Pictured(), order, 0), strict=True):
+        np.testing.assert_array_equal(batch.images["front"], expected.images["front"])
+        np.testing.assert_array_equal(batch.state, expected.state)
+        assert isinstance(batch.images["front"].base, torch.Tensor) == (free > 1 << 30)
+    said = capfd.readouterr().err
+    assert ("/dev/shm has less than 3 MB free: pictures go through pipes" in said) == (free < 1 << 30)
 
 
 class Wide(Sleepers):

@@ -52,7 +52,7 @@ def put(ring, ordinal, mode="demo", success=True, n=8):
         "intervention": np.zeros(n, bool),
         "policy_version": np.zeros(n, np.int64),
         "time_ns": np.zeros(n, np.int64),
-    })  # fmt: skip
+    }, episode_id=f"e{ordinal}")  # fmt: skip
 
 
 def make(tmp_path, ring, algo="reject_sampling_pi0", mode="train", steps=4, limit=40, **changes):

@@ -201,3 +201,23 @@ def test_guided_and_plain_questions_share_a_batch(engine):
     assert np.abs(chunks[:, :2, 1] - running[:2, 1]).max() < 0.1
     unguided = engine.act([query_from_body(body(2, samples=3), SPEC)])[0]
     assert np.abs(unguided[:, :2, 1] - running[:2, 1]).mean() > 0.3
+
+
+def test_a_pinned_version_is_served_though_newer_ones_come_and_nothing_takes_its_place(tmp_path, caplog):
+    for version in (1, 2):
+        put(tmp_path, version, shift=0.1 * version)
+    pin = None
+    engine = PolicyEngine(tiny_config(), tmp_path, pinned=lambda: pin)
+    assert (engine.refresh(), engine.version) == (True, 2)
+    pin = 1
+    assert (engine.refresh(), engine.version) == (True, 1)
+    put(tmp_path, 3, shift=0.3)
+    assert (engine.refresh(), engine.version, engine.will_serve(3)) == (False, 1, True)
+    damage(tmp_path / "v000002.safetensors")
+    pin = 2
+    assert (engine.refresh(), engine.version) == (False, 1)
+    assert "version 2 is pinned and cannot be served" in engine.trouble
+    again = PolicyEngine(tiny_config(), tmp_path, pinned=lambda: pin)
+    assert (again.refresh(), again.version) == (False, -1)  # a person did not want version 3
+    pin = None
+    assert (engine.refresh(), engine.version, engine.trouble) == (True, 3, None)

@@ -1,4 +1,4 @@
-"""Child processes: groups end whole, die with their parent, and the restart budget; real processes throughout."""
+"""Roles as child processes: their logs, their exit codes, when they are up; real processes throughout."""
 
 import os
 import signal
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from serl_launcher.supervisor.children import Child, ChildSpec, Death, RestartBudget, group_members, process_stat
+from serl_config.process import process_stat
+from serl_launcher.supervisor.children import Child, ChildSpec
 from serl_launcher.supervisor.lifeline import EXIT_FILE
 
 PATIENCE_S = 30.0
@@ -51,52 +52,6 @@ def test_output_exit_code_and_tail_are_of_this_start(tmp_path):
     assert spec.log.read_text().count("two") == 2
 
 
-def test_death_by_a_signal_is_named():
-    child = Child(ChildSpec("role", python("import os; os.kill(os.getpid(), 9)")))
-    child.start()
-    assert wait_for(child.poll, "the kill").cause == "signal SIGKILL"
-
-
-def test_stop_ends_the_children_of_the_child(tmp_path):
-    inner = "import signal,time; signal.signal(15, lambda *_: None); open('ready', 'w').write('1'); time.sleep(600)"
-    code = f"import subprocess,sys; subprocess.Popen([sys.executable, '-S', '-c', {inner!r}]).wait()"
-    child = Child(ChildSpec("role", ("env", "-C", str(tmp_path), *python(code)), grace_s=0.3))
-    child.start()
-    pid = child.pid
-    wait_for((tmp_path / "ready").exists, "the grandchild")
-    assert len(group_members(pid)) == 2
-    child.stop()  # the grandchild ignores SIGTERM
-    assert group_members(pid) == []
-    assert child.pid is None
-
-
-def test_a_dead_leader_takes_its_group_along(tmp_path):
-    code = "import subprocess,os; subprocess.Popen(['sleep', '600']); os._exit(1)"
-    child = Child(ChildSpec("role", python(code), grace_s=1.0))
-    child.start()
-    pid = child.pid
-    assert wait_for(child.poll, "the exit").code == 1
-    assert group_members(pid) == []
-
-
-def test_a_child_dies_with_its_parent(tmp_path):
-    parent_code = f"""
-import sys, time
-from pathlib import Path
-from serl_launcher.supervisor.children import Child, ChildSpec
-child = Child(ChildSpec("role", ("sleep", "600")))
-child.start()
-Path({str(tmp_path / "pid")!r}).write_text(str(child.pid))
-time.sleep(600)
-"""
-    parent = subprocess.Popen([sys.executable, "-c", parent_code])
-    pid = read_pid(tmp_path / "pid")
-    assert not gone(pid)
-    parent.kill()
-    parent.wait()
-    wait_for(lambda: gone(pid), "the orphan's end")
-
-
 def write_module(folder: Path, text: str) -> dict[str, str]:
     (folder / "small_role.py").write_text(text)
     return {**os.environ, "PYTHONPATH": str(folder)}
@@ -131,21 +86,6 @@ def test_the_trainer_goes_when_its_launcher_is_killed(tmp_path):
     wait_for(lambda: gone(pid), "the trainer's end")
 
 
-def death(lived_s=1.0, ready=False):
-    return Death("role", 1, lived_s, ready)
-
-
-def test_budget_backs_off_and_gives_up_on_the_fifth_death_before_it_was_ready():
-    budget = RestartBudget()
-    assert [budget.died(death(lived_s)) for lived_s in (1, 1, 1, 90, 1)] == [0.5, 1.0, 2.0, 0.5, None]
-
-
-def test_budget_never_gives_up_what_was_ready_and_waits_a_minute_at_most():
-    budget = RestartBudget()
-    assert [budget.died(death(ready=True)) for _ in range(9)] == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
-    assert budget.died(death(61.0, ready=True)) == 0.5
-
-
 def test_a_child_is_ready_once_it_has_removed_its_starting_file(tmp_path):
     up = "import os, time; os.unlink(os.environ['FLOWSERL_STARTING_FILE']); time.sleep(600)"
     child = Child(ChildSpec("role", python(up), starting_file=tmp_path / "logs" / "role.starting"))
@@ -156,14 +96,3 @@ def test_a_child_is_ready_once_it_has_removed_its_starting_file(tmp_path):
     for _ in range(2):  # each start begins anew
         never.start()
         assert not wait_for(never.poll, "the exit").ready
-
-
-def test_a_child_that_cannot_say_so_counts_as_ready_after_a_minute(monkeypatch):
-    child = Child(ChildSpec("side", python("import time; time.sleep(600)")))
-    child.start()
-    assert not child.ready
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + 61.0)
-    assert child.ready
-    monkeypatch.undo()
-    child.stop()

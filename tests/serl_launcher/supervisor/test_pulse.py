@@ -8,9 +8,10 @@ import time
 
 import pytest
 
+from serl_config.process import process_stat, stopped_groups
 from serl_launcher.run.alive import BEAT_FILE, Beat, Pace
 from serl_launcher.supervisor import pulse
-from serl_launcher.supervisor.children import Child, ChildSpec, process_stat, stopped_groups
+from serl_launcher.supervisor.children import Child, ChildSpec
 from serl_launcher.supervisor.pulse import Pulse
 
 PATIENCE_S = 30.0

@@ -115,3 +115,12 @@ def test_what_keeps_a_robot_from_working_who_left_and_whom_a_finished_run_waits_
     assert render_line(status).endswith("v14 · arm: MyArm.step has not come back for 3.2 s")
     status |= {"done": True, "ending": {"waits_for": {"arm": "makes its last episode"}}}
     assert waits_for(status) == "arm makes its last episode"
+
+
+def test_what_operators_asked_is_shown():
+    asked = {"paused_actors": {"r1": "bo"}, "training_paused": "bo", "served": 3, "words": 2, "paused": False,
+             "settings": {"trainer.publish_period": {"value": 7, "by": "bo", "was": 100, "time": "t"}}}  # fmt: skip
+    told = "r1 paused · training paused · v3 pinned · trainer.publish_period=7 (bo) · 2 episodes judged by people"
+    assert f"  operator   {told}"[:99] in "\n".join(render_status({"operator": asked}))
+    assert told in render_line({"operator": asked})
+    assert "operator" not in render_line({"operator": {"paused": False, "settings": {}}})

@@ -7,6 +7,7 @@ A message has a bounded number of elements, so that reading one takes no longer 
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -63,6 +64,11 @@ packb = functools.partial(msgpack.packb, default=_encode)
 
 def unpackb(data: bytes) -> Any:
     """Bytes -> what was packed; arrays are read-only views. ValueError for anything else, or more than ELEMENTS."""
+    return unpack_bounded(data, _decode)
+
+
+def unpack_bounded(data: bytes, decode: Callable[[dict], Any], strict_map_key: bool = False) -> Any:
+    """msgpack of any protocol of clients, `decode` called with each map. ValueError, also for more than ELEMENTS."""
     left = ELEMENTS
 
     def counted(container: Any) -> Any:
@@ -75,9 +81,9 @@ def unpackb(data: bytes) -> Any:
     try:
         return msgpack.unpackb(
             data,
-            object_hook=lambda found: _decode(counted(found)),
+            object_hook=lambda found: decode(counted(found)),
             list_hook=counted,
-            strict_map_key=False,
+            strict_map_key=strict_map_key,
             max_array_len=ELEMENTS,
             max_map_len=ELEMENTS,
             max_ext_len=0,

@@ -23,6 +23,7 @@ from serl_launcher.policies.groot.trainable import flags_of, put_groot_adapters
 from serl_launcher.policies.loading import load_core
 from serl_launcher.policies.normalise import as_trained
 from serl_launcher.policies.precision import hold
+from serl_launcher.policies.relative import check_measured, has_ranges
 from serl_transport.contract.specs import TaskSpec
 
 log = logging.getLogger("policy")
@@ -47,6 +48,7 @@ def build_groot(
     statistics: str | None = None,
     precision: str = "float32",
     trained_on: Mapping[str, Any] | None = None,
+    relative: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> GrootFlowPolicy:
     """A GR00T policy for one task; arguments as `build_pi0`. tune: GR00T's flags without `tune_`, default all True,
@@ -55,16 +57,18 @@ def build_groot(
     init `checkpoint`: weights, units and the slot of `embodiment_tag` from NVIDIA's layout or LeRobot's `groot` type;
     processor: folder or hub name of the backbone's tokenizer and image processor, the checkpoint's own when None;
     statistics: a LeRobot dataset whose statistics a new embodiment starts with, where the checkpoint has none of it;
+    relative: which actions of a new embodiment, or of random weights, are relative to the state (policies.relative);
     options: attention, checkpointing, mask_padding, compile of the head. Raises ValueError in the user's words.
     """
     require_diffusers()
     check_init(init, checkpoint, action_horizon)
+    check_measured(relative)
     flags = flags_of(train, tune)
     options |= {"precision": precision, "embodiment_tag": embodiment_tag, "dropout": dropout}
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            order, units = as_trained(spec, trained_on)
+            order, units = as_trained(spec, trained_on, relative)
             core, _ = size(spec, action_horizon)
             inputs = size.inputs(order)
         if processor:
@@ -73,7 +77,7 @@ def build_groot(
         policy.tune(**flags)
         return _adapted(policy, train, lora_rank, seed, precision)
     found = Checkpoint.find(checkpoint)
-    assets = read_assets(found, embodiment_tag, spec, dict(cameras or {}), statistics)
+    assets = read_assets(found, embodiment_tag, spec, dict(cameras or {}), statistics, relative)
     core = build_core(found)
     have = core.config.action_horizon
     if action_horizon not in (None, have):
@@ -120,8 +124,10 @@ def meta_groot(cfg: Mapping[str, Any], spec: TaskSpec, size: Any) -> tuple[Groot
     if cfg.get("checkpoint"):
         found = Checkpoint.find(cfg["checkpoint"])
         core = build_core(found)
+        wanted = cfg.get("relative")  # a cost does not depend on ranges that are still to be measured
+        wanted = wanted if wanted is not None and has_ranges(wanted) else None
         tag, mapping = cfg.get("embodiment_tag") or NEW_EMBODIMENT, dict(cfg.get("cameras") or {})
-        assets = read_assets(found, tag, spec, mapping, cfg.get("statistics"))
+        assets = read_assets(found, tag, spec, mapping, cfg.get("statistics"), wanted)
         mode, cameras, valid = assets.mode, assets.cameras, assets.horizon
     else:
         with torch.device("meta"):

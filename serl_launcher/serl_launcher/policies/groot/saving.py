@@ -7,20 +7,28 @@ experiment_cfg/, modality.json) and the action head alone, action_head_<embodime
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from serl_launcher.policies.groot.assets import Described, modality_of
+from serl_launcher.policies.groot.assets import Described
 from serl_launcher.policies.groot.checkpoint import ALIASES, COSMOS, prefix_of
 from serl_launcher.policies.groot.inputs import QwenInputs
-from serl_launcher.policies.saving import METADATA, copy_beside, new_folder, tensors_to_save, write_model
+from serl_launcher.policies.groot.parts import Part, modality_of, split
+from serl_launcher.policies.normalise import Affine
+from serl_launcher.policies.saving import (
+    FORMAT,
+    SHARD,
+    copy_beside,
+    new_folder,
+    tensors_to_save,
+    write_extras,
+    write_model,
+)
 from serl_launcher.tensor_files import write_tensors
-
-SHARD = 5 * 10**9  # bytes
 
 
 def save_groot(policy: nn.Module, folder: Path, extras: Mapping[str, Any] | None = None, shard: int = SHARD) -> Path:
@@ -36,24 +44,15 @@ def save_groot(policy: nn.Module, folder: Path, extras: Mapping[str, Any] | None
     head = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
     with new_folder(folder) as part:
         write_model(tensors, part, None if prefix else shard)
-        write_tensors(part / f"action_head_{tag}.safetensors", head, METADATA)
+        write_tensors(part / f"action_head_{tag}.safetensors", head, FORMAT)
         if source is None:
             write_sidecars(policy, part, tag)
         else:
             copy_beside(source.folder, part, ("backbone", "processor"))
             if getattr(policy, "described", None) is not None:
                 _add_embodiment(policy.described, part, tag)
-        _write_extras(part, extras or {})
+        write_extras(part, extras or {})
     return folder
-
-
-def _write_extras(folder: Path, extras: Mapping[str, Any]) -> None:
-    for name, content in extras.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, Path):
-            shutil.copyfile(content, folder / name)
-        else:
-            (folder / name).write_text(json.dumps(content, indent=2))
 
 
 def _add_embodiment(described: Described, folder: Path, tag: str) -> None:
@@ -65,6 +64,8 @@ def _add_embodiment(described: Described, folder: Path, tag: str) -> None:
     content = json.loads(path.read_text()) if path.is_file() else {}
     configs = content.setdefault("processor_kwargs", {}).setdefault("modality_configs", {})
     configs[tag] = described.modality
+    if "relative_action" in described.statistics:
+        content["processor_kwargs"]["use_relative_action"] = True
     path.write_text(json.dumps(content, indent=2))
 
 
@@ -76,17 +77,38 @@ def write_sidecars(policy: nn.Module, folder: Path, tag: str) -> None:
         config["model_name"] = "backbone"
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str))
     (folder / "embodiment_id.json").write_text(json.dumps({tag: policy.embodiment}))
-    parts = modality_of(list(policy.cameras), ["all"], ["all"], list(range(policy.valid_horizon)))
-    statistics = {}
-    for what, units in (("state", policy.state_units), ("action", policy.action_units)):
-        low, high = (units.offset - units.scale).tolist(), (units.offset + units.scale).tolist()
-        mean, std = units.offset.tolist(), units.scale.tolist()
-        statistics[what] = {"all": {"min": low, "max": high, "q01": low, "q99": high, "mean": mean, "std": std}}
+    states, actions = split(policy.anchors, len(policy.state_units.offset), policy.robot_dim)
+    ticks = list(range(policy.valid_horizon))
+    parts = modality_of(list(policy.cameras), [part.name for part in states], actions, ticks)
+    statistics = {
+        "state": {part.name: _statistics(policy.state_units, part) for part in states},
+        "action": {part.name: _statistics(_absolute(policy, part), part) for part in actions},
+    }
+    if policy.anchors is not None:
+        own = [part for part in actions if part.state is not None]
+        statistics["relative_action"] = {part.name: _statistics(policy.action_units, part) for part in own}
     (folder / "statistics.json").write_text(json.dumps({tag: statistics}, indent=2))
-    keywords = {"modality_configs": {tag: parts}, "use_percentiles": False, "use_relative_action": False}
+    keywords = {"modality_configs": {tag: parts}, "use_percentiles": False}
+    keywords["use_relative_action"] = policy.anchors is not None
     keywords |= {"clip_outliers": policy.clip, "max_action_horizon": policy.action_horizon}
     keywords |= _picture_keywords(policy, folder)
     (folder / "processor_config.json").write_text(json.dumps({"processor_kwargs": keywords}, indent=2))
+
+
+def _absolute(policy: nn.Module, part: Part) -> Affine:
+    """The task's limits where a part is relative: nothing is normalised by them, but its width is read from them."""
+    units = policy.action_units
+    if part.state is not None:
+        return Affine.from_bounds(policy._low.tolist(), policy._high.tolist())
+    return units if units.offset.ndim == 1 else Affine(units.offset[0].tolist(), units.scale[0].tolist())
+
+
+def _statistics(units: Affine, part: Part) -> dict[str, list]:
+    """Ranges of a part's dims, by tick where they differ by tick; a dim that never moved has one value."""
+    offset, half = (x[..., part.first : part.end].cpu() for x in (units.offset, units.scale))
+    half = torch.where(half.isinf(), 0, half)
+    low, high, mean, std = (x.tolist() for x in (offset - half, offset + half, offset, half))
+    return {"min": low, "max": high, "q01": low, "q99": high, "mean": mean, "std": std}
 
 
 def _picture_keywords(policy: nn.Module, folder: Path) -> dict[str, Any]:

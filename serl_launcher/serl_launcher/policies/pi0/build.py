@@ -19,19 +19,21 @@ from serl_launcher.policies.checkpoint import (
     Checkpoint,
     camera_order,
     check_init,
+    mode_of,
     read_statistics,
     visual_features,
 )
 from serl_launcher.policies.loading import load_core
 from serl_launcher.policies.normalise import as_trained
-from serl_launcher.policies.pi0.checkpoint import ALIASES, read_config, tokenizer_name
+from serl_launcher.policies.pi0.checkpoint import ALIASES, anchors_of, read_config, tokenizer_name
 from serl_launcher.policies.pi0.full import FullSize
 from serl_launcher.policies.pi0.head import PI0FlowPolicy
 from serl_launcher.policies.pi0.pi05 import PI05FlowPolicy
 from serl_launcher.policies.pi0.tiny import TinySize
-from serl_launcher.policies.pi0.trainable import set_trainable
-from serl_launcher.policies.pi0.units import units_of
+from serl_launcher.policies.pi0.trainable import freeze, set_trainable
+from serl_launcher.policies.pi0.units import units_of, units_of_dataset
 from serl_launcher.policies.precision import hold
+from serl_launcher.policies.relative import Anchors, by_place, check_measured
 from serl_launcher.policies.tokens import HubTokenizer, WordHashTokenizer
 from serl_transport.contract.specs import TaskSpec
 
@@ -57,48 +59,86 @@ def build[Head: PI0FlowPolicy](
     precision: str = "float32",
     compile: str = "off",
     trained_on: Mapping[str, Any] | None = None,
+    relative: Mapping[str, Any] | None = None,
+    statistics: str | None = None,
 ) -> Head:
     """A policy of class `head` for one task; the arguments are the keys of config/policy/pi0*.yaml.
 
     init: `random` (weights from `seed`) or `checkpoint` (from `checkpoint`, a LeRobot folder or a hub name of the
     head's type); tokenizer: folder or hub name, the checkpoint's own when None; cameras: the task's camera -> the
     checkpoint's image feature, where names differ; train: full, expert or lora; trained_on: what random weights
-    that a run has trained are known to (normalise.as_trained). Raises ValueError in the user's words.
+    that a run has trained are known to; relative: which of their actions are relative
+    to the state (normalise.as_trained); statistics: a LeRobot dataset, whose statistics (and `relative`) replace the
+    checkpoint's, where a base goes on to a new robot. Raises ValueError in the user's words.
     """
     check_init(init, checkpoint, action_horizon)
+    check_measured(relative)
     options = dict(attention=attention, checkpointing=checkpointing, precision=precision, compile=compile)
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            order, units = as_trained(spec, trained_on)
+            order, units = as_trained(spec, trained_on, relative)
             core, words = size(spec, action_horizon)
+            if relative is not None:
+                _say_relative(core.config, spec, units.anchors, relative)
             if tokenizer:
                 words = HubTokenizer(tokenizer, core.config.tokenizer_max_length)
             policy = head(core, spec, words, units, cameras=order, **options)
             set_trainable(policy, train, lora_rank)
         hold(policy, precision, masters=True)
         return policy
+    if relative is not None and statistics is None:
+        raise ValueError("policy.relative: a checkpoint says it itself, but with policy.statistics=<dataset>")
     found = Checkpoint.find(checkpoint)
     found.expect_type(head.kind)
     config = read_config(found, spec, action_horizon)
-    units = units_of(found, spec)
+    units = units_of(found, spec) if statistics is None else units_of_dataset(found, spec, statistics, relative)
     wanted = [camera for camera in visual_features(found) if ".empty_camera_" not in camera]
     order = camera_order(found.folder, wanted, spec, dict(cameras or {}))
     words = HubTokenizer(tokenizer or tokenizer_name(found), config.tokenizer_max_length)
     with torch.device("meta"):
         core = size.build(config)
     policy = head(core, spec, words, units, cameras=order, **options)
-    if train != "lora":
-        set_trainable(policy, train)
+    freeze(policy, train)
     policy.load_report = load_core(policy, found, "model.", ALIASES, precision)
     if train == "lora":  # adapters are no tensors of the checkpoint
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             set_trainable(policy, train, lora_rank)
         hold(policy, precision, masters=True)
-    policy.checkpoint = found
+    policy.checkpoint, policy.new_units = found, statistics is not None
+    if policy.new_units:
+        _say_task(core.config, found, spec)
+        if relative is not None:
+            _say_relative(core.config, spec, units.anchors, relative)
     log.info("%s", policy.load_report)
     return policy
+
+
+def _say_task(config: Any, found: Checkpoint, spec: TaskSpec) -> None:
+    """What an export of a base says once it has another robot's units: its dims, its modes of normalisation."""
+    from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
+
+    dims = {
+        "observation.state": (FeatureType.STATE, spec.state_names),
+        "action": (FeatureType.ACTION, spec.action_names),
+    }
+    for features, key in ((config.input_features, "observation.state"), (config.output_features, "action")):
+        features[key] = PolicyFeature(dims[key][0], (len(dims[key][1]),))
+    for kind in ("STATE", "ACTION"):
+        config.normalization_mapping[kind] = NormalizationMode(mode_of(found, PREPROCESSOR, kind))
+
+
+def _say_relative(config: Any, spec: TaskSpec, anchors: Anchors, relative: Mapping[str, Any]) -> None:
+    """In lerobot's words, for an export. ValueError where these cannot say it."""
+    exclude, names = list(relative.get("exclude") or []), list(spec.action_names)
+    if anchors != by_place(names, exclude, len(names)):
+        raise ValueError(
+            f"policy.relative: LeRobot's {config.type} subtracts the state at an action's own place, and the task's "
+            f"states are {list(spec.state_names)}, its actions {names}: put them in one order"
+        )
+    config.use_relative_actions, config.relative_exclude_joints = True, exclude
+    config.action_feature_names = names
 
 
 def meta(
@@ -113,7 +153,10 @@ def meta(
         found = Checkpoint.find(cfg["checkpoint"])
         found.expect_type(head.kind)
         config = read_config(found, spec, cfg.get("action_horizon"))
-        mode = read_statistics(found, PREPROCESSOR, "action", "ACTION").mode
+        mode = mode_of(found, PREPROCESSOR, "ACTION")
+        if not cfg.get("statistics"):
+            read_statistics(found, PREPROCESSOR, "action", "ACTION")
+            anchors_of(found, spec)
     else:
         config = size.config(spec, cfg.get("action_horizon") or 50)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What a PI0 or PI0.5 checkpoint says of itself, checked against the task: configuration, cameras, tokenizer.
+"""What a PI0 or PI0.5 checkpoint says of itself, checked against the task: configuration, tokenizer, relative actions.
 
 pi0.build reads it, pi0.saving writes under the same names.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 
 from serl_launcher.policies.checkpoint import PREPROCESSOR, Checkpoint, CheckpointError
+from serl_launcher.policies.relative import Anchors, anchors_of_steps
 from serl_transport.contract.specs import TaskSpec
 
 EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
@@ -22,8 +23,6 @@ def read_config(checkpoint: Checkpoint, spec: TaskSpec, action_horizon: int | No
     from lerobot.configs import PreTrainedConfig
 
     config = PreTrainedConfig.from_pretrained(checkpoint.folder)
-    if config.use_relative_actions:
-        raise CheckpointError(f"{checkpoint.folder}: use_relative_actions checkpoints are not supported")
     if action_horizon is not None and action_horizon != config.chunk_size:
         raise CheckpointError(f"policy.action_horizon={action_horizon}: the checkpoint's chunk is {config.chunk_size}")
     for what, dims, limit in (
@@ -36,12 +35,22 @@ def read_config(checkpoint: Checkpoint, spec: TaskSpec, action_horizon: int | No
     return config
 
 
+def anchors_of(checkpoint: Checkpoint, spec: TaskSpec) -> Anchors | None:
+    """What the checkpoint's actions are relative to; None where they are absolute. Raises CheckpointError."""
+    return anchors_of_steps(checkpoint, spec, ("normalizer_processor",), ("unnormalizer_processor",))
+
+
 def tokenizer_name(checkpoint: Checkpoint) -> str:
     """The tokenizer that the checkpoint's preprocessor names; a folder of that name inside the checkpoint wins."""
-    path = checkpoint.folder / PREPROCESSOR
-    for step in json.loads(path.read_text())["steps"]:
-        name = step.get("config", {}).get("tokenizer_name")
-        if name:
-            inside = checkpoint.folder / "tokenizer"
-            return str(inside) if inside.is_dir() else name
-    raise CheckpointError(f"{path}: names no tokenizer; set policy.tokenizer to a folder")
+    name, inside = said_tokenizer(checkpoint), checkpoint.folder / "tokenizer"
+    if name is None:
+        raise CheckpointError(
+            f"{checkpoint.folder / PREPROCESSOR}: names no tokenizer; set policy.tokenizer to a folder"
+        )
+    return str(inside) if inside.is_dir() else name
+
+
+def said_tokenizer(checkpoint: Checkpoint) -> str | None:
+    """The name of a tokenizer in the checkpoint's preprocessor."""
+    steps = json.loads((checkpoint.folder / PREPROCESSOR).read_text())["steps"]
+    return next((name for step in steps if (name := step.get("config", {}).get("tokenizer_name"))), None)

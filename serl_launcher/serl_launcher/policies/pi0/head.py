@@ -88,15 +88,17 @@ class PI0FlowPolicy(FlowPolicy):
 
     def prepare(self, observation: PolicyInput) -> dict[str, Tensor]:
         """The host's part of `encode`, on the device: pixels float32[b, cameras, 3, side, side] in [−1, 1], ids and
-        mask [b, l], state float32[b, s] in the model's units."""
+        mask [b, l], state float32[b, s] in the model's units; anchor where actions are relative."""
         b = len(observation)
-        state = self.state_units.to_model(to_device(observation.state, self.device))
+        physical = to_device(observation.state, self.device)
+        state, anchor = self.state_units.to_model(physical), self.anchor_of(physical)
         ids, mask = self.tokenizer(self._prompts(observation.prompts, state))
         pixels = state.new_empty(b, 0, 3, self.image_size, self.image_size)
         if self.cameras:  # a task may have states alone
             pixels = torch.stack(self._pixels(observation.images).split(b), dim=1)
         ids, mask = (to_device(x, self.device) for x in (ids, mask))
-        return {"pixels": pixels, "ids": ids, "mask": mask, "state": state}
+        tensors = {"pixels": pixels, "ids": ids, "mask": mask, "state": state}
+        return tensors if anchor is None else tensors | {"anchor": anchor}
 
     def encode_prepared(self, tensors: dict[str, Tensor]) -> Prefix:
         """One pass of SigLIP over all cameras and of the language model over image and prompt tokens, without gradient
@@ -111,7 +113,8 @@ class PI0FlowPolicy(FlowPolicy):
                 seen = torch.ones(images.shape[:2], dtype=torch.bool, device=state.device)
                 embeddings, pad_mask = torch.cat([images, embeddings], dim=1), torch.cat([seen, pad_mask], dim=1)
             hidden, keys_values = self._run_prefix(embeddings, pad_mask)
-        return Prefix(keys_values, pad_mask, hidden, pad_last(state, self.core.config.max_state_dim))
+        state = pad_last(state, self.core.config.max_state_dim)
+        return Prefix(keys_values, pad_mask, hidden, state, anchor=tensors.get("anchor"))
 
     def _prompts(self, prompts: list[str], state: Tensor) -> list[str]:
         """What the tokenizer gets: PI0's prompts end in a newline; its state goes beside the actions."""

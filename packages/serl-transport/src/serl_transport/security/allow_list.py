@@ -4,10 +4,10 @@
     actor     robot-1  E]y)JJ(IZ*...
     operator  alice    Yne@$w-vo<...
 
-An actor may push, infer and ask; an operator may also pause, resume, publish and stop. A name binds the key to one
-`unique_identifier`; `*` leaves it open. The authenticator asks `lookup` per connection, the router `permit` per
-message, so that a line taken out of the file ends a running connection's rights within a second. A file that cannot
-be read admits nobody.
+An actor may push, infer and ask; an operator may also say what the run is to do (OPERATOR_REQUESTS). A name binds the
+key to one `unique_identifier`; `*` leaves it open. The authenticator asks `lookup` per connection, the router `permit`
+per message, so that a line taken out of the file ends a running connection's rights within a second. A file that
+cannot be read admits nobody.
 """
 
 import logging
@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 
 ROLES = ("actor", "operator")
 ACTOR_KINDS = frozenset({"hello", "heartbeat", "data", "infer", "request"})
-OPERATOR_REQUESTS = frozenset({"pause", "resume", "publish", "stop"})
+OPERATOR_REQUESTS = frozenset(
+    ["pause", "resume", "training_pause", "training_resume", "verdict", "serve", "set", "end_stage", "publish", "stop"]
+) | {"drive"}  # from a page of the console
 CHECK_S = 1.0
 
 

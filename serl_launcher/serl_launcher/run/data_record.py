@@ -1,0 +1,73 @@
+"""What a run was trained on, in figures and digests: episodes, who recorded and judged them, where others came from.
+
+Called by run.record for each checkpoint and export: derived files of the run's folder in, plain containers out. Files
+that are not there, or damaged, are left out: the journal keeps the truth, and this is a description of it. Torch-free.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from serl_launcher.run.acts import ActsLedger
+from serl_launcher.run.files import read_json, sha256_of
+from serl_launcher.run.paths import RunPaths
+
+WHOLE_FILE = 64 << 20  # bytes; of a larger file the digest takes its first and last MiB, and its size
+_END = 1 << 20
+
+
+def data_of(paths: RunPaths, until: float | None = None) -> dict[str, Any]:
+    """Episodes that were finished by then (unix s; None: all), and what people said of them."""
+    rows = [row for row in _lines(paths.episodes) if until is None or row.get("end_time", 0) <= until]
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{row.get('episode_id')} {row.get('n_ticks')} {row.get('success')}\n".encode())
+    found: dict[str, Any] = {
+        "episodes": len(rows),
+        "ticks": sum(row.get("n_ticks", 0) for row in rows),
+        "by_mode": dict(Counter(str(row.get("mode")) for row in rows)),
+        "by_actor": dict(Counter(str(row.get("actor")) for row in rows)),
+        "helped": sum(bool(row.get("interventions")) for row in rows),
+        "last_ordinal": max((row.get("ordinal", -1) for row in rows), default=-1),
+        "digest": digest.hexdigest()[:16],
+    }
+    words = {name: row.get("by") for name, row in (read_json(paths.relabelled) or {}).items() if isinstance(row, dict)}
+    words |= {name: word.by for name, word in ActsLedger(paths.root).state.words.items()}
+    people = Counter(map(str, words.values()))
+    if people:
+        found["relabelled_by"] = dict(people)
+    if demos := (read_json(paths.demos) or {}).get("sources"):
+        found["demos"] = demos
+    return found
+
+
+def dataset_digest(folder: Path) -> str:
+    """16 hex digits over the names, sizes and contents of a dataset's files (of those above 64 MiB, both ends)."""
+    digest = hashlib.sha256()
+    for path in sorted(path for part in ("meta", "data", "videos") for path in (folder / part).rglob("*")):
+        if path.is_file() and not path.name.endswith(".part"):
+            digest.update(f"{path.relative_to(folder)} {path.stat().st_size} {_content(path)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _content(path: Path) -> str:
+    size = path.stat().st_size
+    if size <= WHOLE_FILE:
+        return sha256_of(path)
+    with path.open("rb") as file:
+        head = file.read(_END)
+        file.seek(size - _END)
+        return hashlib.sha256(head + file.read(_END)).hexdigest()
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
