@@ -106,6 +106,11 @@ def test_a_mistake_of_the_user_ends_it(robot):
     assert (code, said) == (2, "rollout.mode: expected\n")
 
 
+def test_a_robot_host_which_has_no_launcher_can_keep_an_actor():
+    code = "import sys; sys.modules['serl_launcher'] = None; import flowserl_cli.keep"
+    assert subprocess.run([sys.executable, "-c", code], timeout=PATIENCE_S).returncode == 0
+
+
 def test_ctrl_c_goes_on_to_the_actor_the_second_one_as_well_and_ends_it(robot):
     keeper = robot.start(FOREVER)
     actor = robot.pid()

@@ -13,6 +13,7 @@ import numpy as np
 from omegaconf import DictConfig, open_dict
 
 from serl_launcher.datasets.dataset import Rows
+from serl_launcher.policies.checkpoint import PREPROCESSOR, Checkpoint, mode_of
 from serl_launcher.policies.relative import Anchors, has_ranges, wanted_anchors
 from serl_transport.contract.specs import TaskSpec
 
@@ -40,9 +41,14 @@ def measure(cfg: DictConfig, rows: Rows, spec: TaskSpec, horizon: int | None) ->
 
 
 def _kind(cfg: DictConfig) -> str:
-    """What a head of this config normalises by."""
+    """What a head of this config normalises by: the checkpoint's mode, else its release's."""
     target = cfg.policy._target_
-    return "ticks" if "groot" in target else "quantiles" if target.endswith("pi05") else "deviation"
+    if "groot" in target:
+        return "ticks"
+    if not cfg.policy.get("checkpoint"):
+        return "quantiles" if target.endswith("pi05") else "deviation"
+    mode = mode_of(Checkpoint.find(cfg.policy.checkpoint), PREPROCESSOR, "ACTION")
+    return {"MEAN_STD": "deviation", "MIN_MAX": "range"}.get(mode, "quantiles")
 
 
 def relative_ticks(
@@ -75,8 +81,8 @@ def relative_ticks(
 def ranges_by(
     kind: str, state: np.ndarray, action: np.ndarray, bounds: Bounds, anchors: Anchors | None, horizon: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What becomes −1 and 1: float64[ticks or 1, ad] each. kind: ticks, quantiles or deviation; but for `ticks` a dim
-    that never moves is given ±1."""
+    """What becomes −1 and 1: float64[ticks or 1, ad] each. kind: ticks, range, quantiles or deviation; a dim that never
+    moves is given ±1 by the last two."""
     if kind == "quantiles":
         values = np.concatenate(list(relative_ticks(state, action, bounds, anchors, horizon, FEW)))
         low, high = np.quantile(values, (0.01, 0.99), axis=0)
@@ -85,6 +91,8 @@ def ranges_by(
         lowest, highest, mean, square = (np.stack(column) for column in zip(*ticks, strict=True))
         if kind == "ticks":
             return lowest, highest
+        if kind == "range":
+            return lowest.min(0)[None], highest.max(0)[None]
         std = np.sqrt(np.maximum(square.mean(0) - mean.mean(0) ** 2, 0))
         low, high = mean.mean(0) - std, mean.mean(0) + std
     still = high - low < STILL

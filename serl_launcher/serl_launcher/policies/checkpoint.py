@@ -159,6 +159,23 @@ def read_statistics(checkpoint: Checkpoint, file: str, feature: str, kind: str) 
     Raises CheckpointError when the file, its normaliser or its statistics are absent: without them every action
     would be rescaled in silence.
     """
+    step, mode = _normaliser(checkpoint, file, kind)
+    values = _stored_values(checkpoint.folder, step, feature)
+    if mode != "IDENTITY" and not values:
+        raise CheckpointError(
+            f"{checkpoint.folder / file}: no normalisation statistics of {feature!r}, which {mode} needs; "
+            "policy.statistics=<dataset> takes those of your data for a base"
+        )
+    return Statistics(mode, values)
+
+
+def mode_of(checkpoint: Checkpoint, file: str, kind: str) -> str:
+    """How a processor file normalises features of type `kind`, whether or not it has statistics."""
+    return _normaliser(checkpoint, file, kind)[1]
+
+
+def _normaliser(checkpoint: Checkpoint, file: str, kind: str) -> tuple[dict[str, Any], str]:
+    """A processor file's normaliser, and its mode."""
     path = checkpoint.folder / file
     if not path.is_file():
         raise CheckpointError(
@@ -168,11 +185,7 @@ def read_statistics(checkpoint: Checkpoint, file: str, feature: str, kind: str) 
     step = next((s for s in steps if s.get("registry_name", "").endswith("normalizer_processor")), None)
     if step is None:
         raise CheckpointError(f"{path}: no normalizer step, so no normalisation statistics")
-    mode = step["config"].get("norm_map", {}).get(kind, "IDENTITY")
-    values = _stored_values(checkpoint.folder, step, feature)
-    if mode != "IDENTITY" and not values:
-        raise CheckpointError(f"{path}: no normalisation statistics of {feature!r}, which {mode} needs")
-    return Statistics(mode, values)
+    return step, step["config"].get("norm_map", {}).get(kind, "IDENTITY")
 
 
 def _stored_values(folder: Path, step: dict[str, Any], feature: str) -> dict[str, Tensor]:

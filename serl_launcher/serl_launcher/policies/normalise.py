@@ -97,10 +97,10 @@ def as_trained(
     if relative is None:
         return order, units
     anchors = wanted_anchors(spec, relative)
-    return order, Units(units.state, _where_relative(units.action, anchors, relative), anchors)
+    return order, Units(units.state, where_relative(units.action, anchors, relative), anchors)
 
 
-def _where_relative(action: Affine, anchors: Anchors, relative: Mapping[str, Any]) -> Affine:
+def where_relative(action: Affine, anchors: Anchors, relative: Mapping[str, Any]) -> Affine:
     """`action`, but for the dims that are relative: there low and high of `policy.relative` are −1 and 1."""
     low, high = (torch.tensor([list(row) for row in relative[end]]) for end in ("low", "high"))
     which = torch.tensor([anchor is not None for anchor in anchors])

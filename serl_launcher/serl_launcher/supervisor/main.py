@@ -47,6 +47,8 @@ def main(cfg: DictConfig) -> int:
         if warning := unreachable_from_elsewhere(cfg):
             print(warning)
         print(f"{folder.state} run {folder.paths.root}, ports {cfg.port} and {cfg.broadcast_port}", flush=True)
+        if folder.console:
+            print(f"console: {folder.console}", flush=True)
         try:
             for line in start_act(folder.paths, cfg):
                 print(f"  {line}", flush=True)
@@ -74,6 +76,7 @@ def supervise(cfg: DictConfig, folder: RunFolder) -> int:
         roles_for(cfg, folder.paths, folder.stages),
         dashboard_period_s=cfg.telemetry.dashboard_period_s,
         ends=bool(folder.stages),
+        console=folder.console,
         page=page,
     )
     code = supervisor.run()

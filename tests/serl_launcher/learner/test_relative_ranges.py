@@ -106,6 +106,7 @@ WORDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_measures_them_and_its_run_and_export_know_them(tmp_path, capsys):
     import eval_open_loop
 
@@ -131,6 +132,7 @@ def test_a_fine_tuning_measures_them_and_its_run_and_export_know_them(tmp_path, 
     assert step["config"] == {"enabled": True, "exclude_joints": ["g"], "action_names": ["x", "g"]}
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_statistics_of_the_other_kind_is_refused_in_one_line(tmp_path, capsys):
     data, tokenizer = make_dataset(tmp_path / "data"), make_tokenizer(tmp_path / "tokenizer")
     small = [*WORDS, f"+policy.tokenizer={tokenizer}"]
@@ -155,3 +157,64 @@ def test_fine_tuning_on_statistics_of_the_other_kind_is_refused_in_one_line(tmp_
         assert said.count("\n") == 1
         assert f"statistics of action: the policy's actions are {kind}, its statistics those of" in said
         assert not run.exists()
+
+
+def test_preflight_prints_the_ranges_as_the_command_line_takes_them(tmp_path, capsys):
+    import preflight
+
+    from serl_launcher.datasets.source import Source
+
+    data = make_dataset(tmp_path / "data")
+    cfg = train_sft.configured([*WORDS, "policy=groot_tiny", "policy.relative={exclude: [g]}"])
+    assert preflight.look_at(Source(str(data)), cfg, train_sft.Dataset(data).spec()) == []
+    said = capsys.readouterr().out.partition("note: measured: ")[2].strip()
+    key, _, value = said.partition("=")
+    typed = train_sft.configured([*WORDS, "policy=groot_tiny", f"{key}={value.strip(chr(39))}"]).policy.relative
+    assert typed == cfg.policy.relative
+    assert len(typed.low) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("relative", ["{exclude: [g]}", "null"])
+def test_a_base_without_statistics_goes_on_with_a_datasets(relative, tmp_path, capsys):
+    """As the released π0.5 base is: its processors have modes and no statistics. The export stands alone."""
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.policies.factory import make_pre_post_processors
+
+    data, tokenizer = make_dataset(tmp_path / "data"), make_tokenizer(tmp_path / "tokenizer")
+    small = [word for word in WORDS if "action_horizon" not in word] + [f"+policy.tokenizer={tokenizer}"]
+    dataset = train_sft.Dataset(data)
+    chunks, stats = dataset.rows(dataset.spec()), json.loads((data / "meta" / "stats.json").read_text())
+    for key, values in (("observation.state", chunks.state), ("action", chunks.action)):
+        stats[key] |= dict(zip(("q01", "q99"), np.quantile(values, (0.01, 0.99), axis=0).tolist(), strict=True))
+    # LeRobot's own are means over episodes, in which a dim that stands still in each has no width.
+    (data / "meta" / "stats.json").write_text(json.dumps(stats))
+    policy, _, _ = train_sft.opened(data, train_sft.configured([*small, "policy.action_horizon=4"]))
+    base = policy.save(tmp_path / "base")
+    for file in base.glob("*normalizer_processor.safetensors"):
+        file.unlink()
+    for file in base.glob("policy_*processor.json"):
+        content = json.loads(file.read_text())
+        for step in content["steps"]:
+            if step.pop("state_file", None):
+                step["config"]["features"] = {}
+        file.write_text(json.dumps(content))
+    begin = [*small, "policy.init=checkpoint", "policy.action_horizon=null", f"+policy.checkpoint={base}"]
+    run = tmp_path / "run"
+    assert train_sft.main([str(data), str(run), *begin]) == 2
+    assert "policy.statistics" in capsys.readouterr().err
+    words = [*begin, f"+policy.statistics={data}", f"policy.relative={relative}"]
+    assert train_sft.main([str(data), str(run), *words]) == 0, capsys.readouterr().err
+    out = tmp_path / "out"
+    assert export_checkpoint.main([str(run), str(out)]) == 0, capsys.readouterr().err
+    trained, _, _ = train_sft.opened(data, train_sft.configured(words))
+    again, _, _ = train_sft.opened(data, train_sft.configured([*begin[:-1], f"+policy.checkpoint={out}"]))
+    assert again.anchors == trained.anchors == ((0, None) if relative != "null" else None)
+    state, action = (torch.tensor(x[:4]) for x in (chunks.state, chunks.action))
+    wanted = trained.normalise_actions(action, None if again.anchors is None else trained.anchor_of(state[:1])[0])
+    before, _ = make_pre_post_processors(PreTrainedConfig.from_pretrained(out), pretrained_path=str(out))
+    batch = {"observation.state": state[:1], "action": action[None], "task": ["lift"]}
+    torch.testing.assert_close(before(batch)["action"][0], wanted[:, :2], atol=2e-4, rtol=1e-3)
+    for one, other in ((again.state_units, trained.state_units), (again.action_units, trained.action_units)):
+        torch.testing.assert_close(one.offset, other.offset)
+        torch.testing.assert_close(one.scale, other.scale)

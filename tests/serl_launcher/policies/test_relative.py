@@ -234,10 +234,16 @@ def test_real_time_chunking_anchors_the_running_chunk_anew(kind, saved, theirs, 
             torch.tensor(left[row : row + 1]), torch.tensor(given.state[row]), relative, normaliser, "cpu"
         )
         torch.testing.assert_close(seen[0][row : row + 1, :3, :3], want, atol=1e-5, rtol=1e-5)
-    plain = engine.act([Query(images[k], given.state[k], given.prompts[k], seed=k) for k in range(B)])
+    plain_queries = [Query(images[k], given.state[k], given.prompts[k], seed=k) for k in range(B)]
+    plain = engine.act(plain_queries)
     for row in range(B):  # steered towards what is executed of the running chunk, wherever the arm is by now
         guided_error, plain_error = (np.abs(x[row][:2] - left[row][:2]).mean() for x in (answers, plain))
         assert guided_error < plain_error
+    engine._graphs, engine._sizes = engine._forward, (1, 2, 4)  # the path of CUDA graphs, filled up to four rows
+    by_graph = engine.act([*plain_queries, plain_queries[0]])
+    for row in range(B):
+        np.testing.assert_allclose(by_graph[row], plain[row], atol=1e-5)
+    engine._graphs = None
     alone = engine.act([Query(images[1], given.state[1], given.prompts[1], seed=1, samples=2)])[0]
     np.testing.assert_allclose(alone[0], plain[1], atol=1e-5)
 
@@ -268,5 +274,5 @@ def test_a_wish_that_cannot_be_met_is_refused(relative, told):
 
 
 def test_a_checkpoint_is_not_told_what_it_says_itself(kind, saved):
-    with pytest.raises(ValueError, match=r"policy\.relative: is for weights that begin at random"):
+    with pytest.raises(ValueError, match=r"policy\.relative: a checkpoint says it itself"):
         load(kind, saved, relative=RELATIVE)

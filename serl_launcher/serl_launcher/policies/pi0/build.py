@@ -19,6 +19,7 @@ from serl_launcher.policies.checkpoint import (
     Checkpoint,
     camera_order,
     check_init,
+    mode_of,
     read_statistics,
     visual_features,
 )
@@ -30,7 +31,7 @@ from serl_launcher.policies.pi0.head import PI0FlowPolicy
 from serl_launcher.policies.pi0.pi05 import PI05FlowPolicy
 from serl_launcher.policies.pi0.tiny import TinySize
 from serl_launcher.policies.pi0.trainable import set_trainable
-from serl_launcher.policies.pi0.units import units_of
+from serl_launcher.policies.pi0.units import units_of, units_of_dataset
 from serl_launcher.policies.precision import hold
 from serl_launcher.policies.relative import Anchors, by_place, check_measured
 from serl_launcher.policies.tokens import HubTokenizer, WordHashTokenizer
@@ -59,6 +60,7 @@ def build[Head: PI0FlowPolicy](
     compile: str = "off",
     trained_on: Mapping[str, Any] | None = None,
     relative: Mapping[str, Any] | None = None,
+    statistics: str | None = None,
 ) -> Head:
     """A policy of class `head` for one task; the arguments are the keys of config/policy/pi0*.yaml.
 
@@ -66,7 +68,8 @@ def build[Head: PI0FlowPolicy](
     head's type); tokenizer: folder or hub name, the checkpoint's own when None; cameras: the task's camera -> the
     checkpoint's image feature, where names differ; train: full, expert or lora; trained_on: what random weights
     that a run has trained are known to; relative: which of their actions are relative
-    to the state (normalise.as_trained). Raises ValueError in the user's words.
+    to the state (normalise.as_trained); statistics: a LeRobot dataset, whose statistics (and `relative`) replace the
+    checkpoint's, where a base goes on to a new robot. Raises ValueError in the user's words.
     """
     check_init(init, checkpoint, action_horizon)
     check_measured(relative)
@@ -84,12 +87,12 @@ def build[Head: PI0FlowPolicy](
             set_trainable(policy, train, lora_rank)
         hold(policy, precision, masters=True)
         return policy
-    if relative is not None:
-        raise ValueError("policy.relative: is for weights that begin at random; a checkpoint says it itself")
+    if relative is not None and statistics is None:
+        raise ValueError("policy.relative: a checkpoint says it itself, but with policy.statistics=<dataset>")
     found = Checkpoint.find(checkpoint)
     found.expect_type(head.kind)
     config = read_config(found, spec, action_horizon)
-    units = units_of(found, spec)
+    units = units_of(found, spec) if statistics is None else units_of_dataset(found, spec, statistics, relative)
     wanted = [camera for camera in visual_features(found) if ".empty_camera_" not in camera]
     order = camera_order(found.folder, wanted, spec, dict(cameras or {}))
     words = HubTokenizer(tokenizer or tokenizer_name(found), config.tokenizer_max_length)
@@ -104,9 +107,27 @@ def build[Head: PI0FlowPolicy](
             torch.manual_seed(seed)
             set_trainable(policy, train, lora_rank)
         hold(policy, precision, masters=True)
-    policy.checkpoint = found
+    policy.checkpoint, policy.new_units = found, statistics is not None
+    if policy.new_units:
+        _say_task(core.config, found, spec)
+        if relative is not None:
+            _say_relative(core.config, spec, units.anchors, relative)
     log.info("%s", policy.load_report)
     return policy
+
+
+def _say_task(config: Any, found: Checkpoint, spec: TaskSpec) -> None:
+    """What an export of a base says once it has another robot's units: its dims, its modes of normalisation."""
+    from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
+
+    dims = {
+        "observation.state": (FeatureType.STATE, spec.state_names),
+        "action": (FeatureType.ACTION, spec.action_names),
+    }
+    for features, key in ((config.input_features, "observation.state"), (config.output_features, "action")):
+        features[key] = PolicyFeature(dims[key][0], (len(dims[key][1]),))
+    for kind in ("STATE", "ACTION"):
+        config.normalization_mapping[kind] = NormalizationMode(mode_of(found, PREPROCESSOR, kind))
 
 
 def _say_relative(config: Any, spec: TaskSpec, anchors: Anchors, relative: Mapping[str, Any]) -> None:
@@ -133,8 +154,10 @@ def meta(
         found = Checkpoint.find(cfg["checkpoint"])
         found.expect_type(head.kind)
         config = read_config(found, spec, cfg.get("action_horizon"))
-        mode = read_statistics(found, PREPROCESSOR, "action", "ACTION").mode
-        anchors_of(found, spec)
+        mode = mode_of(found, PREPROCESSOR, "ACTION")
+        if not cfg.get("statistics"):
+            read_statistics(found, PREPROCESSOR, "action", "ACTION")
+            anchors_of(found, spec)
     else:
         config = size.config(spec, cfg.get("action_horizon") or 50)
     with torch.device("meta"):

@@ -42,10 +42,15 @@ def anchors_of(checkpoint: Checkpoint, spec: TaskSpec) -> Anchors | None:
 
 def tokenizer_name(checkpoint: Checkpoint) -> str:
     """The tokenizer that the checkpoint's preprocessor names; a folder of that name inside the checkpoint wins."""
-    path = checkpoint.folder / PREPROCESSOR
-    for step in json.loads(path.read_text())["steps"]:
-        name = step.get("config", {}).get("tokenizer_name")
-        if name:
-            inside = checkpoint.folder / "tokenizer"
-            return str(inside) if inside.is_dir() else name
-    raise CheckpointError(f"{path}: names no tokenizer; set policy.tokenizer to a folder")
+    name, inside = said_tokenizer(checkpoint), checkpoint.folder / "tokenizer"
+    if name is None:
+        raise CheckpointError(
+            f"{checkpoint.folder / PREPROCESSOR}: names no tokenizer; set policy.tokenizer to a folder"
+        )
+    return str(inside) if inside.is_dir() else name
+
+
+def said_tokenizer(checkpoint: Checkpoint) -> str | None:
+    """The name of a tokenizer in the checkpoint's preprocessor."""
+    steps = json.loads((checkpoint.folder / PREPROCESSOR).read_text())["steps"]
+    return next((name for step in steps if (name := step.get("config", {}).get("tokenizer_name"))), None)

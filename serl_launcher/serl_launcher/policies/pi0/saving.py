@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from serl_launcher.policies.checkpoint import PREPROCESSOR, SINGLE
 from serl_launcher.policies.normalise import Affine
-from serl_launcher.policies.pi0.checkpoint import ALIASES, EMBEDDING, EXPERT_HEAD
+from serl_launcher.policies.pi0.checkpoint import ALIASES, EMBEDDING, EXPERT_HEAD, said_tokenizer
 from serl_launcher.policies.saving import copy_beside, expect_new, tensors_to_save
 
 PALIGEMMA_TOKENIZER = "google/paligemma-3b-pt-224"
@@ -37,6 +37,10 @@ def save_pi0(policy: nn.Module, folder: Path) -> Path:
         _write_config(policy, part)
     else:
         copy_beside(source.folder, part, ("tokenizer",))
+        if getattr(policy, "new_units", False):  # a base that went on to another robot
+            for path in part.glob("policy_*processor*"):
+                path.unlink()
+            _write_config(policy, part)
     save_file(tensors, part / SINGLE, metadata={"format": "pt"})
     if folder.exists():
         folder.rmdir()
@@ -52,10 +56,12 @@ def _language_heads(core: nn.Module) -> dict[str, Tensor]:
 
 
 def _write_config(policy: nn.Module, folder: Path) -> None:
-    """config.json and processors of a policy that began at random: its units become the statistics."""
+    """config.json and processors of a policy with units of its own: they become the statistics."""
     config = policy.core.config
     config._save_pretrained(folder)
-    tokenizer = getattr(policy.tokenizer, "source", PALIGEMMA_TOKENIZER)
+    source = getattr(policy, "checkpoint", None)
+    named = getattr(policy.tokenizer, "source", PALIGEMMA_TOKENIZER)
+    tokenizer = named if source is None else said_tokenizer(source) or named
     statistics = {"observation.state": _statistics(policy.state_units), "action": _statistics(policy.action_units)}
     before, after = _processors(config, statistics)
     before.save_pretrained(folder)

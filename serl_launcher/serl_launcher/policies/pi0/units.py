@@ -1,10 +1,15 @@
 """What a checkpoint's numbers mean: its processors' statistics as affine maps, checked against the task.
 
-pi0.build calls `units_of`. The statistics are the checkpoint's own, never the dataset's or the
-task's: weights and units belong together.
+pi0.build calls `units_of`: weights and units belong together. `units_of_dataset` serves a base that is taken to a new
+robot, which `policy.statistics` asks for by name.
 """
 
 from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +20,12 @@ from serl_launcher.policies.checkpoint import (
     Checkpoint,
     CheckpointError,
     Statistics,
+    mode_of,
     read_statistics,
 )
-from serl_launcher.policies.normalise import Affine, Units
+from serl_launcher.policies.normalise import Affine, Units, where_relative
 from serl_launcher.policies.pi0.checkpoint import anchors_of
+from serl_launcher.policies.relative import check_measured, wanted_anchors
 from serl_transport.contract.specs import TaskSpec
 
 EPSILON = 1e-8  # as LeRobot's normaliser
@@ -36,8 +43,8 @@ def units_of(checkpoint: Checkpoint, spec: TaskSpec) -> Units:
             f"{checkpoint.folder}: {PREPROCESSOR} and {POSTPROCESSOR} disagree on the statistics of 'action'"
         )
     return Units(
-        affine(checkpoint, "observation.state", state, len(spec.state_names)),
-        affine(checkpoint, "action", back, len(spec.action_names)),
+        affine(checkpoint.folder, "observation.state", state, len(spec.state_names)),
+        affine(checkpoint.folder, "action", back, len(spec.action_names)),
         anchors_of(checkpoint, spec),
     )
 
@@ -47,9 +54,36 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-def affine(checkpoint: Checkpoint, feature: str, statistics: Statistics, dims: int) -> Affine:
-    """One feature's map to the model's units."""
-    where = f"{checkpoint.folder}: statistics of {feature!r}"
+def units_of_dataset(checkpoint: Checkpoint, spec: TaskSpec, dataset: str, relative: Mapping[str, Any] | None) -> Units:
+    """Units of a LeRobot dataset's statistics, in the checkpoint's mode, for weights that go on to a new robot.
+
+    relative: `policy.relative`, which of the actions are relative, and their ranges. Raises ValueError.
+    """
+    if relative is None and anchors_of(checkpoint, spec) is not None:
+        raise CheckpointError(
+            f"policy.statistics={dataset}: {checkpoint.folder} has relative actions; name them with policy.relative"
+        )
+    check_measured(relative)
+    path = Path(dataset).expanduser() / "meta" / "stats.json"
+    if not path.is_file():
+        raise CheckpointError(f"policy.statistics={dataset}: no LeRobot dataset with statistics (meta/stats.json)")
+    stats = json.loads(path.read_text())
+    maps = []
+    for feature, kind, dims in (
+        ("observation.state", "STATE", len(spec.state_names)),
+        ("action", "ACTION", len(spec.action_names)),
+    ):
+        values = {k: torch.tensor(v, dtype=torch.float32) for k, v in stats.get(feature, {}).items() if k != "count"}
+        maps.append(affine(path, feature, Statistics(mode_of(checkpoint, PREPROCESSOR, kind), values), dims))
+    if relative is None:
+        return Units(*maps)
+    anchors = wanted_anchors(spec, relative)
+    return Units(maps[0], where_relative(maps[1], anchors, relative), anchors)
+
+
+def affine(place: object, feature: str, statistics: Statistics, dims: int) -> Affine:
+    """One feature's map to the model's units. place: where the statistics are, for a person."""
+    where = f"{place}: statistics of {feature!r}"
     if statistics.mode == "IDENTITY":
         return Affine([0.0] * dims, [1.0] * dims)
     wanted = ("mean", "std") if statistics.mode == "MEAN_STD" else BOUNDS.get(statistics.mode)
@@ -58,7 +92,7 @@ def affine(checkpoint: Checkpoint, feature: str, statistics: Statistics, dims: i
     missing = [name for name in wanted if name not in statistics.values]
     if missing:
         got = sorted(statistics.values)
-        raise CheckpointError(f"{where}: {statistics.mode} needs {' and '.join(wanted)}, the checkpoint has {got}")
+        raise CheckpointError(f"{where}: {statistics.mode} needs {' and '.join(wanted)}, there are {got}")
     first, second = (_checked(where, name, statistics.values[name], dims) for name in wanted)
     width = second if statistics.mode == "MEAN_STD" else second - first
     if (width < 0).any():
