@@ -3,7 +3,7 @@
 #   bash test.sh                     everything quick
 #   bash test.sh tests/examples -x   some of it
 #   bash test.sh --cov               with coverage of all packages
-#   bash test.sh -m faults           what kills processes; also: slow, soak, gpu
+#   bash test.sh -m faults           what kills processes; also: slow, soak, gpu, browser
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash tools/bootstrap.sh learner

@@ -20,7 +20,10 @@ SOURCES = (
 )
 PACKAGES = ("flowserl_cli", "serl_config", "serl_transport", "openpi_client", "serl_robot_infra", "serl_launcher")
 # The processes of the GPU box that must start fast and must not hold torch.
-LIGHT = ("serl_launcher.gateway.__main__", "serl_launcher.supervisor.main", "serl_launcher.exporter.role")
+LIGHT = (
+    "serl_launcher.gateway.__main__", "serl_launcher.supervisor.main", "serl_launcher.exporter.role",
+    "serl_launcher.console.__main__",
+)  # fmt: skip
 HEAVY = ("torch", "torchvision", "lerobot", "transformers", "accelerate")
 
 # What a file of a package may not say -> how the contract that forbids it is called in the report.

@@ -243,6 +243,11 @@ def push(args: argparse.Namespace, _words: str) -> None:
 def _write_whole(
     out: Path, sources: Sequence[Opened], kept: Sequence[EpisodeFacts], renaming: Renaming, words: str
 ) -> None:
+    refuse_existing(out)
+    for source in sources:
+        if out.absolute().resolve().is_relative_to((source.run or source.folder).resolve()):
+            raise ValueError(f"{out} lies in {source.name}, and a source is never changed; name a place outside")
+
     def fill(part: Path) -> None:
         written = write(part, sources, kept, renaming, words)
         rows = check(part, sources, kept, renaming)

@@ -36,7 +36,7 @@ from serl_transport.contract.specs import TaskSpec
 LINKED = ("params", "checkpoints")  # files in there are replaced, never changed
 COPIED = (
     "ticket.secret", "acts.jsonl", "acts.mark", "relabelled.json", "operator.json", "stage_progress.json", "estop",
-    "metrics", "spool",
+    "metrics", "spool", "record", "journal.md",
 )  # fmt: skip
 SEGMENT_MB = 256
 SHOWN = 20  # episodes that are printed; recovered.txt names all

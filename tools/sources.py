@@ -12,9 +12,10 @@ from omegaconf import DictConfig
 
 from flowserl_cli.compose import load_config
 from serl_launcher.policies.checkpoint import Checkpoint
+from serl_launcher.policies.groot_n1_5.checkpoint import is_n1_5
 from serl_launcher.run.foreign import foreign_config
 
-POLICIES = {"pi0": "pi0", "pi05": "pi05", "groot": "groot_n1_7", "Gr00tN1d7": "groot_n1_7"}
+POLICIES = {"pi0": "pi0", "pi05": "pi05", "groot": "groot_n1_7", "Gr00tN1d7": "groot_n1_7", "gr00t_n1_5": "groot_n1_5"}
 
 
 def run_of(source: Path) -> Path | None:
@@ -48,8 +49,8 @@ def config_of(source: Path, words: list[str], *needed: str, builds: tuple[str, .
 
 def policy_of(folder: Path) -> str:
     """The yaml of config/policy/ that fits a checkpoint's folder. Raises ValueError naming its type."""
-    content = Checkpoint.find(str(folder)).config
-    kind = content.get("type") or content.get("model_type")
+    found = Checkpoint.find(str(folder))
+    kind = found.config.get("type") or found.config.get("model_type")
     if kind not in POLICIES:
         raise ValueError(f"{folder}/config.json: expected a policy of type {', '.join(POLICIES)}, got {kind!r}")
-    return POLICIES[kind]
+    return "groot_n1_5" if kind == "groot" and is_n1_5(found) else POLICIES[kind]

@@ -18,8 +18,8 @@ class IdleRobot:
 
     def __init__(self, spec: Mapping[str, Any], delay_s: float, chunk: int, ticks: int) -> None:
         self.spec, self._ticks = TaskSpec.from_dict(dict(spec)), ticks
-        image = np.zeros((*self.spec.cameras["front"], 3), np.uint8)
-        self._seen = Observation({"front": image}, np.array([delay_s, chunk], np.float32))
+        images = {name: np.zeros((*size, 3), np.uint8) for name, size in self.spec.cameras.items()}
+        self._seen = Observation(images, np.array([delay_s, chunk], np.float32))
         self.sent_at: list[float] = []  # time.monotonic() of each action
         self.holds = 0
         IdleRobot.last = self

@@ -101,7 +101,7 @@ def drive(
     return np.array(IdleRobot.last.sent_at)
 
 
-def start(folder: Path, stack: ExitStack) -> DictConfig:
+def start(folder: Path, stack: ExitStack, spec: dict[str, Any] = SPEC) -> DictConfig:
     """A gateway and the policy, until `stack` ends; the actor's config."""
     from flowserl_cli.compose import load_config
 
@@ -111,7 +111,7 @@ def start(folder: Path, stack: ExitStack) -> DictConfig:
         port, broadcast = (free.getsockname()[1] for free in (first, second))
     words = [f"port={port}", f"broadcast_port={broadcast}", "run=control", f"runs_dir={folder}", "rollout.episodes=1"]
     config = load_config([*words, "rollout.video_every=0", "rollout.estop_key=null", "replay.capacity_frames=4000"])
-    changes: dict[str, Any] = {"spec": SPEC, "operator": None, "rate_hz": None, "noop_dims": None}
+    changes: dict[str, Any] = {"spec": spec, "operator": None, "rate_hz": None, "noop_dims": None}
     config.task = OmegaConf.merge({key: value for key, value in config.task.items() if key not in changes}, changes)
     config.schedule.stages = [{"name": "online", "mode": "online", "steps": 10**9}]
     run_dir = folder / "control"

@@ -156,7 +156,7 @@ class EpisodeRunner:
 
     def _reset(self, now: _Progress, operator: Intervention) -> None:
         """Home, wait for the scene where that is asked for, and forget what was pressed meanwhile."""
-        self._wait_for(now, lambda: None)
+        self._wait_for(now, lambda: self._absent(operator) if now.ticket.mode == "demo" else None)
         self._observe(now, self._home(now))
         if self.ready is not None:
             self._forget(now)
@@ -199,6 +199,10 @@ class EpisodeRunner:
                 if (reason := voice.missing()) is not None:
                     return f"waiting for the operator: {reason}"
         return None
+
+    def _absent(self, operator: Intervention) -> str | None:
+        with self.stack.calls(operator, "absent"):
+            return operator.absent()
 
     def _wait_for(self, now: _Progress, reason: Callable[[], str | None]) -> None:
         """Until the operator is there and no reason is left. A person may say stop meanwhile, and the e-stop counts."""

@@ -48,6 +48,11 @@ class LearnerLink(Protocol):
         """What heartbeats tell the learner."""
         ...
 
+    @property
+    def watched(self) -> bool:
+        """Does somebody look at this run at the learner's console?"""
+        ...
+
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing is unacknowledged; False after `timeout_s`."""
         ...

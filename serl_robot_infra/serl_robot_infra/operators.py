@@ -4,6 +4,7 @@ Called by `wiring` and the benchmarks. A wrong value is a ValueError that names 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
@@ -12,13 +13,16 @@ from serl_robot_infra.envs.base import Environment
 from serl_robot_infra.guard import Stoppable
 from serl_robot_infra.interventions.base import Intervention, Voice
 from serl_robot_infra.interventions.none import NoIntervention
+from serl_robot_infra.link import LearnerLink
 from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.rewards.operator import OperatorReward
 from serl_transport.contract.specs import TaskSpec
 
 
-def build_operator(cfg: DictConfig, env: Environment) -> Intervention:
+def build_operator(cfg: DictConfig, env: Environment, link: LearnerLink | None = None) -> Intervention:
     """Of the `operator` group, else of task.operator; nobody where none is named, or a script could not be asked.
+
+    link: for a device that is reached through the learner (`_partial_: true` in its yaml).
 
     A person is always there: they may judge, discard and stop what they may not drive.
     """
@@ -26,7 +30,8 @@ def build_operator(cfg: DictConfig, env: Environment) -> Intervention:
     may_drive = cfg.rollout.mode in ("follow", "demo") or (cfg.rollout.mode == "online" and cfg.rollout.operator)
     if node is None or get_object(node._target_) is NoIntervention or not (may_drive or is_person(cfg)):
         return NoIntervention()
-    return instantiate(node, env=env)
+    operator = instantiate(node, env=env)
+    return operator(link=link) if isinstance(operator, partial) else operator
 
 
 def is_person(cfg: DictConfig) -> bool:

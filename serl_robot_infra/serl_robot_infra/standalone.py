@@ -18,6 +18,7 @@ class StandaloneLink:
     backlog = 0
     refused_items = 0
     over = None
+    watched = False
 
     def __init__(self) -> None:
         self.boot_id = new_boot_id()

@@ -30,6 +30,7 @@ from serl_robot_infra.keyboard import character_of, terminal_keyboard
 from serl_robot_infra.link import LearnerLink
 from serl_robot_infra.observers.base import Observer, ObserverGroup
 from serl_robot_infra.observers.console import ConsoleObserver, Vitals
+from serl_robot_infra.observers.live import LiveObserver
 from serl_robot_infra.observers.status import StatusObserver
 from serl_robot_infra.observers.trials import TrialTable
 from serl_robot_infra.openpi_policy import OpenpiPolicy, OpenpiSettings
@@ -148,7 +149,7 @@ def build_actor(
     policy = build_policy(cfg, link)
     broker = build_broker(cfg, policy)
     pace = Pace(control_rate(cfg, env.spec))
-    operator, reward = build_operator(cfg, env), build_reward(cfg, waiting(stream, stop))
+    operator, reward = build_operator(cfg, env, link), build_reward(cfg, waiting(stream, stop))
     voices = [voice for voice in (operator, reward) if hasattr(voice, "words")]
     observer = ObserverGroup(_observers(cfg, env, link, stream, lambda: Vitals(
         infer_p50_ms=policy.p50_ms if policy else None,
@@ -257,6 +258,8 @@ def _observers(
 
         observers.append(VideoObserver(run_dir / "videos", videos, env.spec.control_hz))
     observers.append(TrialTable(run_dir))  # behind the videos, which it names
+    if cfg.ip:
+        observers.append(LiveObserver(link, vitals))
     if cfg.rollout.rerun:
         from serl_robot_infra.observers.rerun_log import connected
 

@@ -20,7 +20,8 @@ from PIL import Image
 
 GOAL = {"left": [0.25, 0.2, 0.0, 0.0, 0.0, 0.0], "right": [-0.25, -0.2, 0.0, 0.0, 0.0, 0.0]}  # from home, rad
 HAND_SPEED = 0.35  # rad per second
-PATIENCE_S = 4.0  # the policy's, before the person helps
+PATIENCE_S = 4.0  # before the person helps a policy that goes astray
+STUCK_S = 1.0  # one that comes no nearer is helped sooner: what is waited through is recorded, and learned from
 PERIOD_S = 0.02
 
 
@@ -55,8 +56,10 @@ class Person(threading.Thread):
             self._put(side, np.radians(HOME[side]))
 
     def _watch(self) -> None:
-        """The policy drives: help when it takes too long."""
-        if self._wait(lambda: not self._moves(), PATIENCE_S):
+        """The policy drives: help when it takes too long, or comes no nearer."""
+        self._nearest, self._nearest_at = np.inf, time.monotonic() + STUCK_S  # it takes a moment to begin
+        self._wait(lambda: not self._moves() or self._comes_no_nearer(), PATIENCE_S)
+        if not self._moves():
             return
         self._press("left", "a", 1.3)  # free
         for side in HOME:
@@ -65,6 +68,13 @@ class Person(threading.Thread):
         if self._moves() and self._wait(self._free, 3.0):
             self.helped += 1
             self._drive()
+
+    def _comes_no_nearer(self) -> bool:
+        arms = self._rig.arms.items()
+        off = max(np.abs(np.radians(arm.joints - HOME[side]) - GOAL[side])[:2].max() for side, arm in arms)
+        if off < self._nearest - 0.02:
+            self._nearest, self._nearest_at = off, max(time.monotonic(), self._nearest_at)
+        return bool(off > 0.04) and time.monotonic() - self._nearest_at > STUCK_S
 
     def _drive(self) -> None:
         """To the goal, with a hand's inaccuracy, until the episode is over."""

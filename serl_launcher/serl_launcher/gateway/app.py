@@ -18,6 +18,7 @@ from typing import Any
 from serl_launcher.gateway.actors import Actors
 from serl_launcher.gateway.ending import Ending
 from serl_launcher.gateway.forward import InferForwarder
+from serl_launcher.gateway.hands import Hands
 from serl_launcher.gateway.ingest import Ingest
 from serl_launcher.gateway.journalled import Journalled
 from serl_launcher.gateway.ledger import ADHOC, LedgerRow, scope_of
@@ -29,6 +30,7 @@ from serl_launcher.gateway.seal import Seal, load_secret
 from serl_launcher.gateway.settings import GatewaySettings
 from serl_launcher.gateway.tickets import Ticket, TicketOffice, stop, wait
 from serl_launcher.gateway.troubles import Troubles
+from serl_launcher.gateway.views import Views
 from serl_launcher.replay.journal_writer import JournalLock
 from serl_launcher.run.acts import Row
 from serl_launcher.run.alive import beat
@@ -96,6 +98,7 @@ class Gateway:
         self.ending = Ending(self.actors, self.tickets, settings.dead_actor_s)
         self.ingest = Ingest(settings, paths, self.actors, self.journalled, reader, server.call_soon, seal)
         self.troubles = Troubles(self.ingest, self.progress)
+        self.views, self.hands = Views(), Hands(server.reply, server.loop.call_later)
         self._restore_tickets()
         self._roles = server.add_router(internal_endpoint(paths.root))
         self.forwarder = InferForwarder(self._roles)
@@ -130,6 +133,7 @@ class Gateway:
         roles.handle("status", lambda peer, envelope, body: self.status())
         roles.handle("serving", self._serving)
         roles.handle("troubles", self.troubles.take)
+        roles.handle("views", self._give_views)
         roles.handle(INFER, partial(self.forwarder.infer, roles.reply), raw=True)
         roles.handle(INFER_REPLY, self.forwarder.answered, raw=True)
 
@@ -184,7 +188,8 @@ class Gateway:
     def _heartbeat(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
         if peer.role == "actor":
             self.actors.heartbeat(peer.actor_id, body)
-        return self.server.heartbeat_reply() | {"troubles": self._troubles(), "over": self.over}
+        told = {"troubles": self._troubles(), "over": self.over, "watched": self.views.watched}
+        return self.server.heartbeat_reply() | told
 
     def _request(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any] | Frames | None:
         self.actors.seen(peer.actor_id)
@@ -195,6 +200,10 @@ class Gateway:
         if envelope.target == "leave" and peer.role == "actor":
             self.actors.leaves(peer.actor_id, peer.boot_id, body.get("reason"))
             return {}
+        if envelope.target in ("live", "hands") and peer.role == "actor":
+            return self._from_actor(peer, envelope, body)
+        if envelope.target == "drive":
+            return self.hands.drive(peer.actor_id, body)
         if envelope.target == "status":
             return self.status()
         if envelope.target == "params":
@@ -206,8 +215,17 @@ class Gateway:
             # Who may is the allow-list's business (without keys: whoever reaches the port).
             self.operating.take(envelope.target, body, peer.actor_id, partial(self._acted, envelope.token))
             return None
-        known = ["next_episode", "status", "params", "acts", "leave", *sorted(OPERATOR_REQUESTS)]
+        known = ["next_episode", "status", "params", "acts", "leave", "live", "hands", *sorted(OPERATOR_REQUESTS)]
         raise UnknownKind(f"no request {envelope.target!r}; the requests are {', '.join(known)}")
+
+    def _from_actor(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any] | None:
+        """What an actor says to the people at the console, and asks them."""
+        if envelope.target == "live":
+            return self.views.take(peer.actor_id, body)
+        return self.hands.poll(peer.actor_id, envelope.token, body)
+
+    def _give_views(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
+        return self.views.give(peer, envelope, body) | {"hands": self.hands.to_view()}
 
     def _acted(self, token: bytes, act: Row | WireError) -> None:
         """A person's request is kept, and in force from here on; or it is refused, with the reason."""
@@ -331,7 +349,7 @@ class Gateway:
             self.tickets.skip_seeds(stage, count)
 
     def _announce_params(self, version: int) -> None:
-        log.info("policy version %d is published", version)
+        log.info("actors are told of policy version %d", version)
         self.server.announce_params(version)
 
     def _every_second(self) -> None:

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -153,11 +154,11 @@ class FineTuning:
         FloatingPointError after PATIENCE refused steps in a row, OSError when a loader's process was killed,
         RuntimeError when frozen parameters have changed.
         """
-        source = self._batches()
         if self.overfit and self.taken:  # it may be learned already
             self._judge(self._held_out.measure(self._learner))
-        while not self.finished and not self._stopping:
-            self._turn(source)
+        with closing(self._batches()) as source:  # its processes end here: at an exit they would be waited for
+            while not self.finished and not self._stopping:
+                self._turn(source)
         if self._stopping and not self.finished:
             self._write([self._publisher.publish, self._checkpoints.save])
         self._step_log.close()

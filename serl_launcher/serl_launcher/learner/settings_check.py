@@ -18,6 +18,7 @@ from serl_launcher.learner.symptoms import Finding, Recording
 from serl_launcher.policies.checkpoint import Checkpoint
 from serl_launcher.policies.groot.assets import read_assets
 from serl_launcher.policies.groot.head import NEW_EMBODIMENT
+from serl_launcher.policies.groot_n1_5 import checkpoint as n1_5
 from serl_launcher.policies.normalise import Affine, Units, as_trained
 from serl_launcher.policies.pi0.units import units_of, units_of_dataset
 from serl_launcher.policies.relative import check_measured
@@ -37,6 +38,8 @@ def units_of_policy(cfg: DictConfig, spec: TaskSpec) -> Units:
     found = Checkpoint.find(policy.checkpoint)
     if "groot" in policy._target_:
         tag, mapping = policy.get("embodiment_tag") or NEW_EMBODIMENT, dict(policy.get("cameras") or {})
+        if "groot_n1_5" in policy._target_:
+            return n1_5.read_assets(found, tag, spec, mapping, policy.get("statistics")).units
         return read_assets(found, tag, spec, mapping, policy.get("statistics"), policy.get("relative")).units
     if policy.get("statistics"):
         return units_of_dataset(found, spec, policy.statistics, policy.get("relative"))
@@ -49,7 +52,8 @@ def chunk_of(cfg: DictConfig) -> int | None:
         return int(cfg.policy.action_horizon)
     if not cfg.policy.get("checkpoint"):
         return None
-    config = Checkpoint.find(cfg.policy.checkpoint).config
+    found = Checkpoint.find(cfg.policy.checkpoint)
+    config = n1_5.model_config(found)[0] if "groot_n1_5" in cfg.policy._target_ else found.config
     return config.get("chunk_size") or config.get("action_horizon")
 
 

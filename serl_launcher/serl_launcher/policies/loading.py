@@ -38,19 +38,25 @@ class LoadReport:
 
 
 def load_core(
-    policy: nn.Module, checkpoint: Checkpoint, prefix: str, aliases: dict[str, str], precision: str
+    policy: nn.Module,
+    checkpoint: Checkpoint,
+    prefix: str,
+    aliases: dict[str, str],
+    precision: str,
+    unread: tuple[str, ...] = (),
 ) -> LoadReport:
     """Fill every parameter and buffer of `policy.core`, built on the meta device; language heads are never read.
 
     prefix: of the names in the file; aliases: name -> another name that the file may use for the same tensor;
-    precision: what matrices that do not train are held in. Raises CheckpointError naming what does not fit.
+    precision: what matrices that do not train are held in; unread: what names of tensors begin with that the file may
+    have and no action depends on. Raises CheckpointError naming what does not fit.
     """
     wanted = policy.core.state_dict()
     trains = {name.removeprefix("core."): p.requires_grad for name, p in policy.named_parameters()}
     stored = {name.removeprefix(prefix): name for name in checkpoint.files}
     source = {name: name if name in stored else aliases.get(name, name) for name in wanted}
     spare = [name for name in stored if name not in source.values()]
-    dropped = [name for name in spare if name.endswith("lm_head.weight")]
+    dropped = [name for name in spare if name.endswith("lm_head.weight") or name.startswith(unread)]
     problems = [f"missing {name}" for name in wanted if source[name] not in stored]
     problems += [f"unknown {name}" for name in spare if name not in dropped]
     by_stored: dict[str, list[str]] = {}

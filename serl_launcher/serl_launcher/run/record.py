@@ -23,7 +23,8 @@ from typing import Any
 
 import yaml
 
-from serl_config.secrets import without_secrets
+from serl_config.secrets import HIDDEN, literal_secrets, without_secrets
+from serl_launcher.run.config import dotted
 from serl_launcher.run.data_record import data_of
 from serl_launcher.run.files import append_whole, make_folder, seal, sync, unseal, write_text, write_whole
 from serl_launcher.run.paths import RunPaths
@@ -47,8 +48,11 @@ def note_start(
     """
     before = read_starts(paths)
     code, config = revision(), paths.config.read_bytes()
-    digest = hashlib.sha256(config).hexdigest()
+    digest, plain = hashlib.sha256(config).hexdigest(), yaml.safe_load(config)
+    words_to_hide = _secrets(plain)
     changes = patch() if code.changed else None
+    if changes is not None and any(word.encode() in changes for word in words_to_hide):
+        changes = None  # a secret stands in a changed file
     line = {
         "run": paths.root.name,
         "run_id": before[0]["run_id"] if before else uuid.uuid4().hex[:8],
@@ -56,7 +60,7 @@ def note_start(
         "time": time.time(),
         "kind": kind,
         "state": state,
-        "words": hidden(words),
+        "words": hidden(words, words_to_hide),
         "user": user(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -69,10 +73,10 @@ def note_start(
         **({"dataset": dict(dataset)} if dataset else {}),
     }
     make_folder(paths.record, durable=True)
-    text = yaml.safe_dump(without_secrets(yaml.safe_load(config)), sort_keys=False)
+    text = yaml.safe_dump(without_secrets(plain), sort_keys=False)
     write_text(paths.record / line["config"], text, durable=True)
     if changes is not None:
-        write_whole(paths.record / line["patch"], lambda part: part.write_bytes(changes), durable=True)
+        write_whole(paths.record / line["patch"], lambda part: _private(part, changes), durable=True)
     _append(paths.starts, line)
     return line
 
@@ -144,14 +148,30 @@ def machine() -> dict[str, Any]:
     }
 
 
-def hidden(words: Sequence[str]) -> list[str]:
-    """The words of a command line, with the secrets among them hidden."""
+def hidden(words: Sequence[str], secrets: Sequence[str] = ()) -> list[str]:
+    """The words of a command line, with the secrets among them hidden. secrets: those of the config."""
     shown = []
     for word in words:
         key, equals, value = word.partition("=")
         last = key.rpartition(".")[2].lstrip("+")
-        shown.append(f"{key}={without_secrets({last: value})[last]}" if equals else word)
+        text = f"{key}={without_secrets({last: value})[last]}" if equals else word
+        for secret in secrets:
+            text = text.replace(secret, HIDDEN)
+        shown.append(text)
     return shown
+
+
+def _secrets(config: Mapping[str, Any]) -> list[str]:
+    """Secrets that stand in a config themselves."""
+    keys = tuple(literal_secrets(config))
+    named = {key: value for key, value in dotted(config).items() if f"{key}.".startswith(tuple(f"{k}." for k in keys))}
+    return [value for value in named.values() if isinstance(value, str) and value]
+
+
+def _private(path: Path, content: bytes) -> None:
+    """Changed files may hold what is nobody else's business."""
+    path.touch(0o600)
+    path.write_bytes(content)
 
 
 def _short(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ groot      serving.groot_port is set: GR00T's clients, the same
 policy     someone asks for actions: an online or evaluation stage, or a schedule without stages (serving)
 reward     a learned reward is asked for: answers actors' questions about observations; derived once it was up
 exporter   always: journal to LeRobotDataset; derived
+console    console.port is not null: the operator's web page; derived
 trainer    a stage names steps, or there is nothing to serve yet and it must publish the first version
 
 A derived role never ends a run: what it makes can be made later from what the others keep.
@@ -41,6 +42,8 @@ def roles_for(cfg: DictConfig, paths: RunPaths, stages: Sequence[Stage]) -> list
     if OmegaConf.select(cfg, "reward.model"):
         roles.append(_role(paths, "reward", "serl_launcher.rewards", ends_run="until ready"))
     roles.append(_role(paths, "exporter", "serl_launcher.exporter", grace_s=120.0, ends_run="never"))
+    if OmegaConf.select(cfg, "console.port") is not None:
+        roles.append(_role(paths, "console", "serl_launcher.console", grace_s=5.0, ends_run="never"))
     if trains:
         roles.append(_trainer(cfg, paths))
     return roles

@@ -23,6 +23,7 @@ from serl_launcher.datasets.source import read_sources
 from serl_launcher.replay.journal import JournalCorrupt, JournalReader
 from serl_launcher.run import config as run_config
 from serl_launcher.run.config import plain, task_spec
+from serl_launcher.run.console import lay_out
 from serl_launcher.run.files import DamagedFileError, clear, make_folder, read_sealed, write_text
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.schedule import Stage, read_stages
@@ -53,6 +54,7 @@ class RunFolder:
     stages: tuple[Stage, ...]
     state: str  # "new", "resumed" or "complete"
     lock: IO[str]  # held until closed or until this process is gone
+    console: str | None = None  # the address of the run's page
 
 
 def run_paths(cfg: DictConfig) -> RunPaths:
@@ -99,7 +101,17 @@ def prepare(cfg: DictConfig) -> RunFolder:
         _archive_summary(paths)
         paths.status.unlink(missing_ok=True)  # the last start's "done" is not ours
         _write_config(paths, cfg)
-    return RunFolder(paths, stages, state, lock)
+    return RunFolder(paths, stages, state, lock, None if state == "complete" else _console(paths, cfg))
+
+
+def _console(paths: RunPaths, cfg: DictConfig) -> str | None:
+    try:
+        place = lay_out(cfg, paths)
+    except ValueError as mistake:
+        raise RunError(str(mistake)) from None
+    except OSError as error:
+        raise RunError(f"cannot write console.json into {paths.root}: {error.strerror}") from None
+    return place.url if place else None
 
 
 def _write_config(paths: RunPaths, cfg: DictConfig) -> None:

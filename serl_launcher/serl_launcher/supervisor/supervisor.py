@@ -48,6 +48,7 @@ class Supervisor:
         paths: the run folder; status.json is read there, logs and the summary are written there.
         roles: in start order; their names give the stop order.
         dashboard_period_s: seconds between two dashboards where `out` is not a terminal (1 s on one).
+        console: where the console is, shown with the dashboard on a terminal; None: there is none.
         ends: whether a status with `done` ends the run; False for a schedule without stages: it serves until stopped.
         budget: one a role; when to start it again.
         page: the run's journal.md, which gets a section for each stage that is over.
@@ -60,6 +61,7 @@ class Supervisor:
         *,
         dashboard_period_s: float = 5.0,
         ends: bool = True,
+        console: str | None = None,
         out: TextIO | None = None,
         budget: Callable[[], RestartBudget] = RestartBudget,
         page: JournalPage | None = None,
@@ -73,7 +75,7 @@ class Supervisor:
         self._came_up: set[str] = set()  # roles that were ready once
         self._health = Health(lambda text: self._screen.event(text))
         self._status = StatusFile(paths.status)
-        self._ends, self._page = ends, page
+        self._ends, self._page, self._console = ends, page, console
         self._screen = Screen(out)
         self._disk = DiskWatch(paths.root, self._screen.event)
         self._last_episodes = LastEpisodes(self._screen.event)
@@ -144,7 +146,9 @@ class Supervisor:
         told = self._status.body.get("troubles") or {}  # of the gateway and the trainer; ours come back a second late
         others = {name: text for name, text in told.items() if name not in self._budgets and name != "supervisor"}
         silent_s = self._status.silent_s
-        return render(self._status.body, silent_s, {**others, **troubles}, whole=self._screen.is_terminal)
+        lines = render(self._status.body, silent_s, {**others, **troubles}, whole=self._screen.is_terminal)
+        shown = lines and self._console and self._screen.is_terminal
+        return [*lines, f"  console    {self._console}"] if shown else lines
 
     def _look_after(self, child: Child) -> int | None:
         """Notice a death, start again when due; an exit code when the run cannot go on."""

@@ -105,5 +105,12 @@ class Intervention(Voice, Protocol):
         """
         ...
 
+    def absent(self) -> str | None:
+        """Why no demonstration can begin, for people: nobody is at the device; None: somebody is. Never waits.
+
+        Unlike `missing`, which keeps every episode waiting: the policy may drive while nobody is there.
+        """
+        return None
+
     def close(self) -> None:
         """Let go of the device; idempotent."""

@@ -146,6 +146,10 @@ class HandOperator(Intervention):
         """Let go of the device."""
         self._device.close()
 
+    def _let_go(self) -> None:
+        """Nobody holds the device: what was pressed to take over is over."""
+        self._pinned, self._touched_at = False, -np.inf
+
     def _begin(self, from_start: bool) -> None:
         self._from_start, self._pinned, self._driving = from_start, False, False
         self._touched_at = -np.inf  # monotonic seconds

@@ -255,7 +255,9 @@ def test_modality_json_selects_half_open_ranges(tmp_path):
 def test_a_torchcodec_that_does_not_load_is_not_told_of(monkeypatch, caplog, capfd):
     """As where FFmpeg is absent: pyav reads the videos, and nobody sees a page of tracebacks."""
     monkeypatch.setitem(sys.modules, "torchcodec", None)  # importing it raises ImportError
+    video_backend.cache_clear()
     assert video_backend() == "pyav"
+    video_backend.cache_clear()
     assert "torchcodec" not in caplog.text + "".join(capfd.readouterr())
 
 

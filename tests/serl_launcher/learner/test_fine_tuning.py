@@ -1,6 +1,7 @@
 """Fine-tuning that may be cut anywhere: killed, stopped; held-out episodes, the best version, batches read ahead."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,13 +21,19 @@ from safetensors.torch import load_file
 from sft_samples import TICKS, make_dataset
 
 from serl_launcher.agents.build import build_agent
+from serl_launcher.learner import sampling
 from serl_launcher.learner.fine_tuning import SftSettings
 from serl_launcher.learner.held_out import split
 from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.overfit import Overfit
 from serl_launcher.learner.sampling import ShuffledRows, batches, seed_noise, worker_count
 from serl_launcher.policies.base import PolicyInput, sample
+from serl_launcher.replay.views import ChunkBatch
+from serl_launcher.run.data_record import dataset_digest
+from serl_launcher.run.files import read_sealed
 from serl_launcher.run.parameters import find_version
+from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.record import ORIGIN, read_starts
 
 EPISODES = 6
 TINY = ["policy=pi0_tiny", "policy.action_horizon=4", "policy.size.image_size=32", "policy.size.depth=1"]
@@ -111,6 +119,12 @@ def test_a_run_that_is_killed_and_stopped_is_the_run_that_was_not(data, whole, t
         assert find_version(run, None).exists()
     assert train_sft.main([str(data), str(run), *TINY, *SHORT]) == 0
     assert_same_run(run, whole)
+    starts = read_starts(RunPaths(run))
+    assert [row["state"] for row in starts] == ["new", "resumed", "resumed", "resumed"]
+    assert {row["dataset"]["digest"] for row in starts} == {dataset_digest(data)}
+    assert read_sealed(max((run / "checkpoints").iterdir()) / ORIGIN)["start"]["start"] == 4
+    assert [line.rpartition(" · ")[2] for line in (run / "journal.md").read_text().splitlines() if "ended" in line] == [
+        "ended: stopped by signal 15", "ended: stopped by signal 2", "ended: complete"]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -274,6 +288,29 @@ def test_what_a_loader_process_cannot_read_or_does_not_survive_is_told():
     assert list(batches(Sleepers(), order, 2)) == list(order)
     assert worker_count(3) == 3
     assert 0 <= worker_count("auto") < os.cpu_count()
+
+
+class Pictured(Sleepers):
+    """Batches with a picture for each row, of the row's brightness, 50 kB each."""
+
+    def collate(self, rows):
+        pictures = np.stack([np.full((128, 128, 3), row, np.uint8) for row in rows])
+        numbers, flags = np.array(rows, np.float32)[:, None], np.zeros(len(rows), bool)
+        return ChunkBatch({"front": pictures}, numbers, numbers, flags, flags, flags, numbers[:, 0], ["go"] * len(rows))
+
+
+@pytest.mark.parametrize("free", [1 << 40, 1 << 20])
+def test_pictures_come_in_shared_memory_and_where_that_is_short_by_pipe_which_is_said(free, monkeypatch, capfd):
+    monkeypatch.setattr(sampling.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(sampling.log, "handlers", [logging.StreamHandler()])
+    order = ShuffledRows(np.arange(16), 4, 0, 0, 6)
+    found = list(batches(Pictured(), order, 2))
+    for batch, expected in zip(found, batches(Pictured(), order, 0), strict=True):
+        np.testing.assert_array_equal(batch.images["front"], expected.images["front"])
+        np.testing.assert_array_equal(batch.state, expected.state)
+        assert isinstance(batch.images["front"].base, torch.Tensor) == (free > 1 << 30)
+    said = capfd.readouterr().err
+    assert ("/dev/shm has less than 3 MB free: pictures go through pipes" in said) == (free < 1 << 30)
 
 
 class Wide(Sleepers):

@@ -1,4 +1,4 @@
-"""The roles that a small run does not start say that they are ready, and beat: openpi's server and the reward server.
+"""The roles that a small run does not start say that they are ready, and beat: openpi's, GR00T's and the reward server.
 
 The real processes, started as the supervisor starts them. tests/integration/test_whole_run.py asks the others.
 """
@@ -40,15 +40,16 @@ def beats(child: Child, more: int, deadline: float) -> tuple[int, int]:
     return first, child._pulse.last.count
 
 
-def test_openpi_s_server_and_the_reward_server_say_that_they_are_ready(tmp_path, free_ports):
+def test_the_servers_of_other_clients_and_the_reward_server_say_that_they_are_ready(tmp_path, free_ports):
     words = [f"runs_dir={tmp_path}", f"port={free_ports[0]}", f"broadcast_port={free_ports[1]}", "learner=true"]
-    words += ["serving.openpi_port=0", "reward=classifier", f"reward.model={tmp_path / 'reward'}"]
+    words += ["serving.openpi_port=0", "serving.groot_port=0"]
+    words += ["reward=classifier", f"reward.model={tmp_path / 'reward'}"]
     cfg = load_config([*words, f"reward.port={free_port()}"])
     card = RewardCard("outcome", 2, tuple(cfg.task.spec.cameras)[:1], 16, False, OmegaConf.to_container(cfg.task.spec))
     save(tmp_path / "reward", RewardClassifier(card), card, {})
     folder = prepare(cfg)
     specs = {spec.name: spec for spec in roles_for(cfg, folder.paths, folder.stages)}
-    children = [Child(specs["openpi"]), Child(specs["reward"])]
+    children = [Child(specs["openpi"]), Child(specs["reward"]), Child(specs["groot"])]
     with folder.lock:
         try:
             for child in children:

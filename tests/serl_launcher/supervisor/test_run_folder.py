@@ -360,18 +360,21 @@ def test_a_broken_config_file_is_named(compose):
 @pytest.mark.parametrize(
     ("overrides", "roles"),
     [
-        ([], ["gateway", "policy", "exporter", "trainer"]),
-        (["schedule=data_collection"], ["gateway", "exporter"]),
-        (["schedule=sft"], ["gateway", "exporter", "trainer"]),
-        (["schedule=reject_sampling"], ["gateway", "policy", "exporter", "trainer"]),
+        ([], ["gateway", "policy", "exporter", "console", "trainer"]),
+        (["schedule=data_collection"], ["gateway", "exporter", "console"]),
+        (["schedule=sft", "console.port=null"], ["gateway", "exporter", "trainer"]),
+        (["schedule=reject_sampling"], ["gateway", "policy", "exporter", "console", "trainer"]),
         # Nothing is published yet: the trainer publishes the first version.
-        (["schedule=eval"], ["gateway", "policy", "exporter", "trainer"]),
+        (["schedule=eval"], ["gateway", "policy", "exporter", "console", "trainer"]),
     ],
 )
 def test_a_schedule_starts_the_roles_that_it_needs(compose, overrides, roles):
     config = compose(*overrides)
     folder = prepare(config)
     assert [spec.name for spec in roles_for(config, folder.paths, folder.stages)] == roles
+
+
+NO_TRAINER = ["gateway", "policy", "exporter", "console"]
 
 
 def test_serving_published_parameters_needs_no_trainer(compose):
@@ -381,7 +384,7 @@ def test_serving_published_parameters_needs_no_trainer(compose):
     path = file_path(folder.paths.params, 1)
     path.write_bytes(b"parameters")
     write_entry(folder.paths.params, PublishedVersion(1, 0, path.name, 10, sha256_of(path), 0.0))
-    assert [s.name for s in roles_for(config, folder.paths, folder.stages)] == ["gateway", "policy", "exporter"]
+    assert [s.name for s in roles_for(config, folder.paths, folder.stages)] == NO_TRAINER
 
 
 def test_launch_keys_reach_accelerate(compose):

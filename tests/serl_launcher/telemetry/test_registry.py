@@ -16,7 +16,7 @@ from serl_launcher.run.parameters import publish
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.record import EXPORTED_ORIGIN, note_start, origin_of, read_starts
 from serl_launcher.run.revision import patch, revision
-from serl_launcher.telemetry.journal_page import JournalPage
+from serl_launcher.telemetry.journal_page import JournalPage, _acts
 from serl_launcher.telemetry.registry import read_index, refresh, update
 
 STAGES = [("demos", "demo"), ("sft", "train"), ("online", "online"), ("after", "eval")]
@@ -48,7 +48,8 @@ def run(tmp_path):
     run = sample(folder)
     run.save()
     paths = RunPaths(folder)
-    start(folder, f"serving.openpi_token={SECRET}", "run=night1")
+    paths.config.write_text(paths.config.read_text() + f"serving: {{openpi_token: {SECRET}}}\n")
+    start(folder, f"serving.openpi_token={SECRET}", "run=night1", f"reward={{url: 'x?{SECRET}'}}")
     tensors = {"w": torch.ones(2)}
     origin = origin_of(paths, 340, 3)
     checkpoint.save(paths.checkpoints, 340, tensors, {}, {"version": 3}, keep=2, origin=origin)
@@ -111,14 +112,14 @@ def test_what_made_a_checkpoint_is_answered_by_a_copy_with_the_run_gone(run, tmp
     for name in ("checkpoint", "run", "export"):
         assert "15 episodes (2 demo, 12 online, 1 eval), 150 ticks" in said[name]
         assert "operators      actor robot-1: 12 episodes" in said[name]
-        assert "learner=true serving.openpi_token=(hidden) run=night1" in said[name]
+        assert "learner=true serving.openpi_token=(hidden) run=night1 reward={url: 'x?(hidden)'}" in said[name]
         assert "torch " in said[name]
     assert "every file matches its sha256" in said["checkpoint"]
     assert runs.main(["show", "--json", str(copies["checkpoint"])]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["config"]["task"] == {"name": "pick"}
     written = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
-    assert written == []
+    assert written == [tmp_path / "backup" / "config.yaml"]
 
 
 def test_a_damaged_checkpoint_and_a_stranger_are_refused_in_one_line(run, tmp_path, capsys):
@@ -227,10 +228,16 @@ def test_two_runs_beside_each_other(run, tmp_path, capsys):
     picture = tmp_path / "both.png"
     assert runs.main(["compare", str(run), str(other), "--png", str(picture)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "config: 2 keys differ" in lines
+    assert "config: 3 keys differ" in lines
     assert "seed 7 9" in lines
     assert "task.name pick place" in lines
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert picture.stat().st_size > 10_000
     assert runs.main(["compare", str(run)]) == 2
     assert "expected two runs or more" in capsys.readouterr().err
+
+
+def test_the_page_says_what_people_did_to_the_run():
+    told = _acts({"acts": {"start": 2, "verdict": 3, "serve": 1, "published": 1}, "by": ["bo", "alice (console)"]})
+    assert told == ["acts of bo, alice (console): verdict 3, serve 1 (tools/operate.py log, acts.jsonl)"]
+    assert _acts({"acts": {"start": 2}, "by": []}) == []

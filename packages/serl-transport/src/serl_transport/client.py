@@ -78,6 +78,7 @@ class TrainerClient:
         self._status: dict[str, Any] = {}
         self._troubles: dict[str, str] = {}
         self._over: str | None = None
+        self._watched = False
         self._updater: _Repeater | None = None
         self._resources = ExitStack()  # closed last in, first out: the links before what they use
         try:
@@ -184,6 +185,11 @@ class TrainerClient:
         return self._over
 
     @property
+    def watched(self) -> bool:
+        """Does somebody look at this run at the learner's console, as it last said?"""
+        return self._watched
+
+    @property
     def hello_reply(self) -> dict[str, Any]:
         """What the learner said when it last accepted this client."""
         return self._control.hello_reply
@@ -225,6 +231,7 @@ class TrainerClient:
     def _heard(self, reply: dict[str, Any]) -> None:
         """The answer to a heartbeat."""
         self._listener.saw_version(reply)
+        self._watched = reply.get("watched") is True
         over, troubles = reply.get("over"), reply.get("troubles")
         self._over = None if over is None else str(over)
         self._troubles = {str(k): str(v) for k, v in troubles.items()} if isinstance(troubles, dict) else {}

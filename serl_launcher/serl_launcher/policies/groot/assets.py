@@ -93,8 +93,8 @@ def read_assets(
     wanted = video.get("modality_keys") or [mapping.get(camera, camera) for camera in spec.cameras]
     return GrootAssets(
         Units(
-            _affine(found, statistics, parts, "state", ends, len(spec.state_names)),
-            _affine(found, statistics, parts, "action", ends, len(spec.action_names), relative),
+            affine(found, statistics, parts, "state", ends, len(spec.state_names)),
+            affine(found, statistics, parts, "action", ends, len(spec.action_names), relative),
             _anchors(found, spec, raw, relative),
         ),
         raw.slot,
@@ -135,7 +135,7 @@ def _nvidia(found: Checkpoint, tag: str, spec: TaskSpec, dataset: str | None, wa
                 f"policy.relative: {found.folder} switches relative actions off (use_relative_action) of {idle}, and "
                 "would switch them on for all"
             )
-        embodiment = _described(spec, dataset, wanted)
+        embodiment = described(spec, dataset, wanted)
     else:
         raise CheckpointError(
             f"{found.folder}: no normalisation statistics of embodiment {tag!r} (statistics.json has "
@@ -148,7 +148,7 @@ def _nvidia(found: Checkpoint, tag: str, spec: TaskSpec, dataset: str | None, wa
     return _Raw(embodiment, keywords, int(slots[tag]), relative, new=tag not in statistics)
 
 
-def _described(spec: TaskSpec, dataset: str, relative: Mapping[str, Any] | None) -> Described:
+def described(spec: TaskSpec, dataset: str, relative: Mapping[str, Any] | None) -> Described:
     """A LeRobot dataset's statistics, part by part as its modality.json says (whole vectors without one).
 
     relative: `policy.relative`, whose ranges are those of the parts that it makes relative.
@@ -189,7 +189,8 @@ def _part(stats: dict[str, Any], entry: dict[str, Any], column: str, dataset: st
     if key not in stats:
         raise CheckpointError(f"policy.statistics={dataset}: no statistics of column {key!r}")
     names = [name for name in ("min", "max", "mean", "std", "q01", "q99") if name in stats[key]]
-    return {name: list(np.atleast_1d(stats[key][name])[entry.get("start") : entry.get("end")]) for name in names}
+    span = slice(entry.get("start"), entry.get("end"))
+    return {name: np.atleast_1d(np.asarray(stats[key][name], np.float64))[span].tolist() for name in names}
 
 
 def _lerobot(found: Checkpoint) -> _Raw:
@@ -205,7 +206,7 @@ def _lerobot(found: Checkpoint) -> _Raw:
     pack, encode = steps[PACK]["config"], steps[ENCODE]["config"]
     statistics, modality = pack.get("raw_stats"), dict(pack.get("modality_config") or {})
     if not statistics or not modality:
-        statistics = _flat_statistics(found, steps[PACK].get("state_file"))
+        statistics = flat_statistics(found, steps[PACK].get("state_file"))
         modality = {what: {"modality_keys": ["all"]} for what in ("state", "action")}
     keys = pack.get("video_modality_keys") or sorted(visual_features(found))
     modality["video"] = {"modality_keys": keys, "delta_indices": list(range(pack.get("video_horizon") or 1))}
@@ -249,7 +250,7 @@ def _anchors(found: Checkpoint, spec: TaskSpec, raw: _Raw, relative: dict[str, A
     return anchors
 
 
-def _flat_statistics(found: Checkpoint, name: str | None) -> dict[str, Any]:
+def flat_statistics(found: Checkpoint, name: str | None) -> dict[str, Any]:
     """LeRobot's flat statistics of whole vectors, as one part each."""
     if name is None or not (found.folder / name).is_file():
         raise CheckpointError(f"{found.folder}: no normalisation statistics ({name or PREPROCESSOR} holds none)")
@@ -262,7 +263,7 @@ def _flat_statistics(found: Checkpoint, name: str | None) -> dict[str, Any]:
     return out
 
 
-def _affine(
+def affine(
     found: Checkpoint, statistics: dict, parts: dict, what: str, ends: tuple[str, str], dims: int, relative: Any = ()
 ) -> Affine:
     """The range `ends` onto [−1, 1], of relative action parts their own, by tick; a dim that never moved is 0 as a

@@ -68,7 +68,7 @@ class GrootFlowPolicy(FlowPolicy):
         valid_horizon: int | None = None,
         compile: str = "off",
     ) -> None:
-        core.backbone.model.lm_head = nn.Identity()  # tied to the embedding, and never read
+        self.drop_unread(core)
         config = core.config
         if not 0 <= embodiment < config.max_num_embodiments:
             raise ValueError(f"policy.embodiment: expected a slot below {config.max_num_embodiments}, got {embodiment}")
@@ -84,6 +84,11 @@ class GrootFlowPolicy(FlowPolicy):
         self.inputs, self.mask_padding, self.dropout = inputs, mask_padding, dropout
         self.embodiment, self.embodiment_tag = embodiment, embodiment_tag
         self.train(self.training)
+
+    @staticmethod
+    def drop_unread(core: nn.Module) -> None:
+        """Let go of what no action depends on."""
+        core.backbone.model.lm_head = nn.Identity()  # tied to the embedding
 
     def compile_layers(self, mode: str, backend: str = "inductor") -> None:
         self._layers = [CompiledLayer(f, mode, backend) for f in (vision_block, text_layer)]
@@ -117,6 +122,11 @@ class GrootFlowPolicy(FlowPolicy):
         """What runs without gradient when none of it is trained: vision tower and language model."""
         return self.core.backbone
 
+    @property
+    def image_token(self) -> int:
+        """Id of the tokens in whose place pictures stand."""
+        return self.backbone.model.config.image_token_id
+
     def prepare(self, observation: PolicyInput) -> dict[str, Tensor]:
         """The host's part: tokens, patches and the normalised state on the device (the grid stays on the host)."""
         tensors = self.inputs(observation.images, observation.prompts, self.device)
@@ -140,7 +150,7 @@ class GrootFlowPolicy(FlowPolicy):
         with full(self.device, self.precision):
             encoded = self._per_robot(head.state_encoder.layer1, tensors["state"][:, None].float()).relu()
             state_features = self._drop_states(self._per_robot(head.state_encoder.layer2, encoded))
-        image_mask = tensors["input_ids"] == self.backbone.model.config.image_token_id
+        image_mask = tensors["input_ids"] == self.image_token
         own = (image_mask, state_features)
         return GrootPrefix(None, keep, hidden, tensors["state"], *own, anchor=tensors.get("anchor"))
 
@@ -194,13 +204,17 @@ class GrootFlowPolicy(FlowPolicy):
         # Buckets of t = k / steps must not fall one short by rounding; the library's own loop takes int(k / n · 1000).
         bucket = (t.double() * head.num_timestep_buckets + 1e-4).long()
         with full(self.device, self.precision):
-            x = torch.cat((prefix.state_features, self._embed_actions(x_t, bucket)), dim=1)
+            x = torch.cat((*self.leading_tokens(prefix), self._embed_actions(x_t, bucket)), dim=1)
         with compute(self.precision, self.device):
             out = self._run_head(prefix, x, bucket)
         with full(self.device, self.precision):
             decoder = head.action_decoder
             out = self._per_robot(decoder.layer1, out[:, -self.action_horizon :].float()).relu()
             return self._per_robot(decoder.layer2, out)
+
+    def leading_tokens(self, prefix: GrootPrefix) -> tuple[Tensor, ...]:
+        """What stands before the actions in the transformer: float[b, …, width of the action head] each."""
+        return (prefix.state_features,)
 
     def _embed_actions(self, x_t: Tensor, bucket: Tensor) -> Tensor:
         """`MultiEmbodimentActionEncoder` and the place in the chunk: float32[b, ah, width]."""
@@ -216,7 +230,8 @@ class GrootFlowPolicy(FlowPolicy):
         model, alternate = self.core.action_head.model, self.core.config.use_alternate_vl_dit
         if self.attention == "sdpa":
             images, counts = prefix.image_mask, prefix.pad_mask
-            masks = tuple((m & counts)[:, None, None] for m in (~images, images)) if alternate else None
+            read = (~images & counts, images & counts) if alternate else (counts, counts)
+            masks = tuple(m[:, None, None] for m in read) if alternate or self.mask_padding else None
             keys_values = prefix.keys_values or cross_keys(model, prefix.hidden)
             return run_dit(model, x, bucket, keys_values, masks, self.checkpointing, self._dit_block)
         masks = {"image_mask": prefix.image_mask, "backbone_attention_mask": prefix.pad_mask} if alternate else {}

@@ -63,14 +63,14 @@ def run_backbone(
     seen, deep = _see(model.visual, pixels, grid, checkpointing, vision_function)
     is_image = ids == model.config.image_token_id
     language = model.language_model
-    x = _place(language.embed_tokens(ids), seen, is_image)
+    x = place_images(language.embed_tokens(ids), seen, is_image)
     cos, sin = language.rotary_emb(x, rope_positions(is_image, valid, grid))
     mask = causal_mask(valid)
     for index, layer in enumerate(language.layers):
         x = run_layer(checkpointing, text_function, layer, x, mask, cos, sin)
         # What is added behind the last layer, the action head does not see: it reads that layer's output.
         if index < len(deep) and index + 1 < len(language.layers):
-            x = x + _place(torch.zeros_like(x), deep[index], is_image)
+            x = x + place_images(torch.zeros_like(x), deep[index], is_image)
     return x
 
 
@@ -102,7 +102,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def _place(x: Tensor, images: Tensor, is_image: Tensor) -> Tensor:
+def place_images(x: Tensor, images: Tensor, is_image: Tensor) -> Tensor:
     """x with its image tokens replaced, in order. images: float[b·tokens of a sample, width]."""
     images = images.view(len(x), -1, x.shape[-1])
     index = (is_image.cumsum(1) - 1).clamp(0, images.shape[1] - 1)

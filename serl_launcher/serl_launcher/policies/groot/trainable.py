@@ -18,7 +18,7 @@ MODES = {  # policy.train -> the flags that are on
     "lora": ("projector",),
 }
 LORA_TARGETS = (
-    r".*\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+    r".*\.language_model\.(model\.)?layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
     r"|.*action_head\.(model|vl_self_attention)\.transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))"
 )
 

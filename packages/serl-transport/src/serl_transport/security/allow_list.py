@@ -28,7 +28,7 @@ ROLES = ("actor", "operator")
 ACTOR_KINDS = frozenset({"hello", "heartbeat", "data", "infer", "request"})
 OPERATOR_REQUESTS = frozenset(
     ["pause", "resume", "training_pause", "training_resume", "verdict", "serve", "set", "end_stage", "publish", "stop"]
-)
+) | {"drive"}  # from a page of the console
 CHECK_S = 1.0
 
 

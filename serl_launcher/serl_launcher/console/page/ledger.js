@@ -1,0 +1,72 @@
+// The ledger: a row an episode, the newest first; filtered here, its video one click away.
+
+import { buttons } from "./acts.js";
+import { $, h, number, percent } from "./dom.js";
+
+const PAGE = 60;
+const rows = new Map(); // ordinal -> row
+let shown = PAGE;
+
+const KINDS = {
+  success: (r) => r.ok, failure: (r) => !r.ok && r.cut !== "discard", helped: (r) => r.mode !== "demo" && r.help > 0,
+  accepted: (r) => imitated(r)[1], rejected: (r) => imitated(r)[0] && !imitated(r)[1], discarded: (r) => r.cut === "discard" || r.word?.use === "discard",
+  eval: (r) => r.mode === "eval", video: (r) => r.video,
+};
+
+function outcome(row) {
+  const word = row.word, said = word && word.success !== null;
+  const label = said ? ` → ${word.success ? "success" : "failure"}, said ${word.by}` : "";
+  if (row.cut === "discard") return [`discarded${label}`, "quiet"];
+  if (row.ok) return [`success${label}`, "good"];
+  return [`${row.cut ? row.cut.replace("_", " ") : "failure"}${label}`, "bad"];
+}
+
+/** Is it learned from, in a word, and why. A person's word comes before the rule's. */
+function imitated(row) {
+  const use = row.word?.use;
+  if (use) return [`${{ accept: "yes", reject: "no", discard: "thrown away" }[use]}, said ${row.word.by}`, use === "accept"];
+  if (row.accepted === null) return ["", false];
+  return [row.accepted ? "yes" : `no${row.reason ? `: ${row.reason}` : ""}`, row.accepted];
+}
+
+function open(row) {
+  const dialog = $("episode"), video = dialog.querySelector("video");
+  $("episode-name").textContent = `episode ${row.n}`;
+  $("episode-facts").textContent = [row.id, outcome(row)[0], imitated(row)[0] && `imitated: ${imitated(row)[0]}`, row.rule].filter(Boolean).join(" · ");
+  $("episode-acts").replaceChildren(...buttons("episode", row));
+  video.hidden = !row.video;
+  if (row.video) video.src = `/video/${encodeURIComponent(row.id)}`;
+  dialog.onclose = () => { video.removeAttribute("src"); video.load(); };
+  dialog.showModal();
+}
+
+function line(row) {
+  const [result, style] = outcome(row);
+  const [use, used] = imitated(row);
+  const cell = (name, text, props = {}) => h("td", { ...props, data: { name } }, text);
+  return h("tr", { title: row.rule ? `${row.id}\n${row.rule}` : row.id },
+    cell("#", String(row.n)), cell("", new Date(1000 * row.time).toLocaleTimeString([], { hour12: false })), cell("", row.actor || ""),
+    cell("", row.stage || row.mode), cell("", result, { className: style }), cell("return", number(row.ret, 1)), cell("ticks", String(row.ticks)),
+    cell("help", row.ticks ? percent(row.help / row.ticks) : "–"), cell("policy", row.version >= 0 ? `v${row.version}` : "–"),
+    use ? cell("imitated", use, { className: used ? "good" : "quiet" }) : h("td"),
+    h("td", {}, h("button", { type: "button", ariaLabel: `${row.video ? "watch and " : ""}judge episode ${row.n}`, onclick: () => open(row) }, row.video ? "▶ judge" : "judge")));
+}
+
+function show() {
+  const kind = KINDS[$("filter-kind").value] || (() => true), text = $("filter-text").value.trim().toLowerCase();
+  const fits = (row) => kind(row) && (!text || `${row.id} ${row.actor} ${row.stage} ${row.reason}`.toLowerCase().includes(text));
+  const found = [...rows.values()].filter(fits).sort((a, b) => b.n - a.n);
+  $("count").textContent = `${found.length} of ${rows.size}`;
+  $("rows").replaceChildren(...found.slice(0, shown).map(line));
+  $("more").hidden = found.length <= shown;
+}
+
+/** Rows that are new or have changed. */
+export function showRows(news) {
+  for (const row of news) rows.set(row.n, row);
+  if (!$("rows").contains(document.activeElement)) show(); // a button that has the focus stays where it is
+}
+
+$("filter-kind").onchange = $("filter-text").oninput = () => { shown = PAGE; show(); };
+$("more").onclick = () => { shown += PAGE; show(); };
+$("rows").addEventListener("focusout", () => setTimeout(() => { if (!$("rows").contains(document.activeElement)) show(); }));

@@ -1,0 +1,126 @@
+"""Pictures and prompts to the tensors of Eagle 2.5: what runs on the host before the first layer of GR00T N1.5.
+
+`EagleInputs` is the released model's: chat, tokenizer, picture geometry. `EagleHashInputs` needs no file: the tiny size
+and random weights use it. Both return input_ids and attention_mask int64[b, l], pixel_values float32[b·images, 3, h, w]
+in [−1, 1], images of one sample adjacent. Facts: Isaac-GR00T n1.5, gr00t/model/transforms.py and its Eagle processor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serl_launcher.policies.groot.inputs import PAD_TO, SpecialTokens
+from serl_launcher.policies.hub import is_offline
+from serl_launcher.policies.tokens import WordHashTokenizer
+from serl_launcher.policies.transfer import to_device
+
+PROCESSOR = "lerobot/eagle2hg-processor-groot-n1p5"  # a hub repository with the backbone's tokenizer
+IMAGE, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """How a camera's picture becomes the model's."""
+
+    side: int = 224  # pixels of the square result
+    crop: float | None = 0.95  # share of height and width that is kept, in the middle; None: all
+    bicubic: bool = False  # LeRobot's Eagle processor; else NVIDIA's bilinear
+
+    def apply(self, images: Tensor) -> Tensor:
+        """uint8[n, 3, h, w] of one camera to float32[n, 3, side, side] in [−1, 1]."""
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional
+
+        side = [self.side, self.side]
+        if self.bicubic:
+            images = functional.resize(images, side, interpolation=InterpolationMode.BICUBIC, antialias=True)
+        else:  # theirs goes through floats and cuts off what is behind the last bit
+            shares = images.float() / 255
+            if self.crop:
+                shares = functional.center_crop(shares, [int(length * self.crop) for length in images.shape[-2:]])
+            shares = functional.resize(shares, side, interpolation=InterpolationMode.BILINEAR, antialias=True)
+            images = (shares * 255).to(torch.uint8)
+        return images.float().div(127.5).sub(1)
+
+
+class EagleInputs:
+    """The released model's processor.
+
+    source: folder or hub name of the tokenizer's files; cameras: in the checkpoint's order; tokens: of a picture;
+    quoted: the prompt stands as `['…']`, as LeRobot trained it (NVIDIA's fine-tuning has the bare text).
+    """
+
+    def __init__(
+        self, source: str, cameras: tuple[str, ...], pictures: Pictures, tokens: int = 256, quoted: bool = False
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                source, local_files_only=is_offline(source), trust_remote_code=False, padding_side="left"
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"policy.processor={source}: cannot be loaded ({str(error).splitlines()[0]}); name a folder that holds "
+                "the tokenizer's files of Eagle 2.5 (vocab.json, merges.txt, tokenizer_config.json, added_tokens.json)"
+            ) from None
+        missing = [word for word in (IMAGE, START, END) if len(self._ids(word)) != 1]
+        if missing:
+            raise ValueError(
+                f"policy.processor={source}: its tokenizer has no token {missing[0]}; it is not Eagle 2.5's"
+            )
+        self.source, self.cameras, self.pictures = source, cameras, pictures
+        self.tokens, self.quoted = tokens, quoted  # tokens of a picture
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def expect_image_token(self, image_token: int) -> None:
+        """Raise ValueError unless the tokenizer's picture token is the model's."""
+        if self._ids(IMAGE) != [image_token]:
+            got = self._ids(IMAGE)[0]
+            raise ValueError(f"policy.processor={self.source}: its {IMAGE} is {got}, the checkpoint's is {image_token}")
+
+    def __call__(self, images: dict[str, np.ndarray], prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        """images: uint8[b, h, w, 3] per camera. `device`: where pictures are worked on."""
+        views = [self.pictures.apply(to_device(images[camera], device).permute(0, 3, 1, 2)) for camera in self.cameras]
+        words = self.tokenizer(
+            [self.text(prompt) for prompt in prompts], padding=True, pad_to_multiple_of=PAD_TO, return_tensors="pt"
+        )
+        tokens = {name: words[name] for name in ("input_ids", "attention_mask")}
+        return tokens | {"pixel_values": torch.stack(views, dim=1).flatten(0, 1)}
+
+    def text(self, prompt: str) -> str:
+        """One sample's chat, as the model was trained."""
+        pictures = (f"<image {k}>{START}{IMAGE * self.tokens}{END}" for k in range(1, len(self.cameras) + 1))
+        words = str([prompt]) if self.quoted else prompt
+        return f"{SYSTEM}<|im_start|>user\n{''.join(pictures)}{words}<|im_end|>\n<|im_start|>assistant\n"
+
+
+class EagleHashInputs:
+    """Square pictures of one size, and hashed words instead of a vocabulary file."""
+
+    patch: ClassVar[int] = 14
+
+    def __init__(self, cameras: tuple[str, ...], image_size: int, prompt_tokens: int, tokens: SpecialTokens) -> None:
+        self.cameras, self.tokens = cameras, tokens
+        self.pictures = Pictures(image_size, crop=None)
+        self.tokenizer = WordHashTokenizer(tokens.words, prompt_tokens)
+
+    def __call__(self, images: dict[str, np.ndarray], prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        """images: uint8[b, h, w, 3] per camera."""
+        views = [self.pictures.apply(to_device(images[camera], device).permute(0, 3, 1, 2)) for camera in self.cameras]
+        words, mask = self.tokenizer(prompts)
+        one = [self.tokens.start, *[self.tokens.image] * (self.pictures.side // self.patch) ** 2, self.tokens.end]
+        ids = torch.tensor(one * len(self.cameras)).expand(len(prompts), -1)
+        return {
+            "input_ids": torch.cat([ids, words], dim=1),
+            "attention_mask": torch.cat([torch.ones_like(ids), mask.long()], dim=1),
+            "pixel_values": torch.stack(views, dim=1).flatten(0, 1),
+        }
