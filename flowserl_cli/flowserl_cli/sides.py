@@ -3,6 +3,7 @@
 Used by start.py: both sides in one process (foreground), or one side in each tmux pane; by keep.py: run_actor.sh.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -86,7 +87,8 @@ class Side:
         elif death := self._process.poll():
             self._drain()
             if self._terminal:  # one that was killed left its own mode
-                termios.tcsetattr(0, termios.TCSADRAIN, self._terminal)
+                with contextlib.suppress(termios.error):  # the terminal was closed
+                    termios.tcsetattr(0, termios.TCSADRAIN, self._terminal)
             self._after(death)
         elif self._leave_by is not None and time.monotonic() >= self._leave_by:
             say(self.name, f"the {self.name} does not end; killing it")

@@ -36,6 +36,11 @@ def up():
     lives.open("a").write("x")
     (root / f"up{life}").write_text(str(os.getpid()))
 """
+TAKES_THE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 CRASH = "up()\nif life == 0: os.kill(os.getpid(), 9)\n"
 
 
@@ -46,9 +51,13 @@ class Robot:
         self.root = root
         (root / "examples").mkdir()
 
-    def start(self, code: str, **options) -> subprocess.Popen:
+    def start(self, code: str, at_terminal: bool = False, **options) -> subprocess.Popen:
+        """at_terminal: its standard input is that of a session of its own, as a person's shell has it."""
         (self.root / "examples" / "train_rlpd.py").write_text(PREAMBLE + code)
         command = [sys.executable, "-m", "flowserl_cli.keep", "run=mine"]
+        if at_terminal:
+            options["start_new_session"] = True
+            command = [sys.executable, "-c", TAKES_THE_TERMINAL, *command[1:]]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         self.keeper = subprocess.Popen(command, cwd=self.root, **(pipes | options))
         return self.keeper
@@ -91,13 +100,6 @@ def test_an_actor_that_dies_is_started_again_and_one_that_is_done_is_not(robot):
     assert "[actor] the actor ended (signal SIGKILL); starting it again in 0.5 s" in said
     assert said.count("second life") == 1
     assert (robot.root / "lives").read_text() == "xx"
-
-
-def test_a_driver_that_fails_is_started_again_and_a_camera_that_is_gone_then_is_no_mistake(robot):
-    robot.start("up()\nif life < 2: print('camera: no such device'); sys.exit(2 if life else 1)\n")
-    code, said = robot.end()
-    assert code == 0
-    assert said.count("the actor ended (exit code 2); starting it again in") == 1
 
 
 def test_a_mistake_of_the_user_ends_it(robot):
@@ -161,14 +163,7 @@ def test_at_a_terminal_the_actor_has_the_keys_and_what_it_leaves_is_put_right(ro
     code += (
         "(root / 'key').write_text(os.read(0, 1).decode())\nos.kill(os.getpid(), 9) if life == 1 else time.sleep(9)\n"
     )
-    child = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, "
-    child += "[sys.executable, '-m', 'flowserl_cli.keep', 'run=mine'])"
-    robot.start("pass")
-    robot.end()
-    (robot.root / "examples" / "train_rlpd.py").write_text(PREAMBLE + code)
-    keeper = robot.keeper = subprocess.Popen(
-        [sys.executable, "-c", child], cwd=robot.root, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
-    )
+    keeper = robot.start(code, at_terminal=True, stdin=slave, stdout=slave, stderr=slave)
     before = termios.tcgetattr(slave)
     robot.pid(1)
     os.write(master, b"\x1ak")
@@ -182,3 +177,16 @@ def test_at_a_terminal_the_actor_has_the_keys_and_what_it_leaves_is_put_right(ro
     assert "Ctrl-Z is not taken" in shown
     os.close(slave)
     os.close(master)
+
+
+def test_a_terminal_that_is_closed_ends_both(robot):
+    master, slave = pty.openpty()
+    with (robot.root / "said").open("w") as said:
+        keeper = robot.start(FOREVER, at_terminal=True, stdin=slave, stdout=said, stderr=said)
+    os.close(slave)
+    actor = robot.pid()
+    os.close(master)
+    assert keeper.wait(PATIENCE_S) == 130
+    assert gone(actor)
+    assert ended(robot) == ["SIGTERM"]
+    assert (robot.root / "said").read_text() == ""

@@ -28,7 +28,7 @@ def test_a_small_run_goes_through_every_stage_and_ends_by_itself(tmp_path, free_
     assert len((run.folder / "evaluation.csv").read_text().splitlines()) == 1 + 4 + 4
     assert summary["policy_versions"] >= (STEPS["sft"] + STEPS["online"]) // 10
     assert (run.folder / "learning_curve.png").stat().st_size > 10_000
-    assert len(list((run.folder / "logs").glob("*.log"))) == 5
+    assert len(list((run.folder / "logs").glob("*.log"))) == 6
     assert not list((run.folder / "logs").glob("*.starting"))  # every role said that it was ready
     assert "nothing lost" in check(run.folder)
     assert (run.folder / "config.yaml").stat().st_mode & 0o077 == 0

@@ -47,6 +47,7 @@ def test_it_is_stopped_its_ticks_are_spooled_and_the_next_start_goes_on(learner,
     assert (learner.batches[-1].episode.episode_id, learner.batches[-1].outcome is None) == ("demo-2", False)
 
 
+@pytest.mark.slow
 def test_one_that_keeps_the_interpreter_ends_the_process_as_well(actor):
     code, said, seconds = actor(hangs_at=HANGS_AT, blind=True, stop_ms=STOP_MS, restart_s=0.5, blind_s=0.8)
     assert code == 1, said

@@ -135,7 +135,15 @@ def _figures(history: RunHistory) -> list[str]:
         f"{rate}, from {figures['success_rate_from']} ({figures['success_rate_episodes']} episodes)",
         f"{figures['episodes']} episodes, {figures['transitions']} ticks, {figures['interventions']} with help, "
         f"{figures['steps']} steps, {figures['policy_versions']} versions, {figures['minutes']:g} minutes",
+        *_acts(history.operators),
     ]
+
+
+def _acts(operators: Mapping[str, Any]) -> list[str]:
+    """What people did to the run, by kind and name; nothing where nobody did anything."""
+    acts = {kind: n for kind, n in operators.get("acts", {}).items() if kind not in ("start", "published")}
+    told = ", ".join(f"{kind} {n}" for kind, n in acts.items())
+    return [f"acts of {', '.join(operators['by'])}: {told} (tools/operate.py log, acts.jsonl)"] if acts else []
 
 
 def _rate(rate: float | None, interval: list[float] | None) -> str:

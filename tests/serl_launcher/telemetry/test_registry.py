@@ -16,7 +16,7 @@ from serl_launcher.run.parameters import publish
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.record import EXPORTED_ORIGIN, note_start, origin_of, read_starts
 from serl_launcher.run.revision import patch, revision
-from serl_launcher.telemetry.journal_page import JournalPage
+from serl_launcher.telemetry.journal_page import JournalPage, _acts
 from serl_launcher.telemetry.registry import read_index, refresh, update
 
 STAGES = [("demos", "demo"), ("sft", "train"), ("online", "online"), ("after", "eval")]
@@ -235,3 +235,9 @@ def test_two_runs_beside_each_other(run, tmp_path, capsys):
     assert picture.stat().st_size > 10_000
     assert runs.main(["compare", str(run)]) == 2
     assert "expected two runs or more" in capsys.readouterr().err
+
+
+def test_the_page_says_what_people_did_to_the_run():
+    told = _acts({"acts": {"start": 2, "verdict": 3, "serve": 1, "published": 1}, "by": ["bo", "alice (console)"]})
+    assert told == ["acts of bo, alice (console): verdict 3, serve 1 (tools/operate.py log, acts.jsonl)"]
+    assert _acts({"acts": {"start": 2}, "by": []}) == []
