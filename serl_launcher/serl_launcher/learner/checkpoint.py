@@ -107,7 +107,7 @@ def _put_in_place(part: Path, folder: Path) -> None:
     shutil.rmtree(before, ignore_errors=True)
 
 
-def load(folder: Path, mapped: bool) -> tuple[Mapping[str, Tensor], dict[str, Any], dict[str, Any]]:
+def load(folder: Path, mapped: bool = False) -> tuple[Mapping[str, Tensor], dict[str, Any], dict[str, Any]]:
     """tensors (read as they are asked for), optimizer state on the host, state of a whole checkpoint.
 
     mapped: the optimizer's file is mapped into memory and not read, for state that goes to a card tensor by tensor; a
