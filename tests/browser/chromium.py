@@ -129,7 +129,7 @@ class Page:
 
     def _key(self, kind: str, key: str) -> None:
         name, code, text = KEYS.get(key, (key, ord(key.upper()[0]), key))
-        self.call("Input.dispatchKeyEvent", type=kind, key=name, windowsVirtualKeyCode=code,
+        self.call("Input.dispatchKeyEvent", type=kind, key=name, code=f"Key{key.upper()}", windowsVirtualKeyCode=code,
                   text=text if kind == "keyDown" else "")  # fmt: skip
 
     def screenshot(self, path: Path, whole: bool = True) -> None:

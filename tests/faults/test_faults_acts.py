@@ -1,18 +1,22 @@
-"""Ten acts of an operator while gateway, trainer and policy server are killed at random moments: each holds afterwards.
+"""Ten acts of an operator while gateway, trainer, console and policy server are killed at random moments: each holds.
 
-A whole run as a user starts it. An act that was answered is in the ledger once and in force; one that was not is sent
-again with its id.
+A whole run as a user starts it. Every second act is sent as the console's page sends it. An act that was answered is in
+the ledger once and in force; one that was not is sent again with its id.
 """
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import random
 import threading
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,17 @@ from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
 from serl_transport.contract.errors import NotReady, Refused, ServerSilent, StorageFull
 
-VICTIMS = ["serl_launcher.gateway", "serl_launcher.learner", "serl_launcher.gateway", "serl_launcher.serving"]
+GATEWAY, TRAINER, CONSOLE, POLICY = (f"serl_launcher.{role}" for role in ("gateway", "learner", "console", "serving"))
+VICTIMS = [GATEWAY, TRAINER, CONSOLE, GATEWAY, POLICY]
+AWAY = (
+    ServerSilent,
+    NotReady,
+    StorageFull,
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ConnectionError,
+    TimeoutError,
+)
 STAGES = "[{name: demos, mode: demo, episodes: 4}, {name: sft, mode: train, steps: 40}, " \
     "{name: online, mode: online, steps: 1000000}, {name: after, mode: eval, episodes: 3}]"  # fmt: skip
 
@@ -44,22 +58,36 @@ class Alice:
         killer = threading.Timer(self._random.uniform(0.0, 0.08), self._kill, [victim])
         killer.start()
         body["id"] = uuid.uuid4().hex
-        reply = self._ask(request, body)
+        send = self._by_page if len(self.answered) % 2 else self._directly
+        reply = self._ask(send, request, body)
         killer.join()
         self.answered[body["id"]] = reply["act"]
         return reply
 
     def refused(self, request: str, **body: Any) -> None:
         with pytest.raises(Refused):
-            self._ask(request, body)
+            self._ask(self._directly, request, body)
 
-    def _ask(self, request: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _directly(self, request: str, body: dict[str, Any]) -> dict[str, Any]:
+        return self._client.request(request, body, timeout_ms=5000)
+
+    def _by_page(self, request: str, body: dict[str, Any]) -> dict[str, Any]:
+        """As the console's page posts it."""
+        place = json.loads((self._run.folder / "console.json").read_text())
+        here = f"http://127.0.0.1:{place['port']}"
+        asked = json.dumps({"request": request, "payload": body, "person": "alice"}).encode()
+        headers = {"Origin": here, "Content-Type": "application/json"}
+        post = urllib.request.Request(f"{here}/act?t={place['token']}", asked, headers)
+        with urllib.request.urlopen(post, timeout=70) as answer:
+            return json.loads(answer.read())["reply"]
+
+    def _ask(self, send: Callable[..., dict[str, Any]], request: str, body: dict[str, Any]) -> dict[str, Any]:
         """The answer, or the refusal; a learner that is away is asked again."""
         deadline = time.monotonic() + 120
         while True:
             try:
-                return self._client.request(request, body, timeout_ms=5000)
-            except (ServerSilent, NotReady, StorageFull):
+                return send(request, body)
+            except AWAY:
                 assert time.monotonic() < deadline, f"{request} was never answered"
                 time.sleep(0.1)
 
@@ -67,9 +95,13 @@ class Alice:
         self._client.stop()
 
     def _kill(self, module: str) -> None:
-        with contextlib.suppress(AssertionError):  # it is dead already
-            self._run.kill(module)
-            self.killed[module] += 1
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(AssertionError):  # it is dead, and not started again yet
+                self._run.kill(module)
+                self.killed[module] += 1
+                return
+            time.sleep(0.02)
 
 
 def lines(run: Run) -> list[dict[str, Any]]:
@@ -86,7 +118,9 @@ def episodes(run: Run) -> list[dict[str, Any]]:
 
 @pytest.mark.faults
 @pytest.mark.timeout(900)
-def test_ten_acts_hold_however_often_gateway_trainer_and_policy_server_are_killed(tmp_path: Path, free_ports) -> None:
+def test_ten_acts_hold_however_often_gateway_trainer_console_and_policy_server_are_killed(
+    tmp_path: Path, free_ports
+) -> None:
     words = [f"schedule.stages={STAGES}", "trainer.keep_params=3", "exporter.video=false", "rollout.video_every=0"]
     with Run(tmp_path, free_ports, *words, stages_of_its_own=True) as run:
         run.wait_for(lambda s: s["counts"]["online"] >= 3 and s["trainer"]["version"] >= 5, 300)
@@ -102,8 +136,8 @@ def test_ten_acts_hold_however_often_gateway_trainer_and_policy_server_are_kille
     kept = {row["id"]: {key: value for key, value in row.items() if key != "crc32"} for row in rows}
     assert all(kept[act_id] == act for act_id, act in alice.answered.items())  # what was answered is there
     assert len(alice.answered) == 10
-    assert alice.killed["serl_launcher.gateway"] >= 3
-    assert alice.killed["serl_launcher.learner"] >= 2
+    assert (alice.killed[GATEWAY] >= 3, alice.killed[TRAINER] >= 2, alice.killed[CONSOLE] >= 1) == (True,) * 3
+    assert {act["by"] for act in alice.answered.values()} == {"alice", "alice (console)"}
     assert summary["operators"]["served"] == pinned
     assert summary["operators"]["ended_stages"] == ["online"]
 
@@ -130,7 +164,7 @@ def hold_all_at_once(run: Run, alice: Alice) -> int:
         lambda s: (
             s["serving"].get("version") == pinned
             and s["serving"]["alive"]
-            and (s["trainer"]["waits"] or "").startswith("alice paused the training")
+            and (s["trainer"]["waits"] or "").startswith("alice (console) paused the training")
             and not s["operator"]["publish_wanted"]
         ),
         240,

@@ -75,7 +75,7 @@ def test_no_keys_matter_on_a_network_alone_and_other_actors_keys_are_told(report
     check_keys(report, None, "robot-1", False)
     assert only(report, OK).check == "keys"
     check_keys(report, None, "robot-1", True)
-    assert "whoever reaches it may drive" in only(report, WARNING).says
+    assert "whoever reaches the learner may drive" in only(report, WARNING).says
     check_keys(report, str(tmp_path / "none"), "robot-1", True)
     assert "no such folder" in only(report, FAILURE).says
     report.findings.clear()
@@ -173,7 +173,7 @@ def test_without_torch_nothing_is_said_of_cuda(report):
 def test_as_a_robot_host_runs_it(repo_root, tmp_path):
     """Without the learner's packages: what could not be looked at says so, and nothing ends in a traceback."""
     tool = str(repo_root / "tools/doctor.py")
-    asked = [[*ABSENT, "mujoco"], [tool], ["--json", f"runs_dir={tmp_path}"]]
+    asked = [[*ABSENT, "mujoco"], [tool], ["--json", f"runs_dir={tmp_path}", "ip=10.255.1.1"]]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(asked)], capture_output=True, text=True, timeout=120, cwd=repo_root,
     )  # fmt: skip
@@ -184,6 +184,8 @@ def test_as_a_robot_host_runs_it(repo_root, tmp_path):
     skipped = {finding["check"] for finding in found["findings"] if finding["level"] == SKIPPED}
     assert {"ports", "torch", "renderer"} <= skipped
     assert {finding["check"] for finding in found["findings"] if finding["level"] == OK} >= {"python", "loopback"}
+    (keys,) = [finding for finding in found["findings"] if finding["check"] == "keys"]
+    assert "tools/keygen.py" in keys["fix"]
     assert all(finding["fix"] for finding in found["findings"] if finding["level"] in (FAILURE, WARNING))
 
 

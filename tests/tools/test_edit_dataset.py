@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import runs
 from lab_dataset import lab_dataset
 from run_samples import SPEC, entries, episode, write_config, write_journal
 
@@ -40,6 +41,12 @@ def make_run(folder: Path, first: int = 0, video: bool = False) -> Path:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("runs") / "night1")
+
+
+@pytest.fixture
+def without_lerobot(monkeypatch):
+    """LeRobot opens what the first test and that of the videos write; here it would take most of the time."""
+    monkeypatch.setattr("serl_launcher.curation.check._open_with_lerobot", lambda *_: None)
 
 
 @pytest.fixture
@@ -76,6 +83,10 @@ def test_what_is_chosen_is_what_comes_out_row_by_row(run, tmp_path, capsys):
     np.testing.assert_allclose(stats["observation.state"]["q90"], np.quantile(state, 0.9, axis=0))
     assert stats["index"]["max"] == [9]
     assert not list(tmp_path.glob(".*part"))
+    assert runs.main(["show", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert f"source {run}, digest {before}, episodes [0, 4]" in told
+    assert "--success yes --mode demo" in told
 
 
 def test_the_same_by_what_is_said_of_versions_help_actor_and_prompt(run):
@@ -95,7 +106,9 @@ def test_the_same_by_what_is_said_of_versions_help_actor_and_prompt(run):
         picked(drop={9})
 
 
-def test_what_a_person_said_afterwards_counts_and_what_was_thrown_away_stays_out(run, tmp_path, capsys):
+def test_what_a_person_said_afterwards_counts_and_what_was_thrown_away_stays_out(
+    run, tmp_path, capsys, without_lerobot
+):
     labels = Relabelled(run)
     labels.add({"episode-1": True, "episode-2": False}, "alice", "2026-11-30T12:00:00")
     labels.save()
@@ -111,7 +124,7 @@ def test_what_a_person_said_afterwards_counts_and_what_was_thrown_away_stays_out
     assert (one.said_by, one.row["truncated_by"], one.discarded) == ("human", "", False)
 
 
-def test_two_runs_merge_and_prompts_are_renamed(run, tmp_path, capsys):
+def test_two_runs_merge_and_prompts_are_renamed(run, tmp_path, capsys, without_lerobot):
     other = make_run(tmp_path / "night2", first=10)
     out = tmp_path / "both"
     words = ["copy", str(out), str(run), str(other), "--rename", "touch the wall", "touch the green wall"]
@@ -146,7 +159,7 @@ def test_videos_go_whole_and_what_nothing_refers_to_is_told(tmp_path, capsys):
             np.testing.assert_array_equal(pictures, old.images(range(there, there + end - first))[camera])
 
 
-def test_a_split_has_every_episode_once(run, tmp_path):
+def test_a_split_has_every_episode_once(run, tmp_path, without_lerobot):
     assert tool.main(["split", str(tmp_path / "s"), str(run), "train=0.5", "held_out=0.5", "--seed", "3"]) == 0
     parts = [[row[0] for row in said(tmp_path / "s" / name)] for name in ("train", "held_out")]
     assert sorted(parts[0] + parts[1]) == list(range(6))
@@ -154,7 +167,7 @@ def test_a_split_has_every_episode_once(run, tmp_path):
     assert all(part == sorted(part) for part in parts)
 
 
-def test_a_change_on_the_way_is_found(run, tmp_path):
+def test_a_change_on_the_way_is_found(run, tmp_path, without_lerobot):
     out = tmp_path / "out"
     assert tool.main(["copy", str(out), str(run)]) == 0
     sources = [Opened(str(run), 0)]

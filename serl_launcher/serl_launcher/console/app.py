@@ -15,6 +15,8 @@ import logging
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -37,6 +39,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 LOOK_S, VIEW_S, BEAT_S = 1.0, 0.2, 0.5
 PATIENCE_S = 2.0  # for the gateway's answer to `views`
 MESSAGE_BYTES, ACT_BYTES = 8 << 10, 16 << 10
+PAGES, ACTS = 32, 4  # websockets that are served; acts that wait for the gateway at a time, others behind them
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -57,6 +60,7 @@ class Console:
         self._feed = Feed(paths)
         self._files = {entry.name: entry.read_bytes() for entry in files(__package__).joinpath("page").iterdir()}
         self._pages = 0  # that are open
+        self._acts = ThreadPoolExecutor(ACTS, "act")  # a slow act must not hold up a frame
         self._opened = asyncio.Event()
         self._views: dict[str, Any] = {}  # actor -> its newest `live`, pictures as data URLs
         self._hands: dict[str, Any] = {}
@@ -89,6 +93,7 @@ class Console:
             for task in tasks:
                 task.cancel()
             await runner.cleanup()
+            self._acts.shutdown(wait=False, cancel_futures=True)
             self._operator.close()
 
     def _context(self) -> ssl.SSLContext | None:
@@ -146,13 +151,16 @@ class Console:
             return web.json_response({"error": f"expected request, payload and person: {error}"}, status=400)
         log.warning("%s asks: %s %s", person, kind, printable(json.dumps(payload)))
         try:
-            reply = await asyncio.to_thread(self._operator.request, kind, payload | {"person": person})
+            ask = partial(self._operator.request, kind, payload | {"person": person})
+            reply = await asyncio.get_running_loop().run_in_executor(self._acts, ask)
         except WireError as refusal:
             log.warning("%s was refused %s: %s", person, kind, refusal.message)
             return web.json_response({"error": f"{refusal.code}: {refusal.message}"}, status=409)
         return web.json_response({"reply": reply})
 
     async def _websocket(self, request: web.Request) -> web.WebSocketResponse:
+        if self._pages >= PAGES:
+            raise web.HTTPServiceUnavailable(text=f"{PAGES} pages are open, as many as this console serves")
         socket = web.WebSocketResponse(heartbeat=10.0, max_msg_size=MESSAGE_BYTES)
         await socket.prepare(request)
         driver = Driver(self._operator.request, socket.send_json)

@@ -13,12 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from serl_transport import TrainerClient, TrainerConfig
 from serl_transport.contract.errors import Refused
 
-TIMEOUT_MS = 3000
-ACT_MS = 60_000  # `serve` compares the checksum of a version, which may be large
+FRAME_MS, ACT_MS = 3000, 10_000
+SERVE_MS = 60_000  # it compares the checksum of a version, which may be large
 
 
 class ConsoleOperator:
-    """One connection, opened by the first request. Thread-safe; calls wait, for TIMEOUT_MS or, an act, ACT_MS."""
+    """One connection, opened by the first request. Thread-safe; every call may wait for some seconds."""
 
     def __init__(self, name: str, host: str, config: TrainerConfig) -> None:
         self._name, self._host, self._config = name, host, config
@@ -35,7 +35,7 @@ class ConsoleOperator:
 
     def request(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
         """The gateway's answer. Raises its typed WireError, or Refused where this console has no key to act by."""
-        timeout_ms = TIMEOUT_MS if kind == "drive" else ACT_MS
+        timeout_ms = {"drive": FRAME_MS, "serve": SERVE_MS}.get(kind, ACT_MS)
         return self._connected().request(kind, payload, timeout_ms=timeout_ms)
 
     def close(self) -> None:
@@ -51,7 +51,7 @@ class ConsoleOperator:
                 try:
                     self._client = TrainerClient(
                         self._name, self._host, self._config,
-                        role="operator", wait_for_server=False, timeout_ms=TIMEOUT_MS,
+                        role="operator", wait_for_server=False, timeout_ms=FRAME_MS,
                     )  # fmt: skip
                 except ValueError as mistake:  # no key file
                     raise Refused(f"this console may only look: {mistake}, --operator {self._name}") from None

@@ -349,7 +349,7 @@ class Gateway:
             self.tickets.skip_seeds(stage, count)
 
     def _announce_params(self, version: int) -> None:
-        log.info("policy version %d is published", version)
+        log.info("actors are told of policy version %d", version)
         self.server.announce_params(version)
 
     def _every_second(self) -> None:

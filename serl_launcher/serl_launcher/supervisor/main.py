@@ -13,7 +13,7 @@ from serl_launcher.run.record import note_start
 from serl_launcher.supervisor.demos import import_demos
 from serl_launcher.supervisor.noted import start_act
 from serl_launcher.supervisor.roles import roles_for
-from serl_launcher.supervisor.run_folder import RunError, prepare
+from serl_launcher.supervisor.run_folder import RunError, RunFolder, prepare
 from serl_launcher.supervisor.supervisor import DONE, GAVE_UP, USER_MISTAKE, Supervisor
 from serl_launcher.telemetry.journal_page import JournalPage
 from serl_launcher.telemetry.registry import update
@@ -61,26 +61,37 @@ def main(cfg: DictConfig) -> int:
         except KeyboardInterrupt:
             print("learner: interrupted while demonstrations were imported; the next start goes on", file=sys.stderr)
             return INTERRUPTED
-        page = JournalPage(folder.paths, lambda text: print(text, flush=True))
-        try:
-            note_start(folder.paths, "learner", sys.argv[1:], folder.state)
-            page.start()
-            update(folder.paths.root)
-        except OSError as error:
-            print(f"learner: {folder.paths.root} takes no record of this start: {error}", file=sys.stderr)
-            return USER_MISTAKE
-        supervisor = Supervisor(
-            folder.paths,
-            roles_for(cfg, folder.paths, folder.stages),
-            dashboard_period_s=cfg.telemetry.dashboard_period_s,
-            ends=bool(folder.stages),
-            console=folder.console,
-            page=page,
-        )
-        code = supervisor.run()
-        page.end(how_it_ended(code))
-        _update_index(folder.paths)
-        return code
+        return supervise(cfg, folder)
+
+
+def supervise(cfg: DictConfig, folder: RunFolder) -> int:
+    """Write the start down, keep the roles alive to the end, write the end down; the exit code."""
+    try:
+        page = note(folder)
+    except OSError as error:
+        print(f"learner: {folder.paths.root} takes no record of this start: {error}", file=sys.stderr)
+        return USER_MISTAKE
+    supervisor = Supervisor(
+        folder.paths,
+        roles_for(cfg, folder.paths, folder.stages),
+        dashboard_period_s=cfg.telemetry.dashboard_period_s,
+        ends=bool(folder.stages),
+        console=folder.console,
+        page=page,
+    )
+    code = supervisor.run()
+    page.end(how_it_ended(code))
+    _update_index(folder.paths)
+    return code
+
+
+def note(folder: RunFolder) -> JournalPage:
+    """This start in the run's record, on its page and in the index of runs. OSError when the disk refuses."""
+    note_start(folder.paths, "learner", sys.argv[1:], folder.state)
+    page = JournalPage(folder.paths, lambda text: print(text, flush=True))
+    page.start()
+    update(folder.paths.root)
+    return page
 
 
 def how_it_ended(code: int) -> str:

@@ -21,7 +21,8 @@ def examine(report: Report, root: Path, config: Mapping[str, Any]) -> None:
     check_environment(report, root)
     check_disk(report, Path(config["runs_dir"]), learner)
     security = config.get("security") or {}
-    exposed = not is_loopback(str(config["bind_host"])) and not config.get("insecure")
+    ends = [str(end) for end in (config["bind_host"], config.get("ip")) if end is not None]
+    exposed = not config.get("insecure") and not all(map(is_loopback, ends))
     check_keys(report, security.get("keys_dir"), str(config["unique_identifier"]), exposed)
     check_secret_files(report, dict(references(config)))
     check_loopback(report)

@@ -62,7 +62,9 @@ def check_keys(report: Report, keys_dir: str | None, name: str, open_to_network:
     if not keys_dir:
         fix = "tools/keygen.py FOLDER --actor <name>, then security.keys_dir=FOLDER on both sides"
         if open_to_network:
-            report.warn("keys", "none, and bind_host is no loopback: whoever reaches it may drive", fix)
+            report.warn(
+                "keys", "none, and bind_host= or ip= is no loopback: whoever reaches the learner may drive", fix
+            )
         else:
             report.ok("keys", "none; on loopback none is needed")
         return

@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import ssl
 import stat
+import subprocess
 
 import aiohttp
+import keygen
 import pytest
 from gateway_samples import serving
 from omegaconf import OmegaConf
@@ -21,7 +24,7 @@ from serl_launcher.run.acts import ActsLedger
 from serl_launcher.run.console import ConsolePlace, check_console, lay_out
 from serl_launcher.run.paths import RunPaths
 from serl_transport.config import TrainerConfig
-from serl_transport.contract.errors import Refused
+from serl_transport.contract.errors import Refused, Unauthorized
 
 KEYS = {"port": "auto", "host": "127.0.0.1", "hosts": [], "name": "console", "tls_cert": None, "tls_key": None}
 
@@ -264,3 +267,43 @@ def test_a_console_without_a_key_may_only_look(tmp_path):
     operator = ConsoleOperator("console", "127.0.0.1", TrainerConfig(1, 2, keys_dir=str(tmp_path)))
     with pytest.raises(Refused, match=r"this console may only look: no key file .*console\.secret"):
         operator.request("pause", {})
+
+
+def test_with_a_certificate_the_page_is_https_and_its_cookie_secure(paths, tmp_path):
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert], capture_output=True,
+    )  # fmt: skip
+    if made.returncode:
+        pytest.skip("no openssl on this machine to make a certificate")
+    key.chmod(0o600)
+
+    async def talk():
+        cfg = config(tls_cert=str(cert), tls_key=str(key))
+        place = lay_out(cfg, paths)
+        operator = ConsoleOperator("console", "127.0.0.1", TrainerConfig(1, 2))
+        trusted = ssl.create_default_context(cafile=str(cert))
+        async with Console(cfg, paths, place, operator).listening(), aiohttp.ClientSession() as session:
+            async with session.get(place.url, ssl=trusted) as answer:
+                assert answer.status == 200
+                assert "Secure" in answer.headers["Set-Cookie"]
+            plain = place.url.replace("https", "http")
+            with pytest.raises(aiohttp.ClientError):
+                await session.get(plain)
+
+    asyncio.run(talk())
+
+
+def test_with_keys_the_console_acts_by_its_own(paths, tmp_path):
+    keys = tmp_path / "keys"
+    assert keygen.main([str(keys), "--operator", "console", "--actor", "robot-1"]) == 0
+    with serving(paths.root, security={"keys_dir": str(keys), "allow_list": None}) as gateway:
+        ports = TrainerConfig(gateway.port, gateway.broadcast_port, keys_dir=str(keys))
+        operator = ConsoleOperator("console", "127.0.0.1", ports)
+        assert operator.request("pause", {"person": "ann"})["act"]["by"] == "ann (console)"
+        operator.close()
+        robot = ConsoleOperator("robot-1", "127.0.0.1", ports)
+        with pytest.raises(Unauthorized):
+            robot.request("resume", {"person": "ann"})
+        robot.close()

@@ -10,9 +10,10 @@ from gateway_samples import connected, serving
 from replay_samples import SPEC
 
 from serl_launcher.run.acts import ActsLedger
+from serl_launcher.run.internal import InternalClient
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
-from serl_transport.contract.errors import Unauthorized, WireError
+from serl_transport.contract.errors import BadFrame, Refused, Unauthorized, WireError
 from serl_transport.security.allow_list import OPERATOR_REQUESTS
 
 
@@ -68,3 +69,32 @@ def test_with_keys_an_actor_steers_nothing(tmp_path: Path) -> None:
             operator(gateway)  # no keys
         actor.stop()
         alice.stop()
+
+
+def test_goals_and_ends_of_stages_hold_over_a_restart(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with serving(run) as gateway:
+        alice = operator(gateway)
+        alice.request("set", {"key": "schedule.stages.demos.episodes", "value": 1})
+        assert gateway.status()["stage"]["episodes_goal"] == 1
+        alice.request("end_stage", {"stage": "demos"})
+        assert gateway.status()["stage"]["name"] == "sft"  # demos trains nothing: at once
+        with pytest.raises(Refused, match="stage demos is over"):
+            alice.request("set", {"key": "schedule.stages.demos.episodes", "value": 5})
+        with pytest.raises(BadFrame, match=r"unknown key 'stag'; did you mean 'stage'"):
+            alice.request("end_stage", {"stag": "sft"})
+        act = alice.request("end_stage", {"person": "bo"})["act"]
+        assert act["by"] == "bo (alice)"  # bo, at alice's console
+        assert gateway.status()["stage"]["name"] == "sft"  # what it has learned is published first
+        alice.stop()
+    with serving(run) as gateway:
+        assert gateway.status()["stage"]["name"] == "sft"
+        assert gateway.status()["operator"]["publish_wanted"] == act["n"]
+        trainer = InternalClient(run, "trainer", patience_s=10)
+        trainer.hello()
+        trainer.progress(step=3, stage_steps={"sft": 3}, version=4, obeyed=act["n"])
+        stage = gateway.status()["stage"]
+        assert (stage["name"], stage["min_version"]) == ("before", 4)
+        trainer.close()
+    with serving(run) as gateway:
+        assert (gateway.status()["stage"]["name"], gateway.status()["operator"]["publish_wanted"]) == ("before", 0)

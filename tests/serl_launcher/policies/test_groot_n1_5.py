@@ -17,6 +17,8 @@ from serl_launcher.policies.groot.trainable import TUNE
 from serl_launcher.policies.groot_n1_5.build import build_groot_n1_5, meta_groot_n1_5
 from serl_launcher.policies.groot_n1_5.inputs import EagleInputs, Pictures
 from serl_launcher.policies.groot_n1_5.sizes import FullN15Size
+from serl_launcher.policies.parameter_table import parameter_table
+from serl_launcher.policies.precision import hold
 
 REFERENCE = json.loads((Path(__file__).parent / "n1_5_reference.json").read_text())
 POOLING = "backbone.eagle_model.vision_model.vision_model.head."
@@ -118,6 +120,16 @@ def test_checkpointing_changes_no_gradient_and_the_flags_say_what_trains():
         assert [f for f, start in where.items() if any(n.startswith(start) for n in trains)] == [flag]
 
 
+def test_half_precision_as_it_is_served_stays_near(policy):
+    half, noise = random_policy(precision="bfloat16", mask_padding=False), chunk_noise_time()[1]
+    hold(half, "bfloat16", masters=False)
+    assert half.core.action_head.future_tokens.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        want = sample(policy, policy.encode(observation()), noise, steps=STEPS)
+        close(sample(half, half.encode(observation()), noise, steps=STEPS), want, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.slow
 def test_adapters_train_and_are_merged_into_the_export(tmp_path):
     adapted = random_policy(train="lora", lora_rank=2)
     names = [name for name, p in adapted.named_parameters() if p.requires_grad and ".lora_A" in name]
@@ -286,6 +298,29 @@ def test_a_folder_of_lerobot_s_groot_type_is_read_and_written_back(folder, tmp_p
     assert (written / "pre.safetensors").is_file()
 
 
+def test_a_new_embodiment_starts_with_a_datasets_statistics_and_takes_them_along(folder, tmp_path):
+    base = edited(folder, tmp_path, "experiment_cfg/metadata.json", lambda c: c.pop("new_embodiment"))
+    stats = {
+        "observation.state": {"min": [-1, -2, 0], "max": [1, 2, 4]},
+        "action": {"min": [-0.01, -1], "max": [0.01, 1]},
+    }
+    parts = {
+        "state": {"arm": {"start": 0, "end": 2}, "gripper": {"start": 2, "end": 3}},
+        "action": {"arm": {"start": 0, "end": 1}, "gripper": {"start": 1, "end": 2}},
+        "video": {"front": {}, "wrist": {}},
+    }
+    (tmp_path / "data" / "meta").mkdir(parents=True)
+    (tmp_path / "data" / "meta" / "stats.json").write_text(json.dumps(stats))
+    (tmp_path / "data" / "meta" / "modality.json").write_text(json.dumps(parts))
+    policy = loaded(base, statistics=str(tmp_path / "data"))
+    close(policy.state_units.to_model(torch.tensor([[0.0, 2.0, 1.0]])), [[0.0, 1.0, -0.5]])
+    again = loaded(policy.save(tmp_path / "out"))
+    close(again.action_units.scale, [0.01, 1.0])
+    entry = json.loads((tmp_path / "out" / "experiment_cfg" / "metadata.json").read_text())["new_embodiment"]
+    assert list(entry["modalities"]["action"]) == ["arm", "gripper"]
+    assert entry["modalities"]["state"]["arm"]["shape"] == [2]
+
+
 def test_prompts_and_pictures_are_prepared_as_theirs(tmp_path):
     from tokenizers import AddedToken
     from transformers import AutoTokenizer
@@ -331,3 +366,7 @@ def test_the_released_size_is_counted_without_memory():
     assert 1.3e9 < parts["backbone"] < 1.4e9
     assert 1.0e9 < parts["action_head"] < 1.2e9
     assert not any(p.requires_grad for p in policy.backbone.parameters())
+    rows = {line[:26].strip(): line[26:].split() for line in parameter_table(policy).splitlines()[1:]}
+    assert "action projections" not in rows
+    assert rows["vision tower"][0] == "0"
+    assert 4.0e8 < int(rows["vision tower"][1].replace(",", "")) < 4.2e8

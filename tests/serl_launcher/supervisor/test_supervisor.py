@@ -341,3 +341,15 @@ def test_ctrl_c_ends_the_wait_for_the_last_episodes(paths):
     code, text = run(paths, role(paths, "gateway", writing(paths, status)), role(paths, "policy", stopper))
     assert code == 130
     assert "SIGINT: not waiting for b, stopping the roles (once more: at once)" in text
+
+
+def test_the_consoles_address_stays_on_a_terminal_and_is_no_part_of_a_log(paths):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    paths.status.write_text('{"run": "demo"}')
+    for out, shown in ((Terminal(), ["  console    http://127.0.0.1:5592/?t=word"]), (io.StringIO(), [])):
+        supervisor = Supervisor(paths, [], out=out, console="http://127.0.0.1:5592/?t=word")
+        supervisor._status.look(1.0)
+        assert [line for line in supervisor._lines({}) if "console" in line] == shown

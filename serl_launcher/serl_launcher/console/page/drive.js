@@ -50,7 +50,7 @@ class Drive {
     this.letGo("");
     this.#actor = name;
     this.#echo = 0;
-    this.#held = new Set();
+    this.#held = new Map(); // place on the keyboard -> name
     this.#padHeld = new Set();
     this.#taps = [];
     this.#sent = new Map();
@@ -95,7 +95,7 @@ class Drive {
   }
 
   #seq = 0; #echo = 0; #tap = 0; #latency = 0; #stale = null;
-  #held = new Set(); #padHeld = new Set(); #taps = []; #sent = new Map();
+  #held = new Map(); #padHeld = new Set(); #taps = []; #sent = new Map();
 
   // seq and taps are counted for the whole life of the page: the actor tells an old frame from a new one by them.
   #known(name) { return this.#panels.get(name); }
@@ -115,7 +115,7 @@ class Drive {
     this.#sent.set(++this.#seq, performance.now());
     if (this.#sent.size > 100) this.#sent.delete(this.#sent.keys().next().value);
     this.#tell(this.#actor, {
-      seq: this.#seq, echo: this.#echo, held: [...this.#held, ...down].slice(0, 16), axes: pad ? axesOf(pad) : {},
+      seq: this.#seq, echo: this.#echo, held: [...new Set([...this.#held.values(), ...down])].slice(0, 16), axes: pad ? axesOf(pad) : {},
       taps: this.#taps.map((tap) => [tap.number, tap.key]),
     });
   }
@@ -124,13 +124,20 @@ class Drive {
 
   /** A key of the keyboard; true: it was ours. */
   key(event) {
-    if (!this.#actor || event.ctrlKey || event.metaKey || event.altKey) return false;
+    if (!this.#actor) return false;
     if (event.key === "Escape") { this.letGo("Esc"); return true; }
+    // By its place: with another key down meanwhile (shift) the same one may come up under another name.
+    const wasHeld = event.type === "keyup" && this.#held.delete(event.code);
+    if (["Meta", "Control", "Alt"].includes(event.key)) this.#held.clear(); // some systems tell no release beside these
+    if (wasHeld) this.#send();
+    if (event.ctrlKey || event.metaKey || event.altKey) return wasHeld;
     const name = NAMES[event.key] || (event.key.length === 1 ? event.key.toLowerCase() : null);
     if (!name) return false;
-    if (event.type === "keydown" && !event.repeat) { this.#held.add(name); this.#press(name); }
-    if (event.type === "keyup") this.#held.delete(name);
-    if (!event.repeat) this.#send();
+    if (event.type === "keydown" && !event.repeat) {
+      this.#held.set(event.code, name);
+      this.#press(name);
+      this.#send();
+    }
     return true;
   }
 }

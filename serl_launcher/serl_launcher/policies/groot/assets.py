@@ -189,7 +189,8 @@ def _part(stats: dict[str, Any], entry: dict[str, Any], column: str, dataset: st
     if key not in stats:
         raise CheckpointError(f"policy.statistics={dataset}: no statistics of column {key!r}")
     names = [name for name in ("min", "max", "mean", "std", "q01", "q99") if name in stats[key]]
-    return {name: list(np.atleast_1d(stats[key][name])[entry.get("start") : entry.get("end")]) for name in names}
+    span = slice(entry.get("start"), entry.get("end"))
+    return {name: np.atleast_1d(np.asarray(stats[key][name], np.float64))[span].tolist() for name in names}
 
 
 def _lerobot(found: Checkpoint) -> _Raw:

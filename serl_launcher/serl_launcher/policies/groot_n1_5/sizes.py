@@ -40,7 +40,7 @@ class FullN15Size:
 
 @dataclass(frozen=True, slots=True)
 class TinyN15Size:
-    """Widths and depths of a tiny GR00T N1.5: the same modules, 0.4M parameters, built offline."""
+    """Widths and depths of a tiny GR00T N1.5: the same modules, 1.1M parameters, built offline."""
 
     hashed: ClassVar[bool] = True
     width: int = 64  # of the language model; 4 heads
