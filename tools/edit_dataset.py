@@ -210,12 +210,12 @@ def shared(text: str) -> tuple[str, float]:
     return name, value
 
 
-def for_groot(args: argparse.Namespace, _words: str) -> None:
+def for_groot(args: argparse.Namespace, words: str) -> None:
     """One source, whole, in GR00T's layout."""
     modality = json.loads(args.modality.read_text(encoding="utf-8")) if args.modality else None
 
     def fill(part: Path) -> None:
-        used = write_groot(part, args.source, modality)
+        used = write_groot(part, args.source, words, modality)
         rows = check_groot(part, args.source)
         for section in ("state", "action"):
             told = ", ".join(f"{name} {part['start']}:{part['end']}" for name, part in used[section].items())

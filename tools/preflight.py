@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from flowserl_cli.compose import load_config
 from serl_launcher.datasets.dataset import Dataset
@@ -46,24 +47,30 @@ def machine(args: argparse.Namespace) -> tuple[str, float | None, float | None]:
     return name, args.gpu_gb or memory, args.tflops or peak
 
 
+def cost_of(cfg: DictConfig, policy: nn.Module, spec: TaskSpec, flow_steps: int) -> Estimate:
+    """Costs in the batches of a config; `policy` is held as the policy server's afterwards."""
+    noise_samples, questions = cfg.algo.agent.get("noise_samples", 1), cfg.serving.max_batch
+    batch = cfg.trainer.batch_size
+    return estimate(policy, spec, flow_steps, batch=batch, noise_samples=noise_samples, questions=questions)
+
+
 def report(cfg: DictConfig, cost: Estimate, args: argparse.Namespace) -> tuple[list[str], bool]:
     """Lines on memory, batch and time, and whether the batch fits (True when memory is unknown)."""
     name, memory, peak = machine(args)
-    batch, devices, served = cfg.trainer.batch_size, cfg.launch.num_processes, cfg.serving.max_batch
-    training = (cost.training_fixed + batch * cost.activations) / GB
-    serving = (cost.serving_fixed + served * cost.serving_sample) / GB
+    batch, devices, questions = cfg.trainer.batch_size, cfg.launch.num_processes, cfg.serving.max_batch
     lines = [
         f"machine    {name}" + (f", {memory:.0f} GB" if memory else "") + (f", {peak:g} TFLOP/s" if peak else ""),
         f"batch      {batch} per device × {devices} devices = {batch * devices} samples a step",
-        f"training   {training:.2f} GB = {cost.training_fixed / GB:.2f} weights, gradients, Adam, average "
-        f"+ {batch} × {cost.activations / GB:.4f} activations",
-        f"serving    {serving:.2f} GB = {cost.serving_fixed / GB:.2f} weights and staged copy "
-        f"+ {served} × {cost.serving_sample / GB:.4f} prefix",
+        f"loading    {cost.loading / GB:.2f} GB",
+        f"training   {cost.training / GB:.2f} GB = {cost.weights / GB:.2f} weights + {cost.optimizer / GB:.2f} Adam, "
+        f"average + {cost.step / GB:.2f} the step's own; {cost.sample / GB:.4f} for one more sample",
+        f"serving    {cost.serving / GB:.2f} GB = {cost.served / GB:.2f} weights + {cost.staged / GB:.2f} staged copy "
+        f"+ {cost.answer / GB:.2f} activations of {questions} questions",
     ]
     fits = True
     if memory:
-        left = (memory * USABLE - serving) * GB - cost.training_fixed
-        largest = int(left // max(1, cost.activations))
+        left = memory * USABLE * GB - cost.serving - cost.training
+        largest = batch + int(left // max(1, cost.sample))
         fits = largest >= batch
         lines.append(f"largest    batch {max(0, largest)} beside the policy server on one device")
         if not fits:
@@ -122,13 +129,13 @@ def main(argv: list[str] | None = None) -> int:
         policy, _ = meta_policy(cfg.policy, spec, instantiate(cfg.policy.size))
         if args.flow_steps is None:
             args.flow_steps = policy.released_flow_steps
-        noise_samples = cfg.algo.agent.get("noise_samples", 1)
-        cost = estimate(policy, spec, cfg.policy.get("precision", "float32"), args.flow_steps, noise_samples)
+        table = parameter_table(policy)
+        cost = cost_of(cfg, policy, spec, args.flow_steps)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as mistake:
         print(f"preflight: {mistake}", file=sys.stderr)
         return 2
     lines, fits = report(cfg, cost, args)
-    print(parameter_table(policy), *lines, sep="\n")
+    print(table, *lines, sep="\n")
     sources = [*([Source(args.dataset)] if args.dataset else []), *read_sources(plain(cfg, "demos"))]
     wrong = [problem for source in sources for problem in look_at(source, cfg, spec)]
     return 0 if fits and not wrong else 1

@@ -73,13 +73,16 @@ def look(cfg: DictConfig, folder: Path, status: dict[str, Any]) -> list[str]:
     taught = rows if mode is None or not (mode == settings.DEMONSTRATION).any() else rows.part(mode == 0)
     found = [note for note in fit.notes if note.startswith("prompt:")]  # what a policy was never told
     more = symptoms(taught, spec, meaning, (plain(cfg, "task.safety") or {}).get("max_speed"))
+    measure(cfg, whole, spec, horizon)
+    own = settings.units_of_policy(cfg, spec)
     for key, parts, values in (
         ("observation.state", data.columns.state, data.table.state), ("action", data.columns.action, data.table.action),
     ):  # fmt: skip
+        if key == "action" and own.anchors is not None:
+            continue  # LeRobot keeps those of relative actions there; the policy's own are looked at below
         if len(parts) == 1:  # else several columns make it up, each with statistics of its own
             more += settings.statistics(stats, key, values)
-    measure(cfg, whole, spec, horizon)
-    more += settings.units(rows, spec, settings.units_of_policy(cfg, spec), bool(cfg.policy.get("checkpoint")), horizon)
+    more += settings.units(rows, spec, own, bool(cfg.policy.get("checkpoint")), horizon)
     more += settings.cameras_mapped(cfg.policy.get("cameras"), spec)
     more += settings.chunks(cfg, horizon, rows, spec)
     more += settings.latency(cfg, horizon, status.get("serving") or {}, spec)

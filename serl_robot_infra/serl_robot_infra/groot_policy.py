@@ -141,6 +141,14 @@ class GrootPolicy(BasePolicy):
     def _connect(self) -> tuple[GrootClient, Wanted]:
         if self._client is not None and self._wanted is not None:
             return self._client, self._wanted
+        try:
+            return self._greet()
+        except (ValueError, NotReady):
+            self.close()
+            raise
+
+    def _greet(self) -> tuple[GrootClient, Wanted]:
+        """A new connection, and what the server said it wants."""
         s = self._settings
         try:
             self._client = GrootClient(s.host, s.port, s.token, s.timeout_s)
@@ -148,11 +156,9 @@ class GrootPolicy(BasePolicy):
         except AccessDeniedError as error:
             raise ValueError(f"{error}: {_KEY}.token") from None
         except AnswerError as error:
-            raise ValueError(
-                f"the GR00T server at {self._where} cannot drive a robot: {printable(error.reason)[:500]}"
-            ) from None
+            reason = printable(error.reason)[:500]
+            raise ValueError(f"the GR00T server at {self._where} cannot drive a robot: {reason}") from None
         except PolicyServerError as error:
-            self.close()
             raise NotReady(f"{error} ({_KEY}.host, {_KEY}.port)") from error
         self._wanted = wanted(configs, s.layout, s.host, self._spec)
         return self._client, self._wanted

@@ -4,10 +4,13 @@ One run ends by itself; in the others (marker `soak`) trainer, gateway and actor
 acknowledged is compared with the journal and the dataset.
 """
 
+import json
 from pathlib import Path
 
 import pytest
 from whole_run import STEPS, Run, check
+
+from serl_launcher.run.files import read_sealed
 
 SECRETS = {
     "OPENPI_TOKEN": "serve-3f9a7c21d0", "WANDB_API_KEY": "4b" * 20, "HF_TOKEN": "hf_AbCdEfGh0123456789",
@@ -31,6 +34,13 @@ def test_a_small_run_goes_through_every_stage_and_ends_by_itself(tmp_path, free_
     assert len(list((run.folder / "logs").glob("*.log"))) == 6
     assert not list((run.folder / "logs").glob("*.starting"))  # every role said that it was ready
     assert "nothing lost" in check(run.folder)
+    page = (run.folder / "journal.md").read_text()
+    heads = [line.rpartition(" · ")[2] for line in page.splitlines() if line.startswith("## ")]
+    stages = [f"stage `{stage['name']}` is over" for stage in summary["stages"]]
+    assert heads == ["start 1 (learner, new)", *stages, "ended: complete"]
+    (row,) = map(json.loads, (run.folder.parent / "index.jsonl").read_text().splitlines())
+    assert (row["success_rate"], row["complete"]) == (summary["success_rate"], True)
+    assert read_sealed(max((run.folder / "checkpoints").iterdir()) / "origin.json")["run_id"] == row["run_id"]
     assert (run.folder / "config.yaml").stat().st_mode & 0o077 == 0
     assert list((run.folder / "metrics/wandb").glob("offline-run-*/*.wandb"))
     assert files_with(tmp_path, *SECRETS.values()) == []

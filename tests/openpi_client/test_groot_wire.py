@@ -1,5 +1,6 @@
 """GR00T's messages: ours and the stock serializer's are the same, and a stranger's bytes cost no more than they are."""
 
+import gc
 import io
 import threading
 import time
@@ -164,6 +165,18 @@ def test_a_server_that_dies_while_it_is_asked_is_told_at_once():
         client.call("get_action", {})
     assert time.monotonic() - began < 5
     client.close()
+
+
+def test_a_client_that_is_forgotten_holds_nothing_up():
+    """As one is whose server is refused: the collector meets its sockets in any order."""
+    server = Script()
+    client = GrootClient("127.0.0.1", server.port)
+    client.itself = client
+    del client
+    began = time.monotonic()
+    gc.collect()
+    assert time.monotonic() - began < 5
+    server.close()
 
 
 def test_what_does_not_speak_the_protocol_is_told():

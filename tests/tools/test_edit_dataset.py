@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import runs
 from lab_dataset import lab_dataset
 from run_samples import SPEC, entries, episode, write_config, write_journal
 
@@ -82,6 +83,10 @@ def test_what_is_chosen_is_what_comes_out_row_by_row(run, tmp_path, capsys):
     np.testing.assert_allclose(stats["observation.state"]["q90"], np.quantile(state, 0.9, axis=0))
     assert stats["index"]["max"] == [9]
     assert not list(tmp_path.glob(".*part"))
+    assert runs.main(["show", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert f"source {run}, digest {before}, episodes [0, 4]" in told
+    assert "--success yes --mode demo" in told
 
 
 def test_the_same_by_what_is_said_of_versions_help_actor_and_prompt(run):

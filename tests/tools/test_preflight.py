@@ -41,13 +41,14 @@ def test_expert_only_costs_less_and_parameters_are_counted_exactly():
     costs = {}
     for train in ("full", "expert"):
         policy, meta = on_meta(spec, train)
-        costs[train] = estimate(meta, spec, "float32", 10, 1)
+        costs[train] = estimate(meta, spec, 10, batch=2, noise_samples=1, questions=1)
         assert costs[train].trainable == sum(p.numel() for p in trainable(policy).values())
         total = sum(p.numel() for p in policy.parameters())
         assert costs[train].trainable + costs[train].frozen == total
-        assert costs[train].training_fixed == 4 * costs[train].frozen + 20 * costs[train].trainable
+        assert costs[train].weights == 4 * total
+        assert costs[train].optimizer == 12 * costs[train].trainable
     assert costs["expert"].train_flops < 0.6 * costs["full"].train_flops
-    assert costs["expert"].activations < costs["full"].activations
+    assert costs["expert"].sample < costs["full"].sample
     # Ten velocity steps read one prefix: less than ten whole passes.
     assert costs["full"].serve_flops < costs["full"].train_flops * 10
 
@@ -108,7 +109,7 @@ def test_the_tiny_groot_costs_what_it_is():
             {"_target_": GROOT, "tune": tune, "action_horizon": 4}, spec, TinyGrootSize(image_size=32)
         )
         real = build_groot("g", spec, "random", 0, 4, TinyGrootSize(image_size=32), tune=tune)
-        cost = estimate(policy, spec, "float32", 4, 1)
+        cost = estimate(policy, spec, 4, batch=2, noise_samples=1, questions=1)
         assert cost.trainable == sum(p.numel() for p in trainable(real).values())
         assert mode == "MIN_MAX"
         flops[llm] = cost.train_flops

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from serl_launcher.curation.rows import SourceRows
 from serl_launcher.curation.sources import EpisodeFacts, Opened, read_modality
 from serl_launcher.curation.statistics import Collected, numbers
-from serl_launcher.curation.writer import frames_in
+from serl_launcher.curation.writer import frames_in, write_origin
 from serl_launcher.datasets.dataset import Dataset, Rows
 from serl_launcher.datasets.folder import DatasetError
 from serl_launcher.exporter.features import video_info
@@ -34,11 +34,11 @@ FRAMES = 64  # decoded at once
 GRIPPER = ("grip", "jaw", "finger")  # a dim of such a name is a part of its own
 
 
-def write_groot(out: Path, source: str, modality: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def write_groot(out: Path, source: str, words: str, modality: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write a whole dataset in that layout; the modality.json that it has.
 
-    modality: as the file; None: the source's own, else parts by the names of the dims. Raises ValueError or
-    DatasetError in one line.
+    words: of the command, for the record. modality: as the file; None: the source's own, else parts by the names of
+    the dims. Raises ValueError or DatasetError in one line.
     """
     opened = Opened(source, 0)
     data = Dataset(str(opened.folder))
@@ -60,6 +60,7 @@ def write_groot(out: Path, source: str, modality: Mapping[str, Any] | None = Non
     _write_lines(out / "meta" / "tasks.jsonl", ({"task_index": k, "task": t} for k, t in enumerate(opened.tasks)))
     _write_lines(out / "meta" / "episodes.jsonl", (_episode(k, one) for k, one in enumerate(opened.episodes)))
     _write_lines(out / "meta" / "episodes_stats.jsonl", told)
+    write_origin(out, [opened], opened.episodes, words)
     return modality
 
 

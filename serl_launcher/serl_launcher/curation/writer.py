@@ -28,7 +28,7 @@ from serl_launcher.exporter.metadata import write_tasks
 from serl_launcher.exporter.statistics import vector_stats
 from serl_launcher.run.data_record import dataset_digest
 from serl_launcher.run.files import write_json, write_sealed
-from serl_launcher.run.record import EXPORTED_ORIGIN, libraries
+from serl_launcher.run.record import EXPORTED_ORIGIN, libraries, user
 from serl_launcher.run.revision import revision
 
 FILE_BYTES = 64 << 20  # of rows in memory; then a data file is written
@@ -65,7 +65,7 @@ def write(
     write_json(out / "meta" / "info.json", _info(sources[0], len(rows), frames, len(tasks)), indent=2)
     if (modality := read_modality(sources[0].folder)) is not None:
         write_json(out / "meta" / "modality.json", modality, indent=2)
-    _write_origin(out, sources, chosen, words)
+    write_origin(out, sources, chosen, words)
     return Written(len(rows), frames, tasks, unused)
 
 
@@ -208,7 +208,7 @@ def _info(source: Opened, episodes: int, frames: int, tasks: int) -> dict[str, A
     }
 
 
-def _write_origin(out: Path, sources: Sequence[Opened], chosen: Sequence[EpisodeFacts], words: str) -> None:
+def write_origin(out: Path, sources: Sequence[Opened], chosen: Sequence[EpisodeFacts], words: str) -> None:
     """Which episodes of which datasets these are, for tools/runs.py show."""
     told = [
         {"source": source.name, "digest": dataset_digest(source.folder), "episodes": [
@@ -217,11 +217,10 @@ def _write_origin(out: Path, sources: Sequence[Opened], chosen: Sequence[Episode
     ]  # fmt: skip
     code = revision()
     origin = {
-        "run": out.name.removesuffix(".part").lstrip("."),
         "time": time.time(),
         "selection": words,
         "sources": told,
-        "short": {"commit": code.commit, "code": code.digest, "changed": len(code.changed)},
+        "short": {"commit": code.commit, "code": code.digest, "changed": len(code.changed), "user": user()},
         "libraries": libraries(),
     }
     write_sealed(out / "meta" / EXPORTED_ORIGIN, origin, indent=1)

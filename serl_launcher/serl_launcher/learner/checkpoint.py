@@ -10,17 +10,17 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from serl_launcher.run.checkpoints import FILES, MANIFEST, OPTIMIZER, STATE, TENSORS, complete, read_state, step_of
 from serl_launcher.run.files import DamagedFileError, make_folder, sha256_of, sync, write_sealed
-from serl_launcher.run.parameters import save_tensors
+from serl_launcher.run.parameters import StoredTensors, save_tensors
 from serl_launcher.run.record import ORIGIN
 
 BEFORE = ".before"  # suffix of a checkpoint that makes room for another one of the same step
@@ -30,7 +30,7 @@ RAW = "raw."  # what the policy's names begin with among the tensors; of their a
 def save(
     root: Path,
     step: int,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     optimizer: dict[str, Any],
     state: dict[str, Any],
     keep: int,
@@ -60,8 +60,10 @@ def save(
     return folder
 
 
-def _write(part: Path, step: int, tensors: dict[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any]) -> None:
-    save_tensors({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, part / TENSORS)
+def _write(
+    part: Path, step: int, tensors: Mapping[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any]
+) -> None:
+    save_tensors(tensors, part / TENSORS)
     _save_optimizer(optimizer, part / OPTIMIZER)
     (part / STATE).write_text(json.dumps(state))
     manifest = {
@@ -105,10 +107,14 @@ def _put_in_place(part: Path, folder: Path) -> None:
     shutil.rmtree(before, ignore_errors=True)
 
 
-def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """tensors, optimizer state, state of a whole checkpoint. DamagedFileError where one of an older release is not."""
+def load(folder: Path, mapped: bool = False) -> tuple[Mapping[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """tensors (read as they are asked for), optimizer state on the host, state of a whole checkpoint.
+
+    mapped: the optimizer's file is mapped into memory and not read, for state that goes to a card tensor by tensor; a
+    trainer on the host takes over what was read. DamagedFileError where one of an older release is not whole.
+    """
     try:
-        optimizer = torch.load(folder / OPTIMIZER, weights_only=True)
-        return load_file(folder / TENSORS), optimizer, read_state(folder)
+        optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", mmap=mapped, weights_only=True)
+        return StoredTensors(folder / TENSORS), optimizer, read_state(folder)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise DamagedFileError(f"{folder} cannot be read: {' '.join(str(error).split())[:200]}") from None

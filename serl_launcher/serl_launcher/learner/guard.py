@@ -17,7 +17,7 @@ from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
 from serl_launcher.run.alive import busy
 from serl_launcher.run.files import DamagedFileError, read_sealed, write_sealed
-from serl_launcher.run.parameters import PublishedVersion, read_tensors
+from serl_launcher.run.parameters import PublishedVersion, Renamed, read_tensors
 from serl_launcher.run.versions import KEPT, check_file, file_path
 
 log = logging.getLogger("trainer")
@@ -152,9 +152,9 @@ class RollbackGuard:
         )  # fmt: skip
 
     def _bring_back(self, kept: Path) -> None:
-        tensors = read_tensors(kept)[0]  # perhaps of another algorithm, with parts unknown to this one
-        averaged = self._learner.averaged
-        self._learner.start_from({name: tensor for name, tensor in tensors.items() if name in averaged})
+        tensors, _ = read_tensors(kept)  # perhaps of another algorithm, with parts unknown to this one
+        mine = {name: name for name in tensors if name in self._learner.averaged}
+        self._learner.start_from(Renamed(tensors, mine))
         self._publisher.publish()
 
 

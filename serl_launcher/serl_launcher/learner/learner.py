@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from serl_launcher.agents.base import Agent, ParameterGroup
 from serl_launcher.learner.checkpoint import RAW
 from serl_launcher.learner.optimizers import for_device
-from serl_launcher.run.parameters import AVERAGED, describe_mismatch
+from serl_launcher.run.parameters import AVERAGED, Renamed, describe_mismatch
 
 AUXILIARY = "carried."
 """Prefix in a checkpoint of what the agent's `auxiliary_state` holds; named by the first checkpoints."""
@@ -166,6 +166,11 @@ class Learner:
         auxiliary = {f"{AUXILIARY}{name}": p for name, p in self.agent.auxiliary_state().items()}
         return raw | {f"{AVERAGED}{name}": p for name, p in self.averaged.items()} | further | auxiliary
 
+    @property
+    def on_card(self) -> bool:
+        """Is the state of the optimizers on another device than the host?"""
+        return self._accelerator.device.type != "cpu"
+
     def optimizer_state(self) -> dict[str, Any]:
         """State of every optimizer, by group."""
         return {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
@@ -178,10 +183,13 @@ class Learner:
                 f"got {', '.join(map(str, state))}"
             )
         for name, optimizer in self._optimizers.items():
+            for row in state[name]["state"].values():  # step counts, which stay on the host: not in a mapped file
+                row |= {key: x.clone() for key, x in row.items() if isinstance(x, Tensor) and x.ndim == 0}
+            optimizer.state.clear()  # or both would be there for a moment
             optimizer.load_state_dict(state[name])
 
     @torch.no_grad()
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Strict inverse of `tensors`. Raises ValueError naming what is missing, unknown or of another shape."""
         mine = self.tensors()
         problems = describe_mismatch(mine, tensors)
@@ -191,7 +199,7 @@ class Learner:
             target.copy_(tensors[name])
 
     @torch.no_grad()
-    def start_from(self, published: dict[str, Tensor]) -> None:
+    def start_from(self, published: Mapping[str, Tensor]) -> None:
         """Begin at published parameters (checkpoint_path): both the raw weights and their average.
 
         What the agent adds to a plain policy (`added_to_policy`) may be absent and keeps its initial values.
@@ -200,16 +208,17 @@ class Learner:
             self._take(mine, published, "checkpoint_path")
 
     @torch.no_grad()
-    def continue_from(self, tensors: dict[str, Tensor]) -> None:
+    def continue_from(self, tensors: Mapping[str, Tensor]) -> None:
         """Begin at the policy in another algorithm's `tensors`: raw weights and their average.
 
         What an algorithm adds to a policy is left out. Raises ValueError as `load_tensors` does for the rest.
         """
         for prefix, mine in ((RAW, self._state), (AVERAGED, self.averaged)):
-            theirs = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            self._take(mine, {n: t for n, t in theirs.items() if n in mine}, "checkpoint")
+            theirs = {n.removeprefix(prefix): n for n in tensors if n.startswith(prefix)}
+            theirs = {short: n for short, n in theirs.items() if short in mine}
+            self._take(mine, Renamed(tensors, theirs), "checkpoint")
 
-    def _take(self, mine: dict[str, Tensor], theirs: dict[str, Tensor], what: str) -> None:
+    def _take(self, mine: dict[str, Tensor], theirs: Mapping[str, Tensor], what: str) -> None:
         """Copy all of theirs; only what the agent adds to a plain policy may be missing. ValueError names `what`."""
         added = tuple(getattr(self.agent, "added_to_policy", ()))
         want = {n: p for n, p in mine.items() if n in theirs or not (added and n.startswith(added))}

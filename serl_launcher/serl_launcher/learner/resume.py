@@ -23,7 +23,7 @@ from serl_launcher.learner.stage import StageProgress
 from serl_launcher.run import checkpoints
 from serl_launcher.run.alive import busy
 from serl_launcher.run.files import DamagedFileError
-from serl_launcher.run.parameters import check_base, find_parameters, read_tensors
+from serl_launcher.run.parameters import StoredTensors, check_base, find_parameters, read_tensors
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.record import origin_of
 
@@ -114,7 +114,7 @@ class TrainerCheckpoints:
         return checkpoint.read_state(folder).get("agent", self._agent) == self._agent
 
     def _restore(self, folder: Path) -> None:
-        tensors, optimizer, state = checkpoint.load(folder)
+        tensors, optimizer, state = checkpoint.load(folder, self._learner.on_card)
         self._learner.load_tensors(tensors)
         self._learner.load_optimizer_state(optimizer)
         self._learner.load_counters(state["counters"])
@@ -127,7 +127,7 @@ class TrainerCheckpoints:
             self._rng.bit_generator.state = state["rng"]
             torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
         else:
-            self._learner.continue_from(checkpoint.load(folder)[0])
+            self._learner.continue_from(StoredTensors(folder / checkpoints.TENSORS))
             self._learner.step_count = state["counters"]["step"]
             log.warning(
                 "%s was trained by %s: %s goes on from its policy and the run's data, values and optimizers start anew",

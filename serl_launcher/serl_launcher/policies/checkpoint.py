@@ -7,7 +7,7 @@ with an index), policy_preprocessor.json and policy_postprocessor.json with the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from serl_launcher.policies.hub import fetched
+from serl_launcher.tensor_files import DTYPES, Pending
 from serl_transport.contract.specs import TaskSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,17 +59,28 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: expected a checkpoint of type {' or '.join(types)}, got {got!r}")
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, on the CPU, as it is stored."""
-        with safe_open(self.files[name], framework="pt") as f:
+        """One tensor, on the CPU, as it is stored; in memory of its own, nothing else of the file is."""
+        with _opened(self.files[name]) as f:
             return f.get_tensor(name)
 
-    def tensors(self, names: list[str]):
+    def tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of each, one at a time: a file is opened once."""
         for file in sorted({self.files[name] for name in names}):
-            with safe_open(file, framework="pt") as f:
+            with _opened(file) as f:
                 for name in names:
                     if self.files[name] == file:
                         yield name, f.get_tensor(name)
+
+    def pending(self, name: str) -> Pending:
+        """One tensor, read when it is written elsewhere."""
+        with _opened(self.files[name]) as f:
+            stored = f.get_slice(name)
+            return Pending(DTYPES[stored.get_dtype()], tuple(stored.get_shape()), partial(self.tensor, name))
+
+
+def _opened(file: Path) -> Any:
+    """For reading tensor by tensor, by ordinary reads: pages of a mapped file would count as a second copy."""
+    return safe_open(file, framework="pt", backend="pread")
 
 
 def check_init(init: str, checkpoint: str | None, action_horizon: int | None) -> None:

@@ -1,41 +1,67 @@
 """What a policy will cost before any of it is loaded: parameters, bytes and FLOPs from the real classes on no device.
 
 tools/preflight.py calls `meta_policy` and `estimate`. The model is built on torch's meta device, which holds shapes and
-no numbers; one forward and backward pass there counts the FLOPs and the bytes that autograd keeps, from the very code
-that will run.
+no numbers; a training step and an answer there count the FLOPs and the bytes that are alive at every moment, from the
+very code that will run (policies.shapes_only).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from serl_launcher.policies.base import PolicyInput, flow_loss, ready, sample, trainable
-from serl_launcher.policies.precision import stays_float32
+from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
+from serl_launcher.policies.precision import hold
+from serl_launcher.policies.shapes_only import FUSED, FUSED_BACKWARD, LiveBytes
 from serl_transport.contract.specs import TaskSpec
 
-MASTER, GRADIENT, ADAM, AVERAGE = 4, 4, 8, 4  # bytes a trained parameter
+ADAM, AVERAGE = 8, 4  # bytes a trained parameter
+STORED = 4  # bytes a number in a checkpoint's file, at most
+BUFFERS = 40_000_000  # bytes of the mathematics' and the allocator's own, as measured on a CPU
+ATTENTION_FLOPS = {
+    FUSED: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    FUSED_BACKWARD: lambda out, q, k, v, *_, **__: sdpa_backward_flop_count(out, q, k, v),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Costs of one policy in one configuration; bytes and FLOPs."""
+    """Costs of one policy in one configuration; bytes at their highest, and FLOPs."""
 
     trainable: int  # parameters
     frozen: int
-    training_fixed: int  # bytes: weights, gradients, Adam's moments, the served average
-    activations: int  # bytes of one more sample in a training batch
-    serving_fixed: int  # bytes: weights, and a second copy of what is published for the hot swap
-    serving_sample: int  # bytes of one more observation in a served batch: its prefix
-    train_flops: int  # of one more sample in a training step
-    serve_flops: int  # of one more observation at `flow_steps`
+    weights: int  # bytes, as the trainer holds them
+    loading: int  # of the policy that is loaded: the largest tensor comes first, and while it is cast it is there twice
+    optimizer: int  # Adam's moments, and the average that is served
+    step: int  # gradients, activations and what comes and goes, in a step of the batch
+    sample: int  # more of it for one more sample
+    served: int  # weights as the policy server holds them
+    staged: int  # what is published, made ready beside them
+    answer: int  # activations of a full batch of questions
+    train_flops: int  # of one sample in a training step
+    serve_flops: int  # of one observation at `flow_steps`
+
+    @property
+    def resting(self) -> int:
+        """Bytes of a trainer between two steps."""
+        return BUFFERS + self.weights + self.optimizer
+
+    @property
+    def training(self) -> int:
+        """Bytes of a training run, at their highest."""
+        return max(self.loading, self.resting + self.step)
+
+    @property
+    def serving(self) -> int:
+        """Bytes of a policy server, at their highest; it casts what trains only once it is loaded."""
+        return max(self.loading, BUFFERS + self.served + self.staged + self.answer)
 
 
 def meta_policy(cfg: Mapping[str, Any], spec: TaskSpec, size: Any) -> tuple[nn.Module, str]:
@@ -58,30 +84,39 @@ def meta_policy(cfg: Mapping[str, Any], spec: TaskSpec, size: Any) -> tuple[nn.M
     return found(cfg, spec, size)
 
 
-def estimate(policy: nn.Module, spec: TaskSpec, precision: str, flow_steps: int, noise_samples: int) -> Estimate:
-    """Costs of a policy whose parameters are on the meta device. `precision`: what it will be held in."""
-    moved = sum(p.numel() for p in trainable(policy).values())
-    total = sum(p.numel() for p in policy.parameters())
-    held = [(p.requires_grad, _held(name, p, precision)) for name, p in policy.named_parameters()]
-    served, frozen = (sum(size for trains, size in held if trains == which) for which in (True, False))
-    one, two = (_training(policy, spec, b, noise_samples) for b in (1, 2))
-    prefix, serve = _serving(policy, spec, flow_steps)
-    half = 2 if precision == "bfloat16" else 1
+def estimate(
+    policy: nn.Module, spec: TaskSpec, flow_steps: int, *, batch: int, noise_samples: int, questions: int
+) -> Estimate:
+    """Costs of a policy on the meta device, held as its `precision` says; it is held as the policy server's afterwards.
+
+    batch: samples of a training step; noise_samples: noises and flow times for each; questions: answered together.
+    """
+    precision = getattr(policy, "precision", "float32")
+    hold(policy, precision, masters=True)
+    trained = trainable(policy)
+    moved, total = (sum(p.numel() for p in some) for some in (trained.values(), policy.parameters()))
+    weights, largest = _bytes(policy.parameters()), max(policy.parameters(), key=Tensor.numel)
+    (flops, step), (_, more) = (_training(policy, spec, b, noise_samples) for b in (batch, 2 * batch))
+    hold(policy, precision, masters=False)
+    serve_flops, answer = _serving(policy, spec, questions, flow_steps)
     return Estimate(
         trainable=moved,
         frozen=total - moved,
-        training_fixed=frozen + moved * (MASTER + GRADIENT + ADAM + AVERAGE),
-        activations=(two[1] - one[1]) // half,
-        serving_fixed=frozen + 2 * served,
-        serving_sample=prefix // half,
-        train_flops=two[0] - one[0],
-        serve_flops=serve,
+        weights=weights,
+        loading=BUFFERS + max(weights, largest.numel() * (STORED + largest.element_size())),
+        optimizer=moved * (ADAM + AVERAGE),
+        step=step,
+        sample=(more - step) // batch,
+        served=_bytes(policy.parameters()),
+        staged=_bytes(trained.values()),
+        answer=answer,
+        train_flops=flops // batch,
+        serve_flops=serve_flops // questions,
     )
 
 
-def _held(name: str, parameter: Tensor, precision: str) -> int:
-    half = precision == "bfloat16" and not stays_float32(name, parameter.ndim)
-    return parameter.numel() * (2 if half else 4)
+def _bytes(tensors: Any) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def blank(spec: TaskSpec, b: int) -> PolicyInput:
@@ -91,42 +126,32 @@ def blank(spec: TaskSpec, b: int) -> PolicyInput:
 
 
 def _training(policy: nn.Module, spec: TaskSpec, b: int, noise_samples: int) -> tuple[int, int]:
-    """FLOPs of forward and backward, and the bytes that autograd keeps in between, parameters not counted."""
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no other storage gets its place
-    weights = {p.untyped_storage()._cdata for p in policy.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
-        return tensor
-
+    """FLOPs of forward and backward of a step, and the bytes beside weights and optimizer that it takes."""
     shape = (b * noise_samples, policy.action_horizon, policy.action_dim)
     chunk, noise = (torch.zeros(shape, device="meta") for _ in range(2))
     pad, weight = torch.zeros(shape[:2], dtype=torch.bool, device="meta"), torch.zeros(shape[0], device="meta")
-    with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            prefix = policy.encode(blank(spec, b)).repeat(noise_samples)
-            loss = flow_loss(policy, prefix, chunk, pad, weight, noise, weight).mean()
+    with (
+        FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter,
+        LiveBytes(policy.state_dict(keep_vars=True).values()) as alive,
+    ):
+        prefix = policy.encode(blank(spec, b)).repeat(noise_samples)
+        loss = flow_loss(policy, prefix, chunk, pad, weight, noise, weight).mean()
+        kept = alive.now
         loss.backward()
-    return counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
+    gradients = _bytes(p.grad for p in policy.parameters() if p.grad is not None)
+    largest = max((p.numel() * p.element_size() for p in policy.parameters() if p.grad is not None), default=0)
+    policy.zero_grad()
+    # Adam's own root and quotient, one tensor at a time; what activations had, the allocator keeps for the next step.
+    return counter.get_total_flops(), max(alive.peak, kept + gradients + 2 * largest)
 
 
 @torch.no_grad()
-def _serving(policy: nn.Module, spec: TaskSpec, flow_steps: int) -> tuple[int, int]:
-    """Bytes of one observation's prefix, FLOPs of its chunk."""
-    noise = torch.zeros(1, policy.action_horizon, policy.action_dim, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        prefix = policy.encode(blank(spec, 1))
-        sample(policy, prefix, noise, flow_steps)
-    held = [getattr(ready(policy, prefix), field.name) for field in fields(prefix)]
-    return sum(x.numel() * x.element_size() for x in _tensors(held)), counter.get_total_flops()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested lists."""
-    if isinstance(value, Tensor):
-        yield value
-    elif value is not None:
-        for item in value:
-            yield from _tensors(item)
+def _serving(policy: nn.Module, spec: TaskSpec, b: int, flow_steps: int) -> tuple[int, int]:
+    """FLOPs of b chunks, and the bytes beside the weights that they take."""
+    noise = torch.zeros(b, policy.action_horizon, policy.action_dim, device="meta")
+    with (
+        FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter,
+        LiveBytes(policy.state_dict(keep_vars=True).values()) as alive,
+    ):
+        sample(policy, policy.encode(blank(spec, b)), noise, flow_steps)
+    return counter.get_total_flops(), alive.peak

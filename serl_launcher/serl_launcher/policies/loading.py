@@ -1,11 +1,13 @@
 """Fill a model from a checkpoint, strictly: every tensor matched, or an error that names those that are not.
 
-The heads' builders call `load_core`. Nothing stays at random: a tensor that the checkpoint lacks, of another shape, or
+The heads' builders call `load_core` with a model of shapes alone; tensors are read, cast and put into place one by one,
+so that weights are in memory once. Nothing stays at random: a tensor that the checkpoint lacks, of another shape, or
 with a NaN, is an error; a tensor that the model does not know is one too. The report says what matched.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from serl_launcher.policies.checkpoint import Checkpoint, CheckpointError
 from serl_launcher.policies.precision import stays_float32
+from serl_launcher.tensor_files import is_finite
 
 SHOWN = 8  # names of each kind of problem
 
@@ -64,7 +67,9 @@ def load_core(
         if theirs in stored:
             by_stored.setdefault(stored[theirs], []).append(name)
     filled: dict[str, Tensor] = {}
-    for theirs, tensor in checkpoint.tensors(list(by_stored)):
+    # The largest first: what comes and goes with it is in memory while little else is.
+    order = sorted(by_stored, key=lambda theirs: -wanted[by_stored[theirs][0]].numel())
+    for theirs, tensor in checkpoint.tensors(order):
         for name in by_stored[theirs]:
             if problem := _value_problem(name, wanted[name], tensor):
                 problems.append(problem)
@@ -72,6 +77,7 @@ def load_core(
             half = precision == "bfloat16" and not trains.get(name) and not stays_float32(name, tensor.ndim)
             dtype = torch.bfloat16 if half else torch.float32
             filled[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        del tensor  # the next one is read before the loop gives this name away
     if problems:
         raise CheckpointError(f"{checkpoint.folder} does not fit this policy: " + "; ".join(_short(problems)))
     _assign(policy.core, filled)
@@ -82,14 +88,14 @@ def load_core(
         sum(t.numel() for t in filled.values()),
         tuple(name for name, theirs in source.items() if name != theirs),
         tuple(dropped),
-        sum(checkpoint.tensor(stored[name]).numel() for name in dropped),
+        sum(math.prod(checkpoint.pending(stored[name]).shape) for name in dropped),
     )
 
 
 def _value_problem(name: str, mine: Tensor, theirs: Tensor) -> str | None:
     if mine.shape != theirs.shape:
         return f"{name}: expected shape {tuple(mine.shape)}, got {tuple(theirs.shape)}"
-    if theirs.is_floating_point() and not torch.isfinite(theirs).all():
+    if not is_finite(theirs):
         return f"{name}: holds NaN or Inf"
     return None
 

@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from serl_launcher.policies.shapes_only import ShapeRules
+
 PRECISIONS = ("float32", "bfloat16")
 FLOAT32 = (
     *("vision_model.embeddings", "action_in_proj", "action_out_proj", "time_mlp", "state_proj"),
@@ -34,11 +36,15 @@ def stays_float32(name: str, ndim: int) -> bool:
 
 def compute(precision: str, device: torch.device) -> AbstractContextManager:
     """The context of a forward pass."""
+    if device.type == "meta":
+        return ShapeRules(half=precision == "bfloat16")
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 def full(device: torch.device, precision: str) -> AbstractContextManager:
     """Inside `compute`: fp32 arithmetic for a part of the pass."""
+    if device.type == "meta":
+        return ShapeRules(half=False)
     return torch.autocast(device.type, enabled=False) if precision == "bfloat16" else nullcontext()
 
 

@@ -5,16 +5,12 @@ with a local policy. Only trainable tensors travel, with a hash of the frozen re
 """
 
 import hashlib
-import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from serl_launcher.run import checkpoints
@@ -32,6 +28,7 @@ from serl_launcher.run.versions import (
     take_back,
     write_entry,
 )
+from serl_launcher.tensor_files import Pending, is_finite, raw_bytes, write_tensors
 
 BEST = "best"  # folder of a fine-tuning run beside params/: the version of the lowest held-out loss
 AVERAGED = "averaged."  # what the names of the averaged parameters begin with in a trainer's checkpoint
@@ -53,24 +50,18 @@ def base_sha256(policy: nn.Module) -> str:
     for name, tensor in sorted(policy.state_dict(keep_vars=True).items()):
         if name not in dead and id(tensor) not in published:
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(raw_bytes(tensor.detach().cpu().contiguous()))
     return digest.hexdigest()
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. OSError when the disk refuses: the library gives only the words of one."""
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, a tensor at a time from whichever device. OSError when the disk refuses."""
+    write_tensors(path, {name: Pending.of(tensor) for name, tensor in tensors.items()}, metadata)
 
 
 def publish(
     params_dir: Path,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     *,
     version: int,
     step: int,
@@ -86,9 +77,8 @@ def publish(
     path = file_path(params_dir, version)
     metadata = {"version": str(version), "step": str(step), "base_sha256": base, "policy": policy}
     metadata["origin"] = short_origin(params_dir.parent)
-    on_host = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     try:
-        write_whole(path, lambda part: save_tensors(on_host, part, metadata), durable=True)
+        write_whole(path, lambda part: save_tensors(tensors, part, metadata), durable=True)
         entry = PublishedVersion(version, step, path.name, path.stat().st_size, sha256_of(path), now)
         write_entry(params_dir, entry)
     except OSError:
@@ -111,38 +101,82 @@ def store(params_dir: Path, version: int, blob: bytes, now: float) -> PublishedV
     return entry
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a published file or a checkpoint: each is read when it is asked for, into memory of its own.
+
+    The file stays open, and so readable where it is deleted meanwhile. DamagedFileError names one that cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with _reading(path):
+            # Ordinary reads: pages of a mapped file would count as a second copy of what is copied from them.
+            self._file = safe_open(path, framework="pt", backend="pread")
+            self._names = dict.fromkeys(self._file.keys())  # ordered, and quick to ask
+        self.metadata: dict[str, str] = self._file.metadata() or {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with _reading(self._path):
+            return self._file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Renamed(Mapping[str, Tensor]):
+    """Some tensors of another mapping, which are not read before they are asked for. names: name here -> name there."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self._tensors, self._there = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._there[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._there
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._there)
+
+    def __len__(self) -> int:
+        return len(self._there)
+
+
+def read_tensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a published file; of a checkpoint's, what would be published of it: the average.
 
-    DamagedFileError names a file that cannot be read. Checksums are compared by who finds the file.
+    Tensors are read as they are asked for (`StoredTensors`). Checksums are compared by who finds the file.
     """
-    with _opened(path) as f:
-        names = {name: name for name in f.keys()}  # noqa: SIM118
-        if _of_checkpoint(path):
-            names = {n.removeprefix(AVERAGED): n for n in names if n.startswith(AVERAGED)}
-        metadata = f.metadata() or {}
-        if _of_checkpoint(path) and (base := checkpoints.read_state(path.parent).get("base")):
-            metadata["base_sha256"] = base
-        return {short: f.get_tensor(name) for short, name in names.items()}, metadata
+    stored = StoredTensors(path)
+    if not _of_checkpoint(path):
+        return stored, stored.metadata
+    base = checkpoints.read_state(path.parent).get("base")
+    averaged = {name.removeprefix(AVERAGED): name for name in stored if name.startswith(AVERAGED)}
+    return Renamed(stored, averaged), stored.metadata | ({"base_sha256": base} if base else {})
 
 
 def version_of(path: Path) -> int:
     """The policy version that a published file says it is; 0 where it says none, as a checkpoint's."""
-    with _opened(path) as f:
-        return int((f.metadata() or {}).get("version", 0))
+    return int(StoredTensors(path).metadata.get("version", 0))
 
 
 def tensor_names(path: Path) -> set[str]:
     """Names in a published file; nothing of it is read but the header. DamagedFileError."""
-    with _opened(path) as f:
-        return set(f.keys())
+    return set(StoredTensors(path))
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        yield
     except (SafetensorError, OSError) as error:
         raise DamagedFileError(f"{path} cannot be read: {error}") from None
 
@@ -157,13 +191,18 @@ def checked_tensors(want: dict[str, Tensor], path: Path, base: str | None = None
     Nothing is changed: a file can be made ready beside a policy that is in use. Raises ValueError naming the tensors
     that do not fit, or both hashes when the frozen base differs.
     """
+    tensors, metadata = _fitting(want, path, base)
+    return {name: tensors[name].to(device=p.device, dtype=p.dtype) for name, p in want.items()}, metadata
+
+
+def _fitting(want: Mapping[str, Tensor], path: Path, base: str | None) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     tensors, metadata = read_tensors(path)
     problems = describe_mismatch(want, tensors)
     if problems:
         raise ValueError(f"{path.name} does not fit this policy: " + "; ".join(problems))
     if base is not None:
         check_base(path, metadata, base)
-    return {name: tensors[name].to(device=p.device, dtype=p.dtype) for name, p in want.items()}, metadata
+    return tensors, metadata
 
 
 def check_base(path: Path, metadata: dict[str, str], base: str) -> None:
@@ -186,7 +225,7 @@ def load_into(policy: nn.Module, path: Path, base: str | None = None) -> dict[st
     Raises ValueError as `checked_tensors` does.
     """
     want = published_tensors(policy)
-    tensors, metadata = checked_tensors(want, path, base)
+    tensors, metadata = _fitting(want, path, base)
     for name, p in want.items():
         p.copy_(tensors[name])
     return metadata
@@ -241,13 +280,14 @@ def _checked(path: Path) -> Path:
     return path
 
 
-def describe_mismatch(want: dict[str, Tensor], got: dict[str, Tensor], limit: int = 5) -> list[str]:
+def describe_mismatch(want: Mapping[str, Tensor], got: Mapping[str, Tensor], limit: int = 5) -> list[str]:
     """What keeps `got` from filling `want`, in words; empty when it fits exactly and every value is finite."""
     found = [f"missing {name}" for name in want if name not in got]
     found += [f"unknown {name}" for name in got if name not in want]
     for name in want.keys() & got.keys():
-        if want[name].shape != got[name].shape:
-            found.append(f"{name}: expected shape {tuple(want[name].shape)}, got {tuple(got[name].shape)}")
-        elif not torch.isfinite(got[name]).all():
+        theirs = got[name]
+        if want[name].shape != theirs.shape:
+            found.append(f"{name}: expected shape {tuple(want[name].shape)}, got {tuple(theirs.shape)}")
+        elif not is_finite(theirs):
             found.append(f"{name}: holds NaN or Inf")
     return found if len(found) <= limit else [*found[:limit], f"and {len(found) - limit} more"]

@@ -115,7 +115,8 @@ def describe(found: Found) -> list[str]:
     rows = [("what", f"{found.what}: {found.place}"), *_identity(origin)]
     start = origin.get("start")
     rows += list(_of_start(start)) if start else list(_of_nothing(origin))
-    rows += list(_data(origin.get("data"))) if "data" in origin else [("data", "not recorded in this file")]
+    if "sources" not in origin:
+        rows += list(_data(origin.get("data"))) if "data" in origin else [("data", "not recorded in this file")]
     rows += list(_sources(origin))
     rows.append(("whole", found.whole or "not compared: no checksums lie beside it"))
     return [printable(f"{name:<14} {text}") for name, text in rows]
@@ -139,7 +140,12 @@ def _of_start(start: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "  changed", f"{name} {content[:12]}"
     if code.get("changed"):
         kept = start.get("patch")
-        yield "", f"the changes: record/{kept} of the run's folder" if kept else "the changes were not kept (too large)"
+        yield (
+            "",
+            f"the changes: record/{kept} of the run's folder"
+            if kept
+            else "the changes were not kept (too large, or a secret stands in them)",
+        )
     yield "config", f"sha256 {start['config_sha256']}, record/{start['config']} of the run's folder"
     yield "started", f"{when(start['time'])}, start {start['start']} of the run ({start['kind']}, {start['state']})"
     yield "by", f"{start['user']} on {start['host']}: {' '.join(start['words'])}"
@@ -156,8 +162,9 @@ def _of_nothing(origin: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if short:
         changed = f" with {short['changed']} changed files" if short.get("changed") else ""
         yield "code", f"commit {short.get('commit')}{changed}, digest {short.get('code')}"
-        yield "config", f"sha256 {short.get('config_sha256')}"
-        yield "by", f"{short.get('user')} on {short.get('host')}, start {short.get('start')}"
+        if short.get("config_sha256"):
+            yield "config", f"sha256 {short['config_sha256']}, start {short.get('start')} of the run"
+        yield "by", " on ".join(str(short[key]) for key in ("user", "host") if short.get(key))
     elif "config" in origin:
         yield "code", "not recorded: an older release made it, or the record/ of its run is gone"
 

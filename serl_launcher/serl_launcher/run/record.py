@@ -31,6 +31,7 @@ from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.revision import ROOT, patch, revision
 
 ORIGIN = "origin.json"  # beside a checkpoint's weights
+MIN_SECRET = 8  # characters
 EXPORTED_ORIGIN = "flowserl_origin.json"  # beside an export's, and in a dataset's meta/
 LIBRARIES = (
     "torch", "lerobot", "transformers", "accelerate", "diffusers", "peft", "safetensors", "numpy", "datasets",
@@ -49,7 +50,7 @@ def note_start(
     before = read_starts(paths)
     code, config = revision(), paths.config.read_bytes()
     digest, plain = hashlib.sha256(config).hexdigest(), yaml.safe_load(config)
-    words_to_hide = _secrets(plain)
+    words_to_hide = [*_secrets(plain), *_secrets_of_the_environment()]
     changes = patch() if code.changed else None
     if changes is not None and any(word.encode() in changes for word in words_to_hide):
         changes = None  # a secret stands in a changed file
@@ -166,6 +167,12 @@ def _secrets(config: Mapping[str, Any]) -> list[str]:
     keys = tuple(literal_secrets(config))
     named = {key: value for key, value in dotted(config).items() if f"{key}.".startswith(tuple(f"{k}." for k in keys))}
     return [value for value in named.values() if isinstance(value, str) and value]
+
+
+def _secrets_of_the_environment() -> list[str]:
+    """Values of variables such as WANDB_API_KEY and HF_TOKEN; short ones are no secrets."""
+    names = without_secrets({name: value for name, value in os.environ.items() if len(value) >= MIN_SECRET})
+    return [os.environ[name] for name, shown in names.items() if shown == HIDDEN]
 
 
 def _private(path: Path, content: bytes) -> None:

@@ -20,6 +20,7 @@ from serl_launcher.run.record import config_of, read_starts
 from serl_launcher.telemetry.history import RunHistory, read_history
 from serl_launcher.telemetry.summary import stage_row, summarise
 
+RETRY_S = 10.0  # after a section that the disk or a damaged file refused
 SHOWN = 12  # changed keys that a start names
 _OVER = re.compile(r"^## .* · stage `([^`]+)` is over$", re.MULTILINE)
 _HEAD = """# {run}
@@ -38,6 +39,7 @@ class JournalPage:
         self._paths, self._say = paths, say
         self._seen: tuple[Any, Any] | None = None  # stage and done, as the page has them
         self._told = False  # that the disk refuses
+        self._again = 0.0  # monotonic, s: not before
 
     def start(self) -> None:
         """The section of the newest start. OSError when the disk refuses."""
@@ -61,11 +63,12 @@ class JournalPage:
         """Called again and again with the status document: a section for each stage that is over and has none."""
         stage = status.get("stage") or {}
         now = (stage.get("index"), status.get("done"))
-        if now == self._seen or stage.get("index") is None:
+        if now == self._seen or stage.get("index") is None or time.monotonic() < self._again:
             return
         try:
             self._stages(int(stage["index"]), bool(status.get("done")))
         except (OSError, ValueError) as error:
+            self._again = time.monotonic() + RETRY_S
             self._refused(error)
             return
         self._seen = now

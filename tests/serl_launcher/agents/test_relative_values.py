@@ -9,7 +9,6 @@ from tiny import HORIZON, SPEC, random_batch, random_transitions, tiny_config
 
 from serl_launcher.agents.build import build_agent, build_policy
 from serl_launcher.learner.learner import Learner
-from serl_launcher.policies.base import PolicyInput
 from serl_launcher.replay.learning import LearningBatch
 
 EXECUTED = 2
@@ -26,13 +25,19 @@ def make(algo, **changes):
     return cfg, policy, build_agent(cfg, policy, SPEC)
 
 
+@pytest.fixture(scope="module")
+def sac():
+    """(policy, agent)"""
+    return make("sac")[1:]
+
+
 def state_near_the_limits(b=3):
     """x's own state lies within ±0.02, so that some actions are beyond the limits and some are not."""
     return np.linspace(-0.02, 0.02, b).astype(np.float32)[:, None] * np.float32([1, 0, 0]) + np.float32([0, 0.3, 1])
 
 
-def test_critics_see_what_the_robot_is_sent_from_each_rows_own_state():
-    _, policy, agent = make("sac")
+def test_critics_see_what_the_robot_is_sent_from_each_rows_own_state(sac):
+    policy, agent = sac
     state, chunk = torch.tensor(state_near_the_limits()), torch.randn(3, HORIZON, 2)
     anchor = policy.anchor_of(state)
     assert anchor.flatten().tolist() == pytest.approx([-0.02, 0, 0, 0, 0.02, 0])
@@ -49,9 +54,9 @@ def test_critics_see_what_the_robot_is_sent_from_each_rows_own_state():
         agent.executed(chunk)
 
 
-def test_the_replays_actions_are_labels_from_the_state_of_their_first_tick():
+def test_the_replays_actions_are_labels_from_the_state_of_their_first_tick(sac):
     """What is executed under one anchor and stored as absolute is the same chunk, seen from where it begins."""
-    _, _, agent = make("sac")
+    _, agent = sac
     batch = random_transitions(3)
     batch.state[:] = state_near_the_limits()
     prefix = agent.observe(batch.images, batch.state, batch.prompts)
@@ -62,8 +67,8 @@ def test_the_replays_actions_are_labels_from_the_state_of_their_first_tick():
     torch.testing.assert_close(repeated.anchor, prefix.anchor[[2, 0]])
 
 
-def test_noise_is_a_share_of_what_a_target_moves_in_a_tick_in_the_policys_unit():
-    _, _, agent = make("sac")
+def test_noise_is_a_share_of_what_a_target_moves_in_a_tick_in_the_policys_unit(sac):
+    _, agent = sac
     # No targets here: an action may be anywhere in its range, 0.02 of a unit of 0.02, which is 1.
     assert agent.noise_scale.log_unit.exp().tolist() == pytest.approx([1.0, 1.0])
     wide = RELATIVE | {"low": [[-0.2, 0]], "high": [[0.2, 0]]}
@@ -76,7 +81,7 @@ def test_squashing_is_refused():
         make("sac", algo__agent__squash=True)
 
 
-@pytest.mark.parametrize("algo", ["sac", "dsrl"])
+@pytest.mark.parametrize("algo", ["sac", pytest.param("dsrl", marks=pytest.mark.slow)])
 def test_steps_are_taken_in_both_stages(algo):
     cfg, _, agent = make(algo, **({"algo__agent__cal_ql_weight": 0.5} if algo == "sac" else {}))
     optimizers = {name: instantiate(node, _partial_=True) for name, node in cfg.algo.optimizers.items()}
@@ -89,12 +94,3 @@ def test_steps_are_taken_in_both_stages(algo):
         for k in range(2):
             metrics = learner.step(LearningBatch(random_batch(seed=k), random_transitions(seed=k)), 1.0)
     assert all(np.isfinite(value) for value in metrics.values())
-
-
-def test_features_do_not_depend_on_what_actions_are_relative_to():
-    _, policy, _ = make("sac")
-    _, plain, _ = make("sac", policy__relative=None)
-    batch = random_batch(2)
-    given = PolicyInput(batch.images, batch.state, batch.prompts)
-    with torch.no_grad():
-        assert torch.equal(policy.features(policy.encode(given)), plain.features(plain.encode(given)))

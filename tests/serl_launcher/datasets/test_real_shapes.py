@@ -8,9 +8,10 @@ from serl_launcher.datasets.dataset import Dataset
 from serl_launcher.learner.sft import Chunks
 
 AH = 5
+LARGE = {"so101": pytest.mark.slow}  # its videos take seconds to write
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", [pytest.param(s, id=s.name, marks=LARGE.get(s.name, ())) for s in SHAPES])
 def test_rows_are_those_that_lerobot_reads(shape, tmp_path):
     folder = make(tmp_path / "set", shape, episodes=2, ticks=6)
     theirs, data = Theirs(folder, shape, AH), Dataset(folder)

@@ -83,7 +83,8 @@ def test_the_average_lies_between_start_and_now():
     assert (average - start).norm() < (now - start).norm()
 
 
-def test_resuming_gives_the_same_parameters_as_going_on(tmp_path):
+@pytest.mark.parametrize("mapped", [False, True])
+def test_resuming_gives_the_same_parameters_as_going_on(tmp_path, mapped):
     torch.manual_seed(0)
     first = make_learner()
     for k in range(3):
@@ -94,7 +95,7 @@ def test_resuming_gives_the_same_parameters_as_going_on(tmp_path):
         first.step(random_batch(seed=k), 1.0)
 
     second = make_learner()
-    tensors, optimizer, state = checkpoint.load(folder)
+    tensors, optimizer, state = checkpoint.load(folder, mapped)
     second.load_tensors(tensors)
     second.load_optimizer_state(optimizer)
     second.load_counters(state["counters"])

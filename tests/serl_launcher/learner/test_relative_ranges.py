@@ -159,6 +159,7 @@ def test_fine_tuning_on_statistics_of_the_other_kind_is_refused_in_one_line(tmp_
         assert not run.exists()
 
 
+@pytest.mark.slow
 def test_preflight_prints_the_ranges_as_the_command_line_takes_them(tmp_path, capsys):
     import preflight
 

@@ -12,6 +12,7 @@ import torch
 from checkpoints import AH, SIZE, SPEC, lerobot_batch, loaded_policy, make_tokenizer, observation, random_policy
 from safetensors.torch import load_file, save_file
 
+from serl_launcher.policies import loading
 from serl_launcher.policies.base import frozen_hash, sample, trainable
 from serl_launcher.policies.checkpoint import CheckpointError
 from serl_launcher.policies.parameter_table import parameter_table
@@ -122,6 +123,18 @@ def test_bf16_holds_fp32_masters_and_computes_nearly_the_same(kind, saved):
     key = "core.paligemma_with_expert.paligemma.model."
     assert frozen[key + "language_model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
     assert frozen[key + "vision_tower.vision_model.embeddings.position_embedding.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("train", ["expert", "lora"])
+def test_what_is_frozen_is_never_held_in_fp32(kind, saved, train, monkeypatch):
+    """Adapters come after the weights: all of a LoRA policy was read in fp32, twice the memory that it settles at."""
+    held = {}
+    assign = loading._assign
+    monkeypatch.setattr(loading, "_assign", lambda core, filled: (held.update(filled), assign(core, filled)))
+    policy = loaded_policy(kind, saved, train=train, attention="sdpa", precision="bfloat16")
+    end = {name.replace(".base_layer.", "."): x.dtype for name, x in policy.core.state_dict().items()}
+    assert {name: x.dtype for name, x in held.items()} == {name: end[name] for name in held}
+    assert torch.bfloat16 in {x.dtype for x in held.values()}
 
 
 def test_expert_only_trains_the_expert_and_exports_the_rest_untouched(kind, saved, tmp_path):

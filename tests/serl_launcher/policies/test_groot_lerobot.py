@@ -74,7 +74,7 @@ def base(processor, size, tmp_path_factory):
     policy = build_groot("t", SPEC, "random", 0, AH, size, embodiment=2, processor=str(processor))
     policy.valid_horizon, policy.clip = VALID, True
     policy.inputs.geometry = Geometry(target=(64, 64), crop=(60, 60))
-    return save_groot(policy, folder, shard="300KB")
+    return save_groot(policy, folder, shard=300_000)
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_lerobot_loads_what_we_write_in_its_type(theirs, base, size, tmp_path, m
 def test_lerobot_loads_what_we_write_in_nvidias_layout_in_shards(base, size, tmp_path, monkeypatch):
     from lerobot.policies.groot.modeling_groot import GrootPolicy
 
-    out = save_groot(load(base, size), tmp_path / "out", shard="300KB")
+    out = save_groot(load(base, size), tmp_path / "out", shard=300_000)
     assert len(list(out.glob("model-*.safetensors"))) > 1
     monkeypatch.chdir(out)
     held = GrootPolicy.from_pretrained(out)._groot_model.state_dict()
@@ -246,10 +246,10 @@ def round_trips(theirs, base, size, tmp_path_factory):
         "from serl_launcher.policies.groot.tiny import TinyGrootSize\n"
         "for source, target in zip(*[iter(sys.argv[1:])] * 2):\n"
         "    p = build_groot('t', SPEC, 'checkpoint', 0, None, TinyGrootSize(), checkpoint=source)\n"
-        "    save_groot(p, Path(target), shard='300KB')\n"
+        "    save_groot(p, Path(target), shard=300_000)\n"
     )
     for source, first, _ in trips.values():
-        save_groot(load(source, size), first, shard="300KB")
+        save_groot(load(source, size), first, shard=300_000)
     arguments = [str(path) for _, first, again in trips.values() for path in (first, again)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", program, *arguments]

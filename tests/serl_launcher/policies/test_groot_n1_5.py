@@ -129,6 +129,7 @@ def test_half_precision_as_it_is_served_stays_near(policy):
         close(sample(half, half.encode(observation()), noise, steps=STEPS), want, atol=0.1, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_adapters_train_and_are_merged_into_the_export(tmp_path):
     adapted = random_policy(train="lora", lora_rank=2)
     names = [name for name, p in adapted.named_parameters() if p.requires_grad and ".lora_A" in name]

@@ -122,6 +122,18 @@ def test_what_made_a_checkpoint_is_answered_by_a_copy_with_the_run_gone(run, tmp
     assert written == [tmp_path / "backup" / "config.yaml"]
 
 
+def test_changes_in_which_a_secret_stands_are_not_kept(run, checkout, monkeypatch):
+    monkeypatch.setattr("serl_launcher.run.record.revision", lambda: revision(checkout))
+    monkeypatch.setattr("serl_launcher.run.record.patch", lambda: patch(checkout))
+    (checkout / "mine.yaml").write_text("token: hf_AbCdEfGh\n")
+    kept = start(run, state="resumed")["patch"]
+    assert (run / "record" / kept).stat().st_mode & 0o077 == 0
+    assert b"hf_AbCdEfGh" in (run / "record" / kept).read_bytes()
+    monkeypatch.setenv("HF_TOKEN", "hf_AbCdEfGh")
+    (checkout / "a.py").write_text("x = 3\n")
+    assert start(run, state="resumed")["patch"] is None
+
+
 def test_a_damaged_checkpoint_and_a_stranger_are_refused_in_one_line(run, tmp_path, capsys):
     (run / "checkpoints" / "step_000340" / "tensors.safetensors").write_bytes(b"torn")
     (tmp_path / "empty").mkdir()
@@ -168,7 +180,8 @@ def test_a_person_writes_into_the_page_and_later_starts_and_stages_only_add(run)
     )
 
 
-def test_a_page_that_the_disk_refuses_is_said_once_and_tried_again(run):
+def test_a_page_that_the_disk_refuses_is_said_once_and_tried_again(run, monkeypatch):
+    monkeypatch.setattr("serl_launcher.telemetry.journal_page.RETRY_S", 0.0)
     paths, said = RunPaths(run), []
     kept = paths.page.read_text()
     paths.page.unlink()

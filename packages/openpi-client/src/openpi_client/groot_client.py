@@ -35,7 +35,7 @@ class GrootClient:
     def __init__(self, host: str, port: int, api_token: str | None = None, timeout_s: float = 10.0) -> None:
         self.uri = f"tcp://{bracketed(host)}:{port}"
         self._host, self._port, self._token, self._timeout_s = host, port, api_token, timeout_s
-        self._context: zmq.Context | None = None
+        self._socket: zmq.Socket | None = None
         self._connect()
 
     def call(self, endpoint: str, data: dict[str, Any] | None = None, timeout_s: float | None = None) -> Any:
@@ -66,25 +66,28 @@ class GrootClient:
 
     def close(self) -> None:
         """Hang up; idempotent, the next call connects again."""
-        if self._context is not None:
-            self._context.destroy(linger=0)
-            self._context = None
+        if self._socket is not None:
+            self._socket.disable_monitor()
+            for socket in (self._monitor, self._socket):
+                socket.close(linger=0)
+            self._socket = None
 
     def _connect(self) -> None:
         if why := obstacle(self._host, self._port):
             raise PolicyServerError(f"no GR00T policy server at {self.uri}: {why}")
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.REQ)
+        # The process's context: one of its own would wait for its sockets when both are garbage.
+        socket = self._socket = zmq.Context.instance().socket(zmq.REQ)
         for option, value in {zmq.LINGER: 0, zmq.MAXMSGSIZE: _MAX_BYTES, zmq.IPV6: 1}.items():
-            self._socket.setsockopt(option, value)
-        self._monitor = self._socket.get_monitor_socket(_BROKEN)
-        self._socket.connect(self.uri)
+            socket.setsockopt(option, value)
+        self._monitor = socket.get_monitor_socket(_BROKEN)
+        socket.connect(self.uri)
 
     def _ask(self, request: bytes, seconds: float) -> Any:
-        if self._context is None:
+        if self._socket is None:
             self._connect()
         elif self._monitor.poll(0):  # who is there now may serve another policy: the caller looks again
             raise PolicyServerError(f"the policy server at {self.uri} closed the connection since its last answer")
+        assert self._socket is not None
         self._socket.send(request)
         poller = zmq.Poller()
         for socket in (self._socket, self._monitor):

@@ -45,7 +45,7 @@ class Layout:
         where = f"{key}={path}"
         prompts = [f"annotation.{name}" for name in _section(content, "annotation", where)]
         return Layout(
-            _cameras(_section(content, "video", where), spec, where),
+            _cameras(_section(content, "video", where), spec),
             _parts(_section(content, "state", where), "state", len(spec.state_names), where),
             _parts(_section(content, "action", where), "action", len(spec.action_names), where),
             prompts[0] if prompts else PROMPT,
@@ -88,15 +88,14 @@ def _section(content: Any, name: str, where: str) -> Mapping[str, Any]:
     return section
 
 
-def _cameras(section: Mapping[str, Any], spec: TaskSpec, where: str) -> dict[str, str]:
-    cameras = {}
-    for name, entry in section.items():
-        column = (entry.get("original_key") if isinstance(entry, Mapping) else None) or name
-        camera = str(column).removeprefix(_IMAGES)
-        if camera not in spec.cameras:
-            raise ValueError(f"{where}: video.{name}: the task has no camera {camera!r}; it has {sorted(spec.cameras)}")
-        cameras[str(name)] = camera
-    return cameras
+def _cameras(section: Mapping[str, Any], spec: TaskSpec) -> dict[str, str]:
+    """Those of the task's cameras that the data have; cameras of the data that the task lacks are nobody's until a
+    policy wants them."""
+    columns = {
+        str(name): entry.get("original_key") if isinstance(entry, Mapping) else None for name, entry in section.items()
+    }
+    cameras = {name: str(column or name).removeprefix(_IMAGES) for name, column in columns.items()}
+    return {name: camera for name, camera in cameras.items() if camera in spec.cameras}
 
 
 def _parts(section: Mapping[str, Any], what: str, dims: int, where: str) -> dict[str, tuple[int, int]]:

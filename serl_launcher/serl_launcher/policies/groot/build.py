@@ -133,7 +133,8 @@ def meta_groot(cfg: Mapping[str, Any], spec: TaskSpec, size: Any) -> tuple[Groot
         with torch.device("meta"):
             core = size.build(size.config_fields(spec, cfg.get("action_horizon") or 40))
     with torch.device("meta"):
-        policy = GrootFlowPolicy(core, spec, size.inputs(cameras), valid_horizon=valid)
+        precision = cfg.get("precision") or "float32"
+        policy = GrootFlowPolicy(core, spec, size.inputs(cameras), valid_horizon=valid, precision=precision)
     policy.checkpointing = bool(cfg.get("checkpointing"))
     policy.tune(**flags)
     if cfg.get("train") == "lora":

@@ -7,58 +7,51 @@ experiment_cfg/, modality.json) and the action head alone, action_head_<embodime
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from serl_launcher.policies.checkpoint import SINGLE
 from serl_launcher.policies.groot.assets import Described
 from serl_launcher.policies.groot.checkpoint import ALIASES, COSMOS, prefix_of
 from serl_launcher.policies.groot.inputs import QwenInputs
 from serl_launcher.policies.groot.parts import Part, modality_of, split
 from serl_launcher.policies.normalise import Affine
-from serl_launcher.policies.saving import copy_beside, expect_new, tensors_to_save
+from serl_launcher.policies.saving import (
+    FORMAT,
+    SHARD,
+    copy_beside,
+    new_folder,
+    tensors_to_save,
+    write_extras,
+    write_model,
+)
+from serl_launcher.tensor_files import write_tensors
 
-SHARD = "5GB"
 
-
-def save_groot(policy: nn.Module, folder: Path, extras: Mapping[str, Any] | None = None, shard: str = SHARD) -> Path:
+def save_groot(policy: nn.Module, folder: Path, extras: Mapping[str, Any] | None = None, shard: int = SHARD) -> Path:
     """Write the policy in its source's layout, in NVIDIA's without one; frozen tensors and the files beside the weights
     are the source's.
 
     extras: file name -> JSON content, or a path to copy. Raises ValueError when the folder holds files.
     """
     folder, source, tag = Path(folder), getattr(policy, "checkpoint", None), policy.embodiment_tag
-    expect_new(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     prefix = "" if source is None else prefix_of(source)
     tensors = tensors_to_save(policy, prefix, ALIASES)
-    if prefix:
-        save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-    else:
-        from huggingface_hub import save_torch_state_dict
-
-        save_torch_state_dict(tensors, folder, max_shard_size=shard)
     start = f"{prefix}action_head."
     head = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-    save_file(head, folder / f"action_head_{tag}.safetensors", metadata={"format": "pt"})
-    if source is None:
-        _write_sidecars(policy, folder, tag)
-    else:
-        copy_beside(source.folder, folder, ("backbone", "processor"))
-        if getattr(policy, "described", None) is not None:
-            _add_embodiment(policy.described, folder, tag)
-    for name, content in (extras or {}).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, Path):
-            shutil.copyfile(content, folder / name)
+    with new_folder(folder) as part:
+        write_model(tensors, part, None if prefix else shard)
+        write_tensors(part / f"action_head_{tag}.safetensors", head, FORMAT)
+        if source is None:
+            write_sidecars(policy, part, tag)
         else:
-            (folder / name).write_text(json.dumps(content, indent=2))
+            copy_beside(source.folder, part, ("backbone", "processor"))
+            if getattr(policy, "described", None) is not None:
+                _add_embodiment(policy.described, part, tag)
+        write_extras(part, extras or {})
     return folder
 
 
@@ -76,7 +69,7 @@ def _add_embodiment(described: Described, folder: Path, tag: str) -> None:
     path.write_text(json.dumps(content, indent=2))
 
 
-def _write_sidecars(policy: nn.Module, folder: Path, tag: str) -> None:
+def write_sidecars(policy: nn.Module, folder: Path, tag: str) -> None:
     """What describes a policy that began at random; its units become the statistics."""
     config = policy.core.config.to_dict() | {"model_type": "Gr00tN1d7", "load_bf16": False, "dtype": "float32"}
     if config["model_name"] != COSMOS:

@@ -123,7 +123,8 @@ def meta_groot_n1_5(cfg: Mapping[str, Any], spec: TaskSpec, size: Any) -> tuple[
         with torch.device("meta"):
             core = size.build(size.config_fields(spec, cfg.get("action_horizon") or 16))
     with torch.device("meta"):
-        policy = GrootN15FlowPolicy(core, spec, size.inputs(cameras))
+        precision = cfg.get("precision") or "float32"
+        policy = GrootN15FlowPolicy(core, spec, size.inputs(cameras), precision=precision)
     policy.checkpointing = bool(cfg.get("checkpointing"))
     policy.tune(**flags)
     if cfg.get("train") == "lora":

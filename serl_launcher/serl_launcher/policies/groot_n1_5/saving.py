@@ -8,51 +8,45 @@ embodiment's own encoders and decoder, projector_<embodiment>.safetensors. No op
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
-from serl_launcher.policies.checkpoint import SINGLE
 from serl_launcher.policies.groot.assets import Described
 from serl_launcher.policies.groot_n1_5.checkpoint import ALIASES, METADATA, prefix_of
 from serl_launcher.policies.groot_n1_5.inputs import EagleInputs
-from serl_launcher.policies.saving import copy_beside, expect_new, tensors_to_save
+from serl_launcher.policies.saving import (
+    FORMAT,
+    SHARD,
+    copy_beside,
+    new_folder,
+    tensors_to_save,
+    write_extras,
+    write_model,
+)
+from serl_launcher.tensor_files import write_tensors
 
-SHARD = "5GB"
 PROJECTOR = ("state_encoder.", "action_encoder.", "action_decoder.", "position_embedding.")
 
 
 def save_groot_n1_5(
-    policy: nn.Module, folder: Path, extras: Mapping[str, Any] | None = None, shard: str = SHARD
+    policy: nn.Module, folder: Path, extras: Mapping[str, Any] | None = None, shard: int = SHARD
 ) -> Path:
     """Arguments and frozen tensors as `groot.saving.save_groot`. Raises ValueError when the folder holds files."""
     folder, source, tag = Path(folder), getattr(policy, "checkpoint", None), policy.embodiment_tag
-    expect_new(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     prefix = "" if source is None else prefix_of(source)
     tensors = tensors_to_save(policy, prefix, ALIASES)
-    if prefix:
-        save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-    else:
-        from huggingface_hub import save_torch_state_dict
-
-        save_torch_state_dict(tensors, folder, max_shard_size=shard)
     start = f"{prefix}action_head."
     head = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
     projector = {name: tensor for name, tensor in head.items() if name.startswith(PROJECTOR)}
-    save_file(head, folder / f"action_head_{tag}.safetensors", metadata={"format": "pt"})
-    save_file(projector, folder / f"projector_{tag}.safetensors", metadata={"format": "pt"})
-    _write_beside(policy, folder, tag)
-    for name, content in (extras or {}).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, Path):
-            shutil.copyfile(content, folder / name)
-        else:
-            (folder / name).write_text(json.dumps(content, indent=2))
+    with new_folder(folder) as part:
+        write_model(tensors, part, None if prefix else shard)
+        write_tensors(part / f"action_head_{tag}.safetensors", head, FORMAT)
+        write_tensors(part / f"projector_{tag}.safetensors", projector, FORMAT)
+        _write_beside(policy, part, tag)
+        write_extras(part, extras or {})
     return folder
 
 

@@ -30,7 +30,7 @@ from serl_launcher.policies.pi0.full import FullSize
 from serl_launcher.policies.pi0.head import PI0FlowPolicy
 from serl_launcher.policies.pi0.pi05 import PI05FlowPolicy
 from serl_launcher.policies.pi0.tiny import TinySize
-from serl_launcher.policies.pi0.trainable import set_trainable
+from serl_launcher.policies.pi0.trainable import freeze, set_trainable
 from serl_launcher.policies.pi0.units import units_of, units_of_dataset
 from serl_launcher.policies.precision import hold
 from serl_launcher.policies.relative import Anchors, by_place, check_measured
@@ -99,8 +99,7 @@ def build[Head: PI0FlowPolicy](
     with torch.device("meta"):
         core = size.build(config)
     policy = head(core, spec, words, units, cameras=order, **options)
-    if train != "lora":
-        set_trainable(policy, train)
+    freeze(policy, train)
     policy.load_report = load_core(policy, found, "model.", ALIASES, precision)
     if train == "lora":  # adapters are no tensors of the checkpoint
         with torch.random.fork_rng(devices=[]):
@@ -162,7 +161,8 @@ def meta(
         config = size.config(spec, cfg.get("action_horizon") or 50)
     with torch.device("meta"):
         words = WordHashTokenizer(300, config.tokenizer_max_length)
-        policy = head(size.build(config), spec, words, attention="sdpa")
+        precision = cfg.get("precision") or "float32"
+        policy = head(size.build(config), spec, words, attention="sdpa", precision=precision)
     policy.checkpointing = bool(cfg.get("checkpointing"))
     set_trainable(policy, cfg.get("train") or "full", cfg.get("lora_rank") or 16)
     return policy, mode

@@ -205,7 +205,7 @@ def _keep_float32(module: nn.Module) -> None:
     inner = module.forward
 
     def forward(*args, **kwargs):
-        with torch.autocast(next(module.parameters()).device.type, enabled=False):
+        with full(next(module.parameters()).device, "bfloat16"):
             return inner(*args, **kwargs)
 
     module.forward = forward

@@ -6,56 +6,50 @@ tools/export_checkpoint.py calls the head's `save` with a run's published parame
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from serl_launcher.policies.checkpoint import PREPROCESSOR, SINGLE
+from serl_launcher.policies.checkpoint import PREPROCESSOR
 from serl_launcher.policies.normalise import Affine
 from serl_launcher.policies.pi0.checkpoint import ALIASES, EMBEDDING, EXPERT_HEAD, said_tokenizer
-from serl_launcher.policies.saving import copy_beside, expect_new, tensors_to_save
+from serl_launcher.policies.saving import copy_beside, new_folder, tensors_to_save, write_model
+from serl_launcher.tensor_files import Pending
 
 PALIGEMMA_TOKENIZER = "google/paligemma-3b-pt-224"
 
 
 def save_pi0(policy: nn.Module, folder: Path) -> Path:
     """Write a PI0 or PI0.5 policy; the folder must not exist or be empty. Raises ValueError otherwise."""
-    folder = Path(folder)
-    expect_new(folder)
-    source = getattr(policy, "checkpoint", None)
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    folder, source = Path(folder), getattr(policy, "checkpoint", None)
     tensors = tensors_to_save(policy, "model.", ALIASES)
     if source is None:
-        tensors |= {f"model.{name}": tensor for name, tensor in _language_heads(policy.core).items()}
-        _write_config(policy, part)
-    else:
-        copy_beside(source.folder, part, ("tokenizer",))
-        if getattr(policy, "new_units", False):  # a base that went on to another robot
-            for path in part.glob("policy_*processor*"):
-                path.unlink()
-            _write_config(policy, part)
-    save_file(tensors, part / SINGLE, metadata={"format": "pt"})
-    if folder.exists():
-        folder.rmdir()
-    os.replace(part, folder)
+        tensors |= {f"model.{name}": tensor for name, tensor in language_heads(policy.core).items()}
+    with new_folder(folder) as part:
+        if source is None:
+            write_config(policy, part)
+        else:
+            copy_beside(source.folder, part, ("tokenizer",))
+            if getattr(policy, "new_units", False):  # a base that went on to another robot
+                for path in part.glob("policy_*processor*"):
+                    path.unlink()
+                write_config(policy, part)
+        write_model(tensors, part)
     return folder
 
 
-def _language_heads(core: nn.Module) -> dict[str, Tensor]:
+def language_heads(core: nn.Module) -> dict[str, Pending]:
     """What LeRobot's loader wants and no flow policy reads: PaliGemma's is tied to its embedding, the expert's zero."""
-    embedding = dict(core.named_parameters())[EMBEDDING].detach().cpu().clone()
     config = core.paligemma_with_expert.gemma_expert.config
-    return {ALIASES[EMBEDDING]: embedding, EXPERT_HEAD: torch.zeros(config.vocab_size, config.hidden_size)}
+    shape = (config.vocab_size, config.hidden_size)
+    zeros = Pending(torch.float32, shape, partial(torch.zeros, shape))
+    return {ALIASES[EMBEDDING]: Pending.of(core.get_parameter(EMBEDDING)), EXPERT_HEAD: zeros}
 
 
-def _write_config(policy: nn.Module, folder: Path) -> None:
+def write_config(policy: nn.Module, folder: Path) -> None:
     """config.json and processors of a policy with units of its own: they become the statistics."""
     config = policy.core.config
     config._save_pretrained(folder)
