@@ -350,6 +350,8 @@ class EpisodeRunner:
             with self.stack.calls.called_back():
                 answer = self._patiently(now, lambda: broker.infer(body))
             now.policy_version = int(answer["policy_version"])
+            if "plan" in answer:
+                self.observer.planned(answer["plan"])
             return np.array(answer["actions"])
 
         return propose

@@ -35,6 +35,8 @@ def test_broker_executes_its_horizon_then_asks_again():
     assert answers[0]["actions"].shape == (2,)
     assert [answer["policy_version"] for answer in answers] == [1, 1, 1, 2, 2, 2, 3]
     assert policy.calls == 3
+    plans = [answer["plan"][:, 0].tolist() if "plan" in answer else None for answer in answers]
+    assert plans == [[*range(8)], None, None, [*range(10, 18)], None, None, [*range(20, 28)]]
 
 
 def test_broker_drops_its_chunk():

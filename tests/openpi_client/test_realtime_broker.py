@@ -146,3 +146,19 @@ def test_settings_that_cannot_work_are_refused(policy):
     with pytest.raises(ValueError, match="execute_horizon=9 is longer than the chunk, 8 actions"):
         broker.infer({"tick": 0})
     broker.close()
+
+
+def test_a_new_chunk_is_told_as_the_plan_from_its_tick_on(policy):
+    broker, plans = RealtimeChunkBroker(policy, execute_horizon=4, mode="async"), []
+    infer = broker.infer
+
+    def noted(obs):
+        answer = infer(obs)
+        if "plan" in answer:
+            plans.append((obs["tick"], answer["plan"][:, 0].tolist()))
+        return answer
+
+    broker.infer = noted
+    drive(broker, policy, 6, answered_at={0, 3})
+    assert plans == [(0, [0, 1, 2, 3, 4, 5, 6, 7]), (3, [3, 4, 5, 6, 7, 8])]  # asked at tick 1, answered at 3
+    broker.close()

@@ -2,12 +2,18 @@
 
 import contextlib
 import csv
+import importlib.util
 import io
 import re
 import socket
+import subprocess
 import sys
+import threading
 import time
+import urllib.request
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import numpy as np
@@ -20,8 +26,15 @@ from serl_robot_infra.observers.status import StatusObserver
 from serl_robot_infra.observers.trials import TrialTable
 from serl_robot_infra.observers.video import VideoObserver
 from serl_transport.contract.schema import EpisodeInfo, Observation, Outcome, TimeStep
+from serl_transport.contract.specs import TaskSpec
 
 INFO = EpisodeInfo("e1", "actor-0", "boot", "pick", "do it", "online", "online", 7, 1.5)
+
+LOOKED_AT = TaskSpec(
+    name="pick", prompt="do it", control_hz=10.0, max_ticks=100, cameras={"front": (32, 32), "wrist": (24, 40)},
+    state_names=tuple("abcde"), state_low=(-1.0,) * 5, state_high=(1.0,) * 5,
+    action_names=tuple("wxyz"), action_low=(-1.0,) * 4, action_high=(1.0,) * 4,
+)  # fmt: skip
 
 
 def observation(value=100):
@@ -160,18 +173,114 @@ def test_a_failing_observer_is_reported_once_and_left_out():
     assert stream.getvalue() == "Broken failed and is switched off: disk full\n"
 
 
+def recording(path):
+    """Entity -> rows of a recording, by rerun's own reading; verified by its command."""
+    program = Path(importlib.util.find_spec("rerun_cli").origin).with_name("rerun")
+    subprocess.run([program, "rrd", "verify", path], check=True, capture_output=True, timeout=60)
+    from rerun.experimental import RrdReader
+
+    chunks = RrdReader(path).stream().to_chunks()
+    found = Counter()
+    for chunk in chunks:
+        found[str(chunk.entity_path)] += chunk.num_rows
+    return found
+
+
 def test_rerun_writes_a_recording(tmp_path):
     pytest.importorskip("rerun", reason="rerun-sdk is not installed")
-    from serl_robot_infra.envs.pick import PickEnv
     from serl_robot_infra.observers.rerun_log import RerunObserver
 
     path = tmp_path / "rerun" / "a.rrd"
-    observer = RerunObserver(PickEnv(cameras=()).spec, path)
+    observer = RerunObserver(LOOKED_AT, path)
     observer.episode_started(INFO)
-    observer.tick(step(True))
+    for tick in range(6):
+        if tick == 0:
+            observer.planned(np.zeros((8, 4), np.float32))
+        observer.tick(step(tick > 3))
     observer.episode_ended(report(), observation())
     observer.close()
-    assert path.stat().st_size > 1000
+    rows = recording(path)
+    assert {rows[f"/{name}"] for name in ("camera/front", "camera/wrist", "reward", "return", "operator")} == {6}
+    for name in LOOKED_AT.action_names:
+        assert (rows[f"/action/{name}"], rows[f"/planned/{name}"]) == (6, 8)
+    assert {rows[f"/state/{name}"] for name in LOOKED_AT.state_names} == {6}
+    assert rows["/episode"] == 2
+
+
+def test_a_viewer_that_is_too_slow_loses_ticks_and_holds_none_up(tmp_path, monkeypatch):
+    pytest.importorskip("rerun", reason="rerun-sdk is not installed")
+    from serl_robot_infra.observers.rerun_log import QUEUE, RerunObserver
+
+    said, gate = [], threading.Event()
+    observer = RerunObserver(LOOKED_AT, tmp_path / "a.rrd", said.append)
+    monkeypatch.setattr(observer, "_log_text", lambda text: gate.wait(30))  # as rerun does for one that does not read
+    observer.episode_started(INFO)
+    began = time.monotonic()
+    for _ in range(QUEUE + 50):
+        observer.tick(step(False))
+    assert time.monotonic() - began < 0.5
+    observer.episode_ended(report(ticks=QUEUE + 50), observation())
+    gate.set()
+    observer.close()
+    (line,) = said
+    assert re.search(rf"the viewer is slow, (49|50|51) of {QUEUE + 50} ticks were not sent", line)
+    assert recording(tmp_path / "a.rrd")["/reward"] in (QUEUE - 1, QUEUE, QUEUE + 1)
+
+
+def test_what_the_thread_fails_with_is_told_of_and_ends_the_streaming(tmp_path):
+    pytest.importorskip("rerun", reason="rerun-sdk is not installed")
+    from serl_robot_infra.observers.rerun_log import RerunObserver
+
+    stream = io.StringIO()
+    group = ObserverGroup([RerunObserver(LOOKED_AT, tmp_path / "a.rrd"), console(stream)])
+    group.episode_started(INFO)
+    group.planned(np.zeros((8, 3), np.float32))  # one action dim too few
+    for _ in range(200):
+        group.tick(step(False))
+        time.sleep(0.005)
+        if stream.getvalue():
+            break
+    assert "RerunObserver failed and is switched off" in stream.getvalue()
+
+
+@pytest.mark.slow
+def test_a_browser_and_a_viewer_elsewhere_see_an_actor_through_a_served_viewer(tmp_path, free_ports):
+    """`rerun --serve-web` on the robot host: the actor streams into it, others look."""
+    pytest.importorskip("rerun", reason="rerun-sdk is not installed")
+    from serl_robot_infra.observers.rerun_log import connected
+
+    program = Path(importlib.util.find_spec("rerun_cli").origin).with_name("rerun")
+    stream, web = free_ports
+    words = ["--serve-web", "--bind", "127.0.0.1", "--port", str(stream), "--web-viewer-port", str(web)]
+    with subprocess.Popen([program, *words]) as server:
+        try:
+            page = wait_for_page(f"http://127.0.0.1:{web}/")
+            observer = connected(LOOKED_AT, f"127.0.0.1:{stream}", print)
+            observer.episode_started(INFO)
+            for _ in range(5):
+                observer.tick(step(False))
+            observer.close()
+            afar = tmp_path / "afar.rrd"
+            command = [program, f"rerun+http://127.0.0.1:{stream}/proxy", "--port", "auto", "--save", str(afar)]
+            with subprocess.Popen(command) as viewer:
+                deadline = time.monotonic() + 20
+                while not (afar.exists() and b"camera/front" in afar.read_bytes()) and time.monotonic() < deadline:
+                    time.sleep(0.1)
+                viewer.terminate()
+        finally:
+            server.terminate()
+    assert b"<html" in page.lower()
+    assert b"camera/front" in afar.read_bytes()
+
+
+def wait_for_page(address):
+    for _ in range(100):
+        try:
+            with urllib.request.urlopen(address, timeout=2) as answer:
+                return answer.read()
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"no page at {address}")
 
 
 def test_without_a_viewer_one_line_says_so_and_nothing_is_streamed(free_ports):

@@ -9,6 +9,7 @@ import merge_video
 import numpy as np
 import pytest
 import visualize_dataset
+from PIL import Image
 from run_samples import SPEC, episode
 
 from serl_launcher.exporter.writer import DatasetWriter
@@ -104,6 +105,71 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert "no mp4 files at" in err
     assert "is no video" in err
     assert not (tmp_path / "out.mp4").exists()
+
+
+def test_the_ancestors_flags(tmp_path):
+    for name, count in (("a", 3), ("b", 4)):
+        solid_video(tmp_path / f"clips/{name}.mp4", count, 90)
+    words = ["--video_folder", str(tmp_path / "clips"), "--output_path", str(tmp_path / "all.mp4"), "--fps", "25"]
+    assert merge_video.main(words) == 0
+    with av.open(str(tmp_path / "all.mp4")) as video:
+        assert video.streams.video[0].average_rate == 25
+        assert sum(1 for _ in video.decode(video=0)) == 7
+
+
+def test_a_contact_sheet_has_a_row_for_each_clip_from_its_first_to_its_last_frame(tmp_path):
+    path = tmp_path / "clips/ramp.mp4"
+    path.parent.mkdir()
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for level in range(0, 250, 50):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), level, np.uint8))))
+        container.mux(stream.encode())
+    solid_video(tmp_path / "clips/short.mp4", 1, 120)
+    words = [str(tmp_path / "clips"), "-o", str(tmp_path / "sheet.png"), "--pictures", "3", "--height", "64"]
+    assert merge_video.main(words) == 0
+    sheet = np.array(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (2 * 64, 3 * 64, 3)
+    below = [[float(sheet[row * 64 + 40, column * 64 + 32].mean()) for column in range(3)] for row in range(2)]
+    assert np.abs(np.array(below) - [[0, 100, 200], [120, 120, 120]]).max() < 12
+    assert sheet[:14, :40].max() > 200  # its name
+
+
+def trials(root: Path, rows: list[tuple[int, int, int]]) -> None:
+    """evaluation.csv with (policy version, seed, success); the version is the video's grey level by ten."""
+    lines = ["policy_version,seed,success,video"]
+    for version, seed, success in rows:
+        solid_video(root / f"videos/{version}-{seed}.mp4", 2, version * 10)
+        lines.append(f"{version},{seed},{success},videos/{version}-{seed}.mp4")
+    (root / "evaluation.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_before_and_after_stand_side_by_side_by_seed(tmp_path):
+    trials(tmp_path, [(3, 7, 0), (3, 8, 0), (9, 7, 1), (20, 8, 1), (20, 7, 1), (20, 9, 1)])
+    clips = merge_video.before_after(str(tmp_path), dataset=False)
+    assert [clip.label for clip in clips] == ["v3 seed 7 failure", "v20 seed 7 success", "v3 seed 8 failure",
+                                              "v20 seed 8 success"]  # fmt: skip
+    out = tmp_path / "both.mp4"
+    assert merge_video.main([str(tmp_path), "-o", str(out), "--before-after", "--height", "64"]) == 0
+    merged = frames(out)
+    assert [frame.shape for frame in merged] == [(64, 128, 3)] * 4
+    assert abs(float(merged[0][40:, :64].mean()) - 30) < 8
+    assert abs(float(merged[0][40:, 64:].mean()) - 200) < 8
+
+
+def test_before_and_after_of_a_dataset_or_of_one_version(tmp_path, capsys):
+    writer = DatasetWriter(tmp_path / "dataset", SPEC, video=False)
+    for ordinal, version in enumerate((2, 2, 5)):
+        recorded = episode(ordinal, n=3, mode="eval")
+        recorded.arrays["policy_version"][:] = version
+        writer.add(ordinal, recorded)
+    writer.commit()
+    labels = [clip.label for clip in merge_video.before_after(str(tmp_path), dataset=True)]
+    assert [label.split()[0] for label in labels] == ["v2", "v5"]
+    trials(tmp_path, [(3, 7, 0)])
+    assert merge_video.main([str(tmp_path), "-o", str(tmp_path / "x.mp4"), "--before-after"]) == 1
+    assert "needs evaluations of two policy versions, got [3]" in capsys.readouterr().err
 
 
 def test_the_list_of_episodes(run, capsys):

@@ -8,17 +8,16 @@ Files only: the gateway, the trainer and a full disk do not know that somebody l
 
 import os
 import time
-from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 from serl_launcher.console.alarms import alarms
 from serl_launcher.console.curves import of_episodes, of_metrics
-from serl_launcher.console.tail import Tail
 from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.run.acts import ActsLedger
 from serl_launcher.run.files import read_json
 from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.tail import Tail
 
 EPISODES, METRICS, ACTS = 3000, 4000, 40  # rows that are kept and shown
 LONGEST_LOOK_S = 2.0  # a console that was itself stopped finds nobody silent when it goes on
@@ -37,7 +36,7 @@ class Feed:
         self._relabelled, self._acts = Relabelled(paths.root), ActsLedger(paths.root)
         self._rows: dict[int, dict[str, Any]] = {}  # ordinal -> row of the page's ledger, oldest first
         self._judged: dict[int, dict[str, Any]] = {}  # ordinal -> its newest verdict
-        self._steps: deque[dict[str, Any]] = deque(maxlen=METRICS)
+        self._steps: list[dict[str, Any]] = []
         self._number = self._next = 0  # of the last whole look; of the one in hand
         self._changed: dict[int, int] = {}  # ordinal -> number of its last change
         self._parts: dict[str, tuple[int, Any]] = {}
@@ -95,6 +94,8 @@ class Feed:
                 while self._steps and self._steps[-1]["step"] >= line["step"]:  # a resume does steps again
                     self._steps.pop()
                 self._steps.append(line)
+                if len(self._steps) > METRICS:  # the whole run in ever wider steps, not its last hour
+                    del self._steps[-2::-2]
         if lines or replaced:
             self._put("losses", of_metrics(self._steps))
             self._put("metrics", self._steps[-1] if self._steps else {})

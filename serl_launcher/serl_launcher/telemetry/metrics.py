@@ -1,11 +1,11 @@
 """Where training metrics go: metrics/trainer.jsonl always, TensorBoard and W&B as the config says.
 
 The trainer calls `write(step, {group/name: value})` and `close()`. After a resume from an older checkpoint the steps
-that are done again replace the old ones in the file and in TensorBoard. In W&B the step is a metric of its own, because
-W&B silently ignores a step that goes backwards.
+that are done again replace the old ones in the file and in TensorBoard; W&B, which takes nothing back, keeps its own.
 
 A backend never ends or holds up training: one that fails is switched off with one warning (W&B runs in a process of its
-own). The file is data: while the disk refuses it the trainer waits, and TensorBoard's files catch up from it.
+own, which reads the file). The file is data: while the disk refuses it the trainer waits, and TensorBoard's files catch
+up from it.
 """
 
 import atexit
@@ -37,7 +37,7 @@ class Backend(Protocol):
 
 
 class MetricsWriter:
-    """One run's metrics. `telemetry.tensorboard`, `telemetry.wandb` and `telemetry.project` of the config decide."""
+    """One run's metrics. `telemetry.*` of the config decides."""
 
     def __init__(self, paths: RunPaths, cfg: Mapping[str, Any]) -> None:
         telemetry = cfg.get("telemetry") or {}
@@ -51,13 +51,13 @@ class MetricsWriter:
             self._backends["tensorboard"] = TensorBoard(paths.metrics / "tensorboard", self._path)
         if telemetry.get("wandb", False):
             config = OmegaConf.to_container(OmegaConf.create(dict(cfg)), resolve=True)
-            name, project = paths.root.name, telemetry.get("project") or "flowserl"
-            self._or_off("wandb", lambda: self._backends.update(
-                wandb=WandbProcess(paths.metrics, name, project, config)))  # type: ignore[arg-type]  # fmt: skip
+            self._or_off("wandb", lambda: self._backends.update(wandb=WandbProcess(paths.root, config)))  # type: ignore[arg-type]
         atexit.register(self.close)
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any], at: float | None = None) -> None:
         """One step's metrics: numbers (a tensor of one element will do) and texts such as the stage.
+
+        at: unix s of the step, by default now.
 
         OSError when the disk refuses the file: call it again, nothing is lost or doubled.
         """
@@ -67,7 +67,7 @@ class MetricsWriter:
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
-        append_whole(self._file, (json.dumps({"step": step, "time": steady_time(), **finite}) + "\n").encode())
+        append_whole(self._file, (json.dumps({"step": step, "time": at or steady_time(), **finite}) + "\n").encode())
         numbers = {key: value for key, value in row.items() if not isinstance(value, str)}
         for name, backend in list(self._backends.items()):
             self._or_off(name, lambda backend=backend: backend.write(step, numbers))

@@ -1,6 +1,6 @@
 """What a rollout tells its watchers. Called by the actor loop; implemented by each file beside.
 
-episode_started ─▶ tick × n ─▶ episode_ended, and message at any time
+episode_started ─▶ (planned before some,) tick × n ─▶ episode_ended, and message at any time
 """
 
 import errno
@@ -8,6 +8,8 @@ import logging
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from serl_transport.contract.schema import EpisodeInfo, Observation, Outcome, TimeStep
 
@@ -48,6 +50,9 @@ class Observer:
     def episode_started(self, info: EpisodeInfo) -> None:
         """The environment was reset."""
 
+    def planned(self, chunk: np.ndarray) -> None:
+        """The policy has a new chunk: float32[n, ad], from the action of the tick that is about to be executed on."""
+
     def tick(self, step: TimeStep) -> None:
         """One tick was executed and recorded."""
 
@@ -76,6 +81,9 @@ class ObserverGroup(Observer):
 
     def episode_started(self, info: EpisodeInfo) -> None:
         self._tell("episode_started", info)
+
+    def planned(self, chunk: np.ndarray) -> None:
+        self._tell("planned", chunk)
 
     def tick(self, step: TimeStep) -> None:
         self._tell("tick", step)

@@ -18,11 +18,11 @@ from serl_launcher.console.curves import of_episodes, of_metrics, thinned
 from serl_launcher.console.door import Door
 from serl_launcher.console.feed import Feed
 from serl_launcher.console.operator import ConsoleOperator
-from serl_launcher.console.tail import Tail
 from serl_launcher.run import console as place_of
 from serl_launcher.run.acts import ActsLedger
 from serl_launcher.run.console import ConsolePlace, check_console, lay_out
 from serl_launcher.run.paths import RunPaths
+from serl_launcher.run.tail import Tail
 from serl_transport.config import TrainerConfig
 from serl_transport.contract.errors import Refused, Unauthorized
 

@@ -130,18 +130,24 @@ sys.modules["wandb"] = type(sys)("wandb")
 import wandb
 
 class Run:
+    step, resumed, offline = 0, False, True
     def define_metric(self, *words, **more): pass
-    def log(self, row): {log}
-    def finish(self): {finish}
+    def log(self, row, step): {log}
+    def finish(self, exit_code): {finish}
+
+class Setup:
+    class settings:
+        mode, base_url = "online", "http://127.0.0.1:9"
 
 def init(**words):
     {init}
     return Run()
 
-wandb.init, wandb.Settings = init, lambda **words: None
+wandb.init, wandb.Settings, wandb.setup = init, lambda **words: None, Setup
 from serl_launcher.telemetry import wandb_process
-wandb_process.START_S = wandb_process.FINISH_S = 1
-sys.exit(wandb_process.main(int(sys.argv[1]), wandb_process.Path(sys.argv[2]), *sys.argv[3:]))
+wandb_process.START_S = wandb_process.STUCK_S = wandb_process.FINISH_S = 1
+wandb_process.LOOK_S = 0.1
+sys.exit(wandb_process.main(int(sys.argv[1]), wandb_process.Path(sys.argv[2])))
 """
 
 
@@ -196,33 +202,36 @@ def test_one_that_hangs_at_the_end_is_ended(tmp_path, caplog, stand_in):
 def test_the_end_of_training_waits_for_seconds_only(tmp_path, caplog, stand_in, monkeypatch):
     monkeypatch.setattr(wandb_process, "CLOSE_S", 0.2)
     stand_in(finish=HANG)
-    link = WandbProcess(tmp_path, "run", "project", {})
+    link = WandbProcess(tmp_path, {})
     link.close()
     assert "it is not waited for any longer" in caplog.text
     assert link._process.wait(60) == -signal.SIGALRM  # and no process is left behind
 
 
-def test_what_does_not_fit_is_dropped_not_waited_for(tmp_path, caplog, stand_in):
+def test_one_that_hangs_at_a_row_holds_nothing_up_and_is_ended(tmp_path, caplog, stand_in):
     stand_in(log=HANG)
-    link = WandbProcess(tmp_path, "run", "project", {})
-    for step in range(20_000):
-        link.write(step, {f"losses/{k}": 0.5 for k in range(20)})
-    assert link._dropped > 0
-    assert caplog.text.count("W&B takes no rows just now") == 1
-    os.kill(link._process.pid, signal.SIGKILL)
-    link.close()
+    writer = MetricsWriter(RunPaths(tmp_path), WANDB)
+    process = writer._backends["wandb"]._process
+    began = time.monotonic()
+    for step in range(2_000):
+        writer.write(step, {f"losses/{k}": 0.5 for k in range(20)})
+    assert time.monotonic() - began < 5.0
+    process.wait(60)
+    writer.close()
+    assert process.returncode == -signal.SIGALRM
+    assert "W&B could not be reached or does not answer" in caplog.text
 
 
 def test_it_ends_with_a_killed_trainer(tmp_path, stand_in):
     stand_in()
-    link = WandbProcess(tmp_path, "run", "project", {})
+    link = WandbProcess(tmp_path, {})
     link._socket.close()  # what the kernel does
     assert link._process.wait(60) == 0
 
 
 def test_w_and_b_gets_the_config_without_its_secrets(tmp_path, stand_in):
     stand_in(init=f"open({str(tmp_path / 'config')!r}, 'w').write(str(words['config']))")
-    link = WandbProcess(tmp_path, "run", "project", {"serving": {"openpi_token": "s3cret", "threads": 1}})
+    link = WandbProcess(tmp_path, {"serving": {"openpi_token": "s3cret", "threads": 1}})
     link.close()
     assert json.loads((tmp_path / "config").read_text().replace("'", '"')) == {
         "serving": {"openpi_token": "(hidden)", "threads": 1}

@@ -1,12 +1,9 @@
-"""The metrics writer: the file, TensorBoard, resuming at an earlier step, W&B offline under one id."""
+"""The metrics writer: the file, TensorBoard, resuming at an earlier step."""
 
 import json
 import math
-import os
 import subprocess
 import sys
-
-import pytest
 
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.metrics import MetricsWriter, read_metrics
@@ -64,38 +61,3 @@ def test_a_kill_keeps_what_was_written(tmp_path):
     writer.write(5, {"losses/flow": 2.0})
     writer.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4, 5]
-
-
-@pytest.mark.slow
-def test_wandb_offline_keeps_its_id_and_takes_steps_that_go_back(tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    cfg = {"telemetry": {"tensorboard": False, "wandb": True, "project": "test"}}
-    ids = []
-    for step in (30, 20):
-        writer = MetricsWriter(RunPaths(tmp_path), cfg)
-        writer.write(step, {"losses/flow": 0.5})
-        writer.close()
-        ids.append((tmp_path / "metrics/wandb_run_id").read_text())
-    assert ids[0] == ids[1]
-    files = sorted((tmp_path / "metrics/wandb").glob("offline-run-*/*.wandb"))
-    assert len(files) == 2
-    for path, step in zip(files, (30, 20), strict=True):
-        assert _logged_steps(path) == [step]
-    assert "WANDB_MODE" not in os.environ
-
-
-def _logged_steps(path) -> list[float]:
-    """trainer/step values in a .wandb transaction log."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    store, steps = DataStore(), []
-    store.open_for_scan(str(path))
-    while (raw := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(raw)
-        for item in record.history.item:
-            if "trainer/step" in (item.key, *item.nested_key):
-                steps.append(json.loads(item.value_json))
-    return steps

@@ -24,15 +24,18 @@ class ActionChunkBroker(BasePolicy):
         self._next = 0
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
-        """The chunk's entries with `actions` float32[ad], the action of this tick."""
-        if self._chunk is None:
+        """The chunk's entries, with `actions` float32[ad] of this tick; of a new chunk also `plan`, float32[ah, ad]."""
+        if fresh := self._chunk is None:
             chunk = self._policy.infer(obs)
             length = len(chunk["actions"])
             if length < self._horizon:
                 raise ValueError(f"execute_horizon={self._horizon} is longer than the chunk, {length} actions")
             # A policy may answer with the buffer that it writes its next chunk to.
             self._chunk, self._next = {**chunk, "actions": np.array(chunk["actions"])}, 0
+        assert self._chunk is not None
         answer = {**self._chunk, "actions": self._chunk["actions"][self._next]}
+        if fresh:
+            answer["plan"] = self._chunk["actions"]
         self._next += 1
         if self._next >= self._horizon:
             self._chunk = None

@@ -68,6 +68,7 @@ class RealtimeChunkBroker(BasePolicy):
         self._answers: queue.SimpleQueue[tuple[_Question, dict[str, Any] | Exception]] = queue.SimpleQueue()
         self._asked: _Question | None = None
         self._chunk: _Chunk | None = None
+        self._planned: _Chunk | None = None  # whose actions were given as `plan`
         self._tick = self._generation = self._failures = 0
         self._delays: deque[int] = deque(maxlen=_DELAYS)
         self._problem: Exception | None = None
@@ -87,7 +88,8 @@ class RealtimeChunkBroker(BasePolicy):
         return self._failures + overdue // max(self._horizon, self.delay + 1)
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
-        """The entries of the chunk in execution, with `actions` float32[ad] of this tick.
+        """The entries of the chunk in execution, with `actions` float32[ad] of this tick; with a new chunk `plan`, its
+        actions float32[n, ad] from this tick on.
 
         Waits for the policy only when there is no action to give; then it raises what the policy raised. Call it again
         for the same tick after an error.
@@ -175,9 +177,11 @@ class RealtimeChunkBroker(BasePolicy):
 
     def _next_action(self) -> dict[str, Any]:
         assert self._chunk is not None
-        action = self._chunk.answer["actions"][self._tick - self._chunk.tick]
+        rest = self._chunk.answer["actions"][self._tick - self._chunk.tick :]
         self._tick += 1
-        return {**self._chunk.answer, "actions": action}
+        plan = {"plan": rest} if self._chunk is not self._planned else {}
+        self._planned = self._chunk
+        return {**self._chunk.answer, "actions": rest[0], **plan}
 
     def _work(self) -> None:
         while (question := self._questions.get()) is not None:

@@ -1,4 +1,4 @@
-"""Lines of JSON in a file that grows, and is now and then replaced by its writer. Used by `feed`."""
+"""Lines of JSON in a file that grows, and is now and then replaced by its writer. Used by the console and by W&B."""
 
 import json
 import os
