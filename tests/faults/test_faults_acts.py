@@ -116,7 +116,7 @@ def episodes(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run.folder / "episodes.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.faults
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_ten_acts_hold_however_often_gateway_trainer_console_and_policy_server_are_killed(
     tmp_path: Path, free_ports
