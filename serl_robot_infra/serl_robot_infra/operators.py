@@ -24,14 +24,21 @@ def build_operator(cfg: DictConfig, env: Environment, link: LearnerLink | None =
 
     link: for a device that is reached through the learner (`_partial_: true` in its yaml).
 
-    A person is always there: they may judge, discard and stop what they may not drive.
+    A person is always there: they may judge, discard and stop what they may not drive. Raises ValueError for a class
+    that is no operator.
     """
     node = _node(cfg)
     may_drive = cfg.rollout.mode in ("follow", "demo") or (cfg.rollout.mode == "online" and cfg.rollout.operator)
     if node is None or get_object(node._target_) is NoIntervention or not (may_drive or is_person(cfg)):
         return NoIntervention()
     operator = instantiate(node, env=env)
-    return operator(link=link) if isinstance(operator, partial) else operator
+    operator = operator(link=link) if isinstance(operator, partial) else operator
+    if lacks := [name for name in ("reset", "act", "absent") if not callable(getattr(operator, name, None))]:
+        raise ValueError(
+            f"operator: {node._target_} has no {', '.join(lacks)}: let it inherit "
+            "serl_robot_infra.interventions.base.Intervention, which answers what a device has nothing to say on"
+        )
+    return operator
 
 
 def is_person(cfg: DictConfig) -> bool:

@@ -112,3 +112,20 @@ def test_a_person_drives_in_real_time(env, device):
     assert is_person(cfg)
     assert control_rate(cfg, env.spec) == 10.0
     assert control_rate(load_config([f"operator={device}", "rollout.rate_hz=5"]), env.spec) == 5.0
+
+
+class HalfAnOperator:
+    """As a lab may write it: the one method that seems to be needed."""
+
+    def __init__(self, env):
+        pass
+
+    def act(self, observation, propose, tick):
+        return propose(), False
+
+
+def test_a_class_that_is_no_operator_is_refused_before_anything_moves(env):
+    cfg = load_config(["actor=true", "task=pick"])
+    cfg.task.operator = {"_target_": f"{__name__}.HalfAnOperator"}
+    with pytest.raises(ValueError, match=r"operator: .*HalfAnOperator has no reset, absent: let it inherit .*Interv"):
+        build_operator(cfg, env)
