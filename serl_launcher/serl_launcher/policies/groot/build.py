@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from serl_launcher.policies.base import FlowPolicy
 from serl_launcher.policies.checkpoint import Checkpoint, CheckpointError, check_init
 from serl_launcher.policies.groot.assets import GrootAssets, read_assets
 from serl_launcher.policies.groot.checkpoint import ALIASES, build_core, prefix_of
@@ -75,7 +76,7 @@ def build_groot(
             inputs = QwenInputs(processor, order, size.geometry())
         policy = GrootFlowPolicy(core, spec, inputs, units, embodiment, **options)
         policy.tune(**flags)
-        return _adapted(policy, train, lora_rank, seed, precision)
+        return adapted(policy, train, lora_rank, seed, precision)
     found = Checkpoint.find(checkpoint)
     assets = read_assets(found, embodiment_tag, spec, dict(cameras or {}), statistics, relative)
     core = build_core(found)
@@ -90,11 +91,11 @@ def build_groot(
     policy.checkpoint, policy.described = found, assets.described
     policy.train(policy.training)
     log.info("%s", policy.load_report)
-    return _adapted(policy, train, lora_rank, seed, precision)
+    return adapted(policy, train, lora_rank, seed, precision)
 
 
-def _adapted(policy: GrootFlowPolicy, train: str | None, rank: int, seed: int, precision: str) -> GrootFlowPolicy:
-    """With adapters where it trains by them; they are no tensors of a checkpoint."""
+def adapted[P: FlowPolicy](policy: P, train: str | None, rank: int, seed: int, precision: str) -> P:
+    """A GR00T with adapters where it trains by them, held in its precision; they are no tensors of a checkpoint."""
     if train == "lora":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

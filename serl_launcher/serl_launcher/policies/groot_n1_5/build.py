@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from serl_launcher.policies.checkpoint import Checkpoint, CheckpointError, check_init
-from serl_launcher.policies.groot.build import require_diffusers
+from serl_launcher.policies.groot.build import adapted, require_diffusers
 from serl_launcher.policies.groot.head import NEW_EMBODIMENT, Inputs
 from serl_launcher.policies.groot.trainable import flags_of, put_groot_adapters
 from serl_launcher.policies.groot_n1_5.checkpoint import ALIASES, POOLING, N15Assets, build_core, prefix_of, read_assets
@@ -22,7 +22,6 @@ from serl_launcher.policies.groot_n1_5.head import GrootN15FlowPolicy
 from serl_launcher.policies.groot_n1_5.inputs import PROCESSOR, EagleInputs, Pictures
 from serl_launcher.policies.loading import load_core
 from serl_launcher.policies.normalise import as_trained
-from serl_launcher.policies.precision import hold
 from serl_transport.contract.specs import TaskSpec
 
 log = logging.getLogger("policy")
@@ -62,7 +61,7 @@ def build_groot_n1_5(
         inputs = _inputs(core, processor, order, False) if processor else size.inputs(order)
         policy = GrootN15FlowPolicy(core, spec, inputs, units, embodiment, **options)
         policy.tune(**flags)
-        return _adapted(policy, train, lora_rank, seed, precision)
+        return adapted(policy, train, lora_rank, seed, precision)
     found = Checkpoint.find(checkpoint)
     assets, core = read_assets(found, embodiment_tag, spec, dict(cameras or {}), statistics), build_core(found)
     have = core.config.action_horizon
@@ -77,17 +76,7 @@ def build_groot_n1_5(
     policy.checkpoint, policy.described = found, assets.described
     policy.train(policy.training)
     log.info("%s", policy.load_report)
-    return _adapted(policy, train, lora_rank, seed, precision)
-
-
-def _adapted(policy: GrootN15FlowPolicy, train: str | None, rank: int, seed: int, precision: str) -> GrootN15FlowPolicy:
-    """With adapters where it trains by them; they are no tensors of a checkpoint."""
-    if train == "lora":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            put_groot_adapters(policy.core, rank)
-    hold(policy, precision, masters=True)
-    return policy
+    return adapted(policy, train, lora_rank, seed, precision)
 
 
 def _of(found: Checkpoint, assets: N15Assets, core: N15Core, size: Any, processor: str | None) -> Inputs:

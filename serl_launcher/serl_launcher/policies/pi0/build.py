@@ -67,8 +67,8 @@ def build[Head: PI0FlowPolicy](
     init: `random` (weights from `seed`) or `checkpoint` (from `checkpoint`, a LeRobot folder or a hub name of the
     head's type); tokenizer: folder or hub name, the checkpoint's own when None; cameras: the task's camera -> the
     checkpoint's image feature, where names differ; train: full, expert or lora; trained_on: what random weights
-    that a run has trained are known to; relative: which of their actions are relative
-    to the state (normalise.as_trained); statistics: a LeRobot dataset, whose statistics (and `relative`) replace the
+    that a run has trained are known to; relative: which of their actions are relative to the state
+    (normalise.as_trained); statistics: a LeRobot dataset, whose statistics (and `relative`) replace the
     checkpoint's, where a base goes on to a new robot. Raises ValueError in the user's words.
     """
     check_init(init, checkpoint, action_horizon)
@@ -77,13 +77,7 @@ def build[Head: PI0FlowPolicy](
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            order, units = as_trained(spec, trained_on, relative)
-            core, words = size(spec, action_horizon)
-            if relative is not None:
-                _say_relative(core.config, spec, units.anchors, relative)
-            if tokenizer:
-                words = HubTokenizer(tokenizer, core.config.tokenizer_max_length)
-            policy = head(core, spec, words, units, cameras=order, **options)
+            policy = _random(head, spec, action_horizon, size, tokenizer, trained_on, relative, options)
             set_trainable(policy, train, lora_rank)
         hold(policy, precision, masters=True)
         return policy
@@ -113,6 +107,26 @@ def build[Head: PI0FlowPolicy](
             _say_relative(core.config, spec, units.anchors, relative)
     log.info("%s", policy.load_report)
     return policy
+
+
+def _random[Head: PI0FlowPolicy](
+    head: type[Head],
+    spec: TaskSpec,
+    action_horizon: int | None,
+    size: FullSize | TinySize,
+    tokenizer: str | None,
+    trained_on: Mapping[str, Any] | None,
+    relative: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> Head:
+    """A policy of weights as they fall, with the task's ranges or those that a run has trained them to."""
+    order, units = as_trained(spec, trained_on, relative)
+    core, words = size(spec, action_horizon)
+    if relative is not None:
+        _say_relative(core.config, spec, units.anchors, relative)
+    if tokenizer:
+        words = HubTokenizer(tokenizer, core.config.tokenizer_max_length)
+    return head(core, spec, words, units, cameras=order, **options)
 
 
 def _say_task(config: Any, found: Checkpoint, spec: TaskSpec) -> None:
