@@ -18,7 +18,7 @@ from serl_launcher.run.in_force import InForce
 from serl_launcher.run.live_settings import LiveConfig, in_force
 from serl_launcher.run.paths import RunPaths
 from serl_transport.contract.bounds import shown
-from serl_transport.contract.errors import StorageFull
+from serl_transport.contract.errors import BadFrame, StorageFull
 
 log = logging.getLogger("gateway")
 SHOWN = 200  # acts in one answer to `acts`
@@ -75,9 +75,11 @@ class OperatorState:
         return f"an operator paused {actor} ({by})" if by else None
 
     def listed(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Answer an `acts` request `{after?: n}`: the newest acts behind that number, oldest first."""
-        after = body.get("after") or 0
-        rows = [row for row in self.ledger.rows if isinstance(after, int) and row["n"] > after]
+        """Answer an `acts` request `{after?: n}`: the newest acts behind that number, oldest first. BadFrame."""
+        after = body.get("after", 0)
+        if not isinstance(after, int) or isinstance(after, bool):
+            raise BadFrame(f"acts: expected after as the number of an act, got {shown(after)}")
+        rows = [row for row in self.ledger.rows if row["n"] > after]
         return {"acts": rows[-SHOWN:], "of": len(self.ledger.rows)}
 
     def to_status(self) -> dict[str, Any]:

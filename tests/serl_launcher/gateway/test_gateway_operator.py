@@ -83,6 +83,8 @@ def test_goals_and_ends_of_stages_hold_over_a_restart(tmp_path: Path) -> None:
             alice.request("set", {"key": "schedule.stages.demos.episodes", "value": 5})
         with pytest.raises(BadFrame, match=r"unknown key 'stag'; did you mean 'stage'"):
             alice.request("end_stage", {"stag": "sft"})
+        with pytest.raises(BadFrame, match="acts: expected after as the number of an act, got '3'"):
+            alice.request("acts", {"after": "3"})
         act = alice.request("end_stage", {"person": "bo"})["act"]
         assert act["by"] == "bo (alice)"  # bo, at alice's console
         assert gateway.status()["stage"]["name"] == "sft"  # what it has learned is published first
