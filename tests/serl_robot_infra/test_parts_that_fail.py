@@ -57,6 +57,9 @@ class FailingOperator(Failing):
     def missing(self):
         self.look("missing")
 
+    def absent(self):
+        return None
+
     def describe(self):
         return ()
 
