@@ -17,7 +17,7 @@ class ToyFlow(FlowPolicy):
     def __init__(self, state_dim: int = 1, ah: int = 1, ad: int = 1, width: int = 32) -> None:
         nn.Module.__init__(self)
         self.action_horizon, self.action_dim, self.robot_dim = ah, ad, ad
-        self.anchors = None
+        self.anchors, self.poses = None, ()
         flat = ah * ad
         self.net = nn.Sequential(
             nn.Linear(state_dim + flat + 1, width),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from serl_launcher.policies.compiling import check_switch
 from serl_launcher.policies.normalise import Units, pad_last
+from serl_launcher.policies.poses import to_absolute, to_relative
 from serl_launcher.policies.precision import check_precision
 from serl_transport.contract.specs import TaskSpec
 
@@ -117,9 +118,12 @@ class FlowPolicy(nn.Module):
         self.action_horizon, self.action_dim = chunk
         self.robot_dim = len(spec.action_names)
         units = units or Units.from_spec(spec)
-        self.state_units, self.action_units, self.anchors = units.state, units.action, units.anchors
+        self.state_units, self.action_units = units.state, units.action
+        self.anchors, self.poses = units.anchors, units.poses
         if self.anchors is not None:  # persistent: parameters fit only what they were trained relative to
             self.register_buffer("_anchor", torch.tensor([-1 if a is None else a for a in self.anchors]))
+        if self.poses:
+            self.register_buffer("_poses", torch.tensor(self.poses))
         self.register_buffer("_low", torch.tensor(spec.action_low), persistent=False)
         self.register_buffer("_high", torch.tensor(spec.action_high), persistent=False)
         self.attention, self.checkpointing, self.precision = attention, checkpointing, check_precision(precision)
@@ -177,7 +181,7 @@ class FlowPolicy(nn.Module):
     @property
     def units(self) -> Units:
         """What the policy's numbers mean."""
-        return Units(self.state_units, self.action_units, self.anchors)
+        return Units(self.state_units, self.action_units, self.anchors, self.poses)
 
     def anchor_of(self, state: Tensor) -> Tensor | None:
         """What actions are relative to when a chunk is asked at `state` float32[b, s], physical: float32[b, 1, robot
@@ -191,21 +195,23 @@ class FlowPolicy(nn.Module):
 
         anchor: of the observation that the chunk begins at, as its prefix has it.
         """
-        units = self.action_units.to_model(chunk - self._shift(anchor))
+        self._expect(anchor)
+        units = self.action_units.to_model(chunk if anchor is None else to_relative(chunk, anchor, self.poses))
         return pad_last(units.clamp(-1, 1) if self.clip else units, self.action_dim)
 
     def physical_actions(self, chunk: Tensor, anchor: Tensor | None = None) -> Tensor:
         """The model's units to physical float32[..., valid horizon, robot dims], absolute, clipped to the task's
         limits. anchor: of the observation that the chunk was asked at."""
         chunk = chunk[..., : self.valid_horizon, : self.robot_dim]
-        physical = self.action_units.to_physical(chunk.clamp(-1, 1) if self.clip else chunk) + self._shift(anchor)
-        return physical.clamp(self._low, self._high)
+        self._expect(anchor)
+        physical = self.action_units.to_physical(chunk.clamp(-1, 1) if self.clip else chunk)
+        absolute = physical if anchor is None else to_absolute(physical, anchor, self.poses)
+        return absolute.clamp(self._low, self._high)
 
-    def _shift(self, anchor: Tensor | None) -> Tensor | float:
+    def _expect(self, anchor: Tensor | None) -> None:
         if (anchor is None) != (self.anchors is None):
             said = "absolute" if self.anchors is None else "relative to a state"
             raise ValueError(f"anchor: this policy's actions are {said}, got {anchor if anchor is None else 'one'}")
-        return 0.0 if anchor is None else anchor
 
     def dead_parameters(self) -> set[str]:
         """Names of parameters that no action depends on, though the features of critics may."""
