@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from serl_launcher.agents.build import build_policy
-from serl_launcher.agents.steering import steer
+from serl_launcher.agents.steering import steer, steers
 from serl_launcher.policies.base import PolicyInput, Prefix, sample, trainable
 from serl_launcher.policies.compiling import check_switch
 from serl_launcher.policies.kernels import AttentionCalls, choose
@@ -67,6 +67,7 @@ class PolicyEngine:
         hold(self.policy, getattr(self.policy, "precision", "float32"), masters=False)
         self._published = trainable(self.policy)
         self.policy.requires_grad_(False)  # guidance differentiates by actions, never by weights
+        self.policy.fuse_for_serving()
         self._upload = Upload(self.device) if self.device.type == "cuda" else None
         self._params_dir, self._steps = params_dir, cfg.serving.flow_steps
         self._pinned = pinned
@@ -198,7 +199,7 @@ class PolicyEngine:
         plain = [row for row, query in enumerate(queries) if query.prefix_actions is None]
         # Tensors of inference mode cannot be differentiated through later, as guidance must.
         with torch.no_grad() if guided else torch.inference_mode():
-            prefix = self.policy.encode(self._observation(queries))
+            prefix = self.policy.encode(self._observation(queries), features=steers(self.policy))
             answers: dict[int, np.ndarray] = {}
             for rows, make in ((plain, self._sample), (guided, self._sample_guided)):
                 if rows:
@@ -220,7 +221,8 @@ class PolicyEngine:
 
     def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """What a graph holds: prepared inputs and noise to chunks in the model's units."""
-        prefix = self.policy.encode_prepared({name: x for name, x in inputs.items() if name != "noise"})
+        tensors = {name: x for name, x in inputs.items() if name != "noise"}
+        prefix = self.policy.encode_prepared(tensors, features=steers(self.policy))
         return sample(self.policy, prefix, steer(self.policy, prefix, inputs["noise"]), self._steps)
 
     def _observation(self, queries: Sequence[Query]) -> PolicyInput:
