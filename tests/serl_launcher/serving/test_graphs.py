@@ -1,7 +1,6 @@
 """Graphs of the policy server: buckets, static buffers, hot swap and fallback. Without CUDA the capture is replaced by
 a recording that runs the same forward pass into the same buffer; with CUDA (marker gpu) it is the real one."""
 
-
 import numpy as np
 import pytest
 import torch
