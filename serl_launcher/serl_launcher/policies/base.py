@@ -42,10 +42,12 @@ class Prefix:
 
     keys_values: Any  # per layer that is attended to, a pair of float[b, heads, l, head_dim]; None: made when needed
     pad_mask: Tensor  # bool[b, l], True where a token counts
-    hidden: Tensor  # float[b, l, width], last hidden states
+    hidden: Tensor | None  # float[b, l, width], last hidden states; None where encoded with features=False
     state: Tensor  # float32[b, s], normalised
     anchor: Tensor | None = field(default=None, kw_only=True)
     """float32[b, 1, robot dims], what the policy's actions are relative to, physical; None where all are absolute."""
+    flow: Any = field(default=None, kw_only=True)
+    """What all flow steps of a chunk share, made by `ready`: the head's own, or the times float32[steps] alone."""
 
     def __len__(self) -> int:
         return len(self.state)
@@ -61,6 +63,8 @@ class Prefix:
         return self._each(lambda x: x.index_select(0, index))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        if self.flow is not None:
+            raise ValueError("prefix: rows are taken and repeated before it is made ready for the flow, not after")
         return replace(self, **{f.name: _changed(getattr(self, f.name), change) for f in fields(self)})
 
 
@@ -90,6 +94,7 @@ class FlowPolicy(nn.Module):
     action_dim: int  # ad, dims of the model's chunks
     robot_dim: int  # the first of them that the robot has; the rest is padding of a wider checkpoint
     released_flow_steps: ClassVar[int]  # Euler steps that its release samples with
+    shares_prefix: ClassVar[bool] = False  # may `velocity` be given fewer prefix rows than samples?
 
     def __init__(
         self,
@@ -133,24 +138,43 @@ class FlowPolicy(nn.Module):
         """Use torch.compile for the layers: auto, on or off."""
         raise NotImplementedError
 
-    def encode(self, observation: PolicyInput) -> Prefix:
-        """Run the backbone once; without gradient when it is frozen."""
-        return self.encode_prepared(self.prepare(observation))
+    def encode(self, observation: PolicyInput, features: bool = True) -> Prefix:
+        """Run the backbone once; without gradient when it is frozen. features: whether `features` will be asked."""
+        return self.encode_prepared(self.prepare(observation), features)
 
     def prepare(self, observation: PolicyInput) -> dict[str, Tensor]:
         """The host's part of `encode`: tensors whose shapes alone decide what the device will run."""
         raise NotImplementedError
 
-    def encode_prepared(self, tensors: dict[str, Tensor]) -> Prefix:
+    def encode_prepared(self, tensors: dict[str, Tensor], features: bool = True) -> Prefix:
         """The device's part of `encode`: no transfer to or from the host, so that a CUDA graph can hold it."""
         raise NotImplementedError
 
     def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
-        """v(x_t, t | prefix): float32[b, ah, ad], differentiable. x_t float32[b, ah, ad], t float32[b]."""
+        """v(x_t, t | prefix): float32[b·n, ah, ad], differentiable. x_t float32[b·n, ah, ad], the n samples of one
+        observation adjacent; t float32[b·n]. n = 1 for a head that does not share its prefix."""
         raise NotImplementedError
 
+    def ready(self, prefix: Prefix, times: Tensor, n: int = 1) -> Prefix:
+        """The prefix with all that depends on nothing but it, the flow times float32[steps] and the parameters, for n
+        samples of each row: made once a chunk, inside what a CUDA graph holds. Here: nothing but the times."""
+        return replace(for_samples(self, prefix, n), flow=times)
+
+    def velocity_at(self, prefix: Prefix, x_t: Tensor, step: int) -> Tensor:
+        """`velocity` at the step's time from a prefix that is ready: float32[b·n, ah, ad], differentiable in x_t."""
+        return self.velocity(prefix, x_t, prefix.flow[step].expand(len(x_t)))
+
+    def fuse_for_serving(self) -> None:
+        """Called once, after `hold`, by who only serves: the head may lay its parameters side by side in memory and
+        leave autocast. Names and values stay, and values copied into the parameters are seen."""
+
     def features(self, prefix: Prefix) -> Tensor:
-        """For critics and rewards, float32[b, f]: the mean hidden state of the tokens that count, and the state."""
+        """For critics and rewards, float32[b, f]: the mean hidden state of the tokens that count, and the state.
+
+        Raises ValueError for a prefix that was encoded with features=False.
+        """
+        if prefix.hidden is None:
+            raise ValueError("features: this prefix was encoded with features=False")
         keep = prefix.pad_mask.unsqueeze(-1).to(prefix.hidden.dtype)
         return torch.cat([((prefix.hidden * keep).sum(1) / keep.sum(1)).float(), prefix.state], dim=-1)
 
@@ -198,10 +222,14 @@ class FlowPolicy(nn.Module):
         raise NotImplementedError
 
 
-def ready(policy: FlowPolicy, prefix: Prefix) -> Prefix:
-    """The prefix with everything in it that several flow steps share, where the head has such a thing."""
-    prepare = getattr(policy, "ready", None)
-    return prefix if prepare is None else prepare(prefix)
+def for_samples(policy: FlowPolicy, prefix: Prefix, n: int) -> Prefix:
+    """The prefix as `velocity` reads it for n samples of each row: itself where the head shares it, else repeated."""
+    return prefix if getattr(policy, "shares_prefix", False) else prefix.repeat(n)
+
+
+def flow_times(steps: int, device: torch.device) -> Tensor:
+    """Times of the Euler steps, made on the device: float32[steps], k / steps."""
+    return torch.arange(steps, device=device) / steps
 
 
 def sample(policy: FlowPolicy, prefix: Prefix, noise: Tensor, steps: int, n: int = 1) -> Tensor:
@@ -209,14 +237,12 @@ def sample(policy: FlowPolicy, prefix: Prefix, noise: Tensor, steps: int, n: int
 
     noise: float32[b·n, ah, ad]; the n samples of one observation are adjacent.
     """
-    prefix = ready(policy, prefix).repeat(n)
-    want = (len(prefix), policy.action_horizon, policy.action_dim)
+    want = (len(prefix) * n, policy.action_horizon, policy.action_dim)
     if noise.shape != want:
         raise ValueError(f"noise: expected shape {want}, got {tuple(noise.shape)}")
-    x = noise
+    x, prefix = noise, policy.ready(prefix, flow_times(steps, noise.device), n)
     for k in range(steps):
-        t = torch.full((len(prefix),), k / steps, device=noise.device)
-        x = x + policy.velocity(prefix, x, t) / steps
+        x = x + policy.velocity_at(prefix, x, k) / steps
     return x
 
 
@@ -225,10 +251,10 @@ def flow_loss(
 ) -> Tensor:
     """‖v(x_t, t | prefix) − (chunk − noise)‖² per sample, averaged over the ticks that count: float32[b].
 
-    chunk, noise: float32[b, ah, ad] in the model's units; is_pad: bool[b, ah], True where a tick is not a label;
-    weight: float32[b]; t: float32[b]. Dims beyond the robot's do not count, nor ticks beyond those that a checkpoint
-    was trained on (`valid_horizon`), whose labels are zeros as they were there. A sample whose ticks
-    are all padding has loss 0.
+    prefix: as `for_samples` makes it; chunk, noise: float32[b, ah, ad] in the model's units; is_pad: bool[b, ah], True
+    where a tick is not a label; weight: float32[b]; t: float32[b]. Dims beyond the robot's do not count, nor ticks
+    beyond those that a checkpoint was trained on (`valid_horizon`), whose labels are zeros as they were there. A sample
+    whose ticks are all padding has loss 0.
     """
     beyond = getattr(policy, "valid_horizon", chunk.shape[1])
     if beyond < chunk.shape[1]:
