@@ -224,7 +224,7 @@ def test_prompts_and_pictures_are_prepared_as_theirs(tmp_path):
     words.save_pretrained(source)
     pictures = Pictures(shortest_image_edge=64, crop_fraction=0.95)
     inputs = Eagle3Inputs(str(source), ("front", "wrist"), pictures)
-    assert inputs.text("Lift it, now!", [2, 1]) == (
+    assert inputs.text("Lift it, now!", (2, 1)) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nlift it now"
         "<image 1><img><IMG_CONTEXT><IMG_CONTEXT></img><image 2><img><IMG_CONTEXT></img><|im_end|>\n"
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from serl_launcher.policies.groot.inputs import PAD_TO
+from serl_launcher.policies.groot.prompts import left_padded
 from serl_launcher.policies.groot_n1_5.inputs import END, IMAGE, START, SYSTEM, EagleHashInputs, EagleInputs
 from serl_launcher.policies.transfer import to_device
 
@@ -106,18 +107,17 @@ class Eagle3Inputs(EagleInputs):
     def __call__(self, images: dict[str, np.ndarray], prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """images: uint8[b, h, w, 3] per camera."""
         views = [self.pictures.apply(images[camera]) for camera in self.cameras]
-        counts = [view.shape[1] * view.shape[2] // UNIT**2 for view in views]
-        words = self.tokenizer(
-            [self.text(prompt, counts) for prompt in prompts],
-            padding=True,
-            pad_to_multiple_of=PAD_TO,
-            return_tensors="pt",
-        )
+        counts = tuple(view.shape[1] * view.shape[2] // UNIT**2 for view in views)
         pixels = [to_device(view, device).permute(0, 3, 1, 2).float().div(127.5).sub(1) for view in views]
-        tokens = {name: words[name] for name in ("input_ids", "attention_mask")}
-        return tokens | {f"pixel_values_{k}": view for k, view in enumerate(pixels)}
+        return self._rows(prompts, device, counts) | {f"pixel_values_{k}": view for k, view in enumerate(pixels)}
 
-    def text(self, prompt: str, counts: list[int]) -> str:
+    def _pad(self, prompts: tuple[str, ...], counts: tuple[int, ...]) -> dict[str, Tensor]:
+        return left_padded([self._row(prompt, counts) for prompt in prompts], self.tokenizer.pad_token_id, PAD_TO)
+
+    def _encode(self, prompt: str, counts: tuple[int, ...]) -> list[int]:
+        return self.tokenizer(self.text(prompt, counts))["input_ids"]
+
+    def text(self, prompt: str, counts: tuple[int, ...]) -> str:
         """One sample's chat, the words before the pictures. counts: tokens of each picture."""
         from lerobot.policies.groot.utils import prepare_n1_7_language_batch
 
