@@ -9,15 +9,22 @@ and plain ones differ by the order of their sums alone (1e-4 of the action range
 import copy
 import logging
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 from serving_samples import body
 from test_graphs import record
-from tiny import HORIZON, ROOT, SPEC, random_batch, tiny_config
+from tiny import HORIZON, ROOT, SPEC, random_batch, tiny_config, tiny_policy
 
+from serl_launcher.agents.flow_matching import FlowMatchingAgent
+from serl_launcher.learner import checkpoint
+from serl_launcher.learner.learner import REFUSED, Learner
+from serl_launcher.learner.step_log import numbers
 from serl_launcher.policies import kernels
 from serl_launcher.policies.base import PolicyInput, flow_loss
 from serl_launcher.policies.pi0.build import build_pi0
@@ -148,3 +155,50 @@ def test_a_bucket_that_goes_gives_its_memory_back(device, monkeypatch):
         allocated.append(torch.cuda.memory_allocated() if device == "cuda" else 0)
     assert [reference() is not None for reference in alive] == [False] * 6 + [True] * 2
     assert allocated[-1] <= allocated[2] + 2**20
+
+
+@pytest.fixture
+def learner_on():
+    """Learners of the tiny policy on a device; accelerate knows one device a process."""
+
+    def make(device):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        agent = FlowMatchingAgent(tiny_policy(), noise_samples=2)
+        optimizer = partial(torch.optim.AdamW, lr=1e-3)
+        return Learner(agent, optimizer, Accelerator(cpu=device == "cpu"), max_grad_norm=1.0, ema_decay=0.9)
+
+    yield make
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("device", [SLOW_ON_CPU, ON_CARD])
+def test_a_step_that_is_not_finite_is_left_out_by_the_device(device, learner_on):
+    learner, bad = learner_on(device), random_batch()
+    bad.state[0, 0] = np.nan
+    assert numbers([learner.step(random_batch(), 1.0)])[0][REFUSED] == 0
+    before = {name: tensor.clone() for name, tensor in learner.tensors().items()}
+    assert {tensor.device.type for tensor in before.values()} == {device}
+    assert numbers([learner.step(bad, 1.0)])[0][REFUSED] == 1
+    assert all(torch.equal(before[name], tensor) for name, tensor in learner.tensors().items())
+    assert numbers([learner.step(random_batch(), 1.0)])[0][REFUSED] == 0
+    assert not all(torch.equal(before[name], tensor) for name, tensor in learner.tensors().items())
+
+
+@pytest.mark.parametrize("device", [SLOW_ON_CPU, ON_CARD])
+def test_a_checkpoint_goes_to_the_card_by_the_host_and_nothing_is_there_twice(device, learner_on, tmp_path):
+    learner = learner_on(device)
+    learner.step(random_batch(), 1.0)
+    state = {"step": 1, "counters": learner.counters()}
+    folder = checkpoint.save(tmp_path, 1, learner.tensors(), learner.optimizer_state(), state, keep=1)
+    want = {name: tensor.clone() for name, tensor in learner.tensors().items()}
+    learner.step(random_batch(), 1.0)
+    allocated = torch.cuda.memory_allocated() if device == "cuda" else 0
+    tensors, optimizer, _ = checkpoint.load(folder, learner.on_card)
+    moments = [x for group in optimizer.values() for row in group["state"].values() for x in row.values()]
+    assert {x.device.type for x in [*moments, *tensors.values()]} == {"cpu"}
+    learner.load_tensors(tensors)
+    learner.load_optimizer_state(optimizer)
+    del optimizer, moments
+    assert all(torch.equal(want[name], tensor) for name, tensor in learner.tensors().items())
+    if device == "cuda":
+        assert torch.cuda.memory_allocated() <= allocated + 2**16
