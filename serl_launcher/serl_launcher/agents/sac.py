@@ -88,6 +88,11 @@ class SACAgent(ValueAgent):
         super().__init__(policy, settings, feature_dim=feature_dim, horizon=horizon)
         if settings.squash:
             self._check_squash()
+        if settings.cal_ql_weight and policy.poses:
+            raise ValueError(
+                "algo.agent.cal_ql_weight: its uniform chunks have no limits to lie within where actions are relative "
+                "as poses; take algo.agent.cal_ql_weight=0"
+            )
         self.noise_scale = NoiseScale(
             feature_dim,
             settings.flow_steps,
@@ -131,7 +136,6 @@ class SACAgent(ValueAgent):
         features = self.policy.features(prefix)
         labels = self.labels(batch.action, device, prefix.anchor)
         q = self.critic(features, labels, torch.as_tensor(batch.is_pad, device=device))
-        self.check_values(q)
         loss = td_loss(q, target)
         metrics = critic_metrics(loss, q, target, batch.bootstrap)
         if self.settings.cal_ql_weight:
@@ -249,7 +253,7 @@ class SACAgent(ValueAgent):
     def begin_stage(self, mode: str) -> None:
         """The policy with which the first online stage begins is the reference ever after."""
         super().begin_stage(mode)
-        if self.online and self.online_steps == 0:
+        if self.online and int(self.online_steps) == 0:
             self.reference.take()
 
     def _apply(self, fn, recurse: bool = True):

@@ -10,6 +10,7 @@ import numpy as np
 
 from serl_robot_infra.envs.base import Environment, Expert, ScriptedEnvironment
 from serl_robot_infra.interventions.base import Intervention
+from serl_transport.contract.people import SCRIPT
 from serl_transport.contract.schema import Observation
 
 
@@ -22,6 +23,7 @@ class ScriptedOperator(Intervention):
     jitter: int = 0  # the takeover tick of an episode is drawn from `takeover_tick` ± this
     hesitation: int = 0  # ticks without motion before it begins to act, drawn from 0 to this, as people need them
     still_dims: Sequence[int] | None = None  # action dims that stand still meanwhile; None: all
+    person: str = SCRIPT
     _expert: Expert = field(init=False)
     _drives_from: int = field(init=False, default=0)
     _moves_from: int = field(init=False, default=0)

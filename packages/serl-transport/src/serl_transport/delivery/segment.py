@@ -99,8 +99,11 @@ class Segment:
         self.size += _RECORD.size + length
         self._last_seq = seq
 
-    def read(self, seq: int) -> bytes:
-        """The item `seq`; SpoolError when the disk returns other bytes than were written."""
+    def read(self, seq: int) -> memoryview:
+        """The item `seq`, a view: the robot's loop would wait while megabytes are copied once more.
+
+        SpoolError when the disk returns other bytes than were written.
+        """
         offset, length = self.pending[seq]
         record = os.pread(self._fd, _RECORD.size + length, offset)
         item = self._check(record, 0)
@@ -167,13 +170,13 @@ class Segment:
                 return at
         return None
 
-    def _check(self, data: bytes, offset: int) -> tuple[int, bytes] | None:
+    def _check(self, data: bytes, offset: int) -> tuple[int, memoryview] | None:
         """(seq, item) of the record at `offset`, or None when it is torn."""
         if offset + _RECORD.size > len(data):
             return None
         length, total, seq = _RECORD.unpack_from(data, offset)
         start = offset + _RECORD.size
-        item = data[start : start + length]
+        item = memoryview(data)[start : start + length]
         if len(item) != length or self._sum([struct.pack("<QI", seq, length), item]) != total:
             return None
         return seq, item
