@@ -89,7 +89,8 @@ def _add_filter(command: argparse.ArgumentParser) -> None:
     group.add_argument("--helped", choices=YES_NO, help="did the operator drive any tick")
     group.add_argument("--mode", action="append", choices=("demo", "online", "eval"))
     group.add_argument("--stage", action="append")
-    group.add_argument("--actor", action="append", help="unique_identifier of who recorded it: its operator's robot")
+    group.add_argument("--actor", action="append", help="unique_identifier of who recorded it")
+    group.add_argument("--operator", action="append", help="who drove or judged, as in a shell: 'Ann*', script")
     group.add_argument("--prompt", help="as in a shell: '*red*'")
     group.add_argument("--versions", metavar="A-B", help="policy versions that drove, all within; -1: no policy")
     group.add_argument("--episodes", metavar="0,3,5-9", help="of one source")
@@ -105,6 +106,7 @@ def filter_of(args: argparse.Namespace) -> Filter:
         modes=args.mode,
         stages=args.stage,
         actors=args.actor,
+        operators=args.operator,
         prompt=args.prompt,
         versions=_versions(args.versions),
         episodes=None if args.episodes is None else numbers("--episodes", args.episodes),
@@ -153,8 +155,8 @@ def chosen_of(names: Sequence[str], args: argparse.Namespace) -> tuple[list[Open
 def list_episodes(args: argparse.Namespace, _words: str) -> None:
     """A line per episode, and the sum."""
     sources, kept = chosen_of(args.sources, args)
-    head = ["source", "episode", "rows", "success", "by", "mode", "stage", "actor", "help", "versions", "prompt"]
-    print("\n".join(table(head, [[printable(cell) for cell in cells(sources, one)] for one in kept])))
+    head = ["source", "episode", "rows", "success", "by", "mode", "stage", "actor", "help", "people", "versions"]
+    print("\n".join(table([*head, "prompt"], [[printable(cell) for cell in cells(sources, one)] for one in kept])))
     succeeded = sum(one.success is True for one in kept)
     print(f"{len(kept)} episodes, {sum(one.n for one in kept)} rows, {succeeded} successes")
 
@@ -168,7 +170,7 @@ def cells(sources: Sequence[Opened], one: EpisodeFacts) -> list[str]:
     said = [one.said_by, one.mode, one.stage, one.actor]
     return [
         sources[one.source].name, str(one.index), str(one.n), success, *(text or "-" for text in said),
-        helped, versions, " | ".join(one.prompts),
+        helped, ", ".join(one.people or ()) or "-", versions, " | ".join(one.prompts),
     ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from serl_transport import TrainerClient, TrainerConfig
 from serl_transport.contract.bounds import printable
 from serl_transport.contract.errors import WireError
+from serl_transport.contract.people import who
 
 REPLY_MS = 60_000  # `serve` compares the checksum of a version, which may be large
 
@@ -50,6 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     common.add_argument("--broadcast-port", type=int, default=5589)
     common.add_argument("--keys", help="folder with learner.public and <name>.secret")
     common.add_argument("--name", default="operator", help="as in the learner's allow-list")
+    common.add_argument("--person", help="who asks, for the ledger; default: FLOWSERL_OPERATOR, else the login")
     common.add_argument("--id", help="of the act: the same id is not done twice, however often it is sent")
     requests = parser.add_subparsers(dest="request", required=True)
     for name in ("pause", "resume"):
@@ -71,7 +73,7 @@ def payload_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the request carries. ValueError for a word that cannot be meant."""
     if args.request in ("status", "log"):
         return {}
-    act = {"id": args.id or uuid.uuid4().hex}
+    act = {"id": args.id or uuid.uuid4().hex, "person": who(args.person, "--person")}
     match args.request:
         case "pause" | "resume":
             return act | ({"actor": args.actor} if args.actor else {})

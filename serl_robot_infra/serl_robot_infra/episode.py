@@ -30,6 +30,7 @@ from serl_robot_infra.policy_client import infer_body
 from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.safety import SafetyChain, UnsafeTickError
 from serl_transport.contract.errors import DeadlineMissed, Internal, NotReady, ServerSilent
+from serl_transport.contract.people import SCRIPT, named
 from serl_transport.contract.schema import DISCARD, EpisodeInfo, Observation, Outcome, TimeStep
 
 _RETRY_S = 0.2
@@ -60,6 +61,7 @@ class _Progress:
     policy_version: int = -1  # that answered last
     declared: bool = False  # the environment itself said that the episode is over
     said: Words = NOTHING_SAID  # by a person since the last tick
+    judge: str | None = None  # who said so
     last: bool = False  # a person said stop: no episode follows
 
 
@@ -91,6 +93,7 @@ class EpisodeRunner:
     may_take_over: bool  # may the operator drive in online episodes? demonstrations are always its own
     demo_noise: float  # actuator disturbance in demonstrations, share of the action range
     hold_limit_s: float  # an episode whose policy stays silent for longer is cut
+    operator_name: str = SCRIPT  # who sits at this actor's devices, where a device does not know better
     ready: str | None = None  # each episode waits for a person's `ready`: how to say it, for people; None: it does not
     over: Callable[[], str | None] = lambda: None  # why the learner has no more tickets: nothing is begun then
 
@@ -108,7 +111,7 @@ class EpisodeRunner:
                 ended = self._tick(now, operator)
             outcome = ended
         except DiscardedError:
-            outcome = Outcome(False, "human", DISCARD)
+            outcome = Outcome(False, "human", DISCARD, now.judge)
         except (EpisodeCutError, UnsafeTickError, PartLostError, OperatorGoneError) as cut:
             reason = f"episode {ticket.episode_id} cut at tick {now.tick}: {cut}"
         except BaseException:
@@ -219,7 +222,10 @@ class EpisodeRunner:
         """What people said since they were asked last; `stop` counts whenever it is said."""
         for voice in self.stack.voices:
             with self.stack.calls(voice, "words"):
-                now.said |= voice.words()
+                said = voice.words()
+            if said.judges:
+                now.judge = named(voice, self.operator_name)
+            now.said |= said
         now.last = now.last or now.said.stop
 
     def _heard(self, now: _Progress) -> tuple[Words, OperatorGoneError | None]:
@@ -281,9 +287,10 @@ class EpisodeRunner:
             intervention=intervened,
             policy_version=now.policy_version,
             time_ns=seen_at,
+            driver=named(operator, self.operator_name) if intervened else None,
         )
         self._record(now, step, result.observation)
-        outcome = self._outcome(result, said)
+        outcome = self._outcome(result, said, now.judge)
         if gone is not None and outcome is None:
             raise gone  # only now: what was executed is recorded
         return outcome
@@ -301,14 +308,14 @@ class EpisodeRunner:
         late = now.tick + 1 >= self.stack.env.spec.max_ticks and not result.terminated
         return replace(result, truncated=True) if late else result
 
-    def _outcome(self, result: StepResult, said: Words) -> Outcome | None:
+    def _outcome(self, result: StepResult, said: Words, judge: str | None) -> Outcome | None:
         if said.discard:
-            return Outcome(False, "human", DISCARD)
+            return Outcome(False, "human", DISCARD, judge)
         if not (result.terminated or result.truncated):
             return None
         cut = None if result.terminated else "time_limit"
-        by_person = said.success or said.failure
-        return Outcome(result.success, "human" if by_person else self.stack.reward.success_source, cut)
+        source = "human" if said.judges else self.stack.reward.success_source
+        return Outcome(result.success, source, cut, judge if said.judges else None)
 
     def _end(self, now: _Progress, outcome: Outcome, reason: str | None, leaving: bool = False) -> EpisodeReport:
         driven_s = time.monotonic() - now.driven_since

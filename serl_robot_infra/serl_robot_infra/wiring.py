@@ -49,6 +49,7 @@ from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.rewards.environment import EnvironmentReward
 from serl_robot_infra.safety import SafetyChain
 from serl_robot_infra.watchdog import WatchdogProcess
+from serl_transport.contract.people import who
 from serl_transport.contract.specs import TaskSpec
 
 log = logging.getLogger(__name__)
@@ -178,6 +179,7 @@ def build_actor(
         demo_noise=demo_noise(cfg, env),
         hold_limit_s=rollout.hold_limit_s,
         over=lambda: link.over,
+        operator_name=who(cfg.get("operator_name")),
         ready=ready_hint(cfg, env, voices),
     )
     evaluation = replace(runner, stack=evaluation_stack(cfg, stack))

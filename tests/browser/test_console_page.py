@@ -25,7 +25,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240.0
 RELEASE_S = 0.3
-BY_PERSON = "document.querySelector('.badge')?.innerText === 'a person drives'"
+BY_PERSON = "document.querySelector('.badge')?.innerText === 'Ann drives'"
 BY_POLICY = "/policy v.* drives/.test(document.querySelector('.badge')?.innerText)"
 EAST, RB, LY = 1, 5, 1  # places in a standard gamepad's buttons and axes
 # A standard gamepad that no hand holds: window.pad is what its buttons and sticks are.

@@ -6,18 +6,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from serl_launcher.policies.base import PolicyInput, Prefix
+from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix
 from serl_launcher.replay.transitions import TransitionBatch
 from serl_launcher.replay.views import ChunkBatch
 
 
-class ToyFlow(nn.Module):
-    """Answers `policies.base.FlowPolicy`; features are the state itself."""
+class ToyFlow(FlowPolicy):
+    """No library's core; features are the state itself."""
 
     def __init__(self, state_dim: int = 1, ah: int = 1, ad: int = 1, width: int = 32) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.action_horizon, self.action_dim, self.robot_dim = ah, ad, ad
-        self.anchors = None
+        self.anchors, self.poses = None, ()
         flat = ah * ad
         self.net = nn.Sequential(
             nn.Linear(state_dim + flat + 1, width),
@@ -27,7 +27,7 @@ class ToyFlow(nn.Module):
             nn.Linear(width, flat),
         )
 
-    def encode(self, observation: PolicyInput) -> Prefix:
+    def encode(self, observation: PolicyInput, features: bool = True) -> Prefix:
         state = torch.as_tensor(observation.state)
         empty = torch.zeros(len(state), 0)
         return Prefix([], empty.bool(), empty[..., None], state)

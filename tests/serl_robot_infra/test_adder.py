@@ -1,9 +1,12 @@
 """Step batches: what leaves the adder joins to the episode that went in."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from serl_robot_infra.adder import Adder
+from serl_transport.contract.errors import BadFrame
 from serl_transport.contract.schema import Episode, EpisodeInfo, Observation, Outcome, StepBatch, TimeStep
 from serl_transport.contract.specs import TaskSpec
 from serl_transport.wire import blob, codec
@@ -44,6 +47,25 @@ def record(n, batch_ticks, outcome, last):
     adder.end(observation(n), outcome)
     # Through the codec, as on the wire.
     return [StepBatch.from_body(codec.unpack(blob.split(blob.join(codec.pack(body)))), SPEC) for body in sent]
+
+
+def test_who_drove_and_who_judged_is_in_the_episode_and_lasts_when_its_actor_dies():
+    steps = [replace(step(t), driver=name) for t, name in enumerate(["Ann", None, "script", "Ann"])]
+    judged = Outcome(True, "human", None, "Bo")
+    bodies = [
+        StepBatch.from_steps(INFO, 0, steps[:2]).to_body(),
+        StepBatch.from_steps(INFO, 2, steps[2:]).to_body(),
+        StepBatch.from_steps(INFO, 4, [step(4, done=True)], observation(5), judged).to_body(),
+    ]
+    batches = [StepBatch.from_body(body, SPEC) for body in bodies]
+    whole, cut = Episode.from_batches(batches), Episode.cut(batches[:2])
+    assert (whole.drivers, whole.outcome.judge) == (("Ann", "script"), "Bo")
+    assert (cut.drivers, cut.outcome.judge) == (("Ann", "script"), None)
+    del bodies[0]["drivers"], bodies[2]["outcome"]["judge"]  # as older releases wrote them
+    assert [StepBatch.from_body(bodies[k], SPEC).drivers for k in (0, 2)] == [(), ()]
+    for part, value in (("drivers", ["a, b"]), ("drivers", "Ann"), ("outcome", {**bodies[2]["outcome"], "judge": 7})):
+        with pytest.raises(BadFrame, match=r"(drivers|judge): expected"):
+            StepBatch.from_body(bodies[2] | {part: value}, SPEC)
 
 
 @pytest.mark.parametrize(

@@ -38,14 +38,14 @@ def hold():
 
 
 def frame(seq, echo, held=(), taps=(), page="p1", **axes):
-    return HandFrame(page, seq, echo, frozenset(held), axes, tuple(taps))
+    return HandFrame(page, seq, echo, frozenset(held), axes, tuple(taps), "ann")
 
 
 def test_a_frame_is_as_old_as_the_beat_that_it_names(hold):
     beat = hold.beat()["beat"]
     hold.clock.now += LIMIT_S - 0.01
     hold.take(frame(1, beat, ["w"]))
-    assert hold.pressed()[0] == {"w"}
+    assert (hold.pressed()[0], hold.person) == ({"w"}, "ann")
     hold.clock.now += 0.02  # the beat is too old now: a page that sees no newer one is cut off
     hold.take(frame(2, beat, ["w", "r"], [(1, "t")]))
     assert hold.pressed()[0] == {"w"}

@@ -45,10 +45,11 @@ def test_a_demonstration_by_hand_waits_for_the_scene_and_is_recorded_as_executed
         typist.type(b"y")
 
     with ScriptedLearner(spec, [ticket("demo", 1)]) as learner:
-        code, out = typist.run(learner, tmp_path, hands, *BY_HAND)
+        code, out = typist.run(learner, tmp_path, hands, *BY_HAND, "operator_name=Ann")
         (episode,) = learner.episodes()
     assert code == 0, out
     assert (episode.outcome.success, episode.outcome.success_source) == (True, "human")
+    assert (episode.drivers, episode.outcome.judge) == (("Ann",), "Ann")
     assert episode.outcome.truncated_by is None
     assert episode.arrays["next.reward"].tolist() == [0.0] * (episode.n - 1) + [1.0]
     assert episode.arrays["intervention"].all()

@@ -53,6 +53,7 @@ class Typist:
         for group in ("operator", "reward"):
             if group in chosen and any(word.startswith(group) for word in words):
                 cfg[group] = chosen[group]
+        cfg.operator_name = chosen.operator_name
         cfg.task.operator = None
         cfg.task.env = {"_target_": env}
         problems = []

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import edit_dataset as tool
@@ -31,6 +32,7 @@ def make_run(folder: Path, first: int = 0, video: bool = False) -> Path:
     modes = ["demo", "demo", "online", "online", "eval", "eval"]
     for start in (0, 2, 4):
         items = [episode(first + k, mode=modes[k], prompt=PROMPTS.get(k)) for k in (start, start + 1)]
+        items = [replace(item, drivers=("Ann", "script") if start else ("Bo",)) for item in items]
         write_journal(folder, entries(items, first_seq=1 + 2 * start))
         exporter = Exporter(folder, SPEC, ExporterOptions(), video=video)
         exporter.poll(flush=True)
@@ -101,6 +103,9 @@ def test_the_same_by_what_is_said_of_versions_help_actor_and_prompt(run):
     assert picked(helped=False) == []
     assert picked(actors=["actor-0"], prompt="push*") == [4, 5]
     assert picked(actors=["robot-2"]) == []
+    assert picked(operators=["An*"]) == [2, 3, 4, 5]
+    assert picked(operators=["Bo", "script"]) == [0, 1, 2, 3, 4, 5]
+    assert picked(operators=["B"]) == []
     assert picked(episodes={1, 3, 5}, drop={3}) == [1, 5]
     with pytest.raises(ValueError, match="no episode 9; there are 0 to 5"):
         picked(drop={9})
@@ -121,6 +126,7 @@ def test_what_a_person_said_afterwards_counts_and_what_was_thrown_away_stays_out
     assert data.table.outcomes["next.success"][ends].tolist() == [True, True, True]
     assert data.table.outcomes["next.reward"][ends].tolist() == [1, 1, 1]
     (one,) = [one for one in Opened(str(out), 0).episodes if one.row["source_episode"] == 1]
+    assert one.people == ("Bo", "alice")
     assert (one.said_by, one.row["truncated_by"], one.discarded) == ("human", "", False)
 
 

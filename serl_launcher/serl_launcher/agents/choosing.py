@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from serl_launcher.agents.steering import steer
+from serl_launcher.agents.steering import steer, steers
 from serl_launcher.critics.ensemble import ChunkCritic
 from serl_launcher.policies.base import FlowPolicy, Prefix, sample
 
@@ -48,6 +48,11 @@ def candidates(policy: FlowPolicy) -> int:
     """Chunks that are sampled for each one that is sent."""
     chooser = getattr(policy, "chooser", None)
     return 1 if chooser is None else chooser.candidates
+
+
+def reads_features(policy: FlowPolicy) -> bool:
+    """Whether what is served depends on `policy.features`."""
+    return steers(policy) or candidates(policy) > 1
 
 
 def served_chunks(policy: FlowPolicy, prefix: Prefix, noise: Tensor, steps: int) -> Tensor:

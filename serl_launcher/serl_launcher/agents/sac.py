@@ -88,6 +88,11 @@ class SACAgent(ValueAgent):
         super().__init__(policy, settings, feature_dim=feature_dim, horizon=horizon)
         if settings.squash:
             self._check_squash()
+        if settings.cal_ql_weight and policy.poses:
+            raise ValueError(
+                "algo.agent.cal_ql_weight: its uniform chunks have no limits to lie within where actions are relative "
+                "as poses; take algo.agent.cal_ql_weight=0"
+            )
         self.noise_scale = NoiseScale(
             feature_dim,
             settings.flow_steps,

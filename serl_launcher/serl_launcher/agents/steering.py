@@ -80,6 +80,11 @@ def add_steering(policy: FlowPolicy, feature_dim: int, variant: str, bound: floa
     return policy
 
 
+def steers(policy: FlowPolicy) -> bool:
+    """Whether `steer` asks the policy for features."""
+    return getattr(policy, "steering", None) is not None
+
+
 def steer(policy: FlowPolicy, prefix: Prefix, noise: Tensor) -> Tensor:
     """The noise that this policy starts its flow from; `noise` itself where nothing steers."""
     steering = getattr(policy, "steering", None)

@@ -160,5 +160,5 @@ def _row(line: Mapping[str, Any]) -> dict[str, Any]:
         "stage": line.get("stage"), "ok": line["success"], "ret": line.get("return", 0.0), "ticks": line["n_ticks"],
         "help": line.get("interventions", 0), "version": line.get("policy_version_last", -1),
         "cut": line.get("truncated_by"), "whole": line.get("whole", True), "time": line.get("end_time", 0.0),
-        "seconds": line.get("seconds"),
+        "seconds": line.get("seconds"), "drivers": line.get("drivers") or [], "judge": line.get("judge"),
     }  # fmt: skip

@@ -36,6 +36,7 @@ class EpisodeFacts:
     versions: tuple[int, int] | None  # lowest and highest policy version that drove; (-1, -1): no policy
     discarded: bool  # a person threw it away
     episode_id: str | None
+    people: tuple[str, ...] | None  # who drove some of its ticks and who judged it, at the robot or afterwards
     label: Label | None  # a person's later word, where the source is a run's folder
     row: Mapping[str, Any]  # of meta/episodes, statistics included
 
@@ -98,6 +99,7 @@ class Filter:
     modes: Collection[str] | None = None
     stages: Collection[str] | None = None
     actors: Collection[str] | None = None
+    operators: Collection[str] | None = None  # one of them drove or judged, each as in a shell
     prompt: str | None = None  # as in a shell: *red*
     versions: tuple[int, int] | None = None  # every version that drove lies within
     episodes: Collection[int] | None = None  # numbers in the one source
@@ -132,6 +134,8 @@ class Filter:
                                     ("actor", self.actors, one.actor)):  # fmt: skip
             if wanted is not None and _said(one, word, value) not in wanted:
                 return f"--{word}"
+        if self.operators is not None and not _any(_said(one, "operator", one.people), self.operators):
+            return "--operator"
         if self.prompt is not None and not any(fnmatch.fnmatchcase(text, self.prompt) for text in one.prompts):
             return "--prompt"
         if self.versions is not None:
@@ -176,11 +180,24 @@ def _facts(place: int, row: Mapping[str, Any], said: Relabelled | None, name: st
             None if low is None or high is None else (int(low), int(high)),
             row.get("truncated_by") == "discard" or (word is not None and word.use == "discard"),
             row.get("episode_id"),
+            _people(row, word.by if word else None),
             label,
             row,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DatasetError(f"{name}: meta/episodes lacks what LeRobot v3 has: {error!r}") from None
+
+
+def _people(row: Mapping[str, Any], later: str | None) -> tuple[str, ...] | None:
+    """As the episode's row says, and who spoke afterwards; None: the row says nothing of people, and nobody did."""
+    if "drivers" not in row and later is None:
+        return None
+    names = [*(row.get("drivers") or "").split(", "), row.get("judge") or "", later or ""]
+    return tuple(dict.fromkeys(name for name in names if name))
+
+
+def _any(names: Collection[str], patterns: Collection[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _one(row: Mapping[str, Any], column: str, statistic: str) -> float | None:

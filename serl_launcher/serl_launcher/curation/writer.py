@@ -146,6 +146,7 @@ def _episode_row(
     if one.label:
         ends = {} if one.label.success == one.row.get("success") else {"truncated_by": ""}
         row |= {"success": one.label.success, "success_source": "human", **ends}
+        row |= {"judge": one.label.by} if "judge" in row else {}
     for name in changed:
         if f"stats/{name}/min" in row:
             for key, value in vector_stats(rows[name].to_numpy(zero_copy_only=False)).items():

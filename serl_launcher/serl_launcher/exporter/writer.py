@@ -9,12 +9,13 @@ place it blocks readers during a batch and cannot resume after a kill, and it co
 The exporter role owns the one instance.
 """
 
+import logging
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from serl_launcher.exporter.columns import episode_columns, episode_row, episode_stats, episode_table
+from serl_launcher.exporter.columns import PEOPLE, episode_columns, episode_row, episode_stats, episode_table
 from serl_launcher.exporter.features import frame_rate, image_keys
 from serl_launcher.exporter.layout import DATA_PATH, EPISODES_PATH, VIDEO_PATH, address, place
 from serl_launcher.exporter.metadata import DatasetState, Row, write_derived, write_tasks
@@ -23,6 +24,8 @@ from serl_launcher.exporter.video import CameraVideo
 from serl_launcher.run.files import PART, publish, write_whole
 from serl_transport.contract.schema import Episode
 from serl_transport.contract.specs import TaskSpec
+
+log = logging.getLogger(__name__)
 
 
 class DatasetWriter:
@@ -34,9 +37,19 @@ class DatasetWriter:
         self._spec = spec
         self._video = video
         self.state: DatasetState = recover(root, spec, video)
+        self._absent = self._columns_absent()
         self._tables: list[pa.Table] = []  # one per pending episode
         self._rows: list[Row] = []  # one per pending episode
         self._videos: dict[str, CameraVideo] = {}
+
+    def _columns_absent(self) -> set[str]:
+        """Columns that the committed episodes lack, of an older release: readers want the same ones in every file."""
+        if not self.state.commits:
+            return set()
+        absent = set(PEOPLE) - set(pq.read_schema(self.root / place(EPISODES_PATH, 0)).names)
+        if absent:
+            log.warning("an older release began %s: its episodes name no people, episodes.jsonl does", self.root)
+        return absent
 
     @property
     def pending(self) -> int:
@@ -80,7 +93,7 @@ class DatasetWriter:
             publish(self._video_path(key, PART), self._video_path(key), durable=True)
         if state.tasks != before.tasks:
             write_tasks(self.root, state.tasks)
-        table = pa.Table.from_pylist(self._rows)
+        table = pa.Table.from_pylist(self._rows).drop_columns(sorted(self._absent))
         table = table.replace_schema_metadata(file_sums(self.root, commit, [*self._videos]))
         write_whole(
             self.root / place(EPISODES_PATH, commit),

@@ -98,7 +98,7 @@ class Gateway:
         self.ending = Ending(self.actors, self.tickets, settings.dead_actor_s)
         self.ingest = Ingest(settings, paths, self.actors, self.journalled, reader, server.call_soon, seal)
         self.troubles = Troubles(self.ingest, self.progress)
-        self.views, self.hands = Views(), Hands(server.reply, server.loop.call_later)
+        self.views, self.hands = Views(), Hands(server.reply, server.loop.call_later, self.operator.note)
         self._restore_tickets()
         self._roles = server.add_router(internal_endpoint(paths.root))
         self.forwarder = InferForwarder(self._roles)

@@ -7,7 +7,6 @@ One page at a time has an actor; another one is told who. Nothing is queued: a n
 was not fetched. What a frame means and whether it is too old is the actor's to say. Owned by the gateway's loop.
 """
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,8 +17,8 @@ from serl_transport.connection.router import Reply
 from serl_transport.contract.bounds import INT64, check_text, check_whole, printable, shown
 from serl_transport.contract.errors import BadFrame, Refused
 from serl_transport.contract.hands import HandFrame
+from serl_transport.contract.people import check_person
 
-log = logging.getLogger("gateway")
 PARK_S = 0.2  # an actor's question waits so long for a frame
 DEAF_S = 2.0  # an actor that has not asked for so long listens to no page
 HELD_S = 1.0  # a page that sends nothing for so long has let go
@@ -38,17 +37,21 @@ class _Seat:
     table: list[str] = field(default_factory=list)  # what each key does, in its words
     page: str | None = None  # that drives it
     person: str = ""  # at that page
+    by: str = ""  # the same, with the operator's name whose connection it is
     heard: float = 0.0  # time.monotonic() of that page's last frame
     frame: dict[str, Any] | None = None  # the newest one, not fetched yet
 
 
 class Hands:
-    """reply, later: the server's (TrainerServer.reply, EventLoop.call_later)."""
+    """reply, later: the server's (TrainerServer.reply, EventLoop.call_later); note: keeps an act, and by whom."""
 
     def __init__(
-        self, reply: Callable[[bytes, Reply], None], later: Callable[[float, Callable[[], object]], None]
+        self,
+        reply: Callable[[bytes, Reply], None],
+        later: Callable[[float, Callable[[], object]], None],
+        note: Callable[[dict[str, Any], str], None],
     ) -> None:
-        self._reply, self._later = reply, later
+        self._reply, self._later, self._note = reply, later, note
         self._seats: dict[str, _Seat] = {}
 
     def poll(self, actor: str, token: bytes, body: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -62,6 +65,8 @@ class Hands:
         if (table := body.get("table")) is not None:
             seat.table = _table(table)
         seat.polled = time.monotonic()
+        if seat.page is not None and seat.polled - seat.heard > HELD_S:
+            self._released(actor, seat, "the page is silent")
         if seat.frame is not None:
             frame, seat.frame = seat.frame, None
             return {"frame": frame}
@@ -77,12 +82,14 @@ class Hands:
             raise Refused(f"{actor} listens to no page: start that actor with operator=browser")
         if seat.page not in (None, page) and now - seat.heard < HELD_S:
             raise Refused(f"{seat.person} drives {actor} from another page")
-        if seat.page != page and frame is not None:
-            log.warning("operator %s: %s takes %s from the console's page", operator, person, actor)
-        if frame is None and seat.page is not None:
-            log.warning("operator %s: %s lets go of %s", operator, person, actor)
-        seat.page, seat.person, seat.heard = (None if frame is None else page), person, now
+        taken, by = frame is not None and (seat.page, seat.person) != (page, person), f"{person} ({operator})"
         self._hand_on(seat, {"page": page, "gone": True} if frame is None else frame)
+        if seat.page is not None and (frame is None or taken):
+            self._released(actor, seat)
+        if frame is not None:
+            seat.page, seat.person, seat.by, seat.heard = page, person, by, now
+        if taken:
+            self._note({"act": "take_keys", "actor": actor}, by)
         return dict(seat.beat)
 
     def to_view(self) -> dict[str, dict[str, Any]]:
@@ -93,6 +100,11 @@ class Hands:
             for actor, seat in self._seats.items()
             if now - seat.polled < DEAF_S
         }
+
+    def _released(self, actor: str, seat: _Seat, why: str | None = None) -> None:
+        """The page has let go, or is taken to have."""
+        seat.page = None
+        self._note({"act": "release_keys", "actor": actor, **({"why": why} if why else {})}, seat.by)
 
     def _hand_on(self, seat: _Seat, frame: dict[str, Any]) -> None:
         if seat.parked is None:
@@ -113,10 +125,11 @@ class Hands:
 def _drive(body: Mapping[str, Any]) -> tuple[str, str, str, dict[str, Any] | None]:
     """(actor, page, person, frame); BadFrame names what is wrong."""
     try:
-        actor, page, person = (check_text(f"drive: {key}", body.get(key), 64) for key in ("actor", "page", "person"))
+        actor, page = (check_text(f"drive: {key}", body.get(key), 64) for key in ("actor", "page"))
+        person = check_person("drive: person", body.get("person"))
         frame = body.get("frame")
         if frame is not None:
-            frame = {**frame, "page": page} if isinstance(frame, Mapping) else frame
+            frame = {**frame, "page": page, "person": person} if isinstance(frame, Mapping) else frame
             HandFrame.of(frame)
     except ValueError as error:
         raise BadFrame(str(error)) from None

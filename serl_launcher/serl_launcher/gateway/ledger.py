@@ -50,6 +50,8 @@ class LedgerRow:
     start_time: float  # unix s, the actor's clock
     end_time: float  # unix s, journalled by the gateway
     seconds: float  # from the first tick to the end, by the actor's monotonic clock
+    drivers: tuple[str, ...] = ()  # who drove some of its ticks, by name, or `script`
+    judge: str | None = None  # the person who said how it ended; None: nobody did
 
     @staticmethod
     def of(closed: ClosedEpisode, episode: Episode) -> "LedgerRow":
@@ -75,6 +77,8 @@ class LedgerRow:
             start_time=info.start_time,
             end_time=closed.time_ns / 1e9,
             seconds=_seconds(arrays["time_ns"]),
+            drivers=episode.drivers,
+            judge=outcome.judge,
         )
 
     @property

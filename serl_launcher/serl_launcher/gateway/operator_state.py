@@ -8,7 +8,9 @@ Acts of other processes (tools/audit_reward.py --relabel) are taken in once a se
 
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from serl_launcher.replay.relabelled import Relabelled
@@ -33,6 +35,9 @@ class OperatorState:
         Relabelled(paths.root)
         if not any(row["act"] in ("pause", "resume") for row in self.ledger.rows) and _was_paused(paths):
             self.keep({"act": "pause"}, by="operator.json")
+        self._notes = ThreadPoolExecutor(1, "note")
+        for actor, by in dict(self.state.keys).items():
+            self.note({"act": "release_keys", "actor": actor, "why": "the gateway ended"}, by)
         self._of: InForce | None = None  # what `_live` was made of
         for line in self.live.passed_over:
             log.warning("%s", line)
@@ -67,6 +72,10 @@ class OperatorState:
             log.warning("operator %s: %s", row["by"], describe(row))
         return row
 
+    def note(self, act: Mapping[str, Any], by: str) -> None:
+        """Keep what has happened already, on a thread: a slow disk holds nobody up who drives."""
+        self._notes.submit(_note, self.ledger.path.parent, dict(act), by)
+
     def paused(self, actor: str) -> str | None:
         """Why this actor waits, for people; None: it does not."""
         if self.state.paused:
@@ -92,6 +101,7 @@ class OperatorState:
             "publish_wanted": state.wanted,
             "paused_by": state.paused,
             "paused_actors": dict(state.paused_actors),
+            "keys": dict(state.keys),
             "training_paused": state.training_paused,
             "served": state.served,
             "settings": {key: asdict(setting) for key, setting in live.settings.items()},
@@ -111,6 +121,14 @@ class OperatorState:
             "acts": f"line {which} of acts.jsonl is damaged, what was asked there is not known: robots and training "
             "are held until somebody says resume and training_resume"
         }
+
+
+def _note(run_dir: Path, act: dict[str, Any], by: str) -> None:
+    try:
+        (row,) = ActsLedger(run_dir).append(act, by=by)
+        log.warning("operator %s: %s", by, describe(row))
+    except OSError as error:
+        log.warning("operator %s: %s (not in the ledger: %s)", by, describe(act), error.strerror or error)
 
 
 def describe(row: Mapping[str, Any]) -> str:

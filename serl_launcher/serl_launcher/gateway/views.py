@@ -20,7 +20,7 @@ KEPT_S = 60.0  # of an actor that sends nothing any more
 ACTORS, PICTURES = 16, 8  # that are kept, and of one actor
 PICTURE_BYTES = 64 << 10
 TEXT = 300  # characters
-_WORDS = ("episode", "stage", "mode", "driver", "says")
+_WORDS = ("episode", "stage", "mode", "driver", "person", "says")
 _NUMBERS = ("tick", "return", "hz", "infer_ms", "overruns", "refused", "backlog")
 
 

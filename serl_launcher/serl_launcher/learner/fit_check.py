@@ -40,7 +40,7 @@ def ranges_of(rows: Rows, units: Units, horizon: int) -> Ranges:
     state, action = ((x.min(0).astype(np.float64), x.max(0).astype(np.float64)) for x in (rows.state, rows.action))
     if units.anchors is not None:
         horizon = min(horizon, longest(rows.bounds))
-        action = ranges_by("ticks", rows.state, rows.action, rows.bounds, units.anchors, horizon)
+        action = ranges_by("ticks", rows.state, rows.action, rows.bounds, units.anchors, horizon, units.poses)
     return Ranges(state, action)
 
 
@@ -80,7 +80,8 @@ def mistaken(units: Units, rows: Rows | Recording, bounds: Bounds, spec: TaskSpe
     own = own_states(spec) or {k: k for k in range(min(spec.action_dim, spec.state_dim))}
     anchors = units.anchors or tuple(own.get(k) for k in range(spec.action_dim))
     dims, horizon = [k for k, anchor in enumerate(anchors) if anchor is not None], min(horizon, longest(bounds))
-    relative, absolute = (_distance(units.action, rows, bounds, a, horizon, dims) for a in (anchors, None))
+    kinds = ((anchors, units.poses), (None, ()))
+    relative, absolute = (_distance(units.action, rows, bounds, *kind, horizon, dims) for kind in kinds)
     mine, other = (absolute, relative) if units.anchors is None else (relative, absolute)
     if not (mine > FAR and other < NEAR):
         return None
@@ -94,13 +95,18 @@ def mistaken(units: Units, rows: Rows | Recording, bounds: Bounds, spec: TaskSpe
 
 
 def _distance(
-    affine: Affine, rows: Any, bounds: Bounds, anchors: Anchors | None, horizon: int, dims: list[int]
+    affine: Affine,
+    rows: Any,
+    bounds: Bounds,
+    anchors: Anchors | None,
+    poses: tuple[int, ...],
+    horizon: int,
+    dims: list[int],
 ) -> float:
     """How far offset and scale are from what LeRobot would compute, by the kind that is nearest: the median over dims
     of |offset difference| in units of the data's and |log of the scales' ratio|."""
-    values = np.concatenate(list(relative_ticks(rows.state, rows.action, bounds, anchors, horizon, FEW_CHUNKS)))[
-        :, dims
-    ]
+    ticks = relative_ticks(rows.state, rows.action, bounds, anchors, horizon, FEW_CHUNKS, poses)
+    values = np.concatenate(list(ticks))[:, dims]
     dims_moving = np.ptp(values, axis=0) > STILL
     if not dims_moving.any():
         return 0.0

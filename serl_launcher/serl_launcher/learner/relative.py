@@ -10,10 +10,12 @@ and 99% (PI0.5) over all ticks of all chunks, lowest and highest of each tick (G
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from omegaconf import DictConfig, open_dict
 
 from serl_launcher.datasets.dataset import Rows
 from serl_launcher.policies.checkpoint import PREPROCESSOR, Checkpoint, mode_of
+from serl_launcher.policies.poses import to_relative
 from serl_launcher.policies.relative import Anchors, has_ranges, wanted_anchors
 from serl_transport.contract.specs import TaskSpec
 
@@ -58,8 +60,10 @@ def relative_ticks(
     anchors: Anchors | None,
     horizon: int,
     most: int | None = None,
+    poses: Sequence[int] = (),
 ) -> Iterator[np.ndarray]:
     """What whole chunks hold at each tick, relative where `anchors` says so: float32[chunks, ad], `horizon` times.
+    poses: first dims of what is relative as a pose.
 
     state, action: float32[rows, …], physical; most: chunks, thinned evenly. Raises ValueError where no episode is as
     long as a chunk.
@@ -75,19 +79,25 @@ def relative_ticks(
         if anchor is not None:
             shift[:, k] = state[starts, anchor]
     for tick in range(horizon):
-        yield action[starts + tick] - shift
+        yield to_relative(torch.from_numpy(action[starts + tick]), torch.from_numpy(shift), poses).numpy()
 
 
 def ranges_by(
-    kind: str, state: np.ndarray, action: np.ndarray, bounds: Bounds, anchors: Anchors | None, horizon: int
+    kind: str,
+    state: np.ndarray,
+    action: np.ndarray,
+    bounds: Bounds,
+    anchors: Anchors | None,
+    horizon: int,
+    poses: Sequence[int] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """What becomes −1 and 1: float64[ticks or 1, ad] each. kind: ticks, range, quantiles or deviation; a dim that never
     moves is given ±1 by the last two."""
     if kind == "quantiles":
-        values = np.concatenate(list(relative_ticks(state, action, bounds, anchors, horizon, FEW)))
+        values = np.concatenate(list(relative_ticks(state, action, bounds, anchors, horizon, FEW, poses)))
         low, high = np.quantile(values, (0.01, 0.99), axis=0)
     else:
-        ticks = [_moments(x) for x in relative_ticks(state, action, bounds, anchors, horizon)]
+        ticks = [_moments(x) for x in relative_ticks(state, action, bounds, anchors, horizon, poses=poses)]
         lowest, highest, mean, square = (np.stack(column) for column in zip(*ticks, strict=True))
         if kind == "ticks":
             return lowest, highest

@@ -209,6 +209,7 @@ def _in(affine: Affine, values: np.ndarray) -> np.ndarray:
 def _chunks_in(policy: Units, rows: Recording, bounds: Bounds, horizon: int) -> tuple[np.ndarray, np.ndarray]:
     """Relative actions of all ticks of chunks, physical and in the policy's units: float32[n, ad] each."""
     horizon = min(horizon, longest(bounds))
-    ticks = np.stack(list(relative_ticks(rows.state, rows.action, bounds, policy.anchors, horizon, FEW)), axis=1)
+    of_ticks = relative_ticks(rows.state, rows.action, bounds, policy.anchors, horizon, FEW, policy.poses)
+    ticks = np.stack(list(of_ticks), axis=1)
     z = policy.action.to_model(torch.from_numpy(ticks)).numpy()
     return ticks.reshape(-1, ticks.shape[-1]), z.reshape(-1, ticks.shape[-1])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from serl_launcher.policies.compiling import check_switch
 from serl_launcher.policies.normalise import Units, pad_last
+from serl_launcher.policies.poses import to_absolute, to_relative
 from serl_launcher.policies.precision import check_precision
 from serl_transport.contract.specs import TaskSpec
 
@@ -41,10 +42,12 @@ class Prefix:
 
     keys_values: Any  # per layer that is attended to, a pair of float[b, heads, l, head_dim]; None: made when needed
     pad_mask: Tensor  # bool[b, l], True where a token counts
-    hidden: Tensor  # float[b, l, width], last hidden states
+    hidden: Tensor | None  # float[b, l, width], last hidden states; None where encoded with features=False
     state: Tensor  # float32[b, s], normalised
     anchor: Tensor | None = field(default=None, kw_only=True)
     """float32[b, 1, robot dims], what the policy's actions are relative to, physical; None where all are absolute."""
+    flow: Any = field(default=None, kw_only=True)
+    """What all flow steps of a chunk share, made by `ready`: the head's own, or the times float32[steps] alone."""
 
     def __len__(self) -> int:
         return len(self.state)
@@ -60,6 +63,8 @@ class Prefix:
         return self._each(lambda x: x.index_select(0, index))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        if self.flow is not None:
+            raise ValueError("prefix: rows are taken and repeated before it is made ready for the flow, not after")
         return replace(self, **{f.name: _changed(getattr(self, f.name), change) for f in fields(self)})
 
 
@@ -89,6 +94,7 @@ class FlowPolicy(nn.Module):
     action_dim: int  # ad, dims of the model's chunks
     robot_dim: int  # the first of them that the robot has; the rest is padding of a wider checkpoint
     released_flow_steps: ClassVar[int]  # Euler steps that its release samples with
+    shares_prefix: ClassVar[bool] = False  # may `velocity` be given fewer prefix rows than samples?
 
     def __init__(
         self,
@@ -112,9 +118,12 @@ class FlowPolicy(nn.Module):
         self.action_horizon, self.action_dim = chunk
         self.robot_dim = len(spec.action_names)
         units = units or Units.from_spec(spec)
-        self.state_units, self.action_units, self.anchors = units.state, units.action, units.anchors
+        self.state_units, self.action_units = units.state, units.action
+        self.anchors, self.poses = units.anchors, units.poses
         if self.anchors is not None:  # persistent: parameters fit only what they were trained relative to
             self.register_buffer("_anchor", torch.tensor([-1 if a is None else a for a in self.anchors]))
+        if self.poses:
+            self.register_buffer("_poses", torch.tensor(self.poses))
         self.register_buffer("_low", torch.tensor(spec.action_low), persistent=False)
         self.register_buffer("_high", torch.tensor(spec.action_high), persistent=False)
         self.attention, self.checkpointing, self.precision = attention, checkpointing, check_precision(precision)
@@ -129,31 +138,50 @@ class FlowPolicy(nn.Module):
         """Use torch.compile for the layers: auto, on or off."""
         raise NotImplementedError
 
-    def encode(self, observation: PolicyInput) -> Prefix:
-        """Run the backbone once; without gradient when it is frozen."""
-        return self.encode_prepared(self.prepare(observation))
+    def encode(self, observation: PolicyInput, features: bool = True) -> Prefix:
+        """Run the backbone once; without gradient when it is frozen. features: whether `features` will be asked."""
+        return self.encode_prepared(self.prepare(observation), features)
 
     def prepare(self, observation: PolicyInput) -> dict[str, Tensor]:
         """The host's part of `encode`: tensors whose shapes alone decide what the device will run."""
         raise NotImplementedError
 
-    def encode_prepared(self, tensors: dict[str, Tensor]) -> Prefix:
+    def encode_prepared(self, tensors: dict[str, Tensor], features: bool = True) -> Prefix:
         """The device's part of `encode`: no transfer to or from the host, so that a CUDA graph can hold it."""
         raise NotImplementedError
 
     def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
-        """v(x_t, t | prefix): float32[b, ah, ad], differentiable. x_t float32[b, ah, ad], t float32[b]."""
+        """v(x_t, t | prefix): float32[b·n, ah, ad], differentiable. x_t float32[b·n, ah, ad], the n samples of one
+        observation adjacent; t float32[b·n]. n = 1 for a head that does not share its prefix."""
         raise NotImplementedError
 
+    def ready(self, prefix: Prefix, times: Tensor, n: int = 1) -> Prefix:
+        """The prefix with all that depends on nothing but it, the flow times float32[steps] and the parameters, for n
+        samples of each row: made once a chunk, inside what a CUDA graph holds. Here: nothing but the times."""
+        return replace(for_samples(self, prefix, n), flow=times)
+
+    def velocity_at(self, prefix: Prefix, x_t: Tensor, step: int) -> Tensor:
+        """`velocity` at the step's time from a prefix that is ready: float32[b·n, ah, ad], differentiable in x_t."""
+        return self.velocity(prefix, x_t, prefix.flow[step].expand(len(x_t)))
+
+    def fuse_for_serving(self) -> None:
+        """Called once, after `hold`, by who only serves: the head may lay its parameters side by side in memory and
+        leave autocast. Names and values stay, and values copied into the parameters are seen."""
+
     def features(self, prefix: Prefix) -> Tensor:
-        """For critics and rewards, float32[b, f]: the mean hidden state of the tokens that count, and the state."""
+        """For critics and rewards, float32[b, f]: the mean hidden state of the tokens that count, and the state.
+
+        Raises ValueError for a prefix that was encoded with features=False.
+        """
+        if prefix.hidden is None:
+            raise ValueError("features: this prefix was encoded with features=False")
         keep = prefix.pad_mask.unsqueeze(-1).to(prefix.hidden.dtype)
         return torch.cat([((prefix.hidden * keep).sum(1) / keep.sum(1)).float(), prefix.state], dim=-1)
 
     @property
     def units(self) -> Units:
         """What the policy's numbers mean."""
-        return Units(self.state_units, self.action_units, self.anchors)
+        return Units(self.state_units, self.action_units, self.anchors, self.poses)
 
     def anchor_of(self, state: Tensor) -> Tensor | None:
         """What actions are relative to when a chunk is asked at `state` float32[b, s], physical: float32[b, 1, robot
@@ -167,21 +195,23 @@ class FlowPolicy(nn.Module):
 
         anchor: of the observation that the chunk begins at, as its prefix has it.
         """
-        units = self.action_units.to_model(chunk - self._shift(anchor))
+        self._expect(anchor)
+        units = self.action_units.to_model(chunk if anchor is None else to_relative(chunk, anchor, self.poses))
         return pad_last(units.clamp(-1, 1) if self.clip else units, self.action_dim)
 
     def physical_actions(self, chunk: Tensor, anchor: Tensor | None = None) -> Tensor:
         """The model's units to physical float32[..., valid horizon, robot dims], absolute, clipped to the task's
         limits. anchor: of the observation that the chunk was asked at."""
         chunk = chunk[..., : self.valid_horizon, : self.robot_dim]
-        physical = self.action_units.to_physical(chunk.clamp(-1, 1) if self.clip else chunk) + self._shift(anchor)
-        return physical.clamp(self._low, self._high)
+        self._expect(anchor)
+        physical = self.action_units.to_physical(chunk.clamp(-1, 1) if self.clip else chunk)
+        absolute = physical if anchor is None else to_absolute(physical, anchor, self.poses)
+        return absolute.clamp(self._low, self._high)
 
-    def _shift(self, anchor: Tensor | None) -> Tensor | float:
+    def _expect(self, anchor: Tensor | None) -> None:
         if (anchor is None) != (self.anchors is None):
             said = "absolute" if self.anchors is None else "relative to a state"
             raise ValueError(f"anchor: this policy's actions are {said}, got {anchor if anchor is None else 'one'}")
-        return 0.0 if anchor is None else anchor
 
     def dead_parameters(self) -> set[str]:
         """Names of parameters that no action depends on, though the features of critics may."""
@@ -192,10 +222,14 @@ class FlowPolicy(nn.Module):
         raise NotImplementedError
 
 
-def ready(policy: FlowPolicy, prefix: Prefix) -> Prefix:
-    """The prefix with everything in it that several flow steps share, where the head has such a thing."""
-    prepare = getattr(policy, "ready", None)
-    return prefix if prepare is None else prepare(prefix)
+def for_samples(policy: FlowPolicy, prefix: Prefix, n: int) -> Prefix:
+    """The prefix as `velocity` reads it for n samples of each row: itself where the head shares it, else repeated."""
+    return prefix if getattr(policy, "shares_prefix", False) else prefix.repeat(n)
+
+
+def flow_times(steps: int, device: torch.device) -> Tensor:
+    """Times of the Euler steps, made on the device: float32[steps], k / steps."""
+    return torch.arange(steps, device=device) / steps
 
 
 def sample(policy: FlowPolicy, prefix: Prefix, noise: Tensor, steps: int, n: int = 1) -> Tensor:
@@ -203,14 +237,12 @@ def sample(policy: FlowPolicy, prefix: Prefix, noise: Tensor, steps: int, n: int
 
     noise: float32[b·n, ah, ad]; the n samples of one observation are adjacent.
     """
-    prefix = ready(policy, prefix).repeat(n)
-    want = (len(prefix), policy.action_horizon, policy.action_dim)
+    want = (len(prefix) * n, policy.action_horizon, policy.action_dim)
     if noise.shape != want:
         raise ValueError(f"noise: expected shape {want}, got {tuple(noise.shape)}")
-    x = noise
+    x, prefix = noise, policy.ready(prefix, flow_times(steps, noise.device), n)
     for k in range(steps):
-        t = torch.full((len(prefix),), k / steps, device=noise.device)
-        x = x + policy.velocity(prefix, x, t) / steps
+        x = x + policy.velocity_at(prefix, x, k) / steps
     return x
 
 
@@ -219,10 +251,10 @@ def flow_loss(
 ) -> Tensor:
     """‖v(x_t, t | prefix) − (chunk − noise)‖² per sample, averaged over the ticks that count: float32[b].
 
-    chunk, noise: float32[b, ah, ad] in the model's units; is_pad: bool[b, ah], True where a tick is not a label;
-    weight: float32[b]; t: float32[b]. Dims beyond the robot's do not count, nor ticks beyond those that a checkpoint
-    was trained on (`valid_horizon`), whose labels are zeros as they were there. A sample whose ticks
-    are all padding has loss 0.
+    prefix: as `for_samples` makes it; chunk, noise: float32[b, ah, ad] in the model's units; is_pad: bool[b, ah], True
+    where a tick is not a label; weight: float32[b]; t: float32[b]. Dims beyond the robot's do not count, nor ticks
+    beyond those that a checkpoint was trained on (`valid_horizon`), whose labels are zeros as they were there. A sample
+    whose ticks are all padding has loss 0.
     """
     beyond = getattr(policy, "valid_horizon", chunk.shape[1])
     if beyond < chunk.shape[1]:

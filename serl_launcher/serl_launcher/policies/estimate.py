@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
+from serl_launcher.policies.base import PolicyInput, flow_loss, for_samples, sample, trainable
 from serl_launcher.policies.precision import hold
 from serl_launcher.policies.shapes_only import FUSED, FUSED_BACKWARD, LiveBytes
 from serl_transport.contract.specs import TaskSpec
@@ -134,7 +134,7 @@ def _training(policy: nn.Module, spec: TaskSpec, b: int, noise_samples: int) -> 
         FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter,
         LiveBytes(policy.state_dict(keep_vars=True).values()) as alive,
     ):
-        prefix = policy.encode(blank(spec, b)).repeat(noise_samples)
+        prefix = for_samples(policy, policy.encode(blank(spec, b)), noise_samples)
         loss = flow_loss(policy, prefix, chunk, pad, weight, noise, weight).mean()
         kept = alive.now
         loss.backward()

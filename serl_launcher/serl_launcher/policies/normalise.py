@@ -70,8 +70,9 @@ class Units:
     """What a policy's numbers mean: travels with a checkpoint."""
 
     state: Affine  # s dims
-    action: Affine  # robot's action dims, after what `anchors` names is subtracted
+    action: Affine  # robot's action dims, after they became relative to what `anchors` names
     anchors: Anchors | None = None  # ad places in the state, None where a dim is absolute; None: all are
+    poses: tuple[int, ...] = ()  # first dims of actions that are relative as a pose (policies.poses)
 
     @classmethod
     def from_spec(cls, spec: TaskSpec) -> Units:

@@ -12,11 +12,12 @@ masked squared error between the chunk that the flow is heading for and the runn
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from serl_launcher.policies.base import FlowPolicy, Prefix, ready
+from serl_launcher.policies.base import FlowPolicy, Prefix, flow_times
 
 MAX_GUIDANCE = 5.0  # β of the paper; more overshoots with few steps
 
@@ -54,18 +55,18 @@ def sample_realtime(
         raise ValueError(
             f"noise, known and mask differ: {tuple(noise.shape)}, {tuple(known.shape)}, {tuple(mask.shape)}"
         )
-    x, prefix = noise, ready(policy, prefix)
+    x, prefix = noise, policy.ready(prefix, flow_times(steps, noise.device))
     for k in range(steps):
-        x = x + guided_velocity(policy, prefix, x, k / steps, known, mask) / steps
+        x = x + guided_velocity(lambda x, k=k: policy.velocity_at(prefix, x, k), x, k / steps, known, mask) / steps
     return x
 
 
-def guided_velocity(policy: FlowPolicy, prefix: Prefix, x_t: Tensor, t: float, known: Tensor, mask: Tensor) -> Tensor:
+def guided_velocity(velocity: Callable[[Tensor], Tensor], x_t: Tensor, t: float, known: Tensor, mask: Tensor) -> Tensor:
     """v + weight · (mask · (known − a))ᵀ ∂a/∂x_t, where a = x_t + (1 − t) v is where the flow is heading."""
     with torch.enable_grad():
         # The Jacobian must go through the velocity: x_t requires grad before v is computed, not after.
         x = x_t.detach().requires_grad_()
-        v = policy.velocity(prefix, x, torch.full((len(x),), t, device=x.device))
+        v = velocity(x)
         a = x + (1 - t) * v
         error = (mask * (known - a)).detach()
         (gradient,) = torch.autograd.grad(a, x, error)

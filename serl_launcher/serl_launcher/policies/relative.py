@@ -1,6 +1,7 @@
 """Which of a policy's actions are relative to the state, and to which place in it.
 
     action relative to its anchor = action − state[anchor]      state: at the tick that the chunk was asked at
+    of a pose = T(state[anchor])⁻¹ · T(action)                  policies.poses
 
 A checkpoint says it (LeRobot's steps here, GR00T's parts in groot.parts), or `policy.relative` of the config for what
 has no checkpoint yet. policies.normalise converts, policies.base carries the anchor from observation to chunk.

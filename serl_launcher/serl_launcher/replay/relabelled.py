@@ -102,13 +102,13 @@ class Relabelled:
         if word is None:
             return episode
         if word.success is not None:
-            episode = corrected(episode, word.success)
+            episode = corrected(episode, word.success, word.by)
         if word.use == "discard":
             episode = replace(episode, outcome=replace(episode.outcome, truncated_by=DISCARD))
         return episode
 
 
-def corrected(episode: Episode, success: bool) -> Episode:
+def corrected(episode: Episode, success: bool, judge: str | None = None) -> Episode:
     """The episode as if a person had pressed the key for success or failure at its last tick.
 
     A success gets what its rewards lack to 1, so that stages already paid are not paid twice; a failure gets 0. What
@@ -118,7 +118,7 @@ def corrected(episode: Episode, success: bool) -> Episode:
     stays = success == outcome.success or outcome.truncated_by == DISCARD
     return replace(
         episode,
-        outcome=Outcome(success, "human", outcome.truncated_by if stays else None),
+        outcome=Outcome(success, "human", outcome.truncated_by if stays else None, judge),
         arrays=as_said(Word(success), outcome.success, episode.arrays)[1],
     )
 

@@ -7,12 +7,16 @@ that are not there, or damaged, are left out: the journal keeps the truth, and t
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.run.acts import ActsLedger
+from serl_launcher.run.acts import ActsLedger, Row
 from serl_launcher.run.files import read_json, sha256_of
+from serl_launcher.run.in_force import NOBODYS, fold
+from serl_launcher.run.live_settings import in_force
 from serl_launcher.run.paths import RunPaths
 
 WHOLE_FILE = 64 << 20  # bytes; of a larger file the digest takes its first and last MiB, and its size
@@ -35,13 +39,47 @@ def data_of(paths: RunPaths, until: float | None = None) -> dict[str, Any]:
         "digest": digest.hexdigest()[:16],
     }
     words = {name: row.get("by") for name, row in (read_json(paths.relabelled) or {}).items() if isinstance(row, dict)}
-    words |= {name: word.by for name, word in ActsLedger(paths.root).state.words.items()}
-    people = Counter(map(str, words.values()))
-    if people:
-        found["relabelled_by"] = dict(people)
+    words |= {name: word.by for name, word in fold(acts_until(paths, until)).words.items()}
+    found["people"] = {
+        "drove": _counts(name for row in rows for name in row.get("drivers") or ()),
+        "judged": _counts(row["judge"] for row in rows if row.get("judge")),
+        "judged_afterwards": _counts(words.values()),
+    }
     if demos := (read_json(paths.demos) or {}).get("sources"):
         found["demos"] = demos
     return found
+
+
+def acts_until(paths: RunPaths, until: float | None = None) -> list[Row]:
+    """Acts of people that were kept by then (unix s; None: all)."""
+    rows = ActsLedger(paths.root).rows
+    return [row for row in rows if until is None or "time" not in row or _unix(row["time"]) <= until]
+
+
+def acts_of(paths: RunPaths, config: Mapping[str, Any] | None, until: float | None = None) -> dict[str, Any]:
+    """What people had done to the run by then, by person and kind, and what they had changed of this config."""
+    rows = acts_until(paths, until)
+    done: dict[str, Counter[str]] = {}
+    for row in rows:
+        if row["act"] not in NOBODYS and "by" in row:
+            done.setdefault(row["by"], Counter())[row["act"]] += 1
+    settings = in_force(config, fold(rows)).settings if config else {}
+    return {
+        "by": {name: dict(kinds) for name, kinds in done.items()},
+        "settings": {key: asdict(setting) for key, setting in settings.items()},
+    }
+
+
+def _counts(names: Iterable[Any]) -> dict[str, int]:
+    return dict(Counter(map(str, names)))
+
+
+def _unix(text: str) -> float:
+    """Of a ledger's time; 0 where it is none."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (TypeError, ValueError):
+        return 0.0
 
 
 def dataset_digest(folder: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 DAMAGED = "damaged"
+NOBODYS = ("start", "published", DAMAGED)  # acts that no person asked for
 WORDS = ("accept", "reject", "success", "failure", "discard", "clear")  # of a verdict
 
 
@@ -53,6 +54,7 @@ class InForce:
     paused_actors: dict[str, str] = field(default_factory=dict)  # actor -> by whom
     training_paused: str | None = None  # by whom
     stopped: str | None = None  # by whom; until the next start
+    keys: dict[str, str] = field(default_factory=dict)  # actor -> who drives it from a page
     served: int | None = None  # the pinned policy version
     words: dict[str, Word] = field(default_factory=dict)  # by episode id
     settings: dict[str, Setting] = field(default_factory=dict)  # by key
@@ -80,6 +82,12 @@ class InForce:
             self.damaged.clear()
         else:
             self.paused_actors.pop(actor, None)
+
+    def _take_keys(self, row: Mapping[str, Any]) -> None:
+        self.keys[row["actor"]] = row["by"]
+
+    def _release_keys(self, row: Mapping[str, Any]) -> None:
+        self.keys.pop(row["actor"], None)
 
     def _training_pause(self, row: Mapping[str, Any]) -> None:
         self.training_paused = row["by"]

@@ -117,6 +117,7 @@ def describe(found: Found) -> list[str]:
     rows += list(_of_start(start)) if start else list(_of_nothing(origin))
     if "sources" not in origin:
         rows += list(_data(origin.get("data"))) if "data" in origin else [("data", "not recorded in this file")]
+    rows += list(_acts(origin["acts"])) if "acts" in origin else []
     rows += list(_sources(origin))
     rows.append(("whole", found.whole or "not compared: no checksums lie beside it"))
     return [printable(f"{name:<14} {text}") for name, text in rows]
@@ -177,14 +178,33 @@ def _data(data: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
     yield "data", f"{data['episodes']} episodes ({modes or 'none'}), {data['ticks']} ticks, digest {data['digest']}"
     yield "", f"{data['helped']} with help; newest ordinal {data['last_ordinal']}"
     for actor, count in data["by_actor"].items():
-        yield "operators", f"actor {actor}: {count} episodes"
-    for name, count in (data.get("relabelled_by") or {}).items():
-        yield "operators", f"{name} judged {count} episodes afterwards"
+        yield "recorded by", f"actor {actor}: {count} episodes"
+    people = data.get("people") or {"judged_afterwards": data.get("relabelled_by") or {}}
+    for what, said in _PEOPLE.items():
+        for name, count in (people.get(what) or {}).items():
+            yield "operators", f"{name} {said.format(count)}"
+    if "people" in data and not people["drove"] and data["helped"]:
+        yield "operators", "who drove is not recorded (an older release)"
     for source in data.get("demos") or ():
         yield (
             "demos",
             ", ".join(f"{key} {value}" for key, value in source.items() if not isinstance(value, dict | list)),
         )
+
+
+_PEOPLE = {
+    "drove": "drove in {} episodes",
+    "judged": "judged {} episodes at the robot",
+    "judged_afterwards": "judged {} episodes afterwards",
+}
+
+
+def _acts(acts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What people did to the run until then (acts.jsonl)."""
+    for name, kinds in acts["by"].items():
+        yield "acts", f"{name}: {', '.join(f'{kind} {count}' for kind, count in kinds.items())}"
+    for key, setting in acts["settings"].items():
+        yield "  set", f"{key}={setting['value']} by {setting['by']} ({setting['time']}); config: {setting['was']}"
 
 
 def _sources(origin: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

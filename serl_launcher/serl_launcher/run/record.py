@@ -25,7 +25,7 @@ import yaml
 
 from serl_config.secrets import HIDDEN, literal_secrets, without_secrets
 from serl_launcher.run.config import dotted
-from serl_launcher.run.data_record import data_of
+from serl_launcher.run.data_record import acts_of, data_of
 from serl_launcher.run.files import append_whole, make_folder, seal, sync, unseal, write_text, write_whole
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.revision import ROOT, patch, revision
@@ -111,8 +111,9 @@ def origin_of(paths: RunPaths, step: int, version: int, made: float | None = Non
         "time": made,
         "start": start,
         "starts": [_short(row) for row in starts],
-        "config": config_of(paths, start),
+        "config": (config := config_of(paths, start)),
         "data": data_of(paths, made),
+        "acts": acts_of(paths, config, made),
     }
 
 

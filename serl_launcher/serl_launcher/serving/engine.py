@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from serl_launcher.agents.build import build_policy
-from serl_launcher.agents.choosing import candidates, choose, served_chunks
+from serl_launcher.agents.choosing import candidates, choose, reads_features, served_chunks
 from serl_launcher.agents.steering import steer
 from serl_launcher.policies.base import PolicyInput, Prefix, trainable
 from serl_launcher.policies.compiling import check_switch
@@ -65,6 +65,7 @@ class PolicyEngine:
         hold(self.policy, getattr(self.policy, "precision", "float32"), masters=False)
         self._published = trainable(self.policy)
         self.policy.requires_grad_(False)  # guidance differentiates by actions, never by weights
+        self.policy.fuse_for_serving()
         self._params_dir, self._steps = params_dir, cfg.serving.flow_steps
         self._pinned = pinned
         self.pin: int | None = None  # as it was last asked for
@@ -189,7 +190,7 @@ class PolicyEngine:
         plain = [row for row, query in enumerate(queries) if query.prefix_actions is None]
         # Tensors of inference mode cannot be differentiated through later, as guidance must.
         with torch.no_grad() if guided else torch.inference_mode():
-            prefix = self.policy.encode(self._observation(queries))
+            prefix = self.policy.encode(self._observation(queries), features=reads_features(self.policy))
             answers: dict[int, np.ndarray] = {}
             for rows, make in ((plain, self._sample), (guided, self._sample_guided)):
                 if rows:
@@ -210,7 +211,8 @@ class PolicyEngine:
 
     def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """What a graph holds: prepared inputs and noise to chunks in the model's units."""
-        prefix = self.policy.encode_prepared({name: x for name, x in inputs.items() if name != "noise"})
+        tensors = {name: x for name, x in inputs.items() if name != "noise"}
+        prefix = self.policy.encode_prepared(tensors, features=reads_features(self.policy))
         return served_chunks(self.policy, prefix, inputs["noise"], self._steps)
 
     def _observation(self, queries: Sequence[Query]) -> PolicyInput:

@@ -211,10 +211,16 @@ def check_network(cfg: DictConfig) -> None:
 
 
 def check_launch(cfg: DictConfig) -> None:
-    """One trainer process: several would each publish and save. RunError tells what to set."""
+    """One trainer process: several would each publish and save; one precision. RunError tells what to set."""
     for key in ("launch.num_processes", "launch.num_machines"):
         if (count := OmegaConf.select(cfg, key, default=1)) != 1:
             raise RunError(f"{key}={count}: expected 1, several trainer processes are not supported yet; set {key}=1")
+    mixed = OmegaConf.select(cfg, "launch.mixed_precision")
+    if mixed not in (None, False, "no"):
+        raise RunError(
+            f"launch.mixed_precision={mixed}: expected no: policy.precision (float32 or bfloat16) decides in which "
+            "numbers a policy is held and computed"
+        )
 
 
 def _check_reward(cfg: DictConfig) -> None:

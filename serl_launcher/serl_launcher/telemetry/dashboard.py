@@ -77,6 +77,7 @@ def operators_asked(status: Mapping[str, Any]) -> str | None:
     operator = status.get("operator") or {}
     said = ["actors paused"] if operator.get("paused") else []
     said += [f"{actor} paused" for actor in operator.get("paused_actors") or ()]
+    said += [f"{who} has the keys of {actor}" for actor, who in (operator.get("keys") or {}).items()]
     said += ["training paused"] if operator.get("training_paused") else []
     said += [f"v{operator['served']} pinned"] if operator.get("served") is not None else []
     said += [f"{key}={row['value']} ({row['by']})" for key, row in (operator.get("settings") or {}).items()]

@@ -16,7 +16,9 @@ from serl_launcher.replay.verdicts import newest
 from serl_launcher.replay.verdicts import read as read_verdicts
 from serl_launcher.run.acts import ActsLedger
 from serl_launcher.run.config import read_config
+from serl_launcher.run.data_record import data_of
 from serl_launcher.run.files import read_json
+from serl_launcher.run.in_force import NOBODYS
 from serl_launcher.run.live_settings import in_force
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.metrics import read_metrics
@@ -103,20 +105,21 @@ def read_history(run_dir: Path) -> RunHistory:
     verdicts = newest(read_verdicts(paths.acceptance))
     accepted = sum(verdicts.values()) if paths.acceptance.exists() else None
     quarantined = (read_json(run_dir / "dataset_status.json") or {}).get("quarantined", 0)
-    operators = _operators(ActsLedger(run_dir), config)
+    operators = _operators(ActsLedger(run_dir), config, data_of(paths)["people"])
     return RunHistory(config, status, episodes, stages, metrics, quarantined, accepted, operators)
 
 
-def _operators(ledger: ActsLedger, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Acts by kind, and what of them holds."""
+def _operators(ledger: ActsLedger, config: Mapping[str, Any], people: Mapping[str, Any]) -> dict[str, Any]:
+    """Acts by kind, and what of them holds; people: in how many episodes who drove and judged."""
     state, live = ledger.state, in_force(config, ledger.state)
     return {
         "acts": dict(Counter(row["act"] for row in ledger.rows)),
-        "by": sorted({row["by"] for row in ledger.rows if row["act"] not in ("start", "published") and "by" in row}),
+        "by": sorted({row["by"] for row in ledger.rows if row["act"] not in NOBODYS and "by" in row}),
         "settings": {key: asdict(setting) for key, setting in live.settings.items()},
         "ended_stages": sorted(live.ended),
         "served": state.served,
         "episodes_judged": sum(word.success is not None or word.use is not None for word in state.words.values()),
+        "people": people,
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from serl_launcher.run.config import dotted
 from serl_launcher.run.files import append_whole
+from serl_launcher.run.in_force import NOBODYS
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.provenance import when
 from serl_launcher.run.record import config_of, read_starts
@@ -144,9 +145,13 @@ def _figures(history: RunHistory) -> list[str]:
 
 def _acts(operators: Mapping[str, Any]) -> list[str]:
     """What people did to the run, by kind and name; nothing where nobody did anything."""
-    acts = {kind: n for kind, n in operators.get("acts", {}).items() if kind not in ("start", "published")}
+    acts = {kind: n for kind, n in operators.get("acts", {}).items() if kind not in NOBODYS}
     told = ", ".join(f"{kind} {n}" for kind, n in acts.items())
-    return [f"acts of {', '.join(operators['by'])}: {told} (tools/operate.py log, acts.jsonl)"] if acts else []
+    lines = [f"acts of {', '.join(operators['by'])}: {told} (tools/operate.py log, acts.jsonl)"] if acts else []
+    for what, people in (operators.get("people") or {}).items():
+        if people:
+            lines.append(f"{what.replace('_', ' ')}: {', '.join(f'{name} {n} episodes' for name, n in people.items())}")
+    return lines
 
 
 def _rate(rate: float | None, interval: list[float] | None) -> str:

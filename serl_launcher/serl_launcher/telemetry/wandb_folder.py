@@ -27,7 +27,7 @@ from serl_launcher.run.versions import KEPT, PublishedVersion, file_path, versio
 
 COLUMNS = (
     "ordinal", "episode_id", "stage", "mode", "seed", "success", "return", "n_ticks", "interventions",
-    "policy_version_last", "seconds", "truncated_by", "actor",
+    "policy_version_last", "seconds", "truncated_by", "actor", "drivers", "judge",
 )  # fmt: skip
 VIDEOS = 8  # a look: a folder of old ones goes up bit by bit
 ARTIFACT_S = 600.0  # between two uploads of the newest policy while the run goes on
@@ -106,6 +106,7 @@ class WatchedFolder:
         if self._table is None:
             self._table = wandb.Table(columns=list(COLUMNS), log_mode="INCREMENTAL", allow_mixed_types=True)
         for line in lines:
+            line = line | {"drivers": ", ".join(line.get("drivers") or ())}
             self._table.add_data(*(line.get(name) for name in COLUMNS))
         self._log({"trainer/step": max(self._taken.step, 0), "episodes": self._table})
         self._taken.episodes = lines[-1]["ordinal"]

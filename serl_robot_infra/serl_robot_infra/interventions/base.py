@@ -28,6 +28,11 @@ class Words:
         """What either of two said."""
         return Words(*(getattr(self, name) or getattr(other, name) for name in WORDS))
 
+    @property
+    def judges(self) -> bool:
+        """Was something said of the episode?"""
+        return self.success or self.failure or self.discard
+
 
 WORDS = tuple(field.name for field in fields(Words))
 NOTHING_SAID = Words()
@@ -57,6 +62,9 @@ class Voice(Protocol):
 
     vocabulary: Collection[str] = ()
     """The fields of `Words` that it has a key or a button for."""
+
+    person: str | None = None
+    """Who is there, where the device knows it (a page does), or `script`; None: whom `operator_name` names."""
 
     def words(self) -> Words:
         """What was said since the last call. Asked after each tick and while the scene is waited for; never waits."""

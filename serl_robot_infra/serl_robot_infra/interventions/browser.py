@@ -79,6 +79,11 @@ class BrowserOperator(HandOperator):
             self._page.drove()
         return action, driven
 
+    @property
+    def person(self) -> str | None:
+        """Who has the keys, or had them last, as they typed it at the page."""
+        return self._page.hold.person
+
     def _drives(self, touched: bool) -> bool:
         """A stick takes over by the button that is held with it, and no longer."""
         return super()._drives(touched and not self._page.holds_takeover())

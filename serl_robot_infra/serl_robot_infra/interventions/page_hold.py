@@ -26,6 +26,7 @@ class PageHold:
         self._beat = secrets.randbelow(1 << 31)  # a predecessor's beats mean nothing to this process
         self._sent: OrderedDict[int, float] = OrderedDict()  # beat -> when it was sent
         self._page: str | None = None
+        self.person: str | None = None  # at the page that had this actor last
         self._seq = self._tap = 0  # of that page, the newest that counted
         self._stale = 0  # frames that came too late, in all
         self._fresh = -float("inf")  # when the newest frame that counted came
@@ -55,6 +56,7 @@ class PageHold:
             if frame.seq <= self._seq:
                 return
             self._seq, self._fresh, self._held, self._axes = frame.seq, now, frame.held, frame.axes
+            self.person = frame.person
             for number, key in sorted(frame.taps):
                 if number > self._tap:
                     self._tap = number

@@ -10,6 +10,7 @@ import numpy as np
 
 from serl_robot_infra.envs.base import Environment, Expert, ScriptedEnvironment
 from serl_robot_infra.interventions.base import Intervention
+from serl_transport.contract.people import SCRIPT
 from serl_transport.contract.schema import Observation
 
 
@@ -23,6 +24,7 @@ class ScriptedOperator(Intervention):
     hesitation: int = 0  # ticks without motion before it begins to act, drawn from 0 to this, as people need them
     pauses: float = 0.0  # after every 2 to 5 ticks of motion it looks on for so many times as long; 0: never
     still_dims: Sequence[int] | None = None  # action dims that stand still meanwhile; None: all
+    person: str = SCRIPT
     _expert: Expert = field(init=False)
     _rng: np.random.Generator = field(init=False)
     _drives_from: int = field(init=False, default=0)

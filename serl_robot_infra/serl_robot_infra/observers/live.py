@@ -39,6 +39,7 @@ class LiveObserver(Observer):
         self._seen: Observation | None = None
         self._ticks, self._return, self._started = 0, 0.0, 0.0
         self._driver: str | None = None  # operator | policy; None: nobody drives now
+        self._person: str | None = None  # by name, where an operator drives
         self._said, self._said_at = "", -SAID_S
         self._trouble: str | None = None
         self._ended = threading.Event()
@@ -52,11 +53,12 @@ class LiveObserver(Observer):
         if not self._ticks:
             self._started = time.monotonic()
         self._seen, self._driver, self._trouble = step.observation, "operator" if step.intervention else "policy", None
+        self._person = step.driver
         self._ticks += 1
         self._return += step.reward
 
     def episode_ended(self, report: EpisodeReport, last_observation: Observation | None) -> None:
-        self._driver, self._info = None, None
+        self._driver, self._person, self._info = None, None, None
         self._seen = last_observation or self._seen
 
     def message(self, text: str) -> None:
@@ -99,6 +101,7 @@ class LiveObserver(Observer):
             "stage": info.stage if info else None,
             "mode": info.mode if info else None,
             "driver": self._driver,
+            "person": self._person,
             "says": self._trouble or (self._said if lately else None),
             "tick": self._ticks if info else None,
             "return": round(self._return, 3) if info else None,

@@ -69,7 +69,7 @@ def entries(episodes: Iterable[Episode], first_seq: int = 1) -> list[DataEntry]:
                 key: rows[start : stop + (final and key.startswith("observation"))].copy()
                 for key, rows in item.arrays.items()
             }
-            batch = StepBatch(item.info, start, arrays, final, item.outcome if final else None)
+            batch = StepBatch(item.info, start, arrays, final, item.outcome if final else None, item.drivers)
             batch.check(SPEC)
             seq = first_seq + len(result)
             frames = codec.pack(batch.to_body())

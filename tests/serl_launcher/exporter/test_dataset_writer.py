@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 from run_samples import SPEC, episode
 
+from serl_launcher.exporter import columns
 from serl_launcher.exporter.origin import episode_ids
 from serl_launcher.exporter.recovery import UnusableDataset
 from serl_launcher.exporter.video import wants_video
@@ -49,6 +51,33 @@ def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, flushes):
     files.write_json(tmp_path / "info.json", {}, durable=True)
     path = tmp_path / "info.json"
     assert flushes == [f"{path}.part", f"{path} is named", str(tmp_path)]
+
+
+def test_who_drove_and_judged_is_in_the_episodes_file_unless_an_older_release_began_it(tmp_path, monkeypatch, caplog):
+    judged = replace(episode(1).outcome, judge="Bo")
+    told = replace(episode(1), drivers=("Ann", "script"), outcome=judged)
+    write(tmp_path / "new", told, episode(2))
+    (row, nobody) = pq.read_table(tmp_path / "new/meta/episodes/chunk-000/file-000.parquet").to_pylist()
+    assert (row["drivers"], row["judge"], nobody["drivers"], nobody["judge"]) == ("Ann, script", "Bo", "", "")
+    with monkeypatch.context() as older:
+        real = columns.episode_row
+        older.setattr(
+            "serl_launcher.exporter.writer.episode_row",
+            lambda *words: {key: value for key, value in real(*words).items() if key not in columns.PEOPLE},
+        )
+        write(tmp_path / "old", episode(0))
+    write(tmp_path / "old", told)
+    files = [pq.read_schema(path).names for path in sorted((tmp_path / "old/meta/episodes").rglob("*.parquet"))]
+    assert len(files) == 2
+    assert files[0] == files[1]
+    assert "its episodes name no people, episodes.jsonl does" in caplog.text
+
+
+def write(root, *episodes):
+    writer = DatasetWriter(root, SPEC, video=False)
+    for item in episodes:
+        writer.add(item.info.seed, item)
+    writer.commit()
 
 
 def test_rows_hold_the_episode(tmp_path):

@@ -28,8 +28,13 @@ def drive(frame=1, page="p1", person="ann", **changes):
 @pytest.fixture
 def hands():
     answers, timers = [], []
-    made = Hands(lambda token, body: answers.append((token, body)), lambda seconds, fn: timers.append(fn))
-    made.answers, made.timers = answers, timers
+    notes = []
+    made = Hands(
+        lambda token, body: answers.append((token, body)),
+        lambda seconds, fn: timers.append(fn),
+        lambda act, by: notes.append((act["act"], act["actor"], by, act.get("why"))),
+    )
+    made.answers, made.timers, made.notes = answers, timers, notes
     return made
 
 
@@ -86,7 +91,7 @@ def test_a_frame_answers_the_actor_that_waits_and_only_the_newest_is_kept(hands)
     beat = hands.drive("console", drive(1))
     assert beat == BEAT
     ((token, body),) = hands.answers
-    assert (token, body["frame"]["seq"], body["frame"]["page"]) == (b"t1", 1, "p1")
+    assert (token, body["frame"]["seq"], body["frame"]["page"], body["frame"]["person"]) == (b"t1", 1, "p1", "ann")
     hands.drive("console", drive(2))
     hands.drive("console", drive(3))
     assert hands.poll("a", b"t2", BEAT | {"beat": 8})["frame"]["seq"] == 3
@@ -113,6 +118,38 @@ def test_one_page_drives_and_a_second_person_is_told_who(hands, monkeypatch):
     monkeypatch.setattr("serl_launcher.gateway.hands.time.monotonic", lambda: later)
     hands.poll("a", b"t3", BEAT)
     hands.drive("console", drive(2))  # bob's page has been silent for longer than a second
+    hands.drive("console", drive(3, person="eve"))  # who typed another name
+    assert hands.notes == [
+        ("take_keys", "a", "ann (console)", None), ("release_keys", "a", "ann (console)", None),
+        ("take_keys", "a", "bob (console)", None), ("release_keys", "a", "bob (console)", "the page is silent"),
+        ("take_keys", "a", "ann (console)", None), ("release_keys", "a", "ann (console)", None),
+        ("take_keys", "a", "eve (console)", None),
+    ]  # fmt: skip
+
+
+def test_who_has_the_keys_is_in_the_ledger_and_in_the_status_and_nobody_has_them_after_a_kill(tmp_path):
+    with serving(tmp_path / "run") as gateway, connected(gateway) as actor:
+        actor.request("hands", BEAT)
+        with connected_as(gateway, gateway_ports(gateway), "operator") as console:
+            console.request("drive", drive(1))
+            assert within(lambda: console.request("status", {})["operator"]["keys"]) == {"a": "ann (console)"}
+    with serving(tmp_path / "run") as gateway:
+        acts = within(lambda: [row for row in gateway.operator.ledger.rows if row["act"] == "release_keys"])
+        assert [(row["by"], row["actor"], row["why"]) for row in acts] == [("ann (console)", "a", "the gateway ended")]
+        assert gateway.operator.state.keys == {}
+
+
+def within(look, seconds=5.0):
+    """What `look` finds, once it finds something: notes are written by a thread."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
+def gateway_ports(gateway):
+    return TrainerConfig(gateway.port, gateway.broadcast_port)
 
 
 @pytest.mark.parametrize(

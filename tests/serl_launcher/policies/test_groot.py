@@ -169,7 +169,7 @@ def test_keys_that_are_made_once_serve_every_flow_step(policy, observation):
     x, t = torch.randn(B, AH, WIDE), torch.rand(B)
     with torch.no_grad():
         prefix = policy.encode(observation)
-        shared = policy.ready(prefix)
+        shared = policy.ready(prefix, t[:1])
         torch.testing.assert_close(policy.velocity(shared, x, t), policy.velocity(prefix, x, t), atol=1e-6, rtol=1e-5)
     assert (shared.keys_values is None) == (policy.attention == "eager")
 

@@ -79,10 +79,14 @@ def test_the_gradient_goes_through_the_velocity(policy):
     t = 0.5
     with torch.no_grad():
         v = policy.velocity(prefix, x, torch.tensor([t]))
-        step = (guided_velocity(policy, prefix, x, t, known, mask) - v) / guidance_weight(t)
+
+        def velocity(x):
+            return policy.velocity(prefix, x, torch.tensor([t]))
+
+        step = (guided_velocity(velocity, x, t, known, mask) - v) / guidance_weight(t)
 
         def heading(x):
-            return x + (1 - t) * policy.velocity(prefix, x, torch.tensor([t]))
+            return x + (1 - t) * velocity(x)
 
         # (error)ᵀ J by central differences of error · heading(x), one coordinate at a time
         error, h = mask * (known - heading(x)), 1e-2

@@ -146,9 +146,9 @@ def test_samples_come_from_one_prefix(lab):
     encoded = []
     encode = server._engine.policy.encode
 
-    def counting(observation):
+    def counting(observation, **options):
         encoded.append(len(observation))
-        return encode(observation)
+        return encode(observation, **options)
 
     server._engine.policy.encode = counting
     answer = a.infer(body(samples=5))

@@ -388,12 +388,12 @@ def test_serving_published_parameters_needs_no_trainer(compose):
 
 
 def test_launch_keys_reach_accelerate(compose):
-    command = accelerate_command(
-        compose("+launch.downcast_bf16=true", "launch.mixed_precision=bf16", "trainer.device=cpu")
-    )
+    words = ("+launch.downcast_bf16=true", "+launch.main_process_port=29511", "trainer.device=cpu")
+    command = accelerate_command(compose(*words))
     text = " ".join(command)
     assert "--num_processes 1" in text
-    assert "--mixed_precision bf16" in text
+    assert "--main_process_port 29511" in text
+    assert "--mixed_precision no" in text
     assert "--dynamo_backend no" in text
     assert {"--downcast_bf16", "--cpu", "--quiet"} <= set(command)
     assert Path(command[0]).name.startswith("python")
@@ -406,6 +406,15 @@ def test_several_trainer_processes_are_refused_before_anything_starts(compose, c
     said = capsys.readouterr().err
     key = word.lstrip("+").partition("=")[0]
     assert said == f"learner: {key}=2: expected 1, several trainer processes are not supported yet; set {key}=1\n"
+    assert not Path(config.runs_dir, config.run).exists()
+
+
+def test_a_second_precision_beside_the_policys_is_refused_before_anything_starts(compose, capsys):
+    config = compose("launch.mixed_precision=bf16")
+    assert main(config) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("learner: launch.mixed_precision=bf16: expected no: policy.precision (float32 or bfloat16) ")
+    assert said.count("\n") == 1
     assert not Path(config.runs_dir, config.run).exists()
 
 

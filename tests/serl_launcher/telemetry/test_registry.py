@@ -11,6 +11,7 @@ import torch
 from history_samples import SampleRun
 
 from serl_launcher.learner import checkpoint
+from serl_launcher.run.acts import ActsLedger
 from serl_launcher.run.files import write_sealed
 from serl_launcher.run.parameters import publish
 from serl_launcher.run.paths import RunPaths
@@ -29,7 +30,8 @@ def sample(folder: Path, online: int = 12, won: int = 8) -> SampleRun:
         run.episode("demo", "demos", seed, True, help_ticks=10)
     run.train("sft", 100, 0.9)
     for index in range(online):
-        run.episode("online", "online", 50 + index, index < won, help_ticks=4 if index < 3 else 0, actor="robot-1")
+        helped = {"help_ticks": 4, "drivers": ["Ann", "Bo"] if index else ["Ann"], "judge": "Bo"} if index < 3 else {}
+        run.episode("online", "online", 50 + index, index < won, actor="robot-1", **helped)
         run.train("online", 20, 0.3)
     run.episode("eval", "after", 1_000_000, True)
     return run
@@ -48,7 +50,11 @@ def run(tmp_path):
     run = sample(folder)
     run.save()
     paths = RunPaths(folder)
-    paths.config.write_text(paths.config.read_text() + f"serving: {{openpi_token: {SECRET}}}\n")
+    more = f"serving: {{openpi_token: {SECRET}}}\ntrainer: {{publish_period: 100}}\n"
+    paths.config.write_text(paths.config.read_text() + more)
+    acts = ({"act": "verdict", "episode_id": "e4", "word": "reject"},
+            {"act": "set", "key": "trainer.publish_period", "value": 7, "was": 100})  # fmt: skip
+    ActsLedger(folder).append(*acts, by="Eve (console)")
     start(folder, f"serving.openpi_token={SECRET}", "run=night1", f"reward={{url: 'x?{SECRET}'}}")
     tensors = {"w": torch.ones(2)}
     origin = origin_of(paths, 340, 3)
@@ -111,7 +117,14 @@ def test_what_made_a_checkpoint_is_answered_by_a_copy_with_the_run_gone(run, tmp
         assert f"commit {revision().commit}" in text
     for name in ("checkpoint", "run", "export"):
         assert "15 episodes (2 demo, 12 online, 1 eval), 150 ticks" in said[name]
-        assert "operators      actor robot-1: 12 episodes" in said[name]
+        assert "recorded by    actor robot-1: 12 episodes" in said[name]
+        assert "operators      Ann drove in 3 episodes" in said[name]
+        assert "operators      Bo drove in 2 episodes" in said[name]
+        assert "operators      Bo judged 3 episodes at the robot" in said[name]
+        assert "operators      Eve (console) judged 1 episodes afterwards" in said[name]
+        assert "acts           Eve (console): verdict 1, set 1" in said[name]
+        assert "set          trainer.publish_period=7 by Eve (console)" in said[name]
+        assert "by a late one" not in said[name]
         assert "learner=true serving.openpi_token=(hidden) run=night1 reward={url: 'x?(hidden)'}" in said[name]
         assert "torch " in said[name]
     assert "every file matches its sha256" in said["checkpoint"]
@@ -241,7 +254,7 @@ def test_two_runs_beside_each_other(run, tmp_path, capsys):
     picture = tmp_path / "both.png"
     assert runs.main(["compare", str(run), str(other), "--png", str(picture)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "config: 3 keys differ" in lines
+    assert "config: 4 keys differ" in lines
     assert "seed 7 9" in lines
     assert "task.name pick place" in lines
     assert picture.read_bytes()[:4] == b"\x89PNG"

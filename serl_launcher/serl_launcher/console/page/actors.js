@@ -54,7 +54,7 @@ export function showLive({ status, live }) {
   for (const [name, card] of cards) {
     const view = live[name] || {}, actor = status.actors?.[name] || {};
     const driver = view.age_s > OLD_S ? null : view.driver;
-    const who = { operator: "a person drives", policy: `policy v${actor.policy_version} drives` }[driver] || (actor.left ? "has left" : "nobody drives");
+    const who = { operator: `${view.person || "a person"} drives`, policy: `policy v${actor.policy_version} drives` }[driver] || (actor.left ? "has left" : "nobody drives");
     if (card.badge.textContent !== who) card.badge.textContent = who;
     card.badge.className = `badge ${driver || "idle"}`;
     const says = actor.left || (view.age_s <= OLD_S ? view.says : actor.trouble);

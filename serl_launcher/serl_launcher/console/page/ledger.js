@@ -16,9 +16,10 @@ const KINDS = {
 function outcome(row) {
   const word = row.word, said = word && word.success !== null;
   const label = said ? ` → ${word.success ? "success" : "failure"}, said ${word.by}` : "";
-  if (row.cut === "discard") return [`discarded${label}`, "quiet"];
-  if (row.ok) return [`success${label}`, "good"];
-  return [`${row.cut ? row.cut.replace("_", " ") : "failure"}${label}`, "bad"];
+  const by = row.judge ? `, said ${row.judge}` : "";
+  if (row.cut === "discard") return [`discarded${by}${label}`, "quiet"];
+  if (row.ok) return [`success${by}${label}`, "good"];
+  return [`${row.cut ? row.cut.replace("_", " ") : "failure"}${by}${label}`, "bad"];
 }
 
 /** Is it learned from, in a word, and why. A person's word comes before the rule's. */
@@ -47,14 +48,14 @@ function line(row) {
   return h("tr", { title: row.rule ? `${row.id}\n${row.rule}` : row.id },
     cell("#", String(row.n)), cell("", new Date(1000 * row.time).toLocaleTimeString([], { hour12: false })), cell("", row.actor || ""),
     cell("", row.stage || row.mode), cell("", result, { className: style }), cell("return", number(row.ret, 1)), cell("ticks", String(row.ticks)),
-    cell("help", row.ticks ? percent(row.help / row.ticks) : "–"), cell("policy", row.version >= 0 ? `v${row.version}` : "–"),
+    cell("help", row.ticks ? [percent(row.help / row.ticks), row.drivers.join(", ")].filter(Boolean).join(" ") : "–"), cell("policy", row.version >= 0 ? `v${row.version}` : "–"),
     use ? cell("imitated", use, { className: used ? "good" : "quiet" }) : h("td"),
     h("td", {}, h("button", { type: "button", ariaLabel: `${row.video ? "watch and " : ""}judge episode ${row.n}`, onclick: () => open(row) }, row.video ? "▶ judge" : "judge")));
 }
 
 function show() {
   const kind = KINDS[$("filter-kind").value] || (() => true), text = $("filter-text").value.trim().toLowerCase();
-  const fits = (row) => kind(row) && (!text || `${row.id} ${row.actor} ${row.stage} ${row.reason}`.toLowerCase().includes(text));
+  const fits = (row) => kind(row) && (!text || `${row.id} ${row.actor} ${row.stage} ${row.reason} ${row.drivers.join(" ")} ${row.judge || ""} ${row.word?.by || ""}`.toLowerCase().includes(text));
   const found = [...rows.values()].filter(fits).sort((a, b) => b.n - a.n);
   $("count").textContent = `${found.length} of ${rows.size}`;
   $("rows").replaceChildren(...found.slice(0, shown).map(line));

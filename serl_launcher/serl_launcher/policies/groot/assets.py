@@ -86,6 +86,8 @@ def read_assets(
     raw = _lerobot(found) if found.config.get("type") == "groot" else _nvidia(found, tag, spec, dataset, relative)
     if relative is not None and not raw.new:
         raise CheckpointError(f"policy.relative: {found.folder} says itself which actions of {tag!r} are relative")
+    if found.config.get("type") != "groot":  # LeRobot's processor knows of nothing but ranges
+        _expect_ranges(found, raw)
     ends = ("q01", "q99") if raw.keywords.get("use_percentiles") else ("min", "max")
     statistics, parts, keywords = raw.embodiment.statistics, raw.embodiment.modality, raw.keywords
     relative = relative_keys(parts, raw.relative)
@@ -95,7 +97,7 @@ def read_assets(
         Units(
             affine(found, statistics, parts, "state", ends, len(spec.state_names)),
             affine(found, statistics, parts, "action", ends, len(spec.action_names), relative),
-            _anchors(found, spec, raw, relative),
+            *_anchors(found, spec, raw, relative),
         ),
         raw.slot,
         camera_order(found.folder, wanted, spec, mapping),
@@ -108,6 +110,19 @@ def read_assets(
         raw.processor,
         raw.embodiment if raw.new else None,
     )
+
+
+def _expect_ranges(found: Checkpoint, raw: _Raw) -> None:
+    """Raise CheckpointError where a part is encoded by something else than its range."""
+    for what in ("state", "action"):
+        config = raw.embodiment.modality.get(what, {})
+        waves = config.get("sin_cos_embedding_keys") if raw.keywords.get("apply_sincos_state_encoding") else None
+        for keys, how in (
+            (waves, "encoded as sine and cosine"),
+            (config.get("mean_std_embedding_keys"), "normalised by mean and deviation"),
+        ):
+            if keys:
+                raise CheckpointError(f"{found.folder}: {what} parts {keys} are {how}, which is not supported")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,17 +252,20 @@ def _decodes_relative(found: Checkpoint, modality: dict[str, Any]) -> bool:
     return used
 
 
-def _anchors(found: Checkpoint, spec: TaskSpec, raw: _Raw, relative: dict[str, Any]) -> Anchors | None:
-    """What actions are relative to: by GR00T's parts, else by LeRobot's generic steps before them."""
-    anchors = part_anchors(found.folder, raw.embodiment.modality, raw.embodiment.statistics, relative)
+def _anchors(
+    found: Checkpoint, spec: TaskSpec, raw: _Raw, relative: dict[str, Any]
+) -> tuple[Anchors | None, tuple[int, ...]]:
+    """What actions are relative to, and which of them as poses: by GR00T's parts, else by LeRobot's generic steps
+    before them."""
+    anchors, poses = part_anchors(found.folder, raw.embodiment.modality, raw.embodiment.statistics, relative)
     if anchors is None and found.config.get("type") == "groot":
         anchors = anchors_of_steps(found, spec, (PACK,), (DECODE, UNPACK))
         if anchors is not None:
             log.warning("%s: relative actions in statistics of absolute ones, as it was trained", found.folder)
-        return anchors
+        return anchors, ()
     if anchors is not None and (problem := misplaced(anchors, spec)):
         raise CheckpointError(f"{found.folder}: {problem}")
-    return anchors
+    return anchors, poses
 
 
 def flat_statistics(found: Checkpoint, name: str | None) -> dict[str, Any]:

@@ -137,9 +137,9 @@ class GrootFlowPolicy(FlowPolicy):
         tensors["state"] = pad_last(state, self.core.config.max_state_dim)
         return tensors if anchor is None else tensors | {"anchor": anchor}
 
-    def encode_prepared(self, tensors: dict[str, Tensor]) -> GrootPrefix:
+    def encode_prepared(self, tensors: dict[str, Tensor], features: bool = True) -> GrootPrefix:
         """One pass of the backbone, then the norm, self-attention and state encoder of the action head; `tensors` as
-        `prepare` returns them."""
+        `prepare` returns them. The hidden states are there in any case: the action head reads them."""
         head, keep = self.core.action_head, tensors["attention_mask"] == 1
         trains = any(p.requires_grad for p in self.backbone.parameters())
         with compute(self.precision, self.device):
@@ -191,12 +191,12 @@ class GrootFlowPolicy(FlowPolicy):
         keep = torch.rand(len(features), 1, 1, device=features.device) >= p
         return features * keep.to(features.dtype)
 
-    def ready(self, prefix: GrootPrefix) -> GrootPrefix:
+    def ready(self, prefix: GrootPrefix, times: Tensor, n: int = 1) -> GrootPrefix:
         """The prefix with cross-attention keys made once, for a caller that takes several flow steps from it."""
-        if self.attention == "eager" or prefix.keys_values is not None:
-            return prefix
-        with compute(self.precision, self.device):
-            return replace(prefix, keys_values=cross_keys(self.core.action_head.model, prefix.hidden))
+        if self.attention == "sdpa" and prefix.keys_values is None:
+            with compute(self.precision, self.device):
+                prefix = replace(prefix, keys_values=cross_keys(self.core.action_head.model, prefix.hidden))
+        return super().ready(prefix, times, n)
 
     def velocity(self, prefix: GrootPrefix, x_t: Tensor, t: Tensor) -> Tensor:
         """v(x_t, t | prefix): float32[b, ah, ad], differentiable in x_t; t only through its bucket."""

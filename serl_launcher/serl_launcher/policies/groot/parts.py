@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from serl_launcher.policies import poses
 from serl_launcher.policies.checkpoint import CheckpointError
 from serl_launcher.policies.relative import Anchors
 
@@ -40,17 +41,17 @@ def relative_keys(modality: Mapping[str, Any], used: bool) -> dict[str, Mapping[
 
 def part_anchors(
     where: object, modality: Mapping[str, Any], statistics: Mapping[str, Any], relative: Mapping[str, Any]
-) -> Anchors | None:
-    """The state dim that each action dim is relative to; None where `relative` of `relative_keys` is empty.
-
-    Raises CheckpointError naming a part that cannot be.
+) -> tuple[Anchors | None, tuple[int, ...]]:
+    """The state dim that each action dim is relative to, None where `relative` of `relative_keys` is empty; and the
+    first dims of what is relative as a pose. Raises CheckpointError naming a part that cannot be.
     """
     if not relative:
-        return None
+        return None, ()
     places, first = {}, 0
     for key in modality["state"]["modality_keys"]:
         places[key] = range(first, first := first + _width(statistics["state"][key]))
     anchors: list[int | None] = []
+    as_pose: list[int] = []
     for key in modality["action"]["modality_keys"]:
         width = _width(statistics["action"][key])
         if key not in relative:
@@ -58,13 +59,18 @@ def part_anchors(
             continue
         kind, state = _said(relative[key], "type"), relative[key].get("state_key") or key
         if kind != "non_eef":
-            form = _said(relative[key], "format")
-            raise CheckpointError(f"{where}: action part {key!r} is relative as a pose ({kind}, {form}); not supported")
+            form = _said(relative[key], "format").replace("xyz_", "xyz+")
+            if (kind, form, width) != ("eef", poses.FORMAT, poses.WIDTH):
+                raise CheckpointError(
+                    f"{where}: action part {key!r} is relative as a pose ({kind}, {form}, {width} dims); only eef, "
+                    f"{poses.FORMAT}, of {poses.WIDTH} is read"
+                )
+            as_pose.append(len(anchors))
         if len(places.get(state, ())) != width:
             got = f"{len(places[state])} dims" if state in places else f"not among {list(places)}"
             raise CheckpointError(f"{where}: action part {key!r} of {width} dims is relative to state {state!r}: {got}")
         anchors += places[state]
-    return tuple(anchors)
+    return tuple(anchors), tuple(as_pose)
 
 
 def relative_range(where: object, statistics: Mapping[str, Any], key: str) -> Ranges:

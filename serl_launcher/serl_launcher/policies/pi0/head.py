@@ -100,7 +100,7 @@ class PI0FlowPolicy(FlowPolicy):
         tensors = {"pixels": pixels, "ids": ids, "mask": mask, "state": state}
         return tensors if anchor is None else tensors | {"anchor": anchor}
 
-    def encode_prepared(self, tensors: dict[str, Tensor]) -> Prefix:
+    def encode_prepared(self, tensors: dict[str, Tensor], features: bool = True) -> Prefix:
         """One pass of SigLIP over all cameras and of the language model over image and prompt tokens, without gradient
         when nothing of the backbone is trained. `tensors` as `prepare` returns them."""
         trains = any(p.requires_grad for p in self.backbone.parameters())

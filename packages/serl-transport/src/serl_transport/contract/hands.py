@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serl_transport.contract.bounds import INT64, check_number, check_text, check_whole, shown
+from serl_transport.contract.people import check_person
 
 HELD, TAPS, AXES, NAME = 16, 16, 12, 12  # at most so many, and characters of a key's name
 
@@ -28,6 +29,7 @@ class HandFrame:
     held: frozenset[str]  # keys and buttons that are down: "w", "enter", "RB"
     axes: dict[str, float]  # sticks that are deflected, each in [-1, 1]: "LX"
     taps: tuple[tuple[int, str], ...]  # presses that the actor has not counted yet: number, key or button
+    person: str  # at that page
 
     @staticmethod
     def of(body: Any) -> "HandFrame":
@@ -50,4 +52,5 @@ class HandFrame:
                   for k, v in axes.items()},
             taps=tuple((check_whole("frame.taps", n, 1, INT64), check_text("frame.taps", key, NAME))
                        for n, key in taps),
+            person=check_person("frame.person", body.get("person")),
         )  # fmt: skip

@@ -28,6 +28,7 @@ from serl_transport.contract.bounds import (
     shown,
 )
 from serl_transport.contract.errors import BadFrame, SchemaMismatch
+from serl_transport.contract.people import each_once, read_people
 from serl_transport.contract.specs import Observation, TaskSpec, all_finite, check_array, check_finite
 
 MODES = ("demo", "online", "eval")
@@ -61,6 +62,7 @@ class TimeStep:
     intervention: bool  # the operator drove this tick
     policy_version: int  # version that produced (or would have produced) the action; -1: no policy
     time_ns: int  # monotonic capture time of the observation
+    driver: str | None = None  # who drove it, a person's name or `script`; None: the policy, or it is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,7 @@ class Outcome:
     success: bool  # the task was done
     success_source: str  # environment | human | classifier
     truncated_by: str | None  # None (it terminated) | time_limit | dead_actor | stop | discard
+    judge: str | None = None  # the person who said so; None: nobody did, or it is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class StepBatch:
     arrays: Mapping[str, np.ndarray]  # see docs/contracts/time_steps.md; m = n, or n+1 observations in the final batch
     final: bool = False  # the episode's last batch
     outcome: Outcome | None = None  # in the final batch only
+    drivers: tuple[str, ...] = ()  # who drove some of its ticks, by name
 
     @property
     def n(self) -> int:
@@ -128,7 +132,7 @@ class StepBatch:
         for key, dtype in PER_TICK.items():
             name = key.removeprefix("next.")
             arrays[key] = np.array([getattr(step, name) for step in steps], dtype=dtype)
-        return cls(episode, first_tick, arrays, outcome is not None, outcome)
+        return cls(episode, first_tick, arrays, outcome is not None, outcome, each_once(step.driver for step in steps))
 
     def to_body(self) -> dict[str, Any]:
         """The batch as a body for `codec.pack`."""
@@ -137,13 +141,15 @@ class StepBatch:
             "first_tick": self.first_tick,
             "final": self.final,
             "outcome": None if self.outcome is None else asdict(self.outcome),
+            **({"drivers": list(self.drivers)} if self.drivers else {}),
             "arrays": dict(self.arrays),
         }
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any], spec: TaskSpec) -> "StepBatch":
         """Validate a body. BadFrame when it is malformed, SchemaMismatch when it breaks the task's spec."""
-        _check_map("step batch", body, {"episode": dict, "first_tick": int, "final": bool, "arrays": dict}, {"outcome"})
+        types = {"episode": dict, "first_tick": int, "final": bool, "arrays": dict}
+        _check_map("step batch", body, types, {"outcome"}, {"drivers"})
         outcome = body["outcome"]
         if (outcome is not None) != body["final"]:
             raise BadFrame(f"step batch: outcome belongs to the final batch only, final is {body['final']}")
@@ -153,6 +159,7 @@ class StepBatch:
             arrays=body["arrays"],
             final=body["final"],
             outcome=None if outcome is None else _read_outcome(outcome),
+            drivers=read_people("step batch: drivers", body.get("drivers", [])),
         )
         try:
             batch.check(spec)
@@ -199,6 +206,7 @@ class Episode:
     info: EpisodeInfo  # who made it
     outcome: Outcome  # how it ended
     arrays: Mapping[str, np.ndarray]  # n per-tick rows, n+1 observation rows
+    drivers: tuple[str, ...] = ()  # who drove some of its ticks, by name; none in records of older releases
 
     @property
     def n(self) -> int:
@@ -216,7 +224,7 @@ class Episode:
         # a final batch without ticks (a stop between batches) closes the last tick that was already sent
         if last.n == 0 and len(arrays[ACTION]):
             arrays["next.truncated"][-1] = True
-        return cls(last.episode, last.outcome, arrays)
+        return cls(last.episode, last.outcome, arrays, _drivers(batches))
 
     @classmethod
     def cut(cls, batches: Sequence[StepBatch], truncated_by: str = "dead_actor") -> "Episode | None":
@@ -233,7 +241,7 @@ class Episode:
             return None
         arrays = {key: rows if _is_observation(key) else rows[:n].copy() for key, rows in whole.items()}
         arrays["next.truncated"][-1] = True
-        return cls(batches[-1].episode, Outcome(False, "environment", truncated_by), arrays)
+        return cls(batches[-1].episode, Outcome(False, "environment", truncated_by), arrays, _drivers(batches))
 
 
 def stack_observations(observations: Sequence[Observation]) -> dict[str, np.ndarray]:
@@ -268,12 +276,19 @@ def _concatenate(batches: Sequence[StepBatch]) -> dict[str, np.ndarray]:
     return {key: np.concatenate([batch.arrays[key] for batch in batches]) for key in batches[0].arrays}
 
 
-def _check_map(label: str, value: Any, types: Mapping[str, Any], optional: Set[str] = frozenset()) -> None:
+def _drivers(batches: Sequence[StepBatch]) -> tuple[str, ...]:
+    return each_once(name for batch in batches for name in batch.drivers)
+
+
+def _check_map(
+    label: str, value: Any, types: Mapping[str, Any], untyped: Set[str] = frozenset(), newer: Set[str] = frozenset()
+) -> None:
+    """newer: keys that records of older releases lack."""
     if not isinstance(value, Mapping):
         raise BadFrame(f"{label}: expected a map, got {type(value).__name__}")
-    wanted = types.keys() | optional
-    if value.keys() != wanted:
-        missing, extra = sorted(wanted - value.keys()), sorted(value.keys() - wanted)
+    wanted = types.keys() | untyped
+    if value.keys() - newer != wanted:
+        missing, extra = sorted(wanted - value.keys()), sorted(value.keys() - wanted - newer)
         raise BadFrame(f"{label}: missing keys {missing}, unknown keys {shown(extra)}")
     for key, kind in types.items():
         item = value[key]
@@ -322,10 +337,11 @@ def _check_info_ranges(info: EpisodeInfo) -> None:
 
 
 def _read_outcome(value: Any) -> Outcome:
-    _check_map("outcome", value, {"success": bool, "success_source": str}, {"truncated_by"})
+    _check_map("outcome", value, {"success": bool, "success_source": str}, {"truncated_by"}, {"judge"})
     for key, known in (("success_source", SUCCESS_SOURCES), ("truncated_by", TRUNCATED_BY)):
         if value[key] not in known:
             raise BadFrame(f"outcome: {key}: expected one of {known}, got {shown(value[key])}")
+    read_people("outcome: judge", [name] if (name := value.get("judge")) is not None else [])
     return Outcome(**value)
 
 
