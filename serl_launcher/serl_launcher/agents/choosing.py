@@ -1,4 +1,4 @@
-"""Critics beside a flow policy that choose among its chunks: n are sampled of one prefix, the one of most value is sent.
+"""Critics beside a flow policy that choose among its chunks: of n that share a prefix the one of most value is sent.
 
 agents.best_of_n trains them; the policy engine serves them as part of the policy (`served_chunks`), because
 `add_chooser` attaches them as the module `chooser`, so that they are published with the rest. Until its gate opens the

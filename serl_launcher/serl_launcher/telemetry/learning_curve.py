@@ -13,6 +13,7 @@ from typing import Any
 from serl_launcher.run.files import write_whole
 from serl_launcher.telemetry.history import EpisodeRecord, RunHistory, StageRecord
 from serl_launcher.telemetry.statistics import sliding, wilson
+from serl_launcher.telemetry.summary import speed
 
 WINDOW = 30  # online episodes per point
 SHADES = {"demo": "#dcd3c4", "train": "#cfd8dc", "eval": "#c8e6c9", "online": "#d6e4f5"}
@@ -89,8 +90,9 @@ def _draw_evaluation(axis: Any, history: RunHistory, stage: StageRecord) -> None
         label="evaluation on unseen seeds, 95% interval",
     )  # fmt: skip
     below = wins / n > 0.5  # where the label hides neither the curve nor the edge
+    pace = speed(stage.episodes)["successes_per_1000_ticks"] if wins else None
     axis.annotate(
-        f"{wins / n:.2f}", (minute, low if below else high), xytext=(0, -6 if below else 6), textcoords="offset points",
+        f"{wins / n:.2f}" + (f"\n{pace:.0f} / 1,000 ticks" if pace else ""), (minute, low if below else high), xytext=(0, -6 if below else 6), textcoords="offset points",
         ha="center", va="top" if below else "bottom", color=RED, fontsize=11, fontweight="bold",
     )  # fmt: skip
 
