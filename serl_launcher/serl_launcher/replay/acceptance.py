@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
 PAUSES = ("keep", "no_start", "drop")
 
 

@@ -91,8 +91,9 @@ def _draw_evaluation(axis: Any, history: RunHistory, stage: StageRecord) -> None
     )  # fmt: skip
     below = wins / n > 0.5  # where the label hides neither the curve nor the edge
     pace = speed(stage.episodes)["successes_per_1000_ticks"] if wins else None
+    label = f"{wins / n:.2f}" + (f"\n{pace:.0f} / 1,000 ticks" if pace else "")
     axis.annotate(
-        f"{wins / n:.2f}" + (f"\n{pace:.0f} / 1,000 ticks" if pace else ""), (minute, low if below else high), xytext=(0, -6 if below else 6), textcoords="offset points",
+        label, (minute, low if below else high), xytext=(0, -6 if below else 6), textcoords="offset points",
         ha="center", va="top" if below else "bottom", color=RED, fontsize=11, fontweight="bold",
     )  # fmt: skip
 
