@@ -7,6 +7,7 @@ an agent keeps its losses apart by detaching, so that each group receives the gr
 distributed wrappers see a single backward. docs/algorithms/your_own.md adds one.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +28,10 @@ class ParameterGroup:
 
 
 class Agent(Protocol):
-    """An algorithm; every implementation is an `nn.Module`."""
+    """An algorithm; every implementation is an `nn.Module`.
+
+    `limits`, where it has such an attribute, are metrics of `forward` that keep a step from being taken, by name.
+    """
 
     def __call__(self, batch: Any, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses by group (scalars; a group without one is not moved in this step) and metrics (detached scalars)."""
@@ -45,8 +49,10 @@ class Agent(Protocol):
         """What people said of episodes has changed: drop what was kept of earlier batches."""
         ...
 
-    def after_step(self) -> None:
-        """Called when the optimizers have stepped; target networks are moved here."""
+    def after_step(self, taken: Tensor) -> None:
+        """Called behind the optimizers; target networks are moved here. taken: 1, or 0 where the device refused the
+        step and nothing may change: a float32 scalar there, to multiply a rate by; whoever reads it makes the host
+        wait for the device."""
         ...
 
     def trainable_state(self) -> dict[str, Tensor]:
@@ -69,8 +75,19 @@ class AgentSettings(Protocol):
         ...
 
 
-class Diverged(FloatingPointError):  # noqa: N818  (an event that the trainer handles)
-    """Values left every plausible range; the step must not be taken."""
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Of a metric: a step in which it is larger, or no number, is refused."""
+
+    most: float
+    told: str  # what that means and what mends it, for people; {} is the value
+
+
+@torch.no_grad()
+def follow(targets: Iterable[Tensor], sources: Iterable[Tensor], rate: Tensor) -> None:
+    """θ̄ ← (1 − τ) θ̄ + τ θ in place, for targets and averages; rate: τ, float32 scalar on the device, 0 for nothing."""
+    targets = list(targets)
+    torch._foreach_lerp_(targets, list(sources), [rate] * len(targets))
 
 
 @torch.no_grad()

@@ -63,10 +63,10 @@ def served_chunks(policy: FlowPolicy, prefix: Prefix, noise: Tensor, steps: int)
     n = candidates(policy)
     if n == 1:
         return sample(policy, prefix, steer(policy, prefix, noise), steps)
-    return choose(policy, prefix, sample(policy, prefix, noise, steps, n))
+    return best_chunks(policy, prefix, sample(policy, prefix, noise, steps, n))
 
 
-def choose(policy: FlowPolicy, prefix: Prefix, chunks: Tensor) -> Tensor:
+def best_chunks(policy: FlowPolicy, prefix: Prefix, chunks: Tensor) -> Tensor:
     """The chunk of most value among the n of each observation, the first while the gate is closed: float32[b, ah, ad].
 
     chunks: float32[b·n, ah, ad]. A chunk is worth what the least of the members says of it. Nothing is read back.

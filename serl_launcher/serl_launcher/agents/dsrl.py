@@ -95,7 +95,6 @@ class DSRLAgent(ValueAgent):
             value = pessimistic(self.target(data.next_features, data.next_chunk), self.settings.target_members)
             target = self.target_of(data, value)
         q = self.critic(data.features, data.chunk, data.is_pad)
-        self.check_values(q)
         loss = td_loss(q, target)
         return loss, critic_metrics(loss, q, target, data.bootstrap)
 
@@ -173,7 +172,7 @@ class DSRLAgent(ValueAgent):
 
     def begin_stage(self, mode: str) -> None:
         """From the first online stage on the flow is frozen: whatever stage comes later trains the noise policy."""
-        super().begin_stage("online" if self.online_steps > 0 else mode)
+        super().begin_stage("online" if int(self.online_steps) > 0 else mode)
         self.memory.clear()
 
     def forget_data(self) -> None:
@@ -181,8 +180,8 @@ class DSRLAgent(ValueAgent):
         self.memory.clear()
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        super().after_step()
+    def after_step(self, taken: Tensor) -> None:
+        super().after_step(taken)
         if self.online:
             # Opened once the noise policy has begun to learn; served as soon as the published average follows.
-            self.steering.gate.fill_(float(self.online_steps > self.settings.warmup_steps))
+            self.steering.gate.fill_(float(int(self.online_steps) > self.settings.warmup_steps))

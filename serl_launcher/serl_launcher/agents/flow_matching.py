@@ -48,7 +48,7 @@ class FlowMatchingAgent(nn.Module):
     def forget_data(self) -> None:
         """Nothing of a batch is kept."""
 
-    def after_step(self) -> None:
+    def after_step(self, taken: Tensor) -> None:
         """There is no target network to move."""
 
     def trainable_state(self) -> dict[str, Tensor]:

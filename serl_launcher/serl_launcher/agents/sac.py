@@ -136,7 +136,6 @@ class SACAgent(ValueAgent):
         features = self.policy.features(prefix)
         labels = self.labels(batch.action, device, prefix.anchor)
         q = self.critic(features, labels, torch.as_tensor(batch.is_pad, device=device))
-        self.check_values(q)
         loss = td_loss(q, target)
         metrics = critic_metrics(loss, q, target, batch.bootstrap)
         if self.settings.cal_ql_weight:
@@ -254,7 +253,7 @@ class SACAgent(ValueAgent):
     def begin_stage(self, mode: str) -> None:
         """The policy with which the first online stage begins is the reference ever after."""
         super().begin_stage(mode)
-        if self.online and self.online_steps == 0:
+        if self.online and int(self.online_steps) == 0:
             self.reference.take()
 
     def _apply(self, fn, recurse: bool = True):

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from serl_launcher.agents.base import Diverged
+from serl_launcher.agents.base import Limit, follow
 from serl_launcher.agents.encoded import Encoded
-from serl_launcher.critics.ensemble import ChunkCritic, track
+from serl_launcher.critics.ensemble import ChunkCritic
 from serl_launcher.critics.losses import chunk_target
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix, trainable
 from serl_launcher.replay.transitions import TransitionBatch
@@ -68,7 +68,7 @@ class ValueAgent(nn.Module):
         if isinstance(settings, EntropySettings):
             self.log_alpha = nn.Parameter(torch.tensor(math.log(settings.init_temperature)))
         self.online = False  # is the stage an online one?
-        self.register_buffer("online_steps", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.online_steps = torch.zeros((), dtype=torch.int64)  # on the host, who decides by it; refused ones count
 
     def begin_stage(self, mode: str) -> None:
         self.online = mode == "online"
@@ -76,9 +76,9 @@ class ValueAgent(nn.Module):
     def forget_data(self) -> None:
         """Nothing of a batch is kept."""
 
-    def after_step(self) -> None:
+    def after_step(self, taken: Tensor) -> None:
         """The target critics follow, and online steps are counted."""
-        track(self.target, self.critic, self.settings.tau)
+        follow(self.target.parameters(), self.critic.parameters(), self.settings.tau * taken)
         if self.online:
             self.online_steps += 1
 
@@ -92,7 +92,7 @@ class ValueAgent(nn.Module):
     @property
     def warm(self) -> bool:
         """Has the critic learned long enough online for the actor to follow it?"""
-        return self.online and bool(self.online_steps >= self.settings.warmup_steps)
+        return self.online and int(self.online_steps) >= self.settings.warmup_steps
 
     def observe(self, images: dict[str, np.ndarray], state: np.ndarray, prompts: list[str]) -> Prefix:
         """The prefix of a batch of observations, without gradient."""
@@ -133,14 +133,12 @@ class ValueAgent(nn.Module):
         target = chunk_target(reward, discount, bootstrap, next_value)
         return torch.maximum(target, lower_bound) if self.settings.return_bound else target
 
-    def check_values(self, q: Tensor) -> None:
-        """Raise Diverged when any |Q| passes `q_limit` or is not a number."""
-        worst, limit = q.detach().abs().max().item(), self.settings.q_limit
-        if not worst <= limit:
-            raise Diverged(
-                f"the critic diverges: |Q| = {worst:.3g}, beyond q_limit {limit:g}; "
-                "lower the critic's learning rate, or raise q_limit where returns are that large"
-            )
+    @property
+    def limits(self) -> dict[str, Limit]:
+        """No |Q| may pass `q_limit`."""
+        told = f"the critic diverges: |Q| = {{:.3g}}, beyond q_limit {self.settings.q_limit:g} (lower the critic's "
+        told += "learning rate, or raise q_limit where returns are that large)"
+        return {"critic/q_size": Limit(self.settings.q_limit, told)}
 
 
 def frozen_copy(module: nn.Module) -> dict[str, Tensor]:
@@ -155,6 +153,7 @@ def critic_metrics(loss: Tensor, q: Tensor, target: Tensor, bootstrap: np.ndarra
         "losses/critic": loss.detach(),
         "critic/q": q.mean(),
         "critic/q_max": q.max(),
+        "critic/q_size": q.abs().max(),
         "critic/target": target.mean(),
         "critic/spread": q.std(dim=0).mean() if len(q) > 1 else torch.zeros(()),
         "batch/terminal_share": 1 - torch.as_tensor(bootstrap).float().mean(),

@@ -54,9 +54,3 @@ class ChunkCritic(nn.Module):
         for layer in self.layers:
             x = silu(layer_norm(layer(x), layer.bias.shape[-1:]))
         return self.head(x).squeeze(-1)
-
-
-@torch.no_grad()
-def track(target: nn.Module, source: nn.Module, tau: float) -> None:
-    """θ̄ ← (1 − τ) θ̄ + τ θ."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)

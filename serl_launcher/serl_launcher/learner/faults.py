@@ -1,7 +1,8 @@
 """What the trainer does when a step is refused: skip its batch, go back to the last checkpoint, or hold.
 
-The trainer reports each step to `Faults`. Whatever happens, the policy server goes on with the last version that was
-published: nothing of a refused step is kept, and a bad step is never published.
+The trainer reports each step to `Faults` once its metrics are read back, which comes before anything is published or
+saved. Whatever happens, the policy server goes on with the last version that was published: nothing of a refused step
+is kept, and a bad step is never published.
 """
 
 import logging
@@ -48,8 +49,8 @@ class Faults:
         """A step was taken."""
         self._budget.good()
 
-    def refused(self, fault: FloatingPointError) -> None:
-        """The learner refused a step."""
+    def refused(self, fault: FloatingPointError) -> str:
+        """The device refused a step; returns what was decided, SKIP, GO_BACK or HOLD."""
         last = self._checkpoints.last_own()
         decision = self._budget.after(can_go_back=last is not None)
         log.error("%s (%s; policy version %d goes on being served)", fault, decision, self._publisher.version)
@@ -58,6 +59,7 @@ class Faults:
             log.error("training goes on from checkpoint %s", last.name)
         elif decision == HOLD:
             self.held = f"training holds: {fault}"
+        return decision
 
     def metrics(self) -> dict[str, float]:
         return {"trainer/held": 1.0} if self.held else {}

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from serl_launcher.learner.disk import DiskWait
 from serl_launcher.learner.held_out import HeldOut
@@ -168,16 +167,20 @@ class FineTuning:
         began = time.perf_counter()
         parts = [next(source) for _ in range(self._settings.accumulate)]
         sampled = time.perf_counter()
-        metrics = self._take_step(parts)
+        seed_noise(self._seed, self.taken)
+        metrics = self._learner.step(parts, self._progress.lr_scale(self._stage))
         self._progress.count(self._stage)
         metrics |= {"time/sample_s": sampled - began, "time/step_s": time.perf_counter() - sampled}
-        due: list[Callable[[], object]] = []
         measured = self._held_out.measure(self._learner) if self._due(self._settings.eval_period) else {}
-        if measured:
-            due += self._judge(measured)
-        due.append(partial(self._log_step, metrics, measured))
+        logged = self._step_log.add(self.taken, STAGE, metrics, measured)
+        if not (logged or self._due(self._settings.save_period)):
+            return
+        self._settle()
+        due = [*(self._judge(measured) if measured else []), self._step_log.write]
         due += [self._publisher.publish, self._checkpoints.save] if self._due(self._settings.save_period) else []
         self._write(due)
+        if logged:
+            log.info("%s", self._line())
 
     def _judge(self, measured: dict[str, float]) -> list[Callable[[], object]]:
         """Of the measured episodes: is this the best version, or are they learned by heart? What is to be written."""
@@ -186,19 +189,15 @@ class FineTuning:
         self.overfit.judge(self.taken, measured[self._held_out.error])
         return []
 
-    def _take_step(self, parts: list[ChunkBatch]) -> dict[str, Tensor | float]:
-        """The step's metrics; empty when it was refused."""
-        seed_noise(self._seed, self.taken)
-        try:
-            metrics = self._learner.step(parts, self._progress.lr_scale(self._stage))
-        except FloatingPointError as fault:
-            self._refused += 1
-            log.error("%s; its batch is passed over", fault)
-            if self._refused >= PATIENCE:
-                raise
-            return {}
-        self._refused = 0
-        return metrics
+    def _settle(self) -> None:
+        """Learn which of the last steps the device refused. FloatingPointError after PATIENCE of them in a row."""
+        for row in self._step_log.read():
+            fault = self._learner.fault(row.step, row.metrics)
+            self._refused = self._refused + 1 if fault else 0
+            if fault:
+                log.error("%s; its batch is passed over", fault)
+            if fault and self._refused >= PATIENCE:
+                raise fault
 
     def _due(self, period: int) -> bool:
         return self.finished or self.taken % period == 0
@@ -212,10 +211,6 @@ class FineTuning:
                 self._disk.refused(error)
             due = []
         self._disk.taken()
-
-    def _log_step(self, metrics: dict[str, Any], measured: dict[str, float]) -> None:
-        if self._step_log.add(self.taken, STAGE, metrics, measured):
-            log.info("%s", self._line())
 
     def _line(self) -> str:
         shown = self._step_log.shown

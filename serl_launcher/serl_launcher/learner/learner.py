@@ -15,13 +15,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from serl_launcher.agents.base import Agent, ParameterGroup
+from serl_launcher.agents.base import Agent, Limit, ParameterGroup, follow
 from serl_launcher.learner.checkpoint import RAW
-from serl_launcher.learner.optimizers import for_device
+from serl_launcher.learner.optimizers import for_device, move
+from serl_launcher.policies.kernels import choose
 from serl_launcher.run.parameters import AVERAGED, Renamed, describe_mismatch
 
 AUXILIARY = "carried."
 """Prefix in a checkpoint of what the agent's `auxiliary_state` holds; named by the first checkpoints."""
+REFUSED = "optim/refused"
+"""Metric: 1 where the device left the step out, else 0."""
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -58,8 +61,7 @@ class Learner:
         optimizers: Mapping[str, OptimizerFactory] | None = None,
     ) -> None:
         device = accelerator.device
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
+        choose(device)
         optimizer = for_device(optimizer, device)
         optimizers = {name: for_device(factory, device) for name, factory in (optimizers or {}).items()}
         self.agent = agent
@@ -73,6 +75,7 @@ class Learner:
         self._prepared, *prepared = accelerator.prepare(agent, *built.values())
         self._optimizers = dict(zip(built, prepared, strict=True))
         self._state = agent.trainable_state()
+        self._limits: Mapping[str, Limit] = getattr(agent, "limits", {})
         self._max_grad_norm, self._ema_decay = max_grad_norm, ema_decay
         self.averaged = {name: p.detach().clone() for name, p in self._state.items()}
         self.step_count = 0
@@ -88,9 +91,9 @@ class Learner:
 
         batch: what the agent takes, or a list of such batches of one size whose gradients are averaged.
 
-        Raises FloatingPointError when loss or gradient is not finite. Nothing has changed then: neither parameters nor
-        optimizers nor targets. One bool a step is read back for that: the optimizers' kernels change weights in place,
-        so whether they may be started must be known on the host.
+        The device refuses the step when a loss, a gradient or one of the agent's `limits` is not what it may be.
+        Nothing but counters has changed then: neither parameters nor optimizers, average or targets. The host, which
+        reads nothing back here, learns of it from the metric REFUSED (`fault`).
         """
         for optimizer in self._optimizers.values():
             optimizer.zero_grad()
@@ -99,17 +102,31 @@ class Learner:
             name: self._accelerator.clip_grad_norm_(self._groups[name].tensors.values(), self._max_grad_norm)
             for name in losses
         }
-        self._check_finite(losses, norms)
+        taken = self._taken([*losses.values(), *norms.values()], metrics)
         for name in losses:
             self._set_rate(name, self._groups[name], lr_scale)
-            self._optimizers[name].step()
-        self.agent.after_step()
+            move(self._optimizers[name], taken)
+        self.agent.after_step(taken)
         self.step_count += 1
-        self._average()
+        self._average(taken)
         first = next(iter(self._groups))
         by_group = {f"optim/grad_norm_{name}": norm for name, norm in norms.items()} if len(self._groups) > 1 else {}
         largest = self._gathered(norms.values()).max()
-        return {**metrics, **by_group, "optim/grad_norm": largest, "optim/lr": self._base_lr[first][0] * lr_scale}
+        rate = {"optim/lr": self._base_lr[first][0] * lr_scale}
+        return {**metrics, **by_group, "optim/grad_norm": largest, **rate, REFUSED: 1 - taken}
+
+    def fault(self, step: int, row: Mapping[str, float]) -> FloatingPointError | None:
+        """Why the device refused this step, from its metrics as they were read back; None where it was taken."""
+        if not row.get(REFUSED):
+            return None
+        passed = {name: limit for name, limit in self._limits.items() if name in row and not row[name] <= limit.most}
+        told = [limit.told.format(row[name]) for name, limit in passed.items()]
+        told += [
+            f"{name} {value:.3g}"
+            for name, value in row.items()
+            if name.startswith(("losses/", "optim/")) and not math.isfinite(value)
+        ]
+        return FloatingPointError(f"step {step}: {', '.join(told)}; the step was not taken")
 
     def _set_rate(self, name: str, group: ParameterGroup, lr_scale: float) -> None:
         scale = lr_scale if group.scheduled else 1.0
@@ -122,23 +139,23 @@ class Learner:
         self._accelerator.backward(reduce(torch.add, losses.values()) * share)
         return {name: loss.detach() for name, loss in losses.items()}, metrics
 
-    def _check_finite(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
-        if torch.isfinite(self._gathered([*losses.values(), *norms.values()])).all():
-            return
-        for name, loss in losses.items():
-            if not (torch.isfinite(loss) and torch.isfinite(norms[name])):
-                figures = f"{name} loss {loss.item():.3g}, gradient norm {norms[name].item():.3g}"
-                raise FloatingPointError(f"step {self.step_count}: {figures}; the step was not taken")
+    def _taken(self, finite: Iterable[Tensor], metrics: Mapping[str, Tensor]) -> Tensor:
+        """1 where everything is finite and within the agent's limits, else 0: a float32 scalar on the device."""
+        sound = torch.isfinite(self._gathered(finite)).all()
+        for name, limit in self._limits.items():
+            if name in metrics:
+                sound = sound & (metrics[name] <= limit.most)
+        return sound.float()
 
     def _gathered(self, scalars: Iterable[Tensor]) -> Tensor:
         """Scalars in one tensor on the device; the norm of a group without gradients is on the host."""
         return torch.stack([x.detach().float().to(self._accelerator.device) for x in scalars])
 
     @torch.no_grad()
-    def _average(self) -> None:
+    def _average(self, taken: Tensor) -> None:
         self._average_age += 1
         decay = min(self._ema_decay, (1 + self._average_age) / (10 + self._average_age))
-        torch._foreach_lerp_(list(self.averaged.values()), [p.detach() for p in self._state.values()], 1 - decay)
+        follow(self.averaged.values(), self._state.values(), (1 - decay) * taken)
 
     @contextmanager
     def averaged_in_place(self) -> Iterator[Agent]:
@@ -183,6 +200,8 @@ class Learner:
                 f"got {', '.join(map(str, state))}"
             )
         for name, optimizer in self._optimizers.items():
+            for group, mine in zip(state[name]["param_groups"], optimizer.param_groups, strict=True):
+                group |= {key: mine[key] for key in ("fused", "foreach") if key in mine}  # how, not what
             for row in state[name]["state"].values():  # step counts, which stay on the host: not in a mapped file
                 row |= {key: x.clone() for key, x in row.items() if isinstance(x, Tensor) and x.ndim == 0}
             optimizer.state.clear()  # or both would be there for a moment

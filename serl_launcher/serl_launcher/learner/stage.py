@@ -64,6 +64,10 @@ class StageProgress:
     def count(self, stage: TrainingStage) -> None:
         self.steps[stage.name] = self.taken(stage) + 1
 
+    def uncount(self, name: str) -> None:
+        """A step that was counted turned out to be refused."""
+        self.steps[name] -= 1
+
     def allows(self, stage: TrainingStage, experience: int) -> bool:
         """May the next step be taken at so many ticks of experience? Only an online stage waits for them."""
         return stage.mode != "online" or self.taken(stage) < self.settings.max_steps_per_tick * self._new(

@@ -19,7 +19,7 @@ from typing import Any
 
 from serl_launcher.learner.data import TrainingData
 from serl_launcher.learner.disk import DiskWait
-from serl_launcher.learner.faults import Faults, Reminder
+from serl_launcher.learner.faults import SKIP, Faults, Reminder
 from serl_launcher.learner.guard import RollbackGuard
 from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.operated import Operated
@@ -124,27 +124,44 @@ class Trainer:
                 return
 
     def take_step(self, stage: TrainingStage, experience: int) -> bool:
-        """Sample, step, and what is due after it (log, publish, checkpoint); False when the step was refused.
+        """Sample, step, and what is due after it (log, publish, checkpoint); False when it is known to be refused.
 
         OSError when the disk refuses: the step is taken, what is due stays due.
         """
         began = time.perf_counter()
-        try:
-            with self._pace.timed():
-                batch = self.data.sample(self.operated.settings.batch_size)
-                sampled = time.perf_counter()
-                metrics = self.learner.step(batch, self.stages.lr_scale(stage))
-        except FloatingPointError as fault:
-            self.faults.refused(fault)
-            return False
-        self.faults.taken()
+        with self._pace.timed():
+            batch = self.data.sample(self.operated.settings.batch_size)
+            sampled = time.perf_counter()
+            metrics = self.learner.step(batch, self.stages.lr_scale(stage))
         self.stages.count(stage)
         times = {"time/sample_s": sampled - began, "time/step_s": time.perf_counter() - sampled}
-        due = [partial(self.log_step, stage, experience, metrics | {"batch/size": float(len(batch))} | times)]
-        due += [self.publisher.publish] if self._due(stage, self.operated.settings.publish_period) else []
-        due += [self.checkpoints.save] if self._due(stage, self.operated.settings.checkpoint_period) else []
-        self.disk.write(due)
-        return True
+        logged = self.log_step(stage, experience, metrics | {"batch/size": float(len(batch))} | times)
+        writes = {self.publisher.publish: self.operated.settings.publish_period}
+        writes |= {self.checkpoints.save: self.operated.settings.checkpoint_period}
+        if not (logged or any(self._due(stage, period) for period in writes.values())):
+            return True
+        sound = self.settle()
+        due = [write for write, period in writes.items() if sound and self._due(stage, period)]
+        self.disk.write([self.step_log.write, *due])
+        return sound
+
+    def settle(self) -> bool:
+        """Learn which of the last steps the device refused, and act on it; was the newest one taken?
+
+        Before anything is published or saved: what is counted in a checkpoint was taken.
+        """
+        with self._pace.timed():
+            rows = self.step_log.read()
+        found = [(row.stage, self.learner.fault(row.step, row.metrics)) for row in rows]
+        for stage, fault in found:
+            if fault is not None:
+                self.stages.uncount(stage)
+        for _, fault in found:
+            if fault is None:
+                self.faults.taken()
+            elif self.faults.refused(fault) != SKIP:
+                return False  # the steps behind it are of what was given up
+        return not found or found[-1][1] is None
 
     def may_train(self, stage: TrainingStage, status: dict[str, Any]) -> bool:
         """Is there data to train this stage on, and nothing that holds training? Says what is in the way."""
@@ -159,11 +176,11 @@ class Trainer:
             self._reminder.say(f"{problem}; policy version {self.publisher.version} goes on being served")
         return self.data.ready(stage.mode)
 
-    def log_step(self, stage: TrainingStage, experience: int, metrics: dict[str, Any]) -> None:
-        """The step's metrics and those of everything around it."""
+    def log_step(self, stage: TrainingStage, experience: int, metrics: dict[str, Any]) -> bool:
+        """Note the step's metrics and those of everything around it; is it a logged step?"""
         metrics |= self.stages.metrics(stage, experience) | self.data.metrics()
         metrics["policy/version"] = float(self.publisher.version)
-        self.step_log.add(self.learner.step_count, stage.name, metrics)
+        return self.step_log.add(self.learner.step_count, stage.name, metrics)
 
     @busy(GATEWAY_S, "waiting for the gateway")
     def report(self) -> dict[str, Any]:
@@ -199,6 +216,7 @@ class Trainer:
 
     def _save_last(self) -> None:
         """A checkpoint on the way out. A disk that refuses is not waited for: the next start takes the one before."""
+        self.settle()
         try:
             self.disk.write([self.checkpoints.save])
             log.info("stopped at step %d, checkpoint written", self.learner.step_count)

@@ -8,7 +8,7 @@ from configured import agent_settings
 from toy_flow import ToyFlow, chunks, take_average, transitions
 
 from serl_launcher.agents.best_of_n import BestOfNAgent
-from serl_launcher.agents.choosing import add_chooser, choose, served_chunks
+from serl_launcher.agents.choosing import add_chooser, best_chunks, served_chunks
 from serl_launcher.learner.learner import Learner
 from serl_launcher.policies.base import PolicyInput
 from serl_launcher.replay.learning import LearningBatch
@@ -39,10 +39,10 @@ def test_of_the_chunks_of_each_observation_the_one_that_the_least_member_likes_m
     agent = make_agent(candidates=3)
     policy, prefix = agent.policy, observed(agent.policy, 2)
     given = torch.linspace(-0.8, 0.9, 6)[:, None, None].expand(6, 2, 1)
-    assert torch.equal(choose(policy, prefix, given), given[[0, 3]])  # the gate is closed: the first
+    assert torch.equal(best_chunks(policy, prefix, given), given[[0, 3]])  # the gate is closed: the first
     open_gate(agent)
     q = policy.chooser.critic(prefix.state.repeat_interleave(3, 0), given.contiguous()).min(0).values.view(2, 3)
-    assert torch.equal(choose(policy, prefix, given), given.view(2, 3, 2, 1)[torch.arange(2), q.argmax(1)])
+    assert torch.equal(best_chunks(policy, prefix, given), given.view(2, 3, 2, 1)[torch.arange(2), q.argmax(1)])
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def test_a_chunk_is_judged_as_the_robot_would_be_sent_it():
     open_gate(agent)
     prefix = observed(agent.policy, 1)
     beyond = torch.tensor([1.0, 7.0])[:, None, None].expand(2, 2, 1)  # both are sent as 1: the first of equals
-    assert torch.equal(choose(agent.policy, prefix, beyond), beyond[:1])
+    assert torch.equal(best_chunks(agent.policy, prefix, beyond), beyond[:1])
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """SAC on a small flow: gradients by finite differences, who gets which gradient, and problems with known optima."""
 
 import math
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -12,10 +13,11 @@ from configured import agent_settings
 from path_density import path_log_prob, points_of
 from toy_flow import ToyFlow, chunks, take_average, transitions
 
-from serl_launcher.agents.base import Diverged
+from serl_launcher.agents.base import follow
 from serl_launcher.agents.sac import SACAgent, noise_unit
 from serl_launcher.learner import checkpoint
 from serl_launcher.learner.learner import Learner
+from serl_launcher.learner.step_log import numbers
 from serl_launcher.policies.base import PolicyInput, sample
 from serl_launcher.replay.learning import LearningBatch
 from serl_transport.contract.specs import TaskSpec
@@ -139,7 +141,8 @@ def test_the_reference_moves_with_the_agent():
     agent = make_agent().double()
     assert {p.dtype for p in agent.auxiliary_state().values() if p.is_floating_point()} == {torch.float64}
     agent.to("meta")
-    assert {p.device.type for p in agent.auxiliary_state().values()} == {"meta"}
+    on_host = {name for name, p in agent.auxiliary_state().items() if p.device.type != "meta"}
+    assert on_host == {"online_steps"}  # the host decides by it
 
 
 def test_each_group_receives_the_gradient_of_its_own_loss_only():
@@ -174,9 +177,19 @@ def test_a_critic_beyond_its_limit_stops_the_step_and_says_so():
     agent.begin_stage("online")
     learner = make_learner(agent)
     before = {n: t.clone() for n, t in learner.tensors().items()}
-    with pytest.raises(Diverged, match="q_limit"):
-        learner.step(LearningBatch(None, bandit_batch(np.random.default_rng(0))), 1.0)
-    assert all(torch.equal(before[n], t) for n, t in learner.tensors().items())
+    row = numbers([learner.step(LearningBatch(None, bandit_batch(np.random.default_rng(0))), 1.0)])[0]
+    told = r"step 1: the critic diverges: \|Q\| = [\d.e-]+, beyond q_limit 1e-09 \(.*\); the step was not taken"
+    assert re.fullmatch(told, str(learner.fault(1, row)))
+    counted = "carried.online_steps"
+    assert all(torch.equal(before[n], t) for n, t in learner.tensors().items() if n != counted)
+
+
+def test_targets_follow_exponentially_and_stand_still_where_a_step_is_refused():
+    target, source = torch.tensor([[0.0, 8.0]]), torch.tensor([[4.0, 4.0]])
+    follow([target], [source], 0.25 * torch.tensor(1.0))
+    assert target.tolist() == [[1.0, 7.0]]
+    follow([target], [source], 0.25 * torch.tensor(0.0))
+    assert target.tolist() == [[1.0, 7.0]]
 
 
 def test_the_bandits_optimum_is_reached():

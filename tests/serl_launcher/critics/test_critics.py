@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from serl_launcher.critics.ensemble import ChunkCritic, track
+from serl_launcher.critics.ensemble import ChunkCritic
 from serl_launcher.critics.losses import cal_ql, chunk_target, pessimistic, td_loss
 
 
@@ -91,11 +91,3 @@ def test_the_policys_chunks_count_as_much_as_uniform_ones():
     random = torch.full((1, 1, 2), 0.9, requires_grad=True)
     cal_ql(torch.zeros(1, 1), policy, random, torch.tensor([0.5])).backward()
     torch.testing.assert_close(policy.grad, random.grad)
-
-
-def test_targets_track_exponentially():
-    torch.manual_seed(0)
-    source, target = (ChunkCritic(1, 1, 1, n=2, widths=(4,)) for _ in range(2))
-    want = 0.75 * target.head.weight + 0.25 * source.head.weight
-    track(target, source, 0.25)
-    torch.testing.assert_close(target.head.weight, want)

@@ -1,5 +1,9 @@
 """The learner: it learns, its average follows, and a checkpoint continues to the same bits."""
 
+import copy
+import math
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +15,7 @@ from serl_launcher.agents.flow_matching import FlowMatchingAgent
 from serl_launcher.learner import checkpoint
 from serl_launcher.learner.learner import Learner, Schedule
 from serl_launcher.learner.stage import StageProgress, StageSettings, TrainingStage
+from serl_launcher.learner.step_log import numbers
 
 
 def make_learner(lr=3e-3):
@@ -44,7 +49,7 @@ class Quadratic(torch.nn.Module):
     def trainable_state(self):
         return {"w": self.w}
 
-    def after_step(self):
+    def after_step(self, taken):
         pass
 
 
@@ -113,9 +118,48 @@ def test_a_step_that_is_not_finite_is_refused_and_changes_nothing():
     before = {n: t.clone() for n, t in learner.tensors().items()}
     bad = random_batch()
     bad.state[0, 0] = np.nan
-    with pytest.raises(FloatingPointError, match="step 1"):
-        learner.step(bad, 1.0)
+    row = numbers([learner.step(bad, 1.0)])[0]
+    told = r"step 2: losses/flow nan, optim/grad_norm nan; the step was not taken"
+    assert re.fullmatch(told, str(learner.fault(2, row)))
     assert all(torch.equal(before[n], t) for n, t in learner.tensors().items())
+    state = learner.optimizer_state()["policy"]["state"].values()
+    assert all(torch.isfinite(x).all() for row in state for x in row.values())
+    assert {float(row["step"]) for row in state} == {1.0}
+    row = numbers([learner.step(random_batch(), 1.0)])[0]
+    assert learner.fault(3, row) is None
+    assert not torch.equal(
+        before["raw.core.action_out_proj.weight"], learner.tensors()["raw.core.action_out_proj.weight"]
+    )
+
+
+def test_an_optimizer_that_cannot_leave_a_step_out_is_not_called():
+    learner = Learner(
+        Quadratic(), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), Accelerator(cpu=True), max_grad_norm=1e9,
+        ema_decay=0.9,
+    )  # fmt: skip
+    assert learner.fault(1, numbers([learner.step(torch.tensor([math.nan]), 1.0)])[0])
+    assert learner.agent.w.item() == 0
+    assert not learner.optimizer_state()["policy"]["state"]
+    learner.step(torch.tensor([4.0]), 1.0)
+    assert learner.agent.w.item() == pytest.approx(0.8)
+
+
+def test_the_optimizer_of_a_checkpoint_goes_on_however_it_was_run():
+    """One of before optimizers were fused on a CPU."""
+    torch.manual_seed(0)
+    first = make_learner()
+    first.step(random_batch(), 1.0)
+    state = copy.deepcopy(first.optimizer_state())
+    for group in state["policy"]["param_groups"]:
+        group["fused"] = None
+    second = make_learner()
+    second.load_tensors(first.tensors())
+    second.load_optimizer_state(state)
+    second.load_counters(first.counters())
+    for learner in (first, second):
+        torch.manual_seed(1)
+        learner.step(random_batch(seed=1), 1.0)
+    assert all(torch.equal(t, second.tensors()[n]) for n, t in first.tensors().items())
 
 
 def test_a_checkpoint_of_another_shape_is_named():

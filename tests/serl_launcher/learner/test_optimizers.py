@@ -1,4 +1,4 @@
-"""Fused optimizers on a GPU, where nothing else was asked for."""
+"""Fused optimizers where nothing else was asked for, and the step that the device leaves out."""
 
 from functools import partial
 
@@ -15,7 +15,9 @@ def test_a_gpu_gets_the_fused_kernel_unless_yaml_decides():
     adam = instantiate({"_target_": "torch.optim.AdamW", "lr": 1e-3, "_partial_": True})
     made = for_device(adam, GPU)([torch.nn.Parameter(torch.ones(2))])
     assert (made.defaults["lr"], made.defaults["fused"]) == (1e-3, True)
-    assert for_device(adam, CPU) is adam
+    assert for_device(adam, CPU)([torch.nn.Parameter(torch.ones(2))]).defaults["fused"]  # Adam's: for `found_inf`
+    sgd = partial(torch.optim.SGD, lr=1.0)
+    assert for_device(sgd, CPU) is sgd
     decided = partial(torch.optim.AdamW, foreach=True)
     assert for_device(decided, GPU) is decided
     other = partial(torch.optim.LBFGS, lr=1.0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.numpy import save_file
 
@@ -39,7 +40,9 @@ first, last, ending = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 writer = MetricsWriter(RunPaths(Path(sys.argv[1])), json.loads(sys.argv[5]))
 log = StepLog(writer, 5)
 for step in range(first, last + 1):
-    log.add(step, "online", {"losses/flow": torch.tensor(step / 2)})
+    if log.add(step, "online", {"losses/flow": torch.tensor(step / 2)}):
+        log.read()
+        log.write()
 process = writer._backends["wandb"]._process
 if ending == "kill":
     print(process.pid, flush=True)
@@ -225,9 +228,12 @@ def test_every_step_has_its_row_and_none_is_doubled_when_the_disk_refuses(tmp_pa
     for step in range(1, 4):
         assert not log.add(step, "sft", {"losses/flow": 0.5, **({"losses/q": 2.0} if step == 2 else {})})
     monkeypatch.setattr(os, "write", write)
+    assert log.add(4, "sft", {"losses/flow": torch.tensor(0.25)})
+    assert [row.step for row in log.read()] == [1, 2, 3, 4]
+    assert log.shown == {"losses/flow": 0.25, "losses/q": 2.0}
     with pytest.raises(OSError, match="No space left"):
-        log.add(4, "sft", {"losses/flow": 0.25})
-    assert log.add(4, "sft", {"losses/flow": 0.25})
+        log.write()
+    log.write()
     log.add(5, "sft", {"losses/flow": 0.125})
     log.close()
     written = read_metrics(tmp_path / "metrics/trainer.jsonl")
