@@ -65,7 +65,6 @@ class BestOfNAgent(ValueAgent):
             target = self.backup(batch) if self.warm else torch.as_tensor(batch.return_to_go, device=device)
         labels = self.labels(batch.action, device, prefix.anchor)
         q = self.critic(self.policy.features(prefix), labels, torch.as_tensor(batch.is_pad, device=device))
-        self.check_values(q)
         loss = td_loss(q, target)
         return loss, critic_metrics(loss, q, target, batch.bootstrap)
 
@@ -86,8 +85,8 @@ class BestOfNAgent(ValueAgent):
         }
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        super().after_step()
+    def after_step(self, taken: Tensor) -> None:
+        super().after_step(taken)
         if self.online:
             # Opened once the critic is warm; served as soon as the published average follows.
-            self.policy.chooser.gate.fill_(float(self.online_steps > self.settings.warmup_steps))
+            self.policy.chooser.gate.fill_(float(int(self.online_steps) > self.settings.warmup_steps))
