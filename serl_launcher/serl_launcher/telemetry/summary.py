@@ -16,7 +16,7 @@ from typing import Any
 from serl_launcher.run.files import write_sealed
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.history import EpisodeRecord, RunHistory, StageRecord, read_history
-from serl_launcher.telemetry.statistics import wilson
+from serl_launcher.telemetry.statistics import speed, wilson
 
 RECENT = 40  # online episodes that stand in for an evaluation when the schedule has none
 
@@ -48,7 +48,7 @@ def summarise(history: RunHistory) -> dict[str, Any]:
         "success_rate_episodes": final["episodes"],
         "success_rate_from": after.name if after else f"last {RECENT} online episodes",
         "median_seconds_to_success": _median_seconds(after.episodes) if after else None,
-        **speed(after.episodes if after else ()),
+        **_speed(after.episodes if after else ()),
         "success_rate_before_online": start["rate"],
         "success_rate_before_online_interval": start["interval"],
         "episodes": len(history.episodes),
@@ -104,13 +104,8 @@ def _median_seconds(episodes: Sequence[EpisodeRecord]) -> float | None:
     return round(median(seconds), 3) if seconds else None
 
 
-def speed(episodes: Sequence[EpisodeRecord]) -> dict[str, float | None]:
-    """How fast success comes: what a robot brings in 1,000 ticks, failures included, and the median success's ticks."""
-    ticks, good = sum(e.n_ticks for e in episodes), [e.n_ticks for e in episodes if e.success]
-    return {
-        "successes_per_1000_ticks": round(1000 * len(good) / ticks, 2) if ticks else None,
-        "median_ticks_to_success": median(good) if good else None,
-    }
+def _speed(episodes: Sequence[EpisodeRecord]) -> dict[str, float | None]:
+    return speed([e.n_ticks for e in episodes], [e.success for e in episodes])
 
 
 def _helped(episodes: Sequence[EpisodeRecord]) -> float | None:
@@ -134,7 +129,7 @@ def stage_row(stage: StageRecord) -> dict[str, Any]:
         "success_rate": result["rate"],
         "success_rate_interval": result["interval"],
         "median_seconds_to_success": _median_seconds(stage.episodes),
-        **speed(stage.episodes),
+        **_speed(stage.episodes),
         "ticks": stage.ticks,
         "steps": stage.steps,
         "minutes": round((stage.end_time - stage.start_time) / 60, 2),
