@@ -19,10 +19,12 @@ from serl_launcher.agents.base import ParameterGroup, feature_dim
 from serl_launcher.agents.flow_matching import imitation_loss
 from serl_launcher.agents.flow_path import FlowPath, NoiseScale, Velocity, path_entropy, sample_path
 from serl_launcher.agents.losses import behaviour_loss, entropy_surplus, mean_size, soft_actor_loss, temperature_loss
+from serl_launcher.agents.observations import next_observation, observation
 from serl_launcher.agents.reference import Reference
 from serl_launcher.agents.values import ValueAgent, ValueSettings, critic_metrics, frozen_copy
 from serl_launcher.critics.losses import cal_ql, pessimistic, td_loss
-from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix, trainable
+from serl_launcher.policies.base import FlowPolicy, Prefix, for_samples, trainable
+from serl_launcher.policies.transfer import to_device
 from serl_launcher.replay.learning import LearningBatch
 from serl_launcher.replay.transitions import TransitionBatch
 from serl_transport.contract.specs import TaskSpec
@@ -112,7 +114,7 @@ class SACAgent(ValueAgent):
     def forward(self, batch: LearningBatch, step: int) -> tuple[dict[str, Tensor], Metrics]:
         """Losses of `actor`, `critic`, `temperature` (those whose turn it is), and metrics."""
         transitions = batch.transitions
-        prefix = self.observe(transitions.images, transitions.state, transitions.prompts)
+        prefix = self.observe(observation(transitions))
         losses = {}
         losses["critic"], metrics = self.critic_loss(transitions, prefix)
         metrics["batch/transition_demo_share"] = torch.as_tensor(transitions.demo).float().mean()
@@ -135,7 +137,7 @@ class SACAgent(ValueAgent):
             target = self.backup(batch)
         features = self.policy.features(prefix)
         labels = self.labels(batch.action, device, prefix.anchor)
-        q = self.critic(features, labels, torch.as_tensor(batch.is_pad, device=device))
+        q = self.critic(features, labels, to_device(batch.is_pad, device))
         loss = td_loss(q, target)
         metrics = critic_metrics(loss, q, target, batch.bootstrap)
         if self.settings.cal_ql_weight:
@@ -146,7 +148,7 @@ class SACAgent(ValueAgent):
 
     def backup(self, batch: TransitionBatch) -> Tensor:
         """y of each transition: float32[b], without gradient."""
-        prefix = self.observe(batch.next_images, batch.next_state, batch.prompts)
+        prefix = self.observe(next_observation(batch))
         features = self.policy.features(prefix)
         path = self.path(prefix, *self.draw(len(batch), prefix), self.noise_scale(features))
         value = pessimistic(
@@ -161,13 +163,14 @@ class SACAgent(ValueAgent):
         m, b, device = self.settings.cal_ql_samples, len(batch), features.device
         wide = features.repeat_interleave(m, 0)
         with torch.no_grad():
-            repeated = prefix.repeat(m)
-            path = self.path(repeated, *self.draw(b * m, repeated), self.noise_scale(wide))
-            chunk = self.executed(path.chunk, repeated.anchor)
-            low, high = self._limits(repeated.anchor)
+            anchor = None if prefix.anchor is None else prefix.anchor.repeat_interleave(m, 0)
+            drawn = self.draw(b * m, prefix)
+            chunk = self.path(for_samples(self.policy, prefix, m), *drawn, self.noise_scale(wide)).chunk
+            chunk = self.executed(chunk, anchor)
+            low, high = self._limits(anchor)
             random = low + (high - low) * torch.rand_like(chunk)
         by_policy, by_chance = (self.critic(wide, c).view(-1, b, m) for c in (chunk, random))
-        return cal_ql(q, by_policy, by_chance, torch.as_tensor(batch.return_to_go, device=device))
+        return cal_ql(q, by_policy, by_chance, to_device(batch.return_to_go, device))
 
     def actor_loss(
         self, prefix: Prefix, noise: Tensor, step_noise: Tensor, reference_prefix: Prefix | None = None
@@ -219,7 +222,7 @@ class SACAgent(ValueAgent):
 
     def reference_prefix(self, batch: TransitionBatch) -> Prefix:
         """What the backbone said of these observations when the online stage began; imitation trains it, too."""
-        return self.reference.encode(PolicyInput(batch.images, batch.state, batch.prompts))
+        return self.reference.encode(observation(batch))
 
     def _path_of(self, velocity: Velocity, noise: Tensor, step_noise: Tensor, log_std: Tensor) -> FlowPath:
         return sample_path(velocity, noise, step_noise, log_std, self.policy.robot_dim, self.settings.squash)

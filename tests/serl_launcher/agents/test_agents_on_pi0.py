@@ -7,6 +7,7 @@ from hydra.utils import instantiate
 from tiny import SPEC, random_batch, random_transitions, tiny_config, tiny_policy
 
 from serl_launcher.agents.build import build_agent, build_policy
+from serl_launcher.agents.observations import observation
 from serl_launcher.learner.learner import Learner
 from serl_launcher.policies.base import trainable
 from serl_launcher.replay.learning import LearningBatch
@@ -90,7 +91,7 @@ def test_sacs_reference_is_the_whole_policy_of_the_start_though_imitation_trains
     _, policy, learner = make("sac_pi0", behaviour_weight=1.0)
     agent, batch = learner.agent, random_transitions(seed=9)
     learner.begin_stage("online")
-    noise, step_noise = agent.draw(len(batch), before := agent.observe(batch.images, batch.state, batch.prompts))
+    noise, step_noise = agent.draw(len(batch), before := agent.observe(observation(batch)))
     log_std = agent.noise_scale(policy.features(before)).detach()
     with torch.no_grad():
         at_the_start = agent.path(before, noise, step_noise, log_std).chunk
