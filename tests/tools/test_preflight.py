@@ -53,6 +53,17 @@ def test_expert_only_costs_less_and_parameters_are_counted_exactly():
     assert costs["full"].serve_flops < costs["full"].train_flops * 10
 
 
+def test_checkpointed_layers_are_counted_in_bf16():
+    """They are computed again by the rules that they were computed by."""
+    spec, size, costs = TaskSpec.from_dict(SPEC), TinySize(width=16, vision_width=16, image_size=32), []
+    config = dict(_target_="serl_launcher.policies.pi0.build.build_pi0", action_horizon=4, precision="bfloat16")
+    for checkpointing in (False, True):
+        policy, _ = meta_policy(config | {"checkpointing": checkpointing}, spec, size)
+        costs.append(estimate(policy, spec, 10, batch=8, noise_samples=1, questions=1))
+    plain, checkpointed = costs
+    assert plain.train_flops < checkpointed.train_flops < 1.4 * plain.train_flops  # at most one more forward pass
+
+
 def test_a_batch_that_does_not_fit_is_told(capsys):
     assert main(["policy=pi0_tiny", "--gpu-gb", "1", "--tflops", "1"]) == 0
     out = capsys.readouterr().out

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from serl_launcher.policies.shapes_only import computed_again
+
 log = logging.getLogger("policy")
 MODES = ("auto", "on", "off")
 MAX_FORMS = 64  # of inputs that a layer function is compiled for; what comes after them runs uncompiled
@@ -39,7 +41,7 @@ def run_layer(checkpointing: bool, function: Callable[..., Any], *arguments: Any
     """`function(*arguments)`; with `checkpointing` its activations are computed again in the backward pass."""
     if checkpointing and torch.is_grad_enabled():
         # The state of the generator is kept: dropout may be on, and the second pass must draw what the first drew.
-        return checkpoint(function, *arguments, use_reentrant=False)
+        return checkpoint(function, *arguments, use_reentrant=False, context_fn=computed_again)
     return function(*arguments)
 
 

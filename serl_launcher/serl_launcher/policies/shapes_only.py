@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -61,6 +62,13 @@ class ShapeRules(TorchFunctionMode):
         if id(x) not in self._casts:
             self._casts[id(x)] = x.to(torch.bfloat16)
         return self._casts[id(x)]
+
+
+def computed_again() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For torch.utils.checkpoint: what a layer runs in at first, and when it is computed again. The rules that hold now
+    hold then, as torch itself has it for autocast."""
+    now = ShapeRules._entered
+    return nullcontext(), ShapeRules(now[-1].half) if now else nullcontext()
 
 
 def _attend(

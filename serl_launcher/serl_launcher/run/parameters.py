@@ -5,7 +5,7 @@ with a local policy. Only trainable tensors travel, with a hash of the frozen re
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from serl_launcher.run.versions import (
 from serl_launcher.tensor_files import Pending, is_finite, raw_bytes, write_tensors
 
 BEST = "best"  # folder of a fine-tuning run beside params/: the version of the lowest held-out loss
+Upload = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]  # (tensors, like) -> copies of them
 AVERAGED = "averaged."  # what the names of the averaged parameters begin with in a trainer's checkpoint
 
 
@@ -185,14 +186,21 @@ def _of_checkpoint(path: Path) -> bool:
     return path.name == checkpoints.TENSORS and (path.parent / checkpoints.MANIFEST).exists()
 
 
-def checked_tensors(want: dict[str, Tensor], path: Path, base: str | None = None) -> tuple[dict, dict[str, str]]:
+def checked_tensors(
+    want: dict[str, Tensor], path: Path, base: str | None = None, upload: Upload | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors of a published file that fit `want` exactly, with its dtypes and devices, and the file's metadata.
 
-    Nothing is changed: a file can be made ready beside a policy that is in use. Raises ValueError naming the tensors
-    that do not fit, or both hashes when the frozen base differs.
+    Nothing is changed: a file can be made ready beside a policy that is in use. upload: how they come to a device
+    without holding up what it does (serving.upload). Raises ValueError naming the tensors that do not fit, or both
+    hashes when the frozen base differs.
     """
     tensors, metadata = _fitting(want, path, base)
-    return {name: tensors[name].to(device=p.device, dtype=p.dtype) for name, p in want.items()}, metadata
+    return (upload or _moved)(tensors, want), metadata
+
+
+def _moved(tensors: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensors[name].to(device=p.device, dtype=p.dtype) for name, p in want.items()}
 
 
 def _fitting(want: Mapping[str, Tensor], path: Path, base: str | None) -> tuple[Mapping[str, Tensor], dict[str, str]]:

@@ -30,12 +30,14 @@ from serl_launcher.agents.build import build_policy
 from serl_launcher.agents.steering import steer, steers
 from serl_launcher.policies.base import PolicyInput, Prefix, sample, trainable
 from serl_launcher.policies.compiling import check_switch
+from serl_launcher.policies.kernels import AttentionCalls, choose
 from serl_launcher.policies.precision import hold
 from serl_launcher.policies.realtime import sample_realtime, soft_mask
 from serl_launcher.run.parameters import base_sha256, checked_tensors
 from serl_launcher.run.versions import PublishedVersion, file_path, newest_whole, problem_of
 from serl_launcher.serving.graphs import GraphRunner, bucket_of, bucket_sizes
 from serl_launcher.serving.query import Query
+from serl_launcher.serving.upload import Upload
 from serl_transport.contract.specs import TaskSpec, all_finite
 
 log = logging.getLogger("policy")
@@ -58,6 +60,7 @@ class PolicyEngine:
         self.device = torch.device(
             "cuda" if wanted == "auto" and torch.cuda.is_available() else "cpu" if wanted == "auto" else wanted
         )
+        choose(self.device)
         self.spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
         self.policy = build_policy(cfg, self.spec).to(self.device).eval()
         self._base = base_sha256(self.policy)
@@ -65,6 +68,7 @@ class PolicyEngine:
         self._published = trainable(self.policy)
         self.policy.requires_grad_(False)  # guidance differentiates by actions, never by weights
         self.policy.fuse_for_serving()
+        self._upload = Upload(self.device) if self.device.type == "cuda" else None
         self._params_dir, self._steps = params_dir, cfg.serving.flow_steps
         self._pinned = pinned
         self.pin: int | None = None  # as it was last asked for
@@ -83,24 +87,31 @@ class PolicyEngine:
         mode = check_switch("serving.cuda_graphs", switch)
         if mode == "on" and self.device.type != "cuda":
             raise ValueError(f"serving.cuda_graphs=on: needs serving.device=cuda, got {self.device.type}")
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
         return GraphRunner(self._forward) if mode != "off" and self.device.type == "cuda" else None
 
     def warm_up(self) -> None:
-        """Capture a graph for every bucket of the task's own prompt; nothing without graphs."""
+        """Say which attention kernels answer, and capture a graph for every bucket of the task's own prompt, to keep;
+        nothing without graphs."""
         if self._graphs is None:
             return
         started, spec = time.monotonic(), self.spec
         images = {camera: np.zeros((h, w, 3), np.uint8) for camera, (h, w) in spec.cameras.items()}
         query = Query(images, np.zeros(len(spec.state_names), np.float32), spec.prompt, seed=0)
         try:
+            self._say_kernels(query)
             for size in self._sizes:
                 self.act([query] * size)
         except Exception:  # a question that fails the same way gets its own error
             log.exception("warming up failed; the first questions will be slower, or fail as this did")
+        self._graphs.keep()
         seconds = time.monotonic() - started
         log.info("%d CUDA graphs for batches of %s in %.1f s", self._graphs.captured, self._sizes, seconds)
+
+    def _say_kernels(self, query: Query) -> None:
+        """Run one answer outside of graphs and compiled code, where its attention calls can be watched."""
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), AttentionCalls() as calls:
+            self._forward(self._inputs([query], self._draw([query])))
+        calls.say()
 
     # Parameters.
 
@@ -152,7 +163,7 @@ class PolicyEngine:
 
     def stage_file(self, path: Path, version: int) -> None:
         """Make this file ready as `version`. Raises ValueError that names what does not fit."""
-        self._staged.append(Staged(version, checked_tensors(self._published, path, self._base)[0]))
+        self._staged.append(Staged(version, checked_tensors(self._published, path, self._base, self._upload)[0]))
 
     def swap(self) -> bool:
         """Serve what is staged from the next batch on; True when there was something. Where `act` is called."""
@@ -162,8 +173,7 @@ class PolicyEngine:
             return False
         # In place: captured graphs and compiled code read the weights where they lie.
         with torch.no_grad():
-            for name, parameter in self._published.items():
-                parameter.copy_(staged.tensors[name])
+            torch._foreach_copy_(list(self._published.values()), [staged.tensors[name] for name in self._published])
         self.version = staged.version
         return True
 
@@ -202,10 +212,12 @@ class PolicyEngine:
         filled = [*queries, *[queries[-1]] * (size - len(queries))]
         noise = self._draw(queries)
         with torch.inference_mode():
-            inputs = self.policy.prepare(self._observation(filled))
-            inputs["noise"] = torch.cat([noise, noise[-1:].expand(size - len(queries), -1, -1)])
+            inputs = self._inputs(filled, torch.cat([noise, noise[-1:].expand(size - len(queries), -1, -1)]))
             chunks, anchor = self._graphs(inputs)[: len(queries)], inputs.get("anchor")
             return self._physical(chunks, None if anchor is None else anchor[: len(queries)], queries)
+
+    def _inputs(self, queries: Sequence[Query], noise: Tensor) -> dict[str, Tensor]:
+        return self.policy.prepare(self._observation(queries)) | {"noise": noise}
 
     def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """What a graph holds: prepared inputs and noise to chunks in the model's units."""

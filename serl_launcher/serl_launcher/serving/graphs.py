@@ -6,13 +6,16 @@ where they lie: the engine copies new ones into the same memory, so a graph stay
 
     rows ─▶ pad to the bucket ─▶ copy into static inputs ─▶ replay ─▶ clone of the static output, cut to the rows
 
-A bucket that cannot be captured costs one line in the log; its batches run without a graph from then on.
+What was captured at the start stays (`keep`); what comes later, prompts of other lengths, is bounded: the bucket that
+was used longest ago goes. A capture that fails ends capturing for good, in one line of the log: CUDA's state is put
+right, the graphs that are there go on, everything else runs without one.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +26,7 @@ log = logging.getLogger("policy")
 Tensors = dict[str, Tensor]
 Forward = Callable[[Tensors], Tensor]
 WARMUP = 3  # runs before a capture: lazy initialisation, autotuning and compilation must be over
-MAX_BUCKETS = 32  # graphs kept; each holds its buffers
+MAX_BUCKETS = 32  # graphs beside those that are kept; each holds its buffers
 _HOST = ("image_grid_thw",)  # tensors that stay on the host: their values are part of the bucket
 
 
@@ -49,19 +52,81 @@ class Bucket:
     replay: Callable[[], None]
 
 
-def capture_cuda(forward: Forward, inputs: Tensors, pool: Any) -> tuple[Tensor, Callable[[], None], Any]:
-    """Record `forward(inputs)` in a CUDA graph: its output buffer, what runs it again, and the memory pool."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+class CaptureError(RuntimeError):
+    """A pass that runs could not be captured."""
+
+
+@dataclass(frozen=True, slots=True)
+class CudaPool:
+    """What the captures of a runner share: memory, and the stream that they are recorded on."""
+
+    handle: Any  # of the private memory pool
+    stream: torch.cuda.Stream
+
+    @classmethod
+    def make(cls) -> CudaPool:
+        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+
+
+def capture_cuda(
+    forward: Forward, inputs: Tensors, pool: CudaPool | None
+) -> tuple[Tensor, Callable[[], None], CudaPool]:
+    """Record `forward(inputs)` in a CUDA graph: its output buffer, what runs it again, and the pool for the next one.
+
+    Raises CaptureError where it runs and cannot be captured; what it raises when it is run, as it is.
+    """
+    pool = pool or CudaPool.make()
+    serving = torch.cuda.current_stream()
+    pool.stream.wait_stream(serving)
+    # torch.cuda.graph leaves its stream the current one where the end of a capture raises; this does not.
+    with torch.cuda.stream(pool.stream):
         for _ in range(WARMUP):
             forward(inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # The loader thread may allocate meanwhile: only this thread's calls are held to the rules of a capture.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        graph, problem = torch.cuda.CUDAGraph(), None
+        try:
+            output = _record(graph, forward, inputs, pool.handle)
+        except Exception as error:  # forgotten at the end of this block, and with it the tensors of its frames
+            log.debug("where a capture failed", exc_info=True)
+            problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if problem is not None:
+            torch.cuda.empty_cache()
+            raise CaptureError(problem)
+    serving.wait_stream(pool.stream)
+    return output, graph.replay, pool
+
+
+def _record(graph: Any, forward: Forward, inputs: Tensors, handle: Any) -> Tensor:
+    try:
+        # The loader thread may allocate meanwhile: only this thread's calls are held to the rules of a capture.
+        graph.capture_begin(pool=handle, capture_error_mode="thread_local")
         output = forward(inputs)
-    return output, graph.replay, graph.pool()
+        graph.capture_end()
+    except Exception:
+        _abandon(graph, handle)
+        raise
+    return output
+
+
+_ABANDONED: list[Any] = []  # torch's allocators may still ask these graphs whether they are capturing
+
+
+def _abandon(graph: Any, handle: Any) -> None:
+    """End a capture that failed, as CUDA and torch's allocator need it. Raises where the device itself has failed.
+
+    Where CUDA refuses to end it, torch (2.11) leaves the allocator as if it went on: memory that another stream used
+    is never given back then, and the next `empty_cache` or shortage of memory ends in an assertion.
+    """
+    try:
+        graph.capture_end()  # in order where `forward` alone failed
+    except RuntimeError:
+        _ABANDONED.append(graph)
+        device = torch.cuda.current_device()
+        with suppress(RuntimeError):  # the allocator had been told, what failed came after
+            torch._C._cuda_endAllocateToPool(device, handle)
+            torch._C._cuda_releasePool(device, handle)
+    torch.cuda.synchronize()
 
 
 class GraphRunner:
@@ -73,15 +138,15 @@ class GraphRunner:
 
     def __init__(self, forward: Forward, capture: Callable = capture_cuda) -> None:
         self._forward, self._capture = forward, capture
-        self._buckets: dict[tuple, Bucket] = {}
-        self._failed: set[tuple] = set()
+        self._buckets: dict[tuple, Bucket] = {}  # the one used last stands last, but for those that are kept
+        self._kept: set[tuple] = set()
+        self._ended = False  # nothing is captured any more
         self._pool: Any = None
         self.captured = self.plain = 0  # buckets; batches without a graph
 
     def __call__(self, inputs: Tensors) -> Tensor:
         """`forward(inputs)`; the result is the caller's own."""
-        key = _key(inputs)
-        bucket = None if key in self._failed else self._buckets.get(key) or self._make(key, inputs)
+        bucket = self._bucket(_key(inputs), inputs)
         if bucket is None:
             self.plain += 1
             return self._forward(inputs)
@@ -91,20 +156,37 @@ class GraphRunner:
         bucket.replay()
         return bucket.output.clone()  # the buffer is written again by the next batch
 
+    def keep(self) -> None:
+        """Never let go of the buckets that are there."""
+        self._kept.update(self._buckets)
+
+    def _bucket(self, key: tuple, inputs: Tensors) -> Bucket | None:
+        if key in self._kept:
+            return self._buckets[key]
+        bucket = self._buckets.pop(key, None) or self._make(key, inputs)
+        if bucket is not None:
+            self._buckets[key] = bucket
+        return bucket
+
     def _make(self, key: tuple, inputs: Tensors) -> Bucket | None:
-        if len(self._buckets) >= MAX_BUCKETS:
-            del self._buckets[next(iter(self._buckets))]  # the oldest
+        if self._ended:
+            return None
+        guests = [other for other in self._buckets if other not in self._kept]
+        if len(guests) >= MAX_BUCKETS:
+            del self._buckets[guests[0]]
         static = {name: x if name in _HOST else x.clone() for name, x in inputs.items()}
         try:
             output, replay, self._pool = self._capture(self._forward, static, self._pool)
-        except Exception as error:
-            self._failed.add(key)
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            log.warning("serving.cuda_graphs: a batch of %d runs without a graph: %s", key[0], reason)
+        except CaptureError as error:
+            self._ended = True
+            log.warning(
+                "serving.cuda_graphs: a batch of %d cannot be captured: %s; nothing more is, %d graphs that are there "
+                "are used on",
+                *(key[0], error, len(self._buckets)),
+            )
             return None
         self.captured += 1
-        bucket = self._buckets[key] = Bucket(static, output, replay)
-        return bucket
+        return Bucket(static, output, replay)
 
 
 def _key(inputs: Tensors) -> tuple:

@@ -202,7 +202,7 @@ def test_patch_rows_are_those_of_the_qwen_processor():
         image_std=[0.5] * 3,
     )
     theirs = processor(images=list(images), return_tensors="pt")["pixel_values"]
-    ours = patches(torch.as_tensor(images).permute(0, 3, 1, 2).float().div(127.5).sub(1))
+    ours = patches(torch.as_tensor(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)).flatten(0, 1)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 

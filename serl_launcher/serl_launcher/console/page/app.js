@@ -3,6 +3,7 @@
 import { showActors, showLive } from "./actors.js";
 import { buttons, forms } from "./acts.js";
 import { draw } from "./charts.js";
+import { showControls } from "./controls.js";
 import { $, age, h, list, number, percent } from "./dom.js";
 import { drive } from "./drive.js";
 import { showRows } from "./ledger.js";
@@ -49,7 +50,7 @@ function showFigures() {
   list($("replay"), "Data", [
     ["demonstrations", counts.demos ?? "–"], ["online episodes", counts.online ?? "–"], ["evaluations", counts.eval ?? "–"],
     ["transitions", `${counts.transitions ?? "–"} (${number(rates.transitions_per_s, 1)}/s)`],
-    ["driven by people, ticks", counts.interventions ?? "–"],
+    ["driven by operators, ticks", counts.interventions ?? "–"],
     ...Object.entries(m).filter(([key]) => key.startsWith("replay/")).map(([key, v]) => [key.slice(7).replaceAll("_", " "), number(v, 0)]),
     ["in the dataset", `${s.exporter?.episodes ?? "–"} episodes${s.exporter?.quarantined ? `, ${s.exporter.quarantined} in quarantine` : ""}`],
   ]);
@@ -89,6 +90,7 @@ function take(news) {
   if (news.ages) showLive(state);
   if (news.curves) showCurves(news.curves);
   if (news.losses) showLosses(news.losses);
+  if (news.controls) showControls(news.controls);
   if (news.acts) showActs(news.acts);
   if (news.rows) showRows(news.rows);
 }

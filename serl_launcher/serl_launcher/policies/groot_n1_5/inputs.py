@@ -8,16 +8,17 @@ in [−1, 1], images of one sample adjacent. Facts: Isaac-GR00T n1.5, gr00t/mode
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from serl_launcher.policies.groot.inputs import PAD_TO, SpecialTokens
+from serl_launcher.policies.groot.inputs import PAD_TO, SpecialTokens, by_size
+from serl_launcher.policies.groot.prompts import PromptRows, left_padded
 from serl_launcher.policies.hub import is_offline
 from serl_launcher.policies.tokens import WordHashTokenizer
-from serl_launcher.policies.transfer import to_device
 
 PROCESSOR = "lerobot/eagle2hg-processor-groot-n1p5"  # a hub repository with the backbone's tokenizer
 IMAGE, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
@@ -33,7 +34,7 @@ class Pictures:
     bicubic: bool = False  # LeRobot's Eagle processor; else NVIDIA's bilinear
 
     def apply(self, images: Tensor) -> Tensor:
-        """uint8[n, 3, h, w] of one camera to float32[n, 3, side, side] in [−1, 1]."""
+        """uint8[n, 3, h, w] of one size to float32[n, 3, side, side] in [−1, 1]."""
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2 import functional
 
@@ -56,6 +57,8 @@ class EagleInputs:
     quoted: the prompt stands as `['…']`, as LeRobot trained it (NVIDIA's fine-tuning has the bare text).
     """
 
+    backbone: ClassVar[str] = "Eagle 2.5"
+
     def __init__(
         self, source: str, cameras: tuple[str, ...], pictures: Pictures, tokens: int = 256, quoted: bool = False
     ) -> None:
@@ -68,15 +71,19 @@ class EagleInputs:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"policy.processor={source}: cannot be loaded ({str(error).splitlines()[0]}); name a folder that holds "
-                "the tokenizer's files of Eagle 2.5 (vocab.json, merges.txt, tokenizer_config.json, added_tokens.json)"
+                f"the tokenizer's files of {self.backbone} (vocab.json, merges.txt, tokenizer_config.json, "
+                "added_tokens.json)"
             ) from None
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError(f"policy.processor={source}: its tokenizer has no padding token")
         missing = [word for word in (IMAGE, START, END) if len(self._ids(word)) != 1]
         if missing:
             raise ValueError(
-                f"policy.processor={source}: its tokenizer has no token {missing[0]}; it is not Eagle 2.5's"
+                f"policy.processor={source}: its tokenizer has no token {missing[0]}; it is not {self.backbone}'s"
             )
         self.source, self.cameras, self.pictures = source, cameras, pictures
         self.tokens, self.quoted = tokens, quoted  # tokens of a picture
+        self._row, self._rows = lru_cache(4096)(self._encode), PromptRows(self._pad)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -89,12 +96,14 @@ class EagleInputs:
 
     def __call__(self, images: dict[str, np.ndarray], prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """images: uint8[b, h, w, 3] per camera. `device`: where pictures are worked on."""
-        views = [self.pictures.apply(to_device(images[camera], device).permute(0, 3, 1, 2)) for camera in self.cameras]
-        words = self.tokenizer(
-            [self.text(prompt) for prompt in prompts], padding=True, pad_to_multiple_of=PAD_TO, return_tensors="pt"
-        )
-        tokens = {name: words[name] for name in ("input_ids", "attention_mask")}
-        return tokens | {"pixel_values": torch.stack(views, dim=1).flatten(0, 1)}
+        views = by_size(images, self.cameras, device, self.pictures.apply)
+        return self._rows(prompts, device) | {"pixel_values": torch.stack(views, dim=1).flatten(0, 1)}
+
+    def _pad(self, prompts: tuple[str, ...]) -> dict[str, Tensor]:
+        return left_padded([self._row(prompt) for prompt in prompts], self.tokenizer.pad_token_id, PAD_TO)
+
+    def _encode(self, prompt: str) -> list[int]:
+        return self.tokenizer(self.text(prompt))["input_ids"]
 
     def text(self, prompt: str) -> str:
         """One sample's chat, as the model was trained."""
@@ -112,15 +121,18 @@ class EagleHashInputs:
         self.cameras, self.tokens = cameras, tokens
         self.pictures = Pictures(image_size, crop=None)
         self.tokenizer = WordHashTokenizer(tokens.words, prompt_tokens)
+        self._rows = PromptRows(self._make)
 
     def __call__(self, images: dict[str, np.ndarray], prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """images: uint8[b, h, w, 3] per camera."""
-        views = [self.pictures.apply(to_device(images[camera], device).permute(0, 3, 1, 2)) for camera in self.cameras]
-        words, mask = self.tokenizer(prompts)
+        views = by_size(images, self.cameras, device, self.pictures.apply)
+        return self._rows(prompts, device) | {"pixel_values": torch.stack(views, dim=1).flatten(0, 1)}
+
+    def _make(self, prompts: tuple[str, ...]) -> dict[str, Tensor]:
+        words, mask = self.tokenizer(list(prompts))
         one = [self.tokens.start, *[self.tokens.image] * (self.pictures.side // self.patch) ** 2, self.tokens.end]
         ids = torch.tensor(one * len(self.cameras)).expand(len(prompts), -1)
         return {
             "input_ids": torch.cat([ids, words], dim=1),
             "attention_mask": torch.cat([torch.ones_like(ids), mask.long()], dim=1),
-            "pixel_values": torch.stack(views, dim=1).flatten(0, 1),
         }
