@@ -135,9 +135,10 @@ def inference_rows(
     policy = built(device, model, "expert" if model.name == "pi0" else "head", precision).eval()
     policy.requires_grad_(False)
     hold(policy, precision, masters=False)
+    policy.fuse_for_serving()
 
     def forward(inputs: dict[str, Tensor]) -> Tensor:
-        prefix = policy.encode_prepared({k: x for k, x in inputs.items() if k != "noise"})
+        prefix = policy.encode_prepared({k: x for k, x in inputs.items() if k != "noise"}, features=False)
         return sample(policy, prefix, inputs["noise"], model.flow_steps)
 
     graphs = GraphRunner(forward) if device.type == "cuda" else None

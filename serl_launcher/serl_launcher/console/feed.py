@@ -144,6 +144,8 @@ class Feed:
 def _act(row: Mapping[str, Any]) -> dict[str, str]:
     """One line of acts.jsonl for the page's list."""
     said = [f"{key} {value}" for key, value in row.items() if key not in _OF_EVERY and value is not None]
+    if row["act"] == "set" and "key" in row:
+        said = [f"{row['key']} = {row.get('value')}; the config says {row.get('was')}"]
     return {"n": row["n"], "time": row.get("time", ""), "by": row.get("by", ""), "text": " ".join([row["act"], *said])}
 
 

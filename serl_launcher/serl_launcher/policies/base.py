@@ -175,8 +175,8 @@ class FlowPolicy(nn.Module):
         """
         if prefix.hidden is None:
             raise ValueError("features: this prefix was encoded with features=False")
-        keep = prefix.pad_mask.unsqueeze(-1).to(prefix.hidden.dtype)
-        return torch.cat([((prefix.hidden * keep).sum(1) / keep.sum(1)).float(), prefix.state], dim=-1)
+        keep = prefix.pad_mask.unsqueeze(-1).float()
+        return torch.cat([(prefix.hidden.float() * keep).sum(1) / keep.sum(1), prefix.state], dim=-1)
 
     @property
     def units(self) -> Units:

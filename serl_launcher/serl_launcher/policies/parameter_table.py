@@ -16,6 +16,8 @@ PARTS = {  # what a parameter's name contains -> its part, the first that fits; 
     "eagle_model.vision_model.": "vision tower",
     "eagle_model.mlp1": "projector",
     "eagle_linear": "projector",
+    "backbone.model.vision_model.": "vision tower",
+    "backbone.model.mlp1": "projector",
     "language_model": "language model",
     "gemma_expert": "action expert",
     "action_head.model.": "diffusion transformer",

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix
 from serl_launcher.policies.compiling import CompiledLayer
+from serl_launcher.policies.groot.checkpoint import ALIASES
 from serl_launcher.policies.groot.dit import attend_tokens, cross_keys, dit_block, run_dit
 from serl_launcher.policies.groot.qwen import Grid, run_backbone, text_layer, vision_block
-from serl_launcher.policies.groot.saving import save_groot
+from serl_launcher.policies.groot.saving import save_groot, write_config
 from serl_launcher.policies.normalise import Units, pad_last
 from serl_launcher.policies.precision import compute, full
 from serl_launcher.policies.transfer import to_device
@@ -49,6 +50,7 @@ class GrootFlowPolicy(FlowPolicy):
     """
 
     released_flow_steps: ClassVar[int] = 4
+    aliases: ClassVar[dict[str, str]] = ALIASES  # name -> another that a file may have for the same tensor
 
     def __init__(
         self,
@@ -116,6 +118,10 @@ class GrootFlowPolicy(FlowPolicy):
     def save(self, folder: Path, extras: Mapping[str, Any] | None = None) -> Path:
         """Write it in the layout that it came from, NVIDIA's without one; `extras` as `save_groot`."""
         return save_groot(self, folder, extras)
+
+    def write_config(self, folder: Path) -> None:
+        """What an export of weights that began at random has as its configuration."""
+        write_config(self, folder)
 
     @property
     def backbone(self) -> nn.Module:

@@ -44,7 +44,12 @@ def run_eagle(
         seen = run_layer(checkpointing, vision_function, layer, seen)
     seen = model.mlp1(vision.post_layernorm(seen))
     x = place_images(language.embed_tokens(ids), seen.flatten(0, 1), ids == image_token)
-    cos, sin = language.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None])
+    return run_qwen3(language, x, valid, checkpointing, text_function)
+
+
+def run_qwen3(language: nn.Module, x: Tensor, valid: Tensor, checkpointing: bool, text_function: Callable) -> Tensor:
+    """`Qwen3Model` over tokens float[b, l, width] in place of ids, behind the final norm."""
+    cos, sin = language.rotary_emb(x, torch.arange(x.shape[1], device=x.device)[None])
     mask = causal_mask(valid)
     for layer in language.layers:
         x = run_layer(checkpointing, text_function, layer, x, mask, cos, sin)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -16,12 +16,13 @@ from serl_launcher.policies.compiling import CompiledLayer
 from serl_launcher.policies.groot.dit import dit_block
 from serl_launcher.policies.groot.head import GrootFlowPolicy, GrootPrefix
 from serl_launcher.policies.groot.qwen import text_layer
+from serl_launcher.policies.groot_n1_5.checkpoint import ALIASES
 from serl_launcher.policies.groot_n1_5.eagle import run_eagle, siglip_layer
 from serl_launcher.policies.groot_n1_5.saving import save_groot_n1_5
 
 
-class GrootN15FlowPolicy(GrootFlowPolicy):
-    """`N15Core` as a flow policy; arguments as `GrootFlowPolicy`. inputs: groot_n1_5.inputs. `attention` is sdpa."""
+class EagleFlowPolicy(GrootFlowPolicy):
+    """What N1.5 and N1.6 share: an Eagle before the action head, run by our own layers alone."""
 
     @staticmethod
     def drop_unread(core: nn.Module) -> None:
@@ -29,7 +30,7 @@ class GrootN15FlowPolicy(GrootFlowPolicy):
 
     def compile_layers(self, mode: str, backend: str = "inductor") -> None:
         if self.attention != "sdpa":
-            raise ValueError("policy.attention: GR00T N1.5 has our own layers alone, set it to sdpa")
+            raise ValueError("policy.attention: GR00T N1.5 and N1.6 have our own layers alone, set it to sdpa")
         self._layers = [CompiledLayer(f, mode, backend) for f in (siglip_layer, text_layer)]
         self._dit_block = CompiledLayer(dit_block, mode, backend)
 
@@ -37,13 +38,19 @@ class GrootN15FlowPolicy(GrootFlowPolicy):
         """None: what no action depends on is not held."""
         return set()
 
-    def save(self, folder: Path, extras: Mapping[str, Any] | None = None) -> Path:
-        """Write it in NVIDIA's layout, or in LeRobot's where it came from one; `extras` as `save_groot_n1_5`."""
-        return save_groot_n1_5(self, folder, extras)
-
     @property
     def image_token(self) -> int:
         return self.backbone.image_token
+
+
+class GrootN15FlowPolicy(EagleFlowPolicy):
+    """`N15Core` as a flow policy; arguments as `GrootFlowPolicy`. inputs: groot_n1_5.inputs. `attention` is sdpa."""
+
+    aliases: ClassVar[dict[str, str]] = ALIASES
+
+    def save(self, folder: Path, extras: Mapping[str, Any] | None = None) -> Path:
+        """Write it in NVIDIA's layout, or in LeRobot's where it came from one; `extras` as `save_groot_n1_5`."""
+        return save_groot_n1_5(self, folder, extras)
 
     def _run_backbone(self, tensors: dict[str, Tensor], keep: Tensor) -> Tensor:
         backbone = self.backbone
