@@ -16,6 +16,7 @@ from serl_robot_infra.episode import EpisodeRunner
 from serl_robot_infra.estop import EmergencyStop
 from serl_robot_infra.evaluation import EvaluationSummary
 from serl_robot_infra.link import LearnerLink, Run, Stop, Ticket, Wait, parse_ticket
+from serl_robot_infra.live_rollout import LiveRollout
 from serl_robot_infra.observers.base import Observer
 from serl_robot_infra.pacing import StopSignal
 from serl_transport.contract.errors import Internal, NotReady, ServerSilent, StorageFull
@@ -39,6 +40,7 @@ class Actor:
     estop: EmergencyStop  # while it is latched no episode is begun
     mode: str  # what to ask for: follow (the learner's schedule), demo, online or eval
     episodes: int | None  # stop after this many; None: until told to
+    live: LiveRollout | None = None  # what people change of `rollout` meanwhile; None: nobody can
     _count: int = field(default=0, init=False)
     _last: bool = field(default=False, init=False)  # a person said stop
     _evaluation: EvaluationSummary = field(default_factory=EvaluationSummary, init=False)
@@ -77,6 +79,8 @@ class Actor:
         return f"stopped by {self.stop.signal.name}" if self.stop.signal else "stopped"
 
     def _run_episode(self, ticket: Run) -> None:
+        if self.live is not None:
+            self.live.take(ticket.rollout)
         runner = self.evaluation_runner if ticket.mode == "eval" else self.runner
         report = runner.run(ticket, self._count + 1)
         self._evaluation.add(report)

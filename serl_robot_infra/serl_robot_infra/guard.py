@@ -67,9 +67,8 @@ class RobotGuard:
         if stop_s is not None and stop_s <= 0:
             raise ValueError(f"rollout.watchdog.stop_ms: expected a number above 0, got {stop_s * 1e3:g}")
         self._robot, self.estop, self.stop_s, self.watchdog = robot, estop, stop_s, watchdog
-        self._period = min(1.0 / rate_hz, _SIMULATED_PERIOD_S) if rate_hz else _SIMULATED_PERIOD_S
+        self.set_rate(rate_hz)
         self._held_at = 0.0  # monotonic seconds of the last hold
-        self._hold_s = 2.0 / rate_hz if rate_hz else _SIMULATED_PERIOD_S * 2
         self._fed: float | None = None  # monotonic seconds of the last action; None: not armed
         self._moving = False  # since the last hold or stop it was reset or fed
         self._resetting = False  # a reset has begun, and no action was sent since
@@ -88,6 +87,11 @@ class RobotGuard:
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="robot-guard", daemon=True)
         self._thread.start()
+
+    def set_rate(self, rate_hz: float) -> None:
+        """Of the control loop, between two episodes; 0: as fast as possible. `stop_s` stays."""
+        self._period = min(1.0 / rate_hz, _SIMULATED_PERIOD_S) if rate_hz else _SIMULATED_PERIOD_S
+        self._hold_s = 2.0 / rate_hz if rate_hz else _SIMULATED_PERIOD_S * 2
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ Called by the actor loop. Requests go out, typed tickets come back; anything els
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from serl_transport.contract.errors import BadFrame
@@ -72,6 +72,7 @@ class Run:
     seed: int  # of the environment's reset
     min_version: int  # the oldest policy version that may drive it
     takeover: bool  # whether the operator may take over
+    rollout: Mapping[str, Any] = field(default_factory=dict)  # key -> {value, by}: what people changed of `rollout`
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,4 +119,5 @@ def _parse_run(reply: Mapping[str, Any]) -> Run:
         seed=int(reply["seed"]),
         min_version=int(reply["min_version"]),
         takeover=bool(reply["takeover"]),
+        rollout=dict(reply.get("rollout") or {}),
     )

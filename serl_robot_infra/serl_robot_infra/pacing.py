@@ -51,11 +51,15 @@ class Pace:
     """Keeps ticks `1 / rate_hz` seconds apart and counts those that came too late; a rate of 0 does not wait at all."""
 
     def __init__(self, rate_hz: float):
+        self.set_rate(rate_hz)
+        self._due = 0.0
+        self.overruns = 0
+
+    def set_rate(self, rate_hz: float) -> None:
+        """Between two episodes. ValueError: below 0."""
         if rate_hz < 0:
             raise ValueError(f"rate_hz: expected 0 or more, got {rate_hz}")
         self._period = 1.0 / rate_hz if rate_hz else 0.0
-        self._due = 0.0
-        self.overruns = 0
 
     def start(self) -> None:
         """The first tick of an episode is due now."""

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.base_policy import BasePolicy
 from openpi_client.realtime_chunk_broker import RealtimeChunkBroker
+from serl_robot_infra import live_rollout
 from serl_robot_infra.actor import Actor
 from serl_robot_infra.adder import Adder
 from serl_robot_infra.connect import keeper, waiting
@@ -152,12 +153,13 @@ def build_actor(
     pace = Pace(control_rate(cfg, env.spec))
     operator, reward = build_operator(cfg, env, link), build_reward(cfg, waiting(stream, stop))
     voices = [voice for voice in (operator, reward) if hasattr(voice, "words")]
-    observer = ObserverGroup(_observers(cfg, env, link, stream, lambda: Vitals(
+    watchers = _observers(cfg, env, link, stream, lambda: Vitals(
         infer_p50_ms=policy.p50_ms if policy else None,
         backlog=link.backlog,
         overruns=pace.overruns,
         refused=link.refused_items,
-    )))  # fmt: skip
+    ))  # fmt: skip
+    observer = ObserverGroup(watchers)
     stack = ControlStack(
         env=env,
         broker=broker,
@@ -185,7 +187,15 @@ def build_actor(
     evaluation = replace(runner, stack=evaluation_stack(cfg, stack))
     for line in [*filter(None, [slower(cfg, env.spec)]), *describe_operator(cfg, env.spec, stack.reward, voices)]:
         print(line, file=stream, flush=True)
-    return Actor(runner, evaluation, link, observer, stop, guard.estop, rollout.mode, rollout.episodes), observer
+    paces = {id(pace): (pace, control_rate(cfg, env.spec))}
+    paces.setdefault(id(evaluation.stack.pace), (evaluation.stack.pace, configured_rate(cfg, env.spec)))
+    keys = {
+        "rate_hz": live_rollout.rate(env.spec.control_hz, [*paces.values()], guard),
+        "video_every": live_rollout.video_every([seen for seen in watchers if hasattr(seen, "every")]),
+    }
+    live = live_rollout.LiveRollout(keys, observer, link.set_status)
+    actor = Actor(runner, evaluation, link, observer, stop, guard.estop, rollout.mode, rollout.episodes, live)
+    return actor, observer
 
 
 def build_policy(cfg: DictConfig, link: LearnerLink) -> MeasuredPolicy | None:

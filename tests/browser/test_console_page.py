@@ -136,10 +136,42 @@ def judge(start, page, row) -> None:
     """A person's word on an episode from its line on the page; the trainer imitates it no longer."""
     start.wait(lambda: start.accepted(row) is True, "the trainer imitates the episode")
     page.js(f"document.querySelector('button[aria-label$=\"judge episode {row['ordinal']}\"]').click()")
-    page.click("Do not imitate", "#episode-acts")
+    page.click("Do not imitate", "#episode-acts")  # no reward is learned in this run: the word is a person's alone
     page.wait("document.querySelector('#rows').innerText.includes('no, said Ann (console)')")
     page.wait("document.querySelector('#done').innerText.includes('Ann (console)')")
     start.wait(lambda: start.accepted(row) is False, "the trainer imitates it no longer")
+
+
+def accept(start, page, row) -> None:
+    """A failure that a person calls worth imitating is imitated, and what was said of it can be taken back."""
+    assert start.accepted(row) is False
+    for word, used in (("Imitate", True), ("Take back", False)):
+        page.js(f"document.querySelector('button[aria-label$=\"judge episode {row['ordinal']}\"]').click()")
+        page.click(word, "#episode-acts")
+        start.wait(lambda used=used: start.accepted(row) is used, f"imitated: {used}")
+
+
+def change(start, page) -> None:
+    """A rate of training and one of the robot, by their controls; a value out of range goes nowhere."""
+    for key, value in (("trainer.max_steps_per_tick", 1.5), ("rollout.rate_hz", 8)):
+        page.js(f"document.querySelector('[name=\"{key}\"]').closest('details').open = true")
+        control = f'#controls form[title="{key}"]'
+        page.wait(f"document.querySelector('{control} button').disabled")
+        page.fill(f"{control} input", "-3")
+        page.click("Set", control)
+        page.wait(f"document.querySelector('{control} input').validity.rangeUnderflow")
+        assert key not in start.status()["operator"]["settings"]
+        page.fill(f"{control} input", str(value))
+        page.click("Set", control)
+        start.wait(lambda key=key: key in start.status()["operator"]["settings"], f"{key} is in the ledger")
+        assert start.status()["operator"]["settings"][key]["value"] == value
+        page.wait(f"document.querySelector('{control}').innerText.includes('set by Ann (console)')")
+    take(page)
+    start.next_row(lambda: page.tap("n"))  # it holds from the next episode on
+    page.wait("document.querySelector('.facts').innerText.includes('set by people: rate_hz=8 (Ann (console))')")
+    assert start.status()["actors"]["actor-0"]["rollout"] == "rate_hz=8 (Ann (console))"
+    assert "rollout.rate_hz=8 from this episode on, by Ann (console)" in start.screen()
+    page.wait("document.querySelector('.facts').innerText.includes('8 Hz')")
 
 
 def roll_back(start, page) -> None:
@@ -170,6 +202,7 @@ def demonstrate(start, page) -> dict:
     page.up("d")
     row = start.next_row(lambda: page.tap("y"))
     assert (row["mode"], row["success"], row["interventions"]) == ("demo", True, row["n_ticks"])
+    assert (row["drivers"], row["judge"]) == (["Ann"], "Ann")
     return row
 
 
@@ -258,7 +291,9 @@ def test_a_quick_start_is_watched_driven_judged_and_let_go_from_its_page(start, 
     left = start.next_row(lambda: second.tap("n"))
     watch_a_video(second)
     judge(start, second, driven[1])
+    accept(start, second, driven[2])
     roll_back(start, second)
+    change(start, second)
     before, began = start.console_cpu_s(), time.monotonic()
     time.sleep(8.0)
     busy = (start.console_cpu_s() - before) / (time.monotonic() - began)
@@ -267,3 +302,6 @@ def test_a_quick_start_is_watched_driven_judged_and_let_go_from_its_page(start, 
     assert paint_ms < 1000
     assert busy < 0.06  # a page that drives, 30 frames a second; at rest: test_console_at_rest
     check_what_was_recorded(start, *driven, left, closed_at)
+    acts = [json.loads(line) for line in (start.folder / "acts.jsonl").read_text().splitlines()]
+    keys = [row["act"] for row in acts if row["by"] == "Ann (console)" and row["act"].endswith("_keys")]
+    assert keys[:4] == ["take_keys", "release_keys"] * 2  # the first page, and the second one

@@ -21,7 +21,7 @@ from importlib.resources import files
 from typing import Any
 
 from aiohttp import WSMsgType, web
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.console.door import Door
 from serl_launcher.console.driver import Driver
@@ -57,7 +57,7 @@ class Console:
         self._paths, self._place, self._operator = paths, place, operator
         self._tls = (cfg.console.tls_cert, cfg.console.tls_key) if place.tls else None
         self._door = Door(place, cfg.console.hosts or ())
-        self._feed = Feed(paths)
+        self._feed = Feed(paths, OmegaConf.to_container(cfg, resolve=True))
         self._files = {entry.name: entry.read_bytes() for entry in files(__package__).joinpath("page").iterdir()}
         self._pages = 0  # that are open
         self._acts = ThreadPoolExecutor(ACTS, "act")  # a slow act must not hold up a frame

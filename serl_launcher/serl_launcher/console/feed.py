@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from serl_launcher.console.alarms import alarms
+from serl_launcher.console.controls import controls
 from serl_launcher.console.curves import of_episodes, of_metrics
 from serl_launcher.replay.relabelled import Relabelled
 from serl_launcher.run.acts import ActsLedger
@@ -26,11 +27,12 @@ LONGEST_LOOK_S = 2.0  # a console that was itself stopped finds nobody silent wh
 class Feed:
     """One run's. `look` may be called from any thread, one at a time; `since` from another.
 
+    config: the run's, for what may be changed of it; None: nothing.
     ValueError: a word of an older release (relabelled.json) cannot be read.
     """
 
-    def __init__(self, paths: RunPaths) -> None:
-        self._paths = paths
+    def __init__(self, paths: RunPaths, config: Mapping[str, Any] | None = None) -> None:
+        self._paths, self._config = paths, config
         self._episodes, self._verdicts = Tail(paths.episodes), Tail(paths.acceptance)
         self._metrics = Tail(paths.metrics / "trainer.jsonl")
         self._relabelled, self._acts = Relabelled(paths.root), ActsLedger(paths.root)
@@ -63,6 +65,8 @@ class Feed:
             self._put("curves", of_episodes(self._rows.values()))
         self._look_at_metrics()
         self._put("acts", [_act(row) for row in self._acts.rows[-ACTS:]][::-1])
+        if self._config is not None:
+            self._put("controls", controls(self._config, self._acts.state, self._status.get("stage") or {}))
         self._number = self._next
 
     def since(self, number: int) -> tuple[int, dict[str, Any]]:

@@ -28,6 +28,7 @@ class ActorState:
     trouble: str | None = None  # what keeps its robot from working, as it said
     asks: bool = False  # it has asked for tickets
     dismissed: bool = False  # it was told to stop, with nothing left to deliver
+    rollout: str | None = None  # what people changed of its `rollout` and holds there, as it said
     left: str | None = None  # why it left, as it said
     worked: float = 0.0  # time.monotonic() of the last data of it that was kept
 
@@ -115,6 +116,8 @@ class Actors:
         if trouble and _kind(trouble) != _kind(state.trouble or ""):
             log.warning("actor %s: %s", actor, trouble)
         state.trouble = trouble
+        rollout = body.get("rollout")
+        state.rollout = None if rollout is None else _text("heartbeat: rollout", rollout)
 
     def delivered(self, actor: str, boot: str, version: int) -> None:
         """An item of `boot` is in the journal; version: that drove its last tick."""
@@ -153,6 +156,7 @@ class Actors:
                 "backlog": state.backlog,
                 "mode": state.mode,
                 "trouble": state.trouble,
+                "rollout": state.rollout,
                 "left": state.left,
             }
             for actor, state in self._known.items()

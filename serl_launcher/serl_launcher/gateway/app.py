@@ -36,6 +36,7 @@ from serl_launcher.run.acts import Row
 from serl_launcher.run.alive import beat
 from serl_launcher.run.files import read_json, write_json
 from serl_launcher.run.internal import INFER, INFER_REPLY
+from serl_launcher.run.live_settings import of_actors
 from serl_launcher.run.paths import RunPaths, internal_endpoint
 from serl_launcher.run.schedule import Stage, StageState, current_stage
 from serl_transport.config import TrainerConfig
@@ -293,7 +294,9 @@ class Gateway:
         counts = self.journalled.ledger.scope(scope)
         if stage.name.startswith(ADHOC) and stage.episodes and counts.counted >= stage.episodes:
             return stop(f"{stage.episodes} episodes are done")
-        return self.tickets.issue(stage, scope, counts, actor, boot, min_version, time.monotonic())
+        ticket = self.tickets.issue(stage, scope, counts, actor, boot, min_version, time.monotonic())
+        changed = of_actors(self.operator.live.settings) if ticket["action"] == "run" else {}
+        return ticket | ({"rollout": changed} if changed else {})
 
     # Roles.
 

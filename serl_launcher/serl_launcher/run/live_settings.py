@@ -9,7 +9,7 @@ nothing. Torch-free.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from serl_config.mistakes import is_config_mistake, mistake_message
@@ -21,34 +21,39 @@ from serl_transport.contract.bounds import INT32, check_number, check_whole, sho
 BUILT = ("algo.rule", "algo.threshold")  # sections whose plain keys may change; built from their _target_
 STAGES = "schedule.stages"
 GOALS = ("steps", "episodes")  # of a stage
+ROLLOUT = "rollout."  # of the actors, who get it with their next ticket
+AS_STARTED = "as each actor was started"
 
 
 @dataclass(frozen=True, slots=True)
-class _Whole:
-    low: int
+class Range:
+    """What a number may be. unit: for people."""
 
-    def check(self, key: str, value: Any) -> None:
-        check_whole(key, value, self.low, INT32)
-
-
-@dataclass(frozen=True, slots=True)
-class _Number:
     low: float
     high: float
-    or_null: bool = False
+    unit: str
+    whole: bool = False
+    null: str | None = None  # what null means, for people; None: it may not be
 
     def check(self, key: str, value: Any) -> None:
-        if value is not None or not self.or_null:
+        """ValueError: another value."""
+        if value is None and self.null is not None:
+            return
+        if self.whole:
+            check_whole(key, value, int(self.low), int(self.high))
+        else:
             check_number(key, value, self.low, self.high)
 
 
 NUMBERS = {
-    "algo.min_accepted": _Whole(0),
-    "trainer.max_steps_per_tick": _Number(1e-6, 1e6),
-    "trainer.online_lr_scale": _Number(0.0, 1e3),
-    "trainer.publish_period": _Whole(1),
-    "trainer.checkpoint_period": _Whole(1),
-    "trainer.rollback_margin": _Number(0.0, 1.0, or_null=True),
+    "algo.min_accepted": Range(0, INT32, "accepted episodes before online steps", whole=True),
+    "trainer.max_steps_per_tick": Range(1e-6, 1e6, "online steps per new transition"),
+    "trainer.online_lr_scale": Range(0.0, 1e3, "of the optimizer's lr"),
+    "trainer.publish_period": Range(1, INT32, "steps", whole=True),
+    "trainer.checkpoint_period": Range(1, INT32, "steps", whole=True),
+    "trainer.rollback_margin": Range(0.0, 1.0, "of success", null="never"),
+    "rollout.rate_hz": Range(1e-3, 1e4, "ticks per second, at most the task's control_hz", null=AS_STARTED),
+    "rollout.video_every": Range(0, INT32, "episodes between two videos, 0: none", whole=True, null=AS_STARTED),
 }
 
 
@@ -87,7 +92,7 @@ def _check_value(config: Mapping[str, Any], key: str, value: Any) -> None:
     """All that can be said without building anything: the acts may be a stranger's."""
     was = value_of(config, key)
     if key in NUMBERS:
-        NUMBERS[key].check(key, value)
+        range_of(config, key).check(key, value)
     elif key.startswith(f"{STAGES}."):
         if not value:
             raise ValueError(f"{key}: expected a whole number from 1, got {shown(value)}; end_stage ends the stage")
@@ -97,6 +102,21 @@ def _check_value(config: Mapping[str, Any], key: str, value: Any) -> None:
             raise ValueError(f"{key}: expected a plain value, got {shown(value)}")
         if isinstance(value, bool) != isinstance(was, bool) and None not in (value, was):
             raise ValueError(f"{key}: expected {'true or false' if isinstance(was, bool) else 'no bool'}, got {value}")
+
+
+def range_of(config: Mapping[str, Any], key: str) -> Range:
+    """Of one of NUMBERS in this run."""
+    hz = _select(config, "task.spec.control_hz")
+    return replace(NUMBERS[key], high=hz) if key == "rollout.rate_hz" and hz is not _ABSENT else NUMBERS[key]
+
+
+def of_actors(settings: Mapping[str, Setting]) -> dict[str, dict[str, Any]]:
+    """What a ticket says of `rollout`: key -> {value, by}."""
+    return {
+        key.removeprefix(ROLLOUT): {"value": setting.value, "by": setting.by}
+        for key, setting in settings.items()
+        if key.startswith(ROLLOUT) and setting.value is not None
+    }
 
 
 def _is_plain(value: Any) -> bool:

@@ -31,14 +31,14 @@ class VideoObserver(Observer):
 
     def __init__(self, folder: Path, every: Mapping[str, int], fps: float):
         self._folder = folder
-        self._every = every
+        self.every = every  # may change between two episodes
         self._fps = max(1, round(fps))
         self._seen: Counter[str] = Counter()
         self._steps: list[TimeStep] | None = None
 
     def episode_started(self, info: EpisodeInfo) -> None:
         """Decide whether to record this one."""
-        every = self._every.get(info.mode, 0)
+        every = self.every.get(info.mode, 0)
         wanted = every > 0 and self._seen[info.mode] % every == 0
         self._seen[info.mode] += 1
         self._steps = [] if wanted else None

@@ -140,6 +140,32 @@ def test_a_page_gets_what_has_changed_and_nothing_twice(paths):
     assert news["metrics"]["replay/chunks"] == 7
 
 
+def test_what_may_be_changed_comes_with_its_value_of_now_its_range_and_who_changed_it(paths):
+    rule = {"_target_": "x.Rule", "min_return": 0.5, "require_success": True, "mask_before_takeover": None, "mine": "a"}
+    stages = [{"name": "sft", "mode": "train", "steps": 9}, {"name": "online", "mode": "online", "steps": 50}]
+    run = {"algo": {"rule": rule, "min_accepted": 3}, "trainer": {"rollback_margin": 0.2}, "rollout": {"rate_hz": None},
+           "task": {"spec": {"control_hz": 10}}, "schedule": {"stages": stages}}  # fmt: skip
+    act = {"act": "set", "key": "algo.rule.min_return", "value": 0.8, "was": 0.5}
+    ActsLedger(paths.root).append(act, by="ann")
+    paths.status.write_text(json.dumps({"run": "t", "stage": {"index": 1}}))
+    feed = Feed(paths, run)
+    feed.look()
+    rows = {row["key"]: row for row in feed.since(0)[1]["controls"]}
+    assert not {"algo.rule._target_", "schedule.stages.sft.steps"} & rows.keys()  # sft is over
+    told = rows["algo.rule.min_return"]
+    assert (told["value"], told["was"], told["kind"], told["unit"], told["by"]) == (0.8, 0.5, "number", "return", "ann")
+    kinds = {key.rpartition(".")[2]: (row["kind"], row.get("low"), row.get("high")) for key, row in rows.items()}
+    assert kinds["require_success"] == ("flag", None, None)
+    assert kinds["rollback_margin"] == ("number", 0, 1)
+    assert kinds["rate_hz"] == ("number", 0.001, 10)
+    assert kinds["steps"][:2] == ("whole", 1)
+    assert kinds["mine"] == ("text", None, None)
+    assert rows["trainer.rollback_margin"]["null"] == "never"
+    number = feed.since(0)[0]
+    feed.look()
+    assert feed.since(number)[1] == {}
+
+
 def test_a_silent_gateway_becomes_an_alarm_and_a_console_that_slept_accuses_nobody(paths, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr("serl_launcher.console.feed.time.monotonic", lambda: clock[0])

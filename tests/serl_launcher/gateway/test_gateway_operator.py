@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import keygen
@@ -50,6 +51,32 @@ def test_pause_and_stop_outlive_the_gateway_and_stop_ends_with_the_next_start(tm
     ActsLedger(tmp_path / "run").append({"act": "start"}, by="alice")  # as every start of the learner does
     with serving(tmp_path / "run") as gateway:
         assert not gateway.status()["done"]
+
+
+def test_what_is_set_of_the_actors_rollout_comes_with_their_next_ticket_until_it_is_taken_back(tmp_path: Path) -> None:
+    def set_rate(value):
+        alice.request("set", {"key": "rollout.rate_hz", "value": value, "person": "Ann"}, timeout_ms=20_000)
+
+    run, rollout = tmp_path / "run", {"rate_hz": None, "video_every": 20}
+    with serving(run, rollout=rollout) as gateway, connected(gateway) as actor:
+        alice = operator(gateway)
+        assert "rollout" not in actor.request("next_episode", {"want": "follow"})
+        with pytest.raises(Refused, match=r"rollout.rate_hz: expected a number from 0.001 to 10, got 11"):
+            set_rate(11)
+        set_rate(5)
+        alice.stop()
+    with serving(run, rollout=rollout) as gateway, connected(gateway) as actor:
+        alice = operator(gateway)
+        ticket = actor.request("next_episode", {"want": "follow"})
+        assert ticket["rollout"] == {"rate_hz": {"value": 5, "by": "Ann (alice)"}}
+        set_rate(None)
+        assert "rollout" not in actor.request("next_episode", {"want": "follow"})
+        actor.set_status(rollout="rate_hz=5 (Ann)")
+        deadline = time.monotonic() + 5
+        while gateway.status()["actors"]["a"]["rollout"] != "rate_hz=5 (Ann)":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        alice.stop()
 
 
 def test_with_keys_an_actor_steers_nothing(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """Graphs of the policy server: buckets, static buffers, hot swap and fallback. Without CUDA the capture is replaced by
 a recording that runs the same forward pass into the same buffer; with CUDA (marker gpu) it is the real one."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -12,8 +10,8 @@ from tiny import HORIZON, ROOT, SPEC, tiny_config
 
 from serl_launcher.policies.base import trainable
 from serl_launcher.run.parameters import base_sha256, publish
-from serl_launcher.serving.engine import PolicyEngine
 from serl_launcher.serving import graphs
+from serl_launcher.serving.engine import PolicyEngine
 from serl_launcher.serving.graphs import GraphRunner, bucket_of, bucket_sizes
 from serl_launcher.serving.query import query_from_body
 

@@ -67,6 +67,7 @@ export function showLive({ status, live }) {
       view.overruns ? `${view.overruns} late ticks` : null,
       actor.backlog ? `backlog ${actor.backlog}` : null,
       view.refused ? `${view.refused} refused` : null,
+      actor.rollout ? `set by people: ${actor.rollout}` : null,
       view.age_s > OLD_S ? `picture ${age(view.age_s)} old` : null,
     ].filter(Boolean).join(" · ");
     if (card.facts.textContent !== facts) card.facts.textContent = facts;

@@ -41,8 +41,6 @@ export const ACTS = [
   verdict("clear", "Take back", "all that was said of it", { show: (row) => row.word }),
   { where: "form", request: "serve", label: "Serve this version", title: "every actor is driven by it until the newest is served again",
     fields: { version: "version, such as 12" }, payload: ({ version }) => ({ version: typed(version) }) },
-  { where: "form", request: "set", label: "Set", title: "which keys: docs/operating.md",
-    fields: { key: "key, such as trainer.max_steps_per_tick", value: "value" }, payload: ({ key, value }) => ({ key, value: typed(value) }) },
 ];
 
 export const person = () => $("person").value.trim();

@@ -3,6 +3,7 @@
 import { showActors, showLive } from "./actors.js";
 import { buttons, forms } from "./acts.js";
 import { draw } from "./charts.js";
+import { showControls } from "./controls.js";
 import { $, age, h, list, number, percent } from "./dom.js";
 import { drive } from "./drive.js";
 import { showRows } from "./ledger.js";
@@ -89,6 +90,7 @@ function take(news) {
   if (news.ages) showLive(state);
   if (news.curves) showCurves(news.curves);
   if (news.losses) showLosses(news.losses);
+  if (news.controls) showControls(news.controls);
   if (news.acts) showActs(news.acts);
   if (news.rows) showRows(news.rows);
 }

@@ -5,7 +5,7 @@ import { $, h, number, percent } from "./dom.js";
 
 const PAGE = 60;
 const rows = new Map(); // ordinal -> row
-let shown = PAGE;
+let shown = PAGE, opened = null; // rows; the episode that the dialog shows
 
 const KINDS = {
   success: (r) => r.ok, failure: (r) => !r.ok && r.cut !== "discard", helped: (r) => r.mode !== "demo" && r.help > 0,
@@ -30,14 +30,20 @@ function imitated(row) {
   return [row.accepted ? "yes" : `no${row.reason ? `: ${row.reason}` : ""}`, row.accepted];
 }
 
-function open(row) {
-  const dialog = $("episode"), video = dialog.querySelector("video");
+/** What is said of the episode in the dialog, and may be said of it now. */
+function tell(row) {
   $("episode-name").textContent = `episode ${row.n}`;
   $("episode-facts").textContent = [row.id, outcome(row)[0], imitated(row)[0] && `imitated: ${imitated(row)[0]}`, row.rule].filter(Boolean).join(" · ");
   $("episode-acts").replaceChildren(...buttons("episode", row));
+}
+
+function open(row) {
+  const dialog = $("episode"), video = dialog.querySelector("video");
+  opened = row.n;
+  tell(row);
   video.hidden = !row.video;
   if (row.video) video.src = `/video/${encodeURIComponent(row.id)}`;
-  dialog.onclose = () => { video.removeAttribute("src"); video.load(); };
+  dialog.onclose = () => { opened = null; video.removeAttribute("src"); video.load(); };
   dialog.showModal();
 }
 
@@ -64,7 +70,10 @@ function show() {
 
 /** Rows that are new or have changed. */
 export function showRows(news) {
-  for (const row of news) rows.set(row.n, row);
+  for (const row of news) {
+    rows.set(row.n, row);
+    if (row.n === opened) tell(row);
+  }
   if (!$("rows").contains(document.activeElement)) show(); // a button that has the focus stays where it is
 }
 
