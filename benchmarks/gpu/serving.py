@@ -39,6 +39,7 @@ def serve(bench: Bench, record: Record, case: str, modes: tuple[str, ...] = ("gr
     eager = record_answers(bench, record, engine, asked, case, "eager", rounds=3)
     for mode in modes:
         with record.part(f"{case}/{mode}"):
+            engine._graphs = None  # what the last one held goes
             bench.device.forget_peak()
             began = time.perf_counter()
             engine.policy.compile_layers("on" if mode == "compiled" else "off", bench.device.compiler)

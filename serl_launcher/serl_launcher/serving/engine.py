@@ -63,9 +63,11 @@ class PolicyEngine:
         )
         choose(self.device)
         self.spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
-        self.policy = build_policy(cfg, self.spec).to(self.device).eval()
+        self.policy = build_policy(cfg, self.spec).eval()
         self._base = base_sha256(self.policy)
+        # Cast on the host: the device never holds, nor is sent, what trains in float32. It gets a tensor at a time.
         hold(self.policy, getattr(self.policy, "precision", "float32"), masters=False)
+        self.policy.to(self.device)
         self._published = trainable(self.policy)
         self.policy.requires_grad_(False)  # guidance differentiates by actions, never by weights
         self.policy.fuse_for_serving()
@@ -207,6 +209,11 @@ class PolicyEngine:
                     part, asked = prefix.take(self._index(queries, rows)), [queries[row] for row in rows]
                     answers.update(zip(rows, self._physical(make(part, asked), part.anchor, asked), strict=True))
         return [answers[row] for row in range(len(queries))]
+
+    def check_device(self) -> None:
+        """Raises where the device fails whatever it is asked: an error of CUDA that only a new process gets rid of."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _act_by_graph(self, queries: Sequence[Query], size: int) -> list[np.ndarray]:
         """One chunk a query, the batch filled up to `size` by its last query."""
