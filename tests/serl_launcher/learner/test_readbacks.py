@@ -54,3 +54,24 @@ def test_only_a_logged_step_reads_back_and_does_so_once(tmp_path, ring, reads, a
         found.append(+reads)
     assert found == [{}, {}, {}, {"tolist": 1}] * 2
     assert len(trainer.step_log.shown) >= 13
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("algo", ["reject_sampling_pi0", "sac_pi0", "dsrl_pi0"])
+def test_no_step_waits_for_the_card(tmp_path, ring, algo):
+    """CUDA's own word: whatever synchronises, copies from pageable memory included, is an error."""
+    for k in range(3):
+        put(ring, 2 * k, "demo")
+        put(ring, 2 * k + 1, "online")
+    changes = {} if algo.startswith("reject") else {"algo__agent__warmup_steps": 1}
+    trainer, _ = make(tmp_path, ring, algo, trainer__device="auto", **changes)
+    trainer.data.refresh(str(ring.path))
+    trainer.learner.begin_stage("online")
+    for _ in range(3):
+        trainer.learner.step(trainer.data.sample(4), 1.0)
+    batch = trainer.data.sample(4)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.learner.step(batch, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

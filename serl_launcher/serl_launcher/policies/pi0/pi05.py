@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from serl_launcher.policies.base import Prefix
+from serl_launcher.policies.pi0.gemma import Modulation, modulations
 from serl_launcher.policies.pi0.head import PI0FlowPolicy
 from serl_launcher.policies.tokens import Tokenizer, within
 
@@ -25,6 +26,7 @@ class PI05FlowPolicy(PI0FlowPolicy):
 
     kind: ClassVar[str] = "pi05"
     statistics_mode: ClassVar[str] = "QUANTILES"
+    states: ClassVar[int] = 0
 
     def _prompts(self, prompts: list[str], state: Tensor) -> list[str]:
         shapes_only = state.is_meta  # policies.estimate counts costs without numbers
@@ -34,10 +36,18 @@ class PI05FlowPolicy(PI0FlowPolicy):
     def _library_step(self, prefix: Prefix, cache, x_tau: Tensor, tau: Tensor) -> Tensor:
         return self.core.denoise_step(prefix.pad_mask, cache, x_tau, tau)
 
-    def _embed_suffix(self, prefix: Prefix, x_tau: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    def _embed_time(self, tau: Tensor) -> Tensor:
+        """What conditions the expert's norms: float32[m], to float32[m, width]."""
         core = self.core
-        time = core.time_mlp_out(F.silu(core.time_mlp_in(self._time(tau))))
-        return core.action_in_proj(x_tau), F.silu(time)
+        return F.silu(core.time_mlp_out(F.silu(core.time_mlp_in(self._time(tau)))))
+
+    def _embed_actions(self, x_tau: Tensor, time: Tensor) -> Tensor:
+        """The actions' tokens float32[b, ah, width], whatever the time."""
+        return self.core.action_in_proj(x_tau)
+
+    def _norms(self, time: Tensor) -> list[Modulation]:
+        """adaRMS: scale, shift and gate of every norm."""
+        return modulations(self.expert, self._stream(time))
 
 
 @lru_cache(4096)
