@@ -19,7 +19,7 @@ from serl_launcher.agents.encoded import Encoded, Memory
 from serl_launcher.agents.flow_matching import imitation_loss
 from serl_launcher.agents.losses import entropy_surplus, soft_actor_loss, temperature_loss
 from serl_launcher.agents.steering import Steering, steer
-from serl_launcher.agents.values import ValueAgent, ValueSettings, critic_metrics, frozen_copy
+from serl_launcher.agents.values import EntropySettings, ValueAgent, critic_metrics, frozen_copy
 from serl_launcher.critics.ensemble import ChunkCritic
 from serl_launcher.critics.losses import pessimistic, td_loss
 from serl_launcher.policies.base import FlowPolicy, Prefix, sample, trainable
@@ -32,7 +32,7 @@ AS_RECORDED = ("is_pad", "reward", "discount", "bootstrap", "value_lower_bound")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DSRLSettings(ValueSettings):
+class DSRLSettings(EntropySettings):
     """`algo.agent` of dsrl_*; config/algo/dsrl_pi0.yaml has the values."""
 
     prior_share: float  # share of the distillation batch with w from N(0, I): Q_W must know more than π_w's own

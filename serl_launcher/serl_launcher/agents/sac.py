@@ -20,7 +20,7 @@ from serl_launcher.agents.flow_matching import imitation_loss
 from serl_launcher.agents.flow_path import FlowPath, NoiseScale, Velocity, path_entropy, sample_path
 from serl_launcher.agents.losses import behaviour_loss, entropy_surplus, mean_size, soft_actor_loss, temperature_loss
 from serl_launcher.agents.reference import Reference
-from serl_launcher.agents.values import ValueAgent, ValueSettings, critic_metrics, frozen_copy
+from serl_launcher.agents.values import EntropySettings, ValueAgent, critic_metrics, frozen_copy
 from serl_launcher.critics.losses import cal_ql, pessimistic, td_loss
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix, trainable
 from serl_launcher.replay.learning import LearningBatch
@@ -34,7 +34,7 @@ BEYOND = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class SACSettings(ValueSettings):
+class SACSettings(EntropySettings):
     """`algo.agent` of sac_*; config/algo/sac_pi0.yaml has the values. flow_steps is K of the stochastic sampler."""
 
     actor_period: int  # critic steps per actor step, once warm

@@ -1,6 +1,7 @@
-"""What SAC and DSRL share: the settings, an ensemble of critics with its target, a temperature, and the backup.
+"""What the agents that learn values share: the settings, an ensemble of critics with its target, and the backup.
 
-agents.sac and agents.dsrl extend `ValueSettings` and `ValueAgent`; batches are of replay.learning.
+agents.best_of_n, agents.sac and agents.dsrl extend `ValueSettings` and `ValueAgent`, the last two by a temperature
+(`EntropySettings`); batches are of replay.learning.
 """
 
 import copy
@@ -30,26 +31,42 @@ class ValueSettings:
     widths: Sequence[int]  # hidden layers of a critic, units each
     tau: float  # rate at which the target critics follow, share per step
     target_members: int  # critics in the target's minimum, drawn anew each step (REDQ)
-    warmup_steps: int  # critic steps of the online stage before the actor moves
-    init_temperature: float  # α to begin with, return per nat of entropy
+    warmup_steps: int  # critic steps of the online stage before the actor moves, or before it chooses
     return_bound: bool  # is a target at least the return that followed in the episode (1611.01606)?
     q_limit: float  # |Q| beyond it stops training, in units of the return
 
 
-class ValueAgent(nn.Module):
-    """A flow policy beside an ensemble of critics, its target, and a temperature.
+@dataclass(frozen=True, kw_only=True)
+class EntropySettings(ValueSettings):
+    """Settings of the agents with a temperature."""
 
-    horizon: ticks of a chunk that are executed, what a critic sees. feature_dim: of `policy.features`. ValueError: the
-    settings do not fit each other or the policy.
+    init_temperature: float  # α to begin with, return per nat of entropy
+
+
+class ValueAgent(nn.Module):
+    """A flow policy beside an ensemble of critics and its target, and a temperature where the settings have one.
+
+    horizon: ticks of a chunk that are executed, what a critic sees. feature_dim: of `policy.features`. critic: one that
+    is there already, as a part of the policy. ValueError: the settings do not fit each other or the policy.
     """
 
-    def __init__(self, policy: FlowPolicy, settings: ValueSettings, *, feature_dim: int, horizon: int) -> None:
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        settings: ValueSettings,
+        *,
+        feature_dim: int,
+        horizon: int,
+        critic: ChunkCritic | None = None,
+    ) -> None:
         super().__init__()
         _check(settings, horizon, policy.action_horizon)
         self.policy, self.settings, self.horizon = policy, settings, horizon
-        self.critic = ChunkCritic(feature_dim, horizon, policy.robot_dim, settings.critics, settings.widths)
+        widths = settings.widths
+        self.critic = critic or ChunkCritic(feature_dim, horizon, policy.robot_dim, settings.critics, widths)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(settings.init_temperature)))
+        if isinstance(settings, EntropySettings):
+            self.log_alpha = nn.Parameter(torch.tensor(math.log(settings.init_temperature)))
         self.online = False  # is the stage an online one?
         self.online_steps = torch.zeros((), dtype=torch.int64)  # on the host, who decides by it; refused ones count
 

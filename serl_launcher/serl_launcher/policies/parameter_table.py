@@ -10,6 +10,7 @@ from torch import nn
 PARTS = {  # what a parameter's name contains -> its part, the first that fits; none: action projections
     "lora_": "LoRA adapters",
     "steering.": "noise policy",
+    "chooser.": "critics that choose",
     "vision_tower": "vision tower",
     "multi_modal_projector": "projector",
     ".visual.": "vision tower",

@@ -165,13 +165,14 @@ def test_bf16_holds_fp32_masters_and_computes_nearly_the_same(observation):
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trainable(half).values())
 
 
-def test_keys_that_are_made_once_serve_every_flow_step(policy, observation):
-    x, t = torch.randn(B, AH, WIDE), torch.rand(B)
+def test_what_is_made_once_a_chunk_serves_every_flow_step(policy, observation):
+    x, times = torch.randn(B, AH, WIDE), torch.tensor([0.0, 0.25, 0.5, 0.75])
     with torch.no_grad():
         prefix = policy.encode(observation)
-        shared = policy.ready(prefix, t[:1])
-        torch.testing.assert_close(policy.velocity(shared, x, t), policy.velocity(prefix, x, t), atol=1e-6, rtol=1e-5)
-    assert (shared.keys_values is None) == (policy.attention == "eager")
+        shared = policy.ready(prefix, times)
+        for step, t in enumerate(times):
+            want = policy.velocity(prefix, x, t.expand(B))
+            torch.testing.assert_close(policy.velocity_at(shared, x, step), want, atol=1e-6, rtol=1e-5)
 
 
 def test_ticks_that_a_checkpoint_was_not_trained_on_do_not_count(observation):

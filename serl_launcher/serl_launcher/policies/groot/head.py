@@ -8,7 +8,8 @@ padding is attended to, and dropout in train mode makes a policy's ratio to itse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,15 +17,28 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix
 from serl_launcher.policies.compiling import CompiledLayer
 from serl_launcher.policies.groot.checkpoint import ALIASES
-from serl_launcher.policies.groot.dit import attend_tokens, cross_keys, dit_block, run_dit
-from serl_launcher.policies.groot.qwen import Grid, run_backbone, text_layer, vision_block
+from serl_launcher.policies.groot.dit import (
+    KeysValues,
+    Layers,
+    Modulation,
+    attend_tokens,
+    cross_block,
+    cross_keys,
+    modulations,
+    own_block,
+    run_dit,
+    token_block,
+)
+from serl_launcher.policies.groot.fusing import check_fused, fuse
+from serl_launcher.policies.groot.qwen import Grid, attention_bias, run_backbone, text_layer, vision_block
 from serl_launcher.policies.groot.saving import save_groot, write_config
 from serl_launcher.policies.normalise import Units, pad_last
-from serl_launcher.policies.precision import compute, full
+from serl_launcher.policies.precision import FLOAT32, compute, full
 from serl_launcher.policies.transfer import to_device
 from serl_transport.contract.specs import TaskSpec
 
@@ -34,10 +48,22 @@ Inputs = Callable[[dict[str, np.ndarray], list[str], torch.device], dict[str, Te
 
 @dataclass(frozen=True, slots=True)
 class GrootPrefix(Prefix):
-    """`hidden` is taken after the vision-language self-attention; keys and values are the cross-attention's."""
+    """`hidden` is taken after the vision-language self-attention; keys and values are in `flow`."""
 
     image_mask: Tensor  # bool[b, l], True where a token is of an image
     state_features: Tensor  # float[b, 1, width of the action head]
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What velocities of one prefix share; `time` and `norms` have an entry a flow step."""
+
+    keys_values: Sequence[KeysValues]  # of the cross-attention layers, b rows
+    biases: tuple[Tensor | None, Tensor | None]  # of text and of image tokens, float[b, 1, 1, l]; None: all are read
+    leading: Tensor  # float[b·n, …, width], the tokens before the actions
+    places: Tensor | None  # float[ah, width], what is added to the actions' tokens
+    time: Sequence[Tensor]  # float32[width] or [b·n, 1, width], what the time adds in the action encoder
+    norms: Sequence[Sequence[Modulation]]
 
 
 class GrootFlowPolicy(FlowPolicy):
@@ -51,6 +77,7 @@ class GrootFlowPolicy(FlowPolicy):
 
     released_flow_steps: ClassVar[int] = 4
     aliases: ClassVar[dict[str, str]] = ALIASES  # name -> another that a file may have for the same tensor
+    backbone_functions: ClassVar[tuple[Callable, ...]] = (vision_block, text_layer)  # of one layer each
 
     def __init__(
         self,
@@ -84,7 +111,7 @@ class GrootFlowPolicy(FlowPolicy):
         cameras = tuple(getattr(inputs, "cameras", spec.cameras))
         super().__init__(core, spec, cameras, units, chunk, valid_horizon=valid_horizon, clip=clip, **switches)
         self.inputs, self.mask_padding, self.dropout = inputs, mask_padding, dropout
-        self.embodiment, self.embodiment_tag = embodiment, embodiment_tag
+        self.embodiment, self.embodiment_tag, self._serves = embodiment, embodiment_tag, False
         self.train(self.training)
 
     @staticmethod
@@ -93,8 +120,43 @@ class GrootFlowPolicy(FlowPolicy):
         core.backbone.model.lm_head = nn.Identity()  # tied to the embedding
 
     def compile_layers(self, mode: str, backend: str = "inductor") -> None:
-        self._layers = [CompiledLayer(f, mode, backend) for f in (vision_block, text_layer)]
-        self._dit_block = CompiledLayer(dit_block, mode, backend)
+        self._backbone_layers = [CompiledLayer(f, mode, backend) for f in self.backbone_functions]
+        self._layers = Layers(*(CompiledLayer(f, mode, backend) for f in (token_block, cross_block, own_block)))
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Our layers read one prefix row for several samples, the library's do not."""
+        return self.attention == "sdpa"
+
+    def fuse_for_serving(self) -> None:
+        """Lay weights side by side (groot.fusing) and leave autocast: everything is held and computed in bf16 from here
+        on, sums inside norms aside, but the projections of state and actions, which stay fp32."""
+        if self.attention == "eager":
+            return
+        if self.precision == "bfloat16":
+            for name, parameter in self.core.named_parameters():
+                if not any(part in name for part in FLOAT32):
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        fuse(self.language_layers, self.core.action_head)
+        self._serves = True
+
+    @property
+    def language_layers(self) -> nn.ModuleList:
+        """Of the backbone."""
+        return self.backbone.model.model.language_model.layers
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What attention computes in."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+    def _arithmetic(self) -> AbstractContextManager:
+        """Of a pass: autocast, unless the policy serves, whose tensors are what they must be."""
+        return full(self.device, self.precision) if self._serves else compute(self.precision, self.device)
+
+    def _stream(self, x: Tensor) -> Tensor:
+        """Hidden states as the layers take them: fp32 under autocast."""
+        return x.to(self._dtype) if self._serves else x
 
     def train(self, mode: bool = True) -> GrootFlowPolicy:
         """Train mode; without `dropout` the network stays in eval mode, gradients flow all the same."""
@@ -148,11 +210,12 @@ class GrootFlowPolicy(FlowPolicy):
         `prepare` returns them. The hidden states are there in any case: the action head reads them."""
         head, keep = self.core.action_head, tensors["attention_mask"] == 1
         trains = any(p.requires_grad for p in self.backbone.parameters())
-        with compute(self.precision, self.device):
+        with self._arithmetic():
             with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-                tokens = self._run_backbone(tensors, keep)
-            mask = keep if self.mask_padding else None
-            hidden = attend_tokens(head.vl_self_attention, head.vlln(tokens), mask, self.checkpointing)
+                tokens = self._stream(self._run_backbone(tensors, keep))
+            bias = self._bias(keep) if self.mask_padding else None
+            given = (head.vl_self_attention, head.vlln(tokens), bias, self.checkpointing, self._layers.tokens)
+            hidden = attend_tokens(*given)
         with full(self.device, self.precision):
             encoded = self._per_robot(head.state_encoder.layer1, tensors["state"][:, None].float()).relu()
             state_features = self._drop_states(self._per_robot(head.state_encoder.layer2, encoded))
@@ -162,13 +225,14 @@ class GrootFlowPolicy(FlowPolicy):
 
     def _run_backbone(self, tensors: dict[str, Tensor], keep: Tensor) -> Tensor:
         """Output of the last decoder layer, before the final norm: float[b, l, width]."""
-        grids = tensors["image_grid_thw"]
-        if self.attention == "sdpa" and bool((grids == grids[0]).all()):
+        grids = tensors["image_grid_thw"].numpy()  # on the host: its values are known without waiting
+        if self.attention == "sdpa" and (grids == grids[0]).all():
             grid = Grid(*grids[0, 1:].tolist(), merge=self.backbone.visual.spatial_merge_size)
             model, given = self.backbone.model.model, (tensors["input_ids"], keep, tensors["pixel_values"], grid)
-            return run_backbone(model, *given, self.checkpointing, *self._layers)
-        given = {k: tensors[k] for k in ("input_ids", "attention_mask", "pixel_values")}
-        return self._run_library(given | {"image_grid_thw": grids.to(self.device)})
+            return run_backbone(model, *given, self._dtype, self.checkpointing, *self._backbone_layers)
+        given = {k: tensors[k] for k in ("input_ids", "attention_mask")}
+        given["pixel_values"] = self._stream(tensors["pixel_values"])
+        return self._run_library(given | {"image_grid_thw": tensors["image_grid_thw"].to(self.device)})
 
     def _run_library(self, given: dict[str, Tensor]) -> Tensor:
         backbone = self.backbone
@@ -188,7 +252,7 @@ class GrootFlowPolicy(FlowPolicy):
 
     def _per_robot(self, linear: Any, x: Tensor) -> Tensor:
         """A layer that holds weights for every embodiment: only this one's are read."""
-        return x @ linear.W[self.embodiment] + linear.b[self.embodiment]
+        return F.linear(x, linear.W[self.embodiment].T, linear.b[self.embodiment])
 
     def _drop_states(self, features: Tensor) -> Tensor:
         p = self.core.action_head.state_dropout_prob
@@ -197,51 +261,108 @@ class GrootFlowPolicy(FlowPolicy):
         keep = torch.rand(len(features), 1, 1, device=features.device) >= p
         return features * keep.to(features.dtype)
 
-    def ready(self, prefix: GrootPrefix, times: Tensor, n: int = 1) -> GrootPrefix:
-        """The prefix with cross-attention keys made once, for a caller that takes several flow steps from it."""
-        if self.attention == "sdpa" and prefix.keys_values is None:
-            with compute(self.precision, self.device):
-                prefix = replace(prefix, keys_values=cross_keys(self.core.action_head.model, prefix.hidden))
-        return super().ready(prefix, times, n)
-
     def velocity(self, prefix: GrootPrefix, x_t: Tensor, t: Tensor) -> Tensor:
-        """v(x_t, t | prefix): float32[b, ah, ad], differentiable in x_t; t only through its bucket."""
-        head = self.core.action_head
+        """v(x_t, t | prefix): float32[b·n, ah, ad], differentiable in x_t; t only through its bucket. Several samples
+        of a row with `attention: sdpa`."""
+        if self.attention == "eager":
+            return self._by_library(prefix, x_t, t)
+        with self._arithmetic():
+            flow = self._flow(prefix, t, len(x_t) // len(prefix))
+            norms = [(scale[:, None], shift[:, None]) for scale, shift in flow.norms[0]]
+            return self._run_head(flow, x_t, flow.time[0][:, None], norms)
+
+    def ready(self, prefix: GrootPrefix, times: Tensor, n: int = 1) -> GrootPrefix:
+        """As `FlowPolicy`: the cross-attention's keys and values, masks, and what the time does, of all steps."""
+        if self.attention == "eager":
+            return super().ready(prefix, times, n)
+        with self._arithmetic():
+            flow = self._flow(prefix, times, n)
+        # One time for all rows: a norm takes it as weight and bias, where their dtype is that of what is normed.
+        spread = (lambda x: x) if self._serves or self.precision == "float32" else (lambda x: x[:, None, None])
+        rows = [tuple(spread(part).unbind() for part in norm) for norm in flow.norms[0]]
+        norms = [[(scale[k], shift[k]) for scale, shift in rows] for k in range(len(times))]
+        return replace(prefix, flow=replace(flow, time=flow.time[0].unbind(), norms=norms))
+
+    def velocity_at(self, prefix: GrootPrefix, x_t: Tensor, step: int) -> Tensor:
+        """As `FlowPolicy`."""
+        flow = prefix.flow
+        if not isinstance(flow, Flow):
+            return super().velocity_at(prefix, x_t, step)
+        with self._arithmetic():
+            return self._run_head(flow, x_t, flow.time[step], flow.norms[step])
+
+    def _flow(self, prefix: GrootPrefix, times: Tensor, n: int) -> Flow:
+        """Of times float32[m], all of them in the one entry of `time` float32[m, width] and `norms`."""
+        head, bucket = self.core.action_head, self._bucket(times)
+        check_fused(head)
+        keys_values, norms = cross_keys(head.model, prefix.hidden), modulations(head.model, bucket)
+        with full(self.device, self.precision):
+            second = head.action_encoder.W2
+            weight = second.W[self.embodiment]
+            half = weight.shape[1]
+            time = F.linear(_time_waves(bucket, half), weight[half:].T, second.b[self.embodiment])
+            leading = torch.cat(self.leading_tokens(prefix), dim=1)
+            places = head.position_embedding.weight[: self.action_horizon] if head.config.add_pos_embed else None
+        leading = leading if n == 1 else leading.repeat_interleave(n, 0)
+        return Flow(keys_values, self._biases(prefix), leading, places, [time], [norms])
+
+    def _bucket(self, times: Tensor) -> Tensor:
+        """Thousandths of the flow time: int64[m]."""
         # Buckets of t = k / steps must not fall one short by rounding; the library's own loop takes int(k / n · 1000).
-        bucket = (t.double() * head.num_timestep_buckets + 1e-4).long()
-        with full(self.device, self.precision):
-            x = torch.cat((*self.leading_tokens(prefix), self._embed_actions(x_t, bucket)), dim=1)
-        with compute(self.precision, self.device):
-            out = self._run_head(prefix, x, bucket)
-        with full(self.device, self.precision):
-            decoder = head.action_decoder
-            out = self._per_robot(decoder.layer1, out[:, -self.action_horizon :].float()).relu()
-            return self._per_robot(decoder.layer2, out)
+        return (times.double() * self.core.action_head.num_timestep_buckets + 1e-4).long()
+
+    def _bias(self, keep: Tensor) -> Tensor:
+        return attention_bias(keep[:, None, None], self._dtype)
+
+    def _biases(self, prefix: GrootPrefix) -> tuple[Tensor | None, Tensor | None]:
+        images, counts = prefix.image_mask, prefix.pad_mask
+        if self.core.config.use_alternate_vl_dit:
+            return self._bias(~images & counts), self._bias(images & counts)
+        bias = self._bias(counts) if self.mask_padding else None
+        return bias, bias
 
     def leading_tokens(self, prefix: GrootPrefix) -> tuple[Tensor, ...]:
         """What stands before the actions in the transformer: float[b, …, width of the action head] each."""
         return (prefix.state_features,)
 
-    def _embed_actions(self, x_t: Tensor, bucket: Tensor) -> Tensor:
-        """`MultiEmbodimentActionEncoder` and the place in the chunk: float32[b, ah, width]."""
+    def _run_head(self, flow: Flow, x_t: Tensor, time: Tensor, norms: Sequence[Modulation]) -> Tensor:
+        """A velocity of x_t float32[b·n, ah, ad]; time and norms: one step's."""
         head = self.core.action_head
-        encoder, horizon = head.action_encoder, x_t.shape[1]
-        actions = self._per_robot(encoder.W1, x_t)
-        time = _time_waves(bucket, actions.shape[-1])[:, None].expand_as(actions)
-        actions = torch.nn.functional.silu(self._per_robot(encoder.W2, torch.cat([actions, time], -1)))
-        actions = self._per_robot(encoder.W3, actions)
-        return actions + head.position_embedding.weight[:horizon] if head.config.add_pos_embed else actions
+        with full(self.device, self.precision):
+            x = torch.cat((flow.leading, self._embed_actions(x_t, time, flow.places)), dim=1)
+        given = (norms, flow.keys_values, flow.biases, self.checkpointing, self._layers)
+        return self._decode(run_dit(head.model, self._stream(x), *given))
 
-    def _run_head(self, prefix: GrootPrefix, x: Tensor, bucket: Tensor) -> Tensor:
-        model, alternate = self.core.action_head.model, self.core.config.use_alternate_vl_dit
-        if self.attention == "sdpa":
-            images, counts = prefix.image_mask, prefix.pad_mask
-            read = (~images & counts, images & counts) if alternate else (counts, counts)
-            masks = tuple(m[:, None, None] for m in read) if alternate or self.mask_padding else None
-            keys_values = prefix.keys_values or cross_keys(model, prefix.hidden)
-            return run_dit(model, x, bucket, keys_values, masks, self.checkpointing, self._dit_block)
-        masks = {"image_mask": prefix.image_mask, "backbone_attention_mask": prefix.pad_mask} if alternate else {}
-        return model(hidden_states=x, encoder_hidden_states=prefix.hidden, timestep=bucket, **masks)
+    def _decode(self, out: Tensor) -> Tensor:
+        """What the transformer leaves at the actions' tokens, to a velocity."""
+        decoder = self.core.action_head.action_decoder
+        with full(self.device, self.precision):
+            out = self._per_robot(decoder.layer1, out[:, -self.action_horizon :].float()).relu()
+            return self._per_robot(decoder.layer2, out)
+
+    def _embed_actions(self, x_t: Tensor, time: Tensor, places: Tensor | None) -> Tensor:
+        """`MultiEmbodimentActionEncoder` and the place in the chunk: float32[b·n, ah, width]. Its second layer reads
+        actions and time side by side; the product with the time is given."""
+        encoder = self.core.action_head.action_encoder
+        weight = encoder.W2.W[self.embodiment]
+        actions = F.linear(self._per_robot(encoder.W1, x_t), weight[: weight.shape[1]].T) + time
+        actions = self._per_robot(encoder.W3, F.silu(actions))
+        return actions if places is None else actions + places
+
+    def _by_library(self, prefix: GrootPrefix, x_t: Tensor, t: Tensor) -> Tensor:
+        """`velocity` by the library's layers."""
+        head, bucket = self.core.action_head, self._bucket(t)
+        robot = torch.full((len(x_t),), self.embodiment, device=x_t.device)
+        with full(self.device, self.precision):
+            actions = head.action_encoder(x_t, bucket, robot)
+            if head.config.add_pos_embed:
+                actions = actions + head.position_embedding.weight[: x_t.shape[1]]
+            x = torch.cat((*self.leading_tokens(prefix), actions), dim=1)
+        masks = {"image_mask": prefix.image_mask, "backbone_attention_mask": prefix.pad_mask}
+        given = masks if self.core.config.use_alternate_vl_dit else {}
+        with compute(self.precision, self.device):
+            out = head.model(hidden_states=x, encoder_hidden_states=prefix.hidden, timestep=bucket, **given)
+        return self._decode(out)
 
 
 def _time_waves(bucket: Tensor, width: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 groot.head calls `run_backbone` with `attention: sdpa`. Against the library's call: images of one size go
 through the vision tower as one batch, nothing waits for the device (grids are known on the host, no shape depends on
-values), so that it runs in a CUDA graph and on the meta device, and each layer is checkpointed once.
+values), so that it runs in a CUDA graph and on the meta device, and each layer is checkpointed once. Rotary tables and
+masks are made once for all layers; queries and keys turn together, in fp32.
 """
 
 from __future__ import annotations
@@ -31,17 +32,47 @@ class Grid:
 def vision_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """One layer of the vision tower over float[n images, l, width]; an image attends to itself alone."""
     attention, shape = block.attn, (*x.shape[:2], 3, block.attn.num_heads, -1)
-    q, k, v = attention.qkv(block.norm1(x)).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-    out = F.scaled_dot_product_attention(q, k, v, scale=attention.scaling)
+    qk, v = attention.qkv(block.norm1(x)).reshape(shape).split([2, 1], dim=2)
+    q, k = rotate(qk, cos, sin).to(v.dtype).unbind(2)
+    out = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v.squeeze(2))), scale=attention.scaling)
     x = x + attention.proj(out.transpose(1, 2).flatten(2))
     return x + block.mlp(block.norm2(x))
 
 
-def text_layer(layer: Any, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """One layer of the language model; mask: bool[b, 1, l, l], True where attended."""
-    out = layer(x, position_embeddings=(cos, sin), attention_mask=mask)
-    return out if isinstance(out, Tensor) else out[0]
+def text_layer(layer: Any, x: Tensor, bias: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """One layer of Qwen3 or Qwen3-VL over float[b, l, width]; bias: float[b, 1, l, l], added to attention's scores;
+    cos, sin: float32[b, l, 1, head_dim] of `rotary`."""
+    attention, mlp = layer.self_attn, layer.mlp
+    q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in _project(attention, _norm(layer.input_layernorm, x)))
+    heads = q.shape[2]
+    qk = rotate(torch.cat([_norm(attention.q_norm, q), _norm(attention.k_norm, k)], dim=2), cos, sin)
+    q, k = qk.split([heads, k.shape[2]], dim=2)
+    # A key-value head serves several query heads; the kernels that take a bias want them all.
+    k, v = (y[:, :, :, None].expand(-1, -1, -1, heads // v.shape[2], -1).to(v.dtype).flatten(2, 3) for y in (k, v))
+    q, k, v = (y.transpose(1, 2) for y in (q.to(v.dtype), k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attention.scaling)
+    x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
+    gate, up = _gate_up(mlp, _norm(layer.post_attention_layernorm, x))
+    return x + mlp.down_proj(mlp.act_fn(gate) * up)
+
+
+def _project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values; one product where groot.fusing has laid the weights side by side."""
+    fused = getattr(attention, "qkv", None)
+    if fused is None:
+        return attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+    parts = [len(layer.weight) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    return F.linear(x, *fused).split(parts, dim=-1)
+
+
+def _gate_up(mlp: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    fused = getattr(mlp, "gate_up", None)
+    return (mlp.gate_proj(x), mlp.up_proj(x)) if fused is None else F.linear(x, *fused).chunk(2, dim=-1)
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    """The library's RMS norm, in one call; in the dtype of x."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.variance_epsilon)
 
 
 def run_backbone(
@@ -50,6 +81,7 @@ def run_backbone(
     valid: Tensor,
     pixels: Tensor,
     grid: Grid,
+    dtype: torch.dtype,
     checkpointing: bool,
     vision_function: Callable,
     text_function: Callable,
@@ -57,20 +89,21 @@ def run_backbone(
     """Output of the last language layer, before the final norm: float[b, l, width].
 
     model: `Qwen3VLModel`; ids: int64[b, l]; valid: bool[b, l], False for padding; pixels: float32[b·images·patches,
-    3·2·16²] as Qwen's processor flattens them; every sample has the same number of images. vision_function,
-    text_function: the two functions above, or what torch.compile made of them.
+    3·2·16²] as Qwen's processor flattens them; every sample has the same number of images. dtype: what attention
+    computes in. vision_function, text_function: the two functions above, or what torch.compile made of them.
     """
     seen, deep = _see(model.visual, pixels, grid, checkpointing, vision_function)
     is_image = ids == model.config.image_token_id
     language = model.language_model
-    x = place_images(language.embed_tokens(ids), seen, is_image)
-    cos, sin = language.rotary_emb(x, rope_positions(is_image, valid, grid))
-    mask = causal_mask(valid)
+    places = image_places(is_image, len(seen) // len(ids))
+    x = place_images(language.embed_tokens(ids), seen, places)
+    tables = rotary(language, rope_positions(is_image, valid, grid))
+    bias = attention_bias(causal_mask(valid), dtype)
     for index, layer in enumerate(language.layers):
-        x = run_layer(checkpointing, text_function, layer, x, mask, cos, sin)
+        x = run_layer(checkpointing, text_function, layer, x, bias, *tables)
         # What is added behind the last layer, the action head does not see: it reads that layer's output.
         if index < len(deep) and index + 1 < len(language.layers):
-            x = x + place_images(torch.zeros_like(x), deep[index], is_image)
+            x = place_images(x, deep[index], places, add=True)
     return x
 
 
@@ -80,13 +113,13 @@ def _see(
     """Tokens of all images float[n·tokens, width of the language model], and the features of inner layers."""
     # A convolution whose stride is its size is a matrix product.
     embed = visual.patch_embed.proj
-    x = F.linear(pixels, embed.weight.flatten(1), embed.bias)
+    x = F.linear(pixels.to(embed.weight.dtype), embed.weight.flatten(1), embed.bias)
     index, weight = patch_positions(grid, visual.num_grid_per_side, x.device)
     position = (visual.pos_embed(index) * weight[..., None].to(visual.pos_embed.weight.dtype)).sum(0)
     x = x.view(-1, grid.rows * grid.columns, x.shape[-1]) + position
     angles = patch_places(grid, x.device)[..., None] * visual.rotary_pos_emb.inv_freq.float()
-    angles = angles.flatten(1).repeat(1, 2)
-    cos, sin, deep = angles.cos(), angles.sin(), []
+    cos, sin = signed(angles.flatten(1).repeat(1, 2)[:, None, None])
+    deep: list[Tensor] = []
     taps = list(visual.deepstack_visual_indexes)
     for k, block in enumerate(visual.blocks):
         x = run_layer(checkpointing, block_function, block, x, cos, sin)
@@ -95,19 +128,39 @@ def _see(
     return visual.merger(x.flatten(0, 1)), deep
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in fp32. x: float[n, heads, l, head_dim]; cos, sin: float32[l, head_dim]."""
-    y = x.float()
-    first, second = y.chunk(2, dim=-1)
-    return (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+def rotary(language: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines of a language model's tokens: float32[b, l, 1, head_dim] each. positions: int64[b, l] or
+    [3, b, l]."""
+    cos, sin = language.rotary_emb(positions.float(), positions)
+    first, second = sin.chunk(2, dim=-1)
+    return cos[:, :, None], torch.cat([-first, second], dim=-1)[:, :, None]
 
 
-def place_images(x: Tensor, images: Tensor, is_image: Tensor) -> Tensor:
-    """x with its image tokens replaced, in order. images: float[b·tokens of a sample, width]."""
+def signed(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines, and sines of which the first half is negative, as `rotate` wants them."""
+    first, second = angles.sin().chunk(2, dim=-1)
+    return angles.cos(), torch.cat([-first, second], dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in fp32, float[..., heads, head_dim]: x · cos + (−x₂, x₁) · |sin|."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1).to(cos.dtype), sin)
+
+
+def image_places(is_image: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Which tokens of is_image bool[b, l] are of no image, and how many image tokens of its sample stand before each:
+    bool and int64[b, l, 1]. tokens: image tokens of a sample."""
+    return ~is_image[..., None], (is_image.cumsum(1) - 1).clamp(0, tokens - 1)[..., None]
+
+
+def place_images(x: Tensor, images: Tensor, places: tuple[Tensor, Tensor], add: bool = False) -> Tensor:
+    """x with its image tokens replaced, in order, or the images added to them. images: float[b·tokens of a sample,
+    width]; places: `image_places`."""
+    no_image, index = places
     images = images.view(len(x), -1, x.shape[-1])
-    index = (is_image.cumsum(1) - 1).clamp(0, images.shape[1] - 1)
-    spread = images.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-    return torch.where(is_image[..., None], spread.to(x.dtype), x)
+    spread = images.gather(1, index.expand(-1, -1, x.shape[-1])).to(x.dtype)
+    return torch.where(no_image, x, x + spread if add else spread)
 
 
 def rope_positions(is_image: Tensor, valid: Tensor, grid: Grid) -> Tensor:
@@ -133,6 +186,14 @@ def causal_mask(valid: Tensor) -> Tensor:
     empty = valid.cumsum(1) == 0
     alone = torch.eye(side, dtype=torch.bool, device=valid.device) & empty[:, :, None]
     return (mask | alone)[:, None]
+
+
+def attention_bias(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention's scores: 0 where keep bool[..., l] is True, else −∞. Its storage is padded to eights,
+    as the fused kernels want it."""
+    length = keep.shape[-1]
+    bias = torch.zeros(*keep.shape[:-1], -(-length // 8) * 8, dtype=dtype, device=keep.device)[..., :length]
+    return bias.masked_fill_(~keep, -torch.inf)
 
 
 @lru_cache(maxsize=16)

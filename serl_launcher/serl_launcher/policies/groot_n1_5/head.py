@@ -6,14 +6,12 @@ cross-attention over pictures and text alike. Time runs as ours does (t = 0 is n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from serl_launcher.policies.compiling import CompiledLayer
-from serl_launcher.policies.groot.dit import dit_block
 from serl_launcher.policies.groot.head import GrootFlowPolicy, GrootPrefix
 from serl_launcher.policies.groot.qwen import text_layer
 from serl_launcher.policies.groot_n1_5.checkpoint import ALIASES
@@ -24,6 +22,8 @@ from serl_launcher.policies.groot_n1_5.saving import save_groot_n1_5
 class EagleFlowPolicy(GrootFlowPolicy):
     """What N1.5 and N1.6 share: an Eagle before the action head, run by our own layers alone."""
 
+    backbone_functions: ClassVar[tuple[Callable, ...]] = (siglip_layer, text_layer)
+
     @staticmethod
     def drop_unread(core: nn.Module) -> None:
         """Nothing: `EagleModel` is built without it."""
@@ -31,8 +31,7 @@ class EagleFlowPolicy(GrootFlowPolicy):
     def compile_layers(self, mode: str, backend: str = "inductor") -> None:
         if self.attention != "sdpa":
             raise ValueError("policy.attention: GR00T N1.5 and N1.6 have our own layers alone, set it to sdpa")
-        self._layers = [CompiledLayer(f, mode, backend) for f in (siglip_layer, text_layer)]
-        self._dit_block = CompiledLayer(dit_block, mode, backend)
+        super().compile_layers(mode, backend)
 
     def dead_parameters(self) -> set[str]:
         """None: what no action depends on is not held."""
@@ -48,14 +47,19 @@ class GrootN15FlowPolicy(EagleFlowPolicy):
 
     aliases: ClassVar[dict[str, str]] = ALIASES
 
+    @property
+    def language_layers(self) -> nn.ModuleList:
+        return self.backbone.eagle_model.language_model.model.layers
+
     def save(self, folder: Path, extras: Mapping[str, Any] | None = None) -> Path:
         """Write it in NVIDIA's layout, or in LeRobot's where it came from one; `extras` as `save_groot_n1_5`."""
         return save_groot_n1_5(self, folder, extras)
 
     def _run_backbone(self, tensors: dict[str, Tensor], keep: Tensor) -> Tensor:
         backbone = self.backbone
-        given = (tensors["input_ids"], keep, tensors["pixel_values"], backbone.image_token, self.checkpointing)
-        return backbone.eagle_linear(run_eagle(backbone.eagle_model, *given, *self._layers))
+        given = (tensors["input_ids"], keep, tensors["pixel_values"], backbone.image_token, self._dtype)
+        seen = run_eagle(backbone.eagle_model, *given, self.checkpointing, *self._backbone_layers)
+        return backbone.eagle_linear(seen)
 
     def leading_tokens(self, prefix: GrootPrefix) -> tuple[Tensor, ...]:
         future = self.core.action_head.future_tokens.weight

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from serl_launcher.policies.compiling import run_layer
-from serl_launcher.policies.groot.qwen import place_images
+from serl_launcher.policies.groot.qwen import image_places, place_images
 from serl_launcher.policies.groot_n1_5.eagle import run_qwen3
 
 
@@ -25,6 +25,7 @@ def run_eagle3(
     valid: Tensor,
     views: Sequence[Tensor],
     image_token: int,
+    dtype: torch.dtype,
     checkpointing: bool,
     vision_function: Callable,
     text_function: Callable,
@@ -32,8 +33,9 @@ def run_eagle3(
     """Output of the last language layer that is kept, behind the final norm: float[b, l, width].
 
     model: `groot_n1_6.core.EagleModel`; ids: int64[b, l]; valid: bool[b, l], False for padding; views: of each camera,
-    in the prompt's order, float32[b, 3, h, w] in [−1, 1], sides multiples of 28; vision_function, text_function:
-    `groot_n1_5.eagle.siglip_layer` and `groot.qwen.text_layer`, or what torch.compile made of them.
+    in the prompt's order, float32[b, 3, h, w] in [−1, 1], sides multiples of 28; dtype: what
+    attention computes in; vision_function, text_function: `groot_n1_5.eagle.siglip_layer` and `groot.qwen.text_layer`,
+    or what torch.compile made of them.
     """
     language = model.language_model.model
     seen: dict[int, Tensor] = {}
@@ -42,8 +44,9 @@ def run_eagle3(
         tokens = see(model, torch.cat([views[k] for k in same]), checkpointing, vision_function)
         seen |= zip(same, tokens.chunk(len(same)), strict=True)
     images = torch.cat([seen[k] for k in range(len(views))], dim=1).flatten(0, 1)
-    x = place_images(language.embed_tokens(ids), images, ids == image_token)
-    return run_qwen3(language, x, valid, checkpointing, text_function)
+    places = image_places(ids == image_token, len(images) // len(ids))
+    x = place_images(language.embed_tokens(ids), images, places)
+    return run_qwen3(language, x, valid, dtype, checkpointing, text_function)
 
 
 def see(model: nn.Module, pixels: Tensor, checkpointing: bool, layer_function: Callable) -> Tensor:
@@ -53,7 +56,10 @@ def see(model: nn.Module, pixels: Tensor, checkpointing: bool, layer_function: C
     rows, columns = (side // patch for side in pixels.shape[-2:])
     x = pixels.unflatten(3, (columns, patch)).unflatten(2, (rows, patch))  # n, 3, rows, patch, columns, patch
     x = vision.embeddings.patch_embedding(x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
-    x = x + positions(vision.embeddings.position_embedding.weight, rows, columns)
+    # The embeddings stay fp32; what follows them is held as the connector is.
+    x = (x + positions(vision.embeddings.position_embedding.weight, rows, columns)).to(
+        vision.post_layernorm.weight.dtype
+    )
     for layer in vision.encoder.layers:
         x = run_layer(checkpointing, layer_function, layer, x)
     x = vision.post_layernorm(x).transpose(1, 2).unflatten(2, (rows, columns))
