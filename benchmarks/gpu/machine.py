@@ -44,7 +44,8 @@ def look(bench: Bench, record: Record) -> None:
             importlib.import_module(name)
             record.figure(f"import/{name}", time.perf_counter() - began, "s")
     with record.part("card"):
-        record.figure("card", bench.device.facts()["gpu"], **bench.device.facts())
+        facts = bench.device.facts()
+        record.figure("card", facts["gpu"], **facts)
     where, half = bench.device.torch_device, bench.device.half
     with record.part("peaks"):
         record.figure("peak/matmul", matmul_rate(where, half) / 1e12, "TFLOP/s", precision=str(half))

@@ -18,12 +18,15 @@ from gpu.schedule import append
 
 
 class Record:
-    """Rows of one stage. failed: whether a part of it did, or the policy warned (a layer that runs uncompiled, a batch
-    without a graph: figures of another path than is meant)."""
+    """Rows of one stage. failed: whether a part of it did, or the policy's log warned (a layer that runs uncompiled, a
+    batch without a graph: figures of another path than is meant)."""
 
     def __init__(self, results: Path, stage: str) -> None:
         self._results, self._stage = results, stage
         self.failed = False
+
+    def watch_log(self) -> None:
+        """Take what the policy's log says and warns of from now on."""
         log = logging.getLogger("policy")
         log.setLevel(logging.INFO)
         log.addHandler(_Log(self))

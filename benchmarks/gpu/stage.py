@@ -51,6 +51,8 @@ def main() -> int:
     args = parser.parse_args()
     torch.manual_seed(0)
     record = Record(args.results, args.stage)
+    if args.stage != "tests":  # which provoke what it warns of
+        record.watch_log()
     device = Card() if args.size == "released" else Host()
     with tempfile.TemporaryDirectory() as folder, record.part(args.stage):
         STAGES[args.stage](Bench(args.size, device, Path(folder)), record)

@@ -18,7 +18,7 @@ GROUPS = {
     "attention": r"flash|fmha|attention|mha",
     "matrix products": r"gemm|nvjet|cutlass|xmma|splitk|cublas|gemv|mm\b|matmul|linear",
     "compiled": r"triton",
-    "conversions and copies by kernels": r"copy|cat|cast|_to_copy|clone",
+    "conversions and copies by kernels": r"copy|catarray|cat$|cast|clone",
 }
 
 

@@ -10,6 +10,11 @@ import venv
 from pathlib import Path
 
 import pytest
+import torch
+from gpu.cases import Bench, spec_of
+from gpu.device import Host
+
+from serl_launcher.agents.build import build_policy
 
 PYTORCH_HOST = ("torch", "torchvision", "numpy", "pillow")  # and what they depend on
 
@@ -71,3 +76,19 @@ def test_every_stage_runs_on_a_bare_pytorch_host(tmp_path, repo_root):
     assert figures["pi0/graph/profile"]["groups"]["matrix products"][0] > 10
     assert figures["tests/passed"]["value"] > 5
     assert "every stage went through" in done.stdout
+
+
+class Shapes(Host):
+    """A device whose tensors have no values: what reads one while a policy is made there fails, as it would wait for a
+    card."""
+
+    torch_device = torch.device("meta")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["pi0", "groot", "pi05"])
+def test_released_policies_are_made_on_the_device_whole(case, tmp_path):
+    cfg = Bench("released", Shapes(), tmp_path).built_there(case)
+    policy = build_policy(cfg, spec_of(cfg))
+    assert {p.device.type for p in policy.state_dict().values()} == {"meta"}
+    assert 3.0e9 < sum(p.numel() for p in policy.parameters()) < 3.7e9

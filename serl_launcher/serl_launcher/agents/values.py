@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from serl_launcher.agents.base import Limit, follow
 from serl_launcher.agents.encoded import Encoded
+from serl_launcher.agents.observations import on_device
 from serl_launcher.critics.ensemble import ChunkCritic
 from serl_launcher.critics.losses import chunk_target
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix, trainable
+from serl_launcher.policies.transfer import to_device
+from serl_launcher.replay.learning import LearningBatch
 from serl_launcher.replay.transitions import TransitionBatch
 
 
@@ -94,10 +97,17 @@ class ValueAgent(nn.Module):
         """Has the critic learned long enough online for the actor to follow it?"""
         return self.online and int(self.online_steps) >= self.settings.warmup_steps
 
-    def observe(self, images: dict[str, np.ndarray], state: np.ndarray, prompts: list[str]) -> Prefix:
+    def prepare(self, batch: LearningBatch) -> LearningBatch:
+        """On the device, where it is such a batch."""
+        if not isinstance(batch, LearningBatch):
+            return batch
+        imitation = batch.imitation and on_device(self.policy, batch.imitation)
+        return LearningBatch(imitation, on_device(self.policy, batch.transitions))
+
+    @torch.no_grad()
+    def observe(self, of: PolicyInput) -> Prefix:
         """The prefix of a batch of observations, without gradient."""
-        with torch.no_grad():
-            return self.policy.encode(PolicyInput(images, state, prompts))
+        return self.policy.encode(of)
 
     def executed(self, chunk: Tensor, anchor: Tensor | None = None) -> Tensor:
         """The ticks and dims of a sampled chunk that reach the robot, as `sent`: float32[b, h, robot dims]. anchor: of
@@ -117,18 +127,17 @@ class ValueAgent(nn.Module):
         physical = self.policy.physical_actions(chunk, anchor)
         return self.policy.normalise_actions(physical, anchor)[..., : self.policy.robot_dim]
 
-    def labels(self, action: np.ndarray, device: torch.device, anchor: Tensor | None = None) -> Tensor:
+    def labels(self, action: np.ndarray | Tensor, device: torch.device, anchor: Tensor | None = None) -> Tensor:
         """Executed physical actions in the model's units: float32[b, h, robot dims]. anchor: of the observation that
         they begin at."""
-        chunk = self.policy.normalise_actions(torch.as_tensor(action, device=device), anchor)
+        chunk = self.policy.normalise_actions(to_device(action, device), anchor)
         return chunk[..., : self.policy.robot_dim]
 
     def target_of(self, batch: TransitionBatch | Encoded, next_value: Tensor) -> Tensor:
         """The chunked backup of each transition from its next state's value float32[b]: float32[b]."""
         device = next_value.device
         reward, discount, bootstrap, lower_bound = (
-            torch.as_tensor(x, device=device)
-            for x in (batch.reward, batch.discount, batch.bootstrap, batch.value_lower_bound)
+            to_device(x, device) for x in (batch.reward, batch.discount, batch.bootstrap, batch.value_lower_bound)
         )
         target = chunk_target(reward, discount, bootstrap, next_value)
         return torch.maximum(target, lower_bound) if self.settings.return_bound else target

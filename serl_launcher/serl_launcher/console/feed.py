@@ -76,6 +76,10 @@ class Feed:
         news = [row for n, changed in list(self._changed.items()) if changed > number and (row := rows.get(n))]
         return newest, parts | ({"rows": news} if news else {})
 
+    def knows(self, episode_id: str) -> bool:
+        """Is that an episode of the page's ledger?"""
+        return any(row["id"] == episode_id for row in list(self._rows.values()))
+
     def _put(self, name: str, body: Any) -> None:
         if name not in self._parts or self._parts[name][1] != body:
             self._parts[name] = (self._next, body)

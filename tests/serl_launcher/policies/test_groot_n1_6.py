@@ -210,7 +210,7 @@ def test_a_folder_of_n1_6_is_recognised_and_another_releases_policy_refuses_it(f
     from tools.sources import policy_of
 
     assert policy_of(folder) == "groot_n1_6"
-    with pytest.raises(CheckpointError, match="expected a checkpoint of type Gr00tN1d7 or groot, got 'Gr00tN1d6'"):
+    with pytest.raises(CheckpointError, match=r"Gr00tN1d7 or groot, got 'Gr00tN1d6'; policy=groot_n1_6 reads that"):
         build_groot("t", SPEC, "checkpoint", 0, None, TinyGrootSize(), checkpoint=str(folder))
     assert release_of("serl_launcher.policies.groot_n1_6.build.build_groot_n1_6").ticks == 50
 

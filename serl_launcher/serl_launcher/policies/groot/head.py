@@ -76,8 +76,8 @@ class GrootFlowPolicy(FlowPolicy):
     """
 
     released_flow_steps: ClassVar[int] = 4
-    aliases: ClassVar[dict[str, str]] = ALIASES  # name -> another that a file may have for the same tensor
     backbone_functions: ClassVar[tuple[Callable, ...]] = (vision_block, text_layer)  # of one layer each
+    aliases: ClassVar[dict[str, str]] = ALIASES  # name -> another that a file may have for the same tensor
 
     def __init__(
         self,

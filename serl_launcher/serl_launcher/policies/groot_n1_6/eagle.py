@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from serl_launcher.policies.compiling import run_layer
-from serl_launcher.policies.groot.qwen import image_places, place_images
 from serl_launcher.policies.groot_n1_5.eagle import run_qwen3
 
 
@@ -33,9 +32,9 @@ def run_eagle3(
     """Output of the last language layer that is kept, behind the final norm: float[b, l, width].
 
     model: `groot_n1_6.core.EagleModel`; ids: int64[b, l]; valid: bool[b, l], False for padding; views: of each camera,
-    in the prompt's order, float32[b, 3, h, w] in [−1, 1], sides multiples of 28; dtype: what
-    attention computes in; vision_function, text_function: `groot_n1_5.eagle.siglip_layer` and `groot.qwen.text_layer`,
-    or what torch.compile made of them.
+    in the prompt's order, float32[b, 3, h, w] in [−1, 1], sides multiples of 28; dtype: what attention computes in;
+    vision_function, text_function: `groot_n1_5.eagle.siglip_layer` and `groot.qwen.text_layer`, or what torch.compile
+    made of them.
     """
     language = model.language_model.model
     seen: dict[int, Tensor] = {}
@@ -44,9 +43,7 @@ def run_eagle3(
         tokens = see(model, torch.cat([views[k] for k in same]), checkpointing, vision_function)
         seen |= zip(same, tokens.chunk(len(same)), strict=True)
     images = torch.cat([seen[k] for k in range(len(views))], dim=1).flatten(0, 1)
-    places = image_places(ids == image_token, len(images) // len(ids))
-    x = place_images(language.embed_tokens(ids), images, places)
-    return run_qwen3(language, x, valid, dtype, checkpointing, text_function)
+    return run_qwen3(language, ids, valid, images, ids == image_token, dtype, checkpointing, text_function)
 
 
 def see(model: nn.Module, pixels: Tensor, checkpointing: bool, layer_function: Callable) -> Tensor:
@@ -57,9 +54,8 @@ def see(model: nn.Module, pixels: Tensor, checkpointing: bool, layer_function: C
     x = pixels.unflatten(3, (columns, patch)).unflatten(2, (rows, patch))  # n, 3, rows, patch, columns, patch
     x = vision.embeddings.patch_embedding(x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
     # The embeddings stay fp32; what follows them is held as the connector is.
-    x = (x + positions(vision.embeddings.position_embedding.weight, rows, columns)).to(
-        vision.post_layernorm.weight.dtype
-    )
+    x = x + positions(vision.embeddings.position_embedding.weight, rows, columns)
+    x = x.to(vision.post_layernorm.weight.dtype)
     for layer in vision.encoder.layers:
         x = run_layer(checkpointing, layer_function, layer, x)
     x = vision.post_layernorm(x).transpose(1, 2).unflatten(2, (rows, columns))

@@ -24,10 +24,6 @@ class GrootN16FlowPolicy(EagleFlowPolicy):
 
     aliases: ClassVar[dict[str, str]] = ALIASES
 
-    @property
-    def language_layers(self) -> nn.ModuleList:
-        return self.backbone.model.language_model.model.layers
-
     def tune(self, llm: bool, visual: bool, projector: bool, diffusion_model: bool, vlln: bool) -> None:
         """As N1.7's; the token of a state that is left out trains with the projector."""
         super().tune(llm, visual, projector, diffusion_model, vlln)
@@ -42,6 +38,10 @@ class GrootN16FlowPolicy(EagleFlowPolicy):
     def _mask_token(self) -> nn.Parameter | None:
         return getattr(self.core.action_head, "mask_token", None)
 
+    @property
+    def language_layers(self) -> nn.ModuleList:
+        return self.backbone.model.language_model.model.layers
+
     def write_config(self, folder: Path) -> None:
         """config.json, and the backbone's in backbone/, of a policy that began at random."""
         config = self.core.config
@@ -52,8 +52,8 @@ class GrootN16FlowPolicy(EagleFlowPolicy):
 
     def _run_backbone(self, tensors: dict[str, Tensor], keep: Tensor) -> Tensor:
         views = [tensors[f"pixel_values_{k}"] for k in range(len(self.cameras))]
-        given = (tensors["input_ids"], keep, views, self.image_token, self._dtype, self.checkpointing)
-        return run_eagle3(self.backbone.model, *given, *self._backbone_layers)
+        given = (tensors["input_ids"], keep, views, self.image_token, self._dtype)
+        return run_eagle3(self.backbone.model, *given, self.checkpointing, *self._backbone_layers)
 
     def _drop_states(self, features: Tensor) -> Tensor:
         p = self.core.action_head.state_dropout_prob
