@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from full_size import FLOW_STEPS, SIZES, SMALLER, TINY
 from gpu.device import Card, Host
+from gpu.record import Record
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from suites._policy_table import task
@@ -30,6 +31,7 @@ from serl_launcher.serving.query import Query
 from serl_transport.contract.specs import TaskSpec
 
 HORIZON = {"pi0": 50, "pi05": 50, "groot_n1_7": 40}  # ticks of a released chunk
+MEMORY_GOAL = 0.10  # of preflight's forecast
 TINY_BATCH = 2  # in a rehearsal, in place of 32
 EXPERT, FULL = "++policy.train=expert", ("++policy.train=full", "++policy.checkpointing=true")
 
@@ -101,6 +103,11 @@ class Bench:
         cfg = self.built_there(name)
         policy = build_policy(cfg, spec_of(cfg))
         return policy, build_learner(cfg, policy, spec_of(cfg)), chunks(cfg, policy)
+
+    def record_memory(self, record: Record, name: str, case: str, work: str) -> None:
+        """The most that was taken since `forget_peak`; a rehearsal's, libraries and all, is held to no forecast."""
+        within = {"within": MEMORY_GOAL} if self.size == "released" else {}
+        record.figure(name, self.device.peak_bytes() / 1e9, "GB", case=case, work=work, **within)
 
     def goal(self, goals: Mapping[str, float], name: str) -> dict[str, float]:
         """What a figure is to reach, for its row; a rehearsal's reaches nothing."""

@@ -47,8 +47,8 @@ def serve(bench: Bench, record: Record, case: str, modes: tuple[str, ...] = ("gr
             engine.act(asked)
             record.figure(f"{case}/{mode}/first", time.perf_counter() - began, "s")
             made = record_answers(bench, record, engine, asked, case, mode, ROUNDS[bench.size])
+            bench.record_memory(record, f"{case}/{mode}/memory", case, "serve")
             check(record, engine, f"{case}/{mode}", eager, made)
-            record.figure(f"{case}/{mode}/memory", bench.device.peak_bytes() / 1e9, "GB", case=case, work="serve")
         with record.part(f"{case}/{mode}/profile"):
             found = summary(traced(bench.device, partial(engine.act, asked)))
             record.figure(f"{case}/{mode}/profile", found["kernels"], "kernels", **found)
@@ -111,7 +111,7 @@ def swap(bench: Bench, record: Record, case: str = "pi0") -> None:
             raise RuntimeError(f"swap: version {version} is not served, {engine.version} is")
     worst = round(float(np.max(beside)) * 1e3, 2)
     record.figure("swap/beside", float(np.median(beside)) * 1e3, "ms", worst=worst, answers=len(beside))
-    record.figure("swap/memory", bench.device.peak_bytes() / 1e9, "GB", case=case, work="swap")
+    bench.record_memory(record, "swap/memory", case, "swap")
 
 
 def answer_while(

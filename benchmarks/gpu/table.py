@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any
 
 Rows = Iterable[dict[str, Any]]
-MEMORY_GOAL = 0.10  # of the forecast
 FORECASTS = {"serve": "answering", "swap": "serving", "train": "training"}
 
 
@@ -45,8 +44,10 @@ def _line(row: dict[str, Any], named: dict[str, dict[str, Any]]) -> str:
         cost = named.get(f"forecast/{row['case']}")
         if cost is not None:
             want = cost[FORECASTS[row["work"]]] / 1e9
-            good = abs(value / want - 1) <= MEMORY_GOAL
-            forecast, goal = f"{want:.2f}", f"±{MEMORY_GOAL:.0%} " + ("met" if good else "missed")
+            forecast = f"{want:.2f}"
+            if "within" in row:
+                good = abs(value / want - 1) <= row["within"]
+                goal = f"±{row['within']:.0%} " + ("met" if good else "missed")
     else:
         least = floor_ms(row, named)
         floor = "" if least is None else f"{least:.2f}"

@@ -39,7 +39,7 @@ def train(bench: Bench, record: Record, case: str, compile: tuple[str, ...] = ("
             record.figure(name, float(np.median(seconds[1:])) * 1e3, "ms", **known)
             losses.append(float(metrics["losses/flow"]))
         if mode == "off":
-            record.figure(f"{name}/memory", bench.device.peak_bytes() / 1e9, "GB", case=case, work="train")
+            bench.record_memory(record, f"{name}/memory", case, "train")
             with record.part(f"{name}/waits"):
                 count_waits(bench, record, learner, batch, name)
     record.figure(f"{case}_step/losses", [round(loss, 5) for loss in losses])
