@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 SAMPLE_MOST = 4_500  # kernels of ten flow steps
-STEP_READS = {"pi0/sac_step": 3, "pi0/dsrl_step": 3}  # values that the host waits for in a step that is not logged
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,8 @@ def test_a_graph_of_every_other_head_neither_reads_back_nor_sends_over(name):
 def test_a_step_that_is_not_logged_does_not_wait_for_the_card(name):
     with FakeCard() as card:
         step = trained(card, name, 2)
-    assert sum(step.counts.reads.values()) <= STEP_READS.get(name, 1)
+    assert not step.counts.reads
+    assert not step.counts.crossings["to the host"]
     assert step.counts.kinds()["optimizer"] >= 4  # norm, clipping, Adam, average
     assert step.kept > 0
 
