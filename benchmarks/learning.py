@@ -43,6 +43,9 @@ VARIANTS: dict[str, list[str]] = {
     "rejection_mistaken_no_short_filter": ["algo=reject_sampling_{policy}", *MISTAKEN, "algo.rule.min_ticks=0"],
     # Trained before: bash train_reward.sh run=<a finished run>; the evaluations count what the environment says.
     "rejection_classifier": ["algo=reject_sampling_{policy}", "reward=classifier", "reward.model=runs/reward"],
+    "best_of_n": ["algo=best_of_n_{policy}"],
+    "best_of_n_no_human": ["algo=best_of_n_{policy}", "rollout.operator=false"],
+    "best_of_n_no_choice": ["algo=best_of_n_{policy}", "algo.served.candidates=1"],
     "sac": ["algo=sac_{policy}"],
     "sac_no_human": ["algo=sac_{policy}", "rollout.operator=false"],
     "dsrl_per_step": ["algo=dsrl_{policy}", "algo.served.variant=per_step"],

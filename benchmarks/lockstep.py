@@ -79,6 +79,15 @@ def rate(successes: int, trials: int) -> dict[str, Any]:
     return {"success_rate": round(successes / trials, 4), "interval": [round(low, 3), round(high, 3)], "trials": trials}
 
 
+def how_well(reports: Sequence[EpisodeReport]) -> dict[str, Any]:
+    """The part of an evaluation's row that says how well, and how fast."""
+    good = [report.ticks for report in reports if report.outcome.success]
+    return rate(len(good), len(reports)) | {
+        "per_1000_ticks": round(1000 * len(good) / sum(report.ticks for report in reports), 2),
+        "ticks_to_success": float(np.median(good)) if good else None,
+    }
+
+
 def recent_rate(helped: Sequence[bool]) -> float | None:
     """Share of the last 50 episodes with help; None before there are as many."""
     return round(float(np.mean(helped[-50:])), 3) if len(helped) >= 50 else None
@@ -114,6 +123,7 @@ class Lockstep:
         self._drawn = {"demo": 0, "online": 0}
         self._helped: list[bool] = []  # of each online episode: did the operator drive?
         self._ticks = {"demo": 0, "online": 0}
+        self._operator_ticks = 0  # of online episodes
         self._evaluation_s = np.zeros(2)
 
     def close(self) -> None:
@@ -213,6 +223,7 @@ class Lockstep:
             report = self.episode("online", self._seed("online"), "online")
             self._ticks["online"] += report.ticks
             self._helped.append(report.operator_ticks > 0)
+            self._operator_ticks += report.operator_ticks
             self.train("online", "online", min(goal, int(self._ticks["online"] * budget.steps_per_tick)), goal)
             if budget.curve_every and self._ticks["online"] >= due:
                 due += budget.curve_every
@@ -223,15 +234,16 @@ class Lockstep:
         """Success without help, and what has been spent so far."""
         started = _clocks()
         self.trainer.publisher.publish()
-        results = [self.episode("eval", first_seed + k, "evaluation").outcome.success for k in range(trials)]
+        reports = [self.episode("eval", first_seed + k, "evaluation") for k in range(trials)]
         self._evaluation_s += _clocks() - started
         cpu_minutes, wall_minutes = ((_clocks() - self._began - self._evaluation_s) / 60).round(3).tolist()
-        return rate(sum(map(bool, results)), trials) | {
+        return how_well(reports) | {
             "env_steps": self._ticks["online"],
             "demo_steps": self._ticks["demo"],
             "optimizer_steps": self.trainer.learner.step_count,
             "episodes": len(self._helped),  # online ones
             "interventions": sum(self._helped),  # those in which the operator drove
+            "human_ticks": self._ticks["demo"] + self._operator_ticks,
             "recent_intervention_rate": recent_rate(self._helped),
             "minutes": cpu_minutes,  # of this process; evaluations are left out
             "wall_minutes": wall_minutes,

@@ -11,7 +11,7 @@ class Row:
     """What `run.py` prints as one JSON line."""
 
     name: str  # suite/what/parameters
-    value: float  # median
+    value: float | None  # median; None: it failed, and `unit` says how
     unit: str  # items/s (more is better) or s, ms (less is better)
     floor: float | None  # the same work by the barest means, measured in the same run; None: a floor itself
     ratio: float | None  # value / floor
@@ -24,6 +24,11 @@ class Row:
         ratio = None if floor is None else value / floor
         holds = None if goal is None else meets(value if ratio is None else ratio, goal)
         return cls(name, rounded(value), unit, rounded(floor), rounded(ratio), goal, holds)
+
+    @classmethod
+    def failed(cls, name: str, why: str) -> "Row":
+        """What could not be measured, with the reason in place of the unit."""
+        return cls(name, None, why, None, None, None, None)
 
     def to_json(self) -> str:
         """One line."""

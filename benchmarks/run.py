@@ -23,7 +23,7 @@ def suite_names() -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit 0, 2 for a suite that does not exist."""
+    """Exit 0, 1 where a row could not be measured, 2 for a suite that does not exist."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="+", metavar="suite", help=", ".join(suite_names()))
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: shows that it runs")
@@ -33,14 +33,15 @@ def main(argv: list[str] | None = None) -> int:
         if name not in suite_names():
             print(f"run.py: no suite {name!r}{nearest(name, suite_names())}", file=sys.stderr)
             return 2
-    lines = []
+    lines, failed = [], False
     for name in args.suites:
         for row in importlib.import_module(f"suites.{name}").rows(args.quick):
             print(row.to_json(), flush=True)
             lines.append(row.to_json() + "\n")
+            failed = failed or row.value is None
     if args.output:
         args.output.write_text("".join(lines))
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from serl_launcher.rewards.judging import balanced_accuracy, confusion, episode_
 from serl_launcher.rewards.model import RewardCard, RewardClassifier, load
 from serl_launcher.run.config import task_spec
 from serl_launcher.run.foreign import foreign_config
-from serl_launcher.run.record import user
 from serl_transport.contract.bounds import printable
+from serl_transport.contract.people import who
 from serl_transport.contract.schema import DISCARD, Episode
 from serl_transport.contract.specs import TaskSpec
 
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int:
     try:
         spec = task_spec(foreign_config(args.run, "task.spec"))  # first: it looks where the folder's links lead
         words, relabelled = read_words(args.relabel) if args.relabel else {}, Relabelled(args.run)
-        relabelled.add(words, user(), datetime.now(UTC).isoformat(timespec="seconds"))
+        relabelled.add(words, who(), datetime.now(UTC).isoformat(timespec="seconds"))
         rows = list(audit(args.run, spec, load(args.model or args.run / "reward"), relabelled, words, args.mode))
         if words:
             relabelled.save()

@@ -11,11 +11,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from flowserl_cli.compose import load_config
-from serl_launcher.policies.checkpoint import Checkpoint
+from serl_launcher.policies.checkpoint import POLICIES, Checkpoint
 from serl_launcher.policies.groot_n1_5.checkpoint import is_n1_5
 from serl_launcher.run.foreign import foreign_config
-
-POLICIES = {"pi0": "pi0", "pi05": "pi05", "groot": "groot_n1_7", "Gr00tN1d7": "groot_n1_7", "gr00t_n1_5": "groot_n1_5"}
 
 
 def run_of(source: Path) -> Path | None:

@@ -3,12 +3,11 @@
 Rates of a large matrix product and of a large copy are measured in the same run. A row's floor is the longer of its own
 FLOPs at the one and the weights that it must read at the other; `fraction_of_peak` is FLOPs a second over the first.
 Inference is what the policy server does: arrays in, through a CUDA graph where there is a GPU, actions out on the host.
-A row that does not fit into memory says so, and the next one begins.
+Every model and kind of step is measured in a process of its own (suites._apart): what fails says so, the next begins.
 """
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,9 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from rows import Row
+from suites._apart import apart
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from serl_launcher.policies import kernels
 from serl_launcher.policies.base import PolicyInput, flow_loss, sample, trainable
 from serl_launcher.policies.groot.build import build_groot
 from serl_launcher.policies.groot.full import FullGrootSize
@@ -46,10 +47,14 @@ class Model:
     """One head of the table."""
 
     name: str
-    build: Callable[..., nn.Module]  # (spec, train mode, precision) -> policy with random weights
-    spec: TaskSpec
+    build: Callable[..., nn.Module]  # (train mode, precision) -> policy with random weights
+    side: int  # px of its task's pictures
     flow_steps: int
     modes: tuple[str, ...]  # training steps that are timed
+
+    @property
+    def spec(self) -> TaskSpec:
+        return task(self.side)
 
 
 @dataclass(slots=True)
@@ -59,34 +64,40 @@ class Peaks:
     flops: float  # a second, of a large matrix product in the precision of the run
     bytes: float  # a second, read and written by a large copy
 
+    @classmethod
+    def measured(cls, device: Any, precision: str) -> Peaks:
+        """In this process."""
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        return cls(matmul_rate(device, dtype), copy_rate(device))
+
 
 def full_models() -> list[Model]:
     """The released sizes with random weights."""
-    return _models(task(224), FullSize("pi0"), 50, FullGrootSize(), 40)
+    return _models(224, FullSize("pi0"), 50, FullGrootSize(), 40)
 
 
 def middle_models(size: Any, depth: int) -> list[Model]:
     """A size whose arithmetic dominates on a CPU. size: of PI0."""
     shape = dict(width=256, layers=depth, vision_width=128, vision_layers=depth, head_width=256, head_layers=2 * depth)
-    return _models(task(size.image_size), size, 16, TinyGrootSize(image_size=128, prompt_tokens=16, **shape), 16)
+    return _models(size.image_size, size, 16, TinyGrootSize(image_size=128, prompt_tokens=16, **shape), 16)
 
 
-def _models(spec: TaskSpec, pi0: Any, pi0_ticks: int, groot: Any, groot_ticks: int) -> list[Model]:
+def _models(side: int, pi0: Any, pi0_ticks: int, groot: Any, groot_ticks: int) -> list[Model]:
     return [
-        Model("pi0", partial(_pi0, spec, pi0, pi0_ticks), spec, 10, ("expert", "full")),
-        Model("groot_n1_7", partial(_groot, spec, groot, groot_ticks), spec, 4, ("head", "full")),
+        Model("pi0", partial(_pi0, side, pi0, pi0_ticks), side, 10, ("expert", "full")),
+        Model("groot_n1_7", partial(_groot, side, groot, groot_ticks), side, 4, ("head", "full")),
     ]
 
 
-def _pi0(spec: TaskSpec, size: Any, ticks: int, train: str, precision: str) -> nn.Module:
+def _pi0(side: int, size: Any, ticks: int, train: str, precision: str) -> nn.Module:
     options = dict(train=train, attention="sdpa", precision=precision)
-    return build_pi0("bench", spec, "random", 0, ticks, size, **options)
+    return build_pi0("bench", task(side), "random", 0, ticks, size, **options)
 
 
-def _groot(spec: TaskSpec, size: Any, ticks: int, train: str, precision: str) -> nn.Module:
+def _groot(side: int, size: Any, ticks: int, train: str, precision: str) -> nn.Module:
     """`head`: what GR00T's users tune by default; `full`: backbone as well."""
     tune = {"llm": train == "full", "visual": train == "full"}
-    return build_groot("bench", spec, "random", 0, ticks, size, tune=tune, precision=precision)
+    return build_groot("bench", task(side), "random", 0, ticks, size, tune=tune, precision=precision)
 
 
 def task(side: int) -> TaskSpec:
@@ -102,42 +113,35 @@ def task(side: int) -> TaskSpec:
 
 
 def table(device: Any, models: list[Model], batches: tuple[int, ...], rounds: int, precision: str) -> Iterator[Row]:
-    """Every row, model by model; memory is given back in between."""
-    peaks = Peaks(matmul_rate(device, torch.bfloat16 if precision == "bfloat16" else torch.float32), copy_rate(device))
-    yield Row.of(f"policy/peak/matmul/{precision}", peaks.flops / 1e12, "TFLOP/s")
-    yield Row.of("policy/peak/memory", peaks.bytes / 1e9, "GB/s")
+    """Every row, model by model."""
+    yield from apart("policy/peak", partial(peak_rows, device, precision))
     for model in models:
-        inference = partial(inference_rows, device, model, batches, rounds, precision, peaks)
-        yield from guarded(f"policy/{model.name}/inference", inference)
+        inference = partial(inference_rows, device, model, batches, rounds, precision)
+        yield from apart(f"policy/{model.name}/inference", inference)
         for mode in model.modes:
             name = f"{model.name}/{mode}_step/batch{batches[-1]}"
-            step = partial(training_rows, device, model, mode, batches[-1], rounds, precision, peaks)
-            yield from guarded(f"policy/{name}", step)
+            yield from apart(
+                f"policy/{name}", partial(training_rows, device, model, mode, batches[-1], rounds, precision)
+            )
 
 
-def guarded(name: str, measure: Callable[[], Iterator[Row]]) -> Iterator[Row]:
-    """The rows of `measure`; one that says so where memory ran out."""
-    try:
-        yield from measure()
-    except torch.OutOfMemoryError:
-        yield Row(name, None, "out of memory", None, None, None, None)
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+def peak_rows(device: Any, precision: str) -> Iterator[Row]:
+    """What the machine reaches."""
+    peaks = Peaks.measured(device, precision)
+    yield Row.of(f"policy/peak/matmul/{precision}", peaks.flops / 1e12, "TFLOP/s")
+    yield Row.of("policy/peak/memory", peaks.bytes / 1e9, "GB/s")
 
 
-def inference_rows(
-    device: Any, model: Model, batches: tuple[int, ...], rounds: int, precision: str, peaks: Peaks
-) -> Iterator[Row]:
+def inference_rows(device: Any, model: Model, batches: tuple[int, ...], rounds: int, precision: str) -> Iterator[Row]:
     """Each batch size, as served; on a GPU without graphs too."""
+    peaks = Peaks.measured(device, precision)
     policy = built(device, model, "expert" if model.name == "pi0" else "head", precision).eval()
     policy.requires_grad_(False)
     hold(policy, precision, masters=False)
+    policy.fuse_for_serving()
 
     def forward(inputs: dict[str, Tensor]) -> Tensor:
-        prefix = policy.encode_prepared({k: x for k, x in inputs.items() if k != "noise"})
+        prefix = policy.encode_prepared({k: x for k, x in inputs.items() if k != "noise"}, features=False)
         return sample(policy, prefix, inputs["noise"], model.flow_steps)
 
     graphs = GraphRunner(forward) if device.type == "cuda" else None
@@ -160,10 +164,9 @@ def inference_rows(
         yield memory_row(f"policy/{model.name}/inference")
 
 
-def training_rows(
-    device: Any, model: Model, mode: str, batch: int, rounds: int, precision: str, peaks: Peaks
-) -> Iterator[Row]:
+def training_rows(device: Any, model: Model, mode: str, batch: int, rounds: int, precision: str) -> Iterator[Row]:
     """Forward, backward and optimizer; the full step checkpoints its layers."""
+    peaks = Peaks.measured(device, precision)
     policy = built(device, model, mode, precision).train()
     policy.checkpointing = mode == "full"
     optimizer = torch.optim.AdamW(trainable(policy).values(), lr=1e-5, fused=device.type == "cuda")
@@ -214,7 +217,10 @@ def timed(device: Any, name: str, work: Callable, cost: Cost, peaks: Peaks, roun
 
 
 def built(device: Any, model: Model, mode: str, precision: str) -> nn.Module:
-    """A policy with random weights, made on the device."""
+    """A policy with random weights, made on the device; and the process is made as those of the product are."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    kernels.choose(device)
     with torch.device(device):
         return model.build(mode, precision).to(device)
 

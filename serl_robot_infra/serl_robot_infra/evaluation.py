@@ -24,21 +24,26 @@ class EvaluationSummary:
 
     def __init__(self) -> None:
         self._episodes: Counter[str] = Counter()
+        self._ticks: Counter[str] = Counter()
         self._seconds: defaultdict[str, list[float]] = defaultdict(list)  # of each success
 
     def add(self, report: EpisodeReport) -> None:
         """Count an episode, if it is an evaluation that ran to its end."""
         if report.info.mode == "eval" and report.outcome.truncated_by in (None, "time_limit"):
             self._episodes[report.info.stage] += 1
+            self._ticks[report.info.stage] += report.ticks
             if report.outcome.success:
                 self._seconds[report.info.stage].append(report.driven_s)
 
     def lines(self) -> list[str]:
-        """`evaluation after: 55/60 = 0.92 [0.82, 0.96], median 4.2 s to success`, one line per stage."""
+        """`evaluation after: 55/60 = 0.92 [0.82, 0.96], median 4.2 s to success, 21.3 per 1,000 ticks`, one line per
+        stage."""
         lines = []
         for stage, n in self._episodes.items():
             seconds = self._seconds[stage]
             low, high = wilson(len(seconds), n)
             line = f"evaluation {stage}: {len(seconds)}/{n} = {len(seconds) / n:.2f} [{low:.2f}, {high:.2f}]"
-            lines.append(line + (f", median {median(seconds):.1f} s to success" if seconds else ""))
+            pace = 1000 * len(seconds) / max(1, self._ticks[stage])
+            fast = f", median {median(seconds):.1f} s to success, {pace:.1f} per 1,000 ticks" if seconds else ""
+            lines.append(line + fast)
         return lines

@@ -1,26 +1,11 @@
-"""The policy suite's bookkeeping: memory that runs out, weights that are counted."""
-
-import json
+"""The policy suite's bookkeeping: floors, and weights that are counted."""
 
 import torch
-from rows import Row
-from suites._policy_table import Cost, Peaks, flops_of, guarded, middle_models, served_bytes, timed
+from suites._policy_table import Cost, Peaks, flops_of, middle_models, served_bytes, timed
 
 from serl_launcher.policies.pi0.tiny import TinySize
 
 CPU = torch.device("cpu")
-
-
-def test_a_row_without_memory_says_so_and_the_suite_goes_on():
-    def measure():
-        yield Row.of("policy/a/first", 1.0, "ms")
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    rows = [json.loads(row.to_json()) for row in guarded("policy/a", measure)]
-    assert [(row["name"], row["value"], row["unit"]) for row in rows] == [
-        ("policy/a/first", 1.0, "ms"),
-        ("policy/a", None, "out of memory"),
-    ]
 
 
 def test_the_floor_is_the_longer_of_arithmetic_and_reading():

@@ -45,7 +45,7 @@ class QuickStart:
             "run=hands", f"runs_dir={folder}", f"port={ports[0]}", f"broadcast_port={ports[1]}", "operator=browser",
             "task.spec.max_ticks=300", "schedule.stages.0.episodes=1", "schedule.stages.1.steps=10",
             "schedule.stages.2.episodes=1", "schedule.stages.3.steps=100000", "trainer.publish_period=10",
-            "replay.capacity_frames=8000", "rollout.video_every=1",
+            "replay.capacity_frames=8000", "rollout.video_every=1", "exporter.period_s=1",
         ]  # fmt: skip
         self._log = (folder / "start.log").open("w+")
         self.process = subprocess.Popen(
@@ -257,6 +257,20 @@ def watch_a_video(page) -> None:
     page.click("close", "#episode")
 
 
+def make_a_video(start, page, row) -> None:
+    """An episode whose video is not in this folder, as of an actor elsewhere: made of the dataset's pictures."""
+    (video,) = (start.folder / "videos").glob(f"{row['episode_id']}-*.mp4")
+    video.unlink()
+    button = f"document.querySelector('button[aria-label=\"judge episode {row['ordinal']}\"]')"
+    page.wait(f"Boolean({button})")
+    start.wait(lambda: start.status()["exporter"].get("last_ordinal", -1) >= row["ordinal"], "it is in the dataset")
+    page.js(f"{button}.click()")
+    page.click("Make a video", "#episode")
+    page.wait("document.querySelector('video').readyState >= 2")
+    page.click("close", "#episode")
+    assert video.is_file()
+
+
 def check_what_was_recorded(start, demonstration, by_keys, by_pad, left, closed_at) -> None:
     """In the journal: what was executed, as help where a person drove, and no more of it once the page was closed."""
     spec = task_spec(read_config(start.folder / "config.yaml", "task.spec"))
@@ -290,6 +304,7 @@ def test_a_quick_start_is_watched_driven_judged_and_let_go_from_its_page(start, 
     take(second)
     left = start.next_row(lambda: second.tap("n"))
     watch_a_video(second)
+    make_a_video(start, second, driven[0])
     judge(start, second, driven[1])
     accept(start, second, driven[2])
     roll_back(start, second)

@@ -378,9 +378,11 @@ def test_evaluation_counts_whole_evaluation_episodes_only():
     summary.add(report(mode="eval", success=False, cut="time_limit", driven_s=6.0))
     summary.add(report(mode="eval", success=False, cut="stop"))
     summary.add(report(mode="online"))
-    assert summary.lines() == ["evaluation eval: 1/2 = 0.50 [0.09, 0.91], median 2.0 s to success"]
+    assert summary.lines() == [
+        "evaluation eval: 1/2 = 0.50 [0.09, 0.91], median 2.0 s to success, 16.7 per 1,000 ticks"
+    ]
     summary.add(report(mode="eval", driven_s=3.0))
-    assert summary.lines()[0].endswith("2/3 = 0.67 [0.21, 0.94], median 2.5 s to success")
+    assert summary.lines()[0].endswith("2/3 = 0.67 [0.21, 0.94], median 2.5 s to success, 22.2 per 1,000 ticks")
 
 
 def test_an_evaluation_without_a_success_tells_no_time():

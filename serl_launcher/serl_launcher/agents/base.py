@@ -31,6 +31,8 @@ class Agent(Protocol):
     """An algorithm; every implementation is an `nn.Module`.
 
     `limits`, where it has such an attribute, are metrics of `forward` that keep a step from being taken, by name.
+    `prepare(batch)`, where it has that, returns the batch with all made that depends on no parameter that trains; it is
+    called in another thread, while the step before runs.
     """
 
     def __call__(self, batch: Any, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -18,11 +18,13 @@ from serl_launcher.agents.base import ParameterGroup, feature_dim
 from serl_launcher.agents.encoded import Encoded, Memory
 from serl_launcher.agents.flow_matching import imitation_loss
 from serl_launcher.agents.losses import entropy_surplus, soft_actor_loss, temperature_loss
+from serl_launcher.agents.observations import next_observation, observation
 from serl_launcher.agents.steering import Steering, steer
-from serl_launcher.agents.values import ValueAgent, ValueSettings, critic_metrics, frozen_copy
+from serl_launcher.agents.values import EntropySettings, ValueAgent, critic_metrics, frozen_copy
 from serl_launcher.critics.ensemble import ChunkCritic
 from serl_launcher.critics.losses import pessimistic, td_loss
 from serl_launcher.policies.base import FlowPolicy, Prefix, sample, trainable
+from serl_launcher.policies.transfer import to_device
 from serl_launcher.replay.learning import LearningBatch
 from serl_launcher.replay.transitions import TransitionBatch
 from serl_transport.contract.specs import TaskSpec
@@ -32,7 +34,7 @@ AS_RECORDED = ("is_pad", "reward", "discount", "bootstrap", "value_lower_bound")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DSRLSettings(ValueSettings):
+class DSRLSettings(EntropySettings):
     """`algo.agent` of dsrl_*; config/algo/dsrl_pi0.yaml has the values."""
 
     prior_share: float  # share of the distillation batch with w from N(0, I): Q_W must know more than π_w's own
@@ -134,9 +136,9 @@ class DSRLAgent(ValueAgent):
     @torch.no_grad()
     def encode(self, batch: TransitionBatch) -> Encoded:
         """Everything that takes the backbone or the flow."""
-        prefix = self.observe(batch.images, batch.state, batch.prompts)
+        prefix = self.observe(observation(batch))
         features, device = self.policy.features(prefix), prefix.state.device
-        after = self.observe(batch.next_images, batch.next_state, batch.prompts)
+        after = self.observe(next_observation(batch))
         noise = steer(self.policy, after, self.draw(len(batch), self.policy.action_horizon, device))
         w = self.explore(features)
         return Encoded(
@@ -146,7 +148,7 @@ class DSRLAgent(ValueAgent):
             next_chunk=self.act(after, noise),
             w=w,
             w_chunk=self.act(prefix, self.steering.spread(w)),
-            **{key: torch.as_tensor(getattr(batch, key), device=device) for key in AS_RECORDED},
+            **{key: to_device(getattr(batch, key), device) for key in AS_RECORDED},
         )
 
     def explore(self, features: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from serl_launcher.agents.base import ParameterGroup
-from serl_launcher.policies.base import FlowPolicy, PolicyInput, flow_loss, for_samples, sample_times, trainable
+from serl_launcher.agents.observations import observation, on_device
+from serl_launcher.policies.base import FlowPolicy, flow_loss, for_samples, sample_times, trainable
 from serl_launcher.policies.transfer import to_device
 from serl_launcher.replay.views import ChunkBatch
 from serl_transport.contract.specs import TaskSpec
@@ -39,6 +40,10 @@ class FlowMatchingAgent(nn.Module):
         loss, metrics = imitation_loss(self.policy, batch, self.noise_samples)
         return {"policy": loss}, metrics
 
+    def prepare(self, batch: ChunkBatch) -> ChunkBatch:
+        """On the device, where it is such a batch."""
+        return on_device(self.policy, batch) if isinstance(batch, ChunkBatch) else batch
+
     def groups(self) -> dict[str, ParameterGroup]:
         return {"policy": ParameterGroup(trainable(self.policy))}
 
@@ -62,13 +67,13 @@ class FlowMatchingAgent(nn.Module):
 def imitation_loss(policy: FlowPolicy, batch: ChunkBatch, noise_samples: int) -> tuple[Tensor, dict[str, Tensor]]:
     """The flow-matching loss of a batch of accepted chunks, a scalar with gradient, and metrics."""
     k, b = noise_samples, len(batch)
-    prefix = policy.encode(PolicyInput(batch.images, batch.state, batch.prompts))
+    prefix = policy.encode(observation(batch), features=False)
     device = prefix.state.device
     chunk = policy.normalise_actions(to_device(batch.action, device), prefix.anchor).repeat_interleave(k, 0)
     prefix = for_samples(policy, prefix, k)
     is_pad = to_device(batch.is_pad, device).repeat_interleave(k, 0)
     weight = to_device(batch.weight, device).repeat_interleave(k, 0)
-    noise, t = torch.randn_like(chunk), sample_times(b * k).to(device)
+    noise, t = torch.randn_like(chunk), sample_times(b * k, device=device)
     per_sample = flow_loss(policy, prefix, chunk, is_pad, weight, noise, t)
     demo = to_device(batch.demo, device).repeat_interleave(k, 0)
     metrics = {

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(x float32[b, ah, ad], t float32[b]) -> v float32[b, ah, ad]"""
+Velocity = Callable[[Tensor, int], Tensor]
+"""(x float32[b, ah, ad], step k) -> v float32[b, ah, ad] at t = k / K"""
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -43,7 +43,7 @@ def sample_path(
     x = noise
     log_prob = _standard_normal(noise[..., :robot_dim])
     for k in range(steps):
-        moved = x + velocity(x, x.new_full((len(x),), k / steps)) / steps
+        moved = x + velocity(x, k) / steps
         epsilon = step_noise[k][..., :robot_dim]
         disturbed = moved[..., :robot_dim] + log_std[k].exp() * epsilon
         x = torch.cat([disturbed, moved[..., robot_dim:]], dim=-1)

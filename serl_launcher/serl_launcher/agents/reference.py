@@ -32,9 +32,14 @@ class Reference:
         return self._call("encode", observation)
 
     @torch.no_grad()
-    def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
-        """The flow's velocity then: float32[b, ah, ad]."""
-        return self._call("velocity", prefix, x_t, t)
+    def ready(self, prefix: Prefix, times: Tensor, n: int = 1) -> Prefix:
+        """As the policy's then."""
+        return self._call("ready", prefix, times, n)
+
+    @torch.no_grad()
+    def velocity_at(self, prefix: Prefix, x_t: Tensor, step: int) -> Tensor:
+        """The flow's velocity then: float32[b·n, ah, ad]."""
+        return self._call("velocity_at", prefix, x_t, step)
 
     def _call(self, method: str, *args: Any) -> Any:
         tensors = {f"policy.{name}": p for name, p in self.tensors.items()}

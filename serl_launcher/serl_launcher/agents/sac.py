@@ -9,6 +9,7 @@ without gradient, for flow and critic alike. Formulas: agents.losses, critics.lo
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,12 +18,14 @@ from torch.func import functional_call
 
 from serl_launcher.agents.base import ParameterGroup, feature_dim
 from serl_launcher.agents.flow_matching import imitation_loss
-from serl_launcher.agents.flow_path import FlowPath, NoiseScale, Velocity, path_entropy, sample_path
+from serl_launcher.agents.flow_path import FlowPath, NoiseScale, path_entropy, sample_path
 from serl_launcher.agents.losses import behaviour_loss, entropy_surplus, mean_size, soft_actor_loss, temperature_loss
+from serl_launcher.agents.observations import next_observation, observation
 from serl_launcher.agents.reference import Reference
-from serl_launcher.agents.values import ValueAgent, ValueSettings, critic_metrics, frozen_copy
+from serl_launcher.agents.values import EntropySettings, ValueAgent, critic_metrics, frozen_copy
 from serl_launcher.critics.losses import cal_ql, pessimistic, td_loss
-from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix, trainable
+from serl_launcher.policies.base import FlowPolicy, Prefix, flow_times, trainable
+from serl_launcher.policies.transfer import to_device
 from serl_launcher.replay.learning import LearningBatch
 from serl_launcher.replay.transitions import TransitionBatch
 from serl_transport.contract.specs import TaskSpec
@@ -34,7 +37,7 @@ BEYOND = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class SACSettings(ValueSettings):
+class SACSettings(EntropySettings):
     """`algo.agent` of sac_*; config/algo/sac_pi0.yaml has the values. flow_steps is K of the stochastic sampler."""
 
     actor_period: int  # critic steps per actor step, once warm
@@ -112,7 +115,7 @@ class SACAgent(ValueAgent):
     def forward(self, batch: LearningBatch, step: int) -> tuple[dict[str, Tensor], Metrics]:
         """Losses of `actor`, `critic`, `temperature` (those whose turn it is), and metrics."""
         transitions = batch.transitions
-        prefix = self.observe(transitions.images, transitions.state, transitions.prompts)
+        prefix = self.observe(observation(transitions))
         losses = {}
         losses["critic"], metrics = self.critic_loss(transitions, prefix)
         metrics["batch/transition_demo_share"] = torch.as_tensor(transitions.demo).float().mean()
@@ -135,7 +138,7 @@ class SACAgent(ValueAgent):
             target = self.backup(batch)
         features = self.policy.features(prefix)
         labels = self.labels(batch.action, device, prefix.anchor)
-        q = self.critic(features, labels, torch.as_tensor(batch.is_pad, device=device))
+        q = self.critic(features, labels, to_device(batch.is_pad, device))
         loss = td_loss(q, target)
         metrics = critic_metrics(loss, q, target, batch.bootstrap)
         if self.settings.cal_ql_weight:
@@ -146,7 +149,7 @@ class SACAgent(ValueAgent):
 
     def backup(self, batch: TransitionBatch) -> Tensor:
         """y of each transition: float32[b], without gradient."""
-        prefix = self.observe(batch.next_images, batch.next_state, batch.prompts)
+        prefix = self.observe(next_observation(batch))
         features = self.policy.features(prefix)
         path = self.path(prefix, *self.draw(len(batch), prefix), self.noise_scale(features))
         value = pessimistic(
@@ -161,13 +164,13 @@ class SACAgent(ValueAgent):
         m, b, device = self.settings.cal_ql_samples, len(batch), features.device
         wide = features.repeat_interleave(m, 0)
         with torch.no_grad():
-            repeated = prefix.repeat(m)
-            path = self.path(repeated, *self.draw(b * m, repeated), self.noise_scale(wide))
-            chunk = self.executed(path.chunk, repeated.anchor)
-            low, high = self._limits(repeated.anchor)
+            anchor = None if prefix.anchor is None else prefix.anchor.repeat_interleave(m, 0)
+            path = self.path(prefix, *self.draw(b * m, prefix), self.noise_scale(wide))
+            chunk = self.executed(path.chunk, anchor)
+            low, high = self._limits(anchor)
             random = low + (high - low) * torch.rand_like(chunk)
         by_policy, by_chance = (self.critic(wide, c).view(-1, b, m) for c in (chunk, random))
-        return cal_ql(q, by_policy, by_chance, torch.as_tensor(batch.return_to_go, device=device))
+        return cal_ql(q, by_policy, by_chance, to_device(batch.return_to_go, device))
 
     def actor_loss(
         self, prefix: Prefix, noise: Tensor, step_noise: Tensor, reference_prefix: Prefix | None = None
@@ -178,15 +181,17 @@ class SACAgent(ValueAgent):
         """
         features = self.policy.features(prefix)
         log_std = self.noise_scale(features)
-        path = self.path(prefix, noise, step_noise, log_std)
+        drawn = (noise, step_noise, log_std)
+        own = prefix if reference_prefix is None else reference_prefix
+        # Before the path that is differentiated: a path without gradient may write into the prefix's room.
+        reference = self.reference_path(own, *drawn) if self.settings.behaviour_weight else None
+        path = self.path(prefix, *drawn)
         executed = self.executed(path.chunk, prefix.anchor)
         q = functional_call(self.critic, frozen_copy(self.critic), (features, executed)).mean(0)
         alpha = self.log_alpha.exp()
         loss = soft_actor_loss(path.log_prob, q / mean_size(q) if self.settings.normalise_q else q, alpha)
         metrics = {}
-        if self.settings.behaviour_weight:
-            own = prefix if reference_prefix is None else reference_prefix
-            reference = self.reference_path(own, noise, step_noise, log_std.detach())
+        if reference is not None:
             drift = behaviour_loss(self._robot_dims(path.chunk), self._robot_dims(reference.chunk))
             loss = loss + self.settings.behaviour_weight * drift
             metrics["actor/drift"] = drift.detach()
@@ -209,19 +214,23 @@ class SACAgent(ValueAgent):
         return torch.randn(shape, device=device), torch.randn((self.settings.flow_steps, *shape), device=device)
 
     def path(self, prefix: Prefix, noise: Tensor, step_noise: Tensor, log_std: Tensor) -> FlowPath:
-        """The actor's stochastic path from this noise."""
-        return self._path_of(lambda x, t: self.policy.velocity(prefix, x, t), noise, step_noise, log_std)
+        """The actor's stochastic path from this noise, whose rows may be several for each of the prefix's."""
+        return self._path_of(self.policy, prefix, noise, step_noise, log_std)
 
     @torch.no_grad()
     def reference_path(self, prefix: Prefix, noise: Tensor, step_noise: Tensor, log_std: Tensor) -> FlowPath:
         """The path of the policy with which the online stage began, from its own prefix and the same noises."""
-        return self._path_of(lambda x, t: self.reference.velocity(prefix, x, t), noise, step_noise, log_std)
+        return self._path_of(self.reference, prefix, noise, step_noise, log_std)
 
     def reference_prefix(self, batch: TransitionBatch) -> Prefix:
         """What the backbone said of these observations when the online stage began; imitation trains it, too."""
-        return self.reference.encode(PolicyInput(batch.images, batch.state, batch.prompts))
+        return self.reference.encode(observation(batch))
 
-    def _path_of(self, velocity: Velocity, noise: Tensor, step_noise: Tensor, log_std: Tensor) -> FlowPath:
+    def _path_of(
+        self, flow: FlowPolicy | Reference, prefix: Prefix, noise: Tensor, step_noise: Tensor, log_std: Tensor
+    ) -> FlowPath:
+        ready = flow.ready(prefix, flow_times(len(step_noise), noise.device), len(noise) // len(prefix))
+        velocity = partial(flow.velocity_at, ready)
         return sample_path(velocity, noise, step_noise, log_std, self.policy.robot_dim, self.settings.squash)
 
     def _robot_dims(self, chunk: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""What SAC and DSRL share: the settings, an ensemble of critics with its target, a temperature, and the backup.
+"""What the agents that learn values share: the settings, an ensemble of critics with its target, and the backup.
 
-agents.sac and agents.dsrl extend `ValueSettings` and `ValueAgent`; batches are of replay.learning.
+agents.best_of_n, agents.sac and agents.dsrl extend `ValueSettings` and `ValueAgent`, the last two by a temperature
+(`EntropySettings`); batches are of replay.learning.
 """
 
 import copy
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 
 from serl_launcher.agents.base import Limit, follow
 from serl_launcher.agents.encoded import Encoded
+from serl_launcher.agents.observations import on_device
 from serl_launcher.critics.ensemble import ChunkCritic
 from serl_launcher.critics.losses import chunk_target
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix, trainable
+from serl_launcher.policies.transfer import to_device
+from serl_launcher.replay.learning import LearningBatch
 from serl_launcher.replay.transitions import TransitionBatch
 
 
@@ -30,26 +34,42 @@ class ValueSettings:
     widths: Sequence[int]  # hidden layers of a critic, units each
     tau: float  # rate at which the target critics follow, share per step
     target_members: int  # critics in the target's minimum, drawn anew each step (REDQ)
-    warmup_steps: int  # critic steps of the online stage before the actor moves
-    init_temperature: float  # α to begin with, return per nat of entropy
+    warmup_steps: int  # critic steps of the online stage before the actor moves, or before it chooses
     return_bound: bool  # is a target at least the return that followed in the episode (1611.01606)?
     q_limit: float  # |Q| beyond it stops training, in units of the return
 
 
-class ValueAgent(nn.Module):
-    """A flow policy beside an ensemble of critics, its target, and a temperature.
+@dataclass(frozen=True, kw_only=True)
+class EntropySettings(ValueSettings):
+    """Settings of the agents with a temperature."""
 
-    horizon: ticks of a chunk that are executed, what a critic sees. feature_dim: of `policy.features`. ValueError: the
-    settings do not fit each other or the policy.
+    init_temperature: float  # α to begin with, return per nat of entropy
+
+
+class ValueAgent(nn.Module):
+    """A flow policy beside an ensemble of critics and its target, and a temperature where the settings have one.
+
+    horizon: ticks of a chunk that are executed, what a critic sees. feature_dim: of `policy.features`. critic: one that
+    is there already, as a part of the policy. ValueError: the settings do not fit each other or the policy.
     """
 
-    def __init__(self, policy: FlowPolicy, settings: ValueSettings, *, feature_dim: int, horizon: int) -> None:
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        settings: ValueSettings,
+        *,
+        feature_dim: int,
+        horizon: int,
+        critic: ChunkCritic | None = None,
+    ) -> None:
         super().__init__()
         _check(settings, horizon, policy.action_horizon)
         self.policy, self.settings, self.horizon = policy, settings, horizon
-        self.critic = ChunkCritic(feature_dim, horizon, policy.robot_dim, settings.critics, settings.widths)
+        widths = settings.widths
+        self.critic = critic or ChunkCritic(feature_dim, horizon, policy.robot_dim, settings.critics, widths)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(settings.init_temperature)))
+        if isinstance(settings, EntropySettings):
+            self.log_alpha = nn.Parameter(torch.tensor(math.log(settings.init_temperature)))
         self.online = False  # is the stage an online one?
         self.online_steps = torch.zeros((), dtype=torch.int64)  # on the host, who decides by it; refused ones count
 
@@ -77,10 +97,17 @@ class ValueAgent(nn.Module):
         """Has the critic learned long enough online for the actor to follow it?"""
         return self.online and int(self.online_steps) >= self.settings.warmup_steps
 
-    def observe(self, images: dict[str, np.ndarray], state: np.ndarray, prompts: list[str]) -> Prefix:
+    def prepare(self, batch: LearningBatch) -> LearningBatch:
+        """On the device, where it is such a batch."""
+        if not isinstance(batch, LearningBatch):
+            return batch
+        imitation = batch.imitation and on_device(self.policy, batch.imitation)
+        return LearningBatch(imitation, on_device(self.policy, batch.transitions))
+
+    @torch.no_grad()
+    def observe(self, of: PolicyInput) -> Prefix:
         """The prefix of a batch of observations, without gradient."""
-        with torch.no_grad():
-            return self.policy.encode(PolicyInput(images, state, prompts))
+        return self.policy.encode(of)
 
     def executed(self, chunk: Tensor, anchor: Tensor | None = None) -> Tensor:
         """The ticks and dims of a sampled chunk that reach the robot, as `sent`: float32[b, h, robot dims]. anchor: of
@@ -100,18 +127,17 @@ class ValueAgent(nn.Module):
         physical = self.policy.physical_actions(chunk, anchor)
         return self.policy.normalise_actions(physical, anchor)[..., : self.policy.robot_dim]
 
-    def labels(self, action: np.ndarray, device: torch.device, anchor: Tensor | None = None) -> Tensor:
+    def labels(self, action: np.ndarray | Tensor, device: torch.device, anchor: Tensor | None = None) -> Tensor:
         """Executed physical actions in the model's units: float32[b, h, robot dims]. anchor: of the observation that
         they begin at."""
-        chunk = self.policy.normalise_actions(torch.as_tensor(action, device=device), anchor)
+        chunk = self.policy.normalise_actions(to_device(action, device), anchor)
         return chunk[..., : self.policy.robot_dim]
 
     def target_of(self, batch: TransitionBatch | Encoded, next_value: Tensor) -> Tensor:
         """The chunked backup of each transition from its next state's value float32[b]: float32[b]."""
         device = next_value.device
         reward, discount, bootstrap, lower_bound = (
-            torch.as_tensor(x, device=device)
-            for x in (batch.reward, batch.discount, batch.bootstrap, batch.value_lower_bound)
+            to_device(x, device) for x in (batch.reward, batch.discount, batch.bootstrap, batch.value_lower_bound)
         )
         target = chunk_target(reward, discount, bootstrap, next_value)
         return torch.maximum(target, lower_bound) if self.settings.return_bound else target

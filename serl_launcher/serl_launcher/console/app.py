@@ -12,8 +12,11 @@ import base64
 import contextlib
 import json
 import logging
+import os
 import ssl
+import sys
 import time
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -61,7 +64,7 @@ class Console:
         self._files = {entry.name: entry.read_bytes() for entry in files(__package__).joinpath("page").iterdir()}
         self._pages = 0  # that are open
         self._acts = ThreadPoolExecutor(ACTS, "act")  # a slow act must not hold up a frame
-        self._opened = asyncio.Event()
+        self._opened, self._making = asyncio.Event(), asyncio.Lock()
         self._views: dict[str, Any] = {}  # actor -> its newest `live`, pictures as data URLs
         self._hands: dict[str, Any] = {}
 
@@ -137,10 +140,21 @@ class Console:
         return web.Response(body=self._files[name], content_type=kind, charset="utf-8")
 
     async def _video(self, request: web.Request) -> web.StreamResponse:
-        name = self._feed.videos.get(request.match_info["episode"])
-        if name is None:
-            raise web.HTTPNotFound(text="no video of this episode: its actor records every rollout.video_every-th")
+        episode = request.match_info["episode"]
+        name = self._feed.videos.get(episode) or await self._make_video(episode)
         return web.FileResponse(self._paths.videos / name, headers=HEADERS)
+
+    async def _make_video(self, episode: str) -> str:
+        """Its actor recorded none here: made of the dataset, one at a time, by a process that gives way to others."""
+        if not self._feed.knows(episode):
+            raise web.HTTPNotFound(text="no such episode")
+        words = [sys.executable, "-m", "serl_launcher.console.footage", str(self._paths.root), episode]
+        async with self._making:
+            made = await asyncio.create_subprocess_exec(*words, stdout=PIPE, stderr=PIPE, preexec_fn=_give_way)
+            name, why = await made.communicate()
+        if made.returncode:
+            raise web.HTTPNotFound(text=f"no video: {why.decode().strip().splitlines()[-1:] or ['it ended']}")
+        return name.decode().strip()
 
     async def _act(self, request: web.Request) -> web.Response:
         try:
@@ -228,6 +242,10 @@ class Console:
             return {**self._views.get(actor, {"pictures": {}}), **view}
         pictures = {camera: _data_url(jpeg) for camera, jpeg in view["pictures"].items()}
         return view | {"pictures": pictures}
+
+
+def _give_way() -> None:
+    os.nice(10)
 
 
 def _data_url(jpeg: bytes) -> str:

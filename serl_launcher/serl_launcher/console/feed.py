@@ -76,6 +76,10 @@ class Feed:
         news = [row for n, changed in list(self._changed.items()) if changed > number and (row := rows.get(n))]
         return newest, parts | ({"rows": news} if news else {})
 
+    def knows(self, episode_id: str) -> bool:
+        """Is that an episode of the page's ledger?"""
+        return any(row["id"] == episode_id for row in list(self._rows.values()))
+
     def _put(self, name: str, body: Any) -> None:
         if name not in self._parts or self._parts[name][1] != body:
             self._parts[name] = (self._next, body)
@@ -144,6 +148,8 @@ class Feed:
 def _act(row: Mapping[str, Any]) -> dict[str, str]:
     """One line of acts.jsonl for the page's list."""
     said = [f"{key} {value}" for key, value in row.items() if key not in _OF_EVERY and value is not None]
+    if row["act"] == "set" and "key" in row:
+        said = [f"{row['key']} = {row.get('value')}; the config says {row.get('was')}"]
     return {"n": row["n"], "time": row.get("time", ""), "by": row.get("by", ""), "text": " ".join([row["act"], *said])}
 
 

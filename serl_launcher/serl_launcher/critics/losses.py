@@ -19,8 +19,7 @@ def chunk_target(reward: Tensor, discount: Tensor, bootstrap: Tensor, next_value
 
 def pessimistic(q: Tensor, n: int) -> Tensor:
     """Minimum over n randomly drawn members of float32[e, b] (REDQ, Chen et al., 2101.05982): float32[b]."""
-    members = torch.randperm(len(q))[:n] if n < len(q) else torch.arange(n)
-    return q[members.to(q.device)].min(dim=0).values
+    return (q if n == len(q) else q[torch.randperm(len(q), device=q.device)[:n]]).min(dim=0).values
 
 
 def td_loss(q: Tensor, target: Tensor) -> Tensor:

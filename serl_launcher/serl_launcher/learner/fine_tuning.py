@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from serl_launcher.learner.ahead import Ahead
 from serl_launcher.learner.disk import DiskWait
 from serl_launcher.learner.held_out import HeldOut
 from serl_launcher.learner.learner import Learner
@@ -156,22 +157,30 @@ class FineTuning:
         if self.overfit and self.taken:  # it may be learned already
             self._judge(self._held_out.measure(self._learner))
         with closing(self._batches()) as source:  # its processes end here: at an exit they would be waited for
-            while not self.finished and not self._stopping:
-                self._turn(source)
+            part = partial(self._prepared, source)
+            with closing(Ahead(part, self._learner.device)) as ahead:
+                while not self.finished and not self._stopping:
+                    self._turn(ahead)
         if self._stopping and not self.finished:
             self._write([self._publisher.publish, self._checkpoints.save])
         self._step_log.close()
         self._publisher.check_frozen()
 
-    def _turn(self, source: Iterator[ChunkBatch]) -> None:
+    def _prepared(self, source: Iterator[ChunkBatch]) -> list[ChunkBatch]:
+        """The batches of a step."""
+        return [self._learner.prepare(next(source)) for _ in range(self._settings.accumulate)]
+
+    def _turn(self, ahead: Ahead) -> None:
         began = time.perf_counter()
-        parts = [next(source) for _ in range(self._settings.accumulate)]
+        parts = ahead.take()
+        if self.taken + 1 < self._settings.steps:
+            ahead.begin()
         sampled = time.perf_counter()
         seed_noise(self._seed, self.taken)
         metrics = self._learner.step(parts, self._progress.lr_scale(self._stage))
         self._progress.count(self._stage)
         metrics |= {"time/sample_s": sampled - began, "time/step_s": time.perf_counter() - sampled}
-        measured = self._held_out.measure(self._learner) if self._due(self._settings.eval_period) else {}
+        measured = self._measured(ahead) if self._due(self._settings.eval_period) else {}
         logged = self._step_log.add(self.taken, STAGE, metrics, measured)
         if not (logged or self._due(self._settings.save_period)):
             return
@@ -181,6 +190,10 @@ class FineTuning:
         self._write(due)
         if logged:
             log.info("%s", self._line())
+
+    def _measured(self, ahead: Ahead) -> dict[str, float]:
+        ahead.wait()  # it reads the same dataset with the same tokenizer
+        return self._held_out.measure(self._learner)
 
     def _judge(self, measured: dict[str, float]) -> list[Callable[[], object]]:
         """Of the measured episodes: is this the best version, or are they learned by heart? What is to be written."""

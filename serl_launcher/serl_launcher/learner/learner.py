@@ -184,9 +184,18 @@ class Learner:
         return raw | {f"{AVERAGED}{name}": p for name, p in self.averaged.items()} | further | auxiliary
 
     @property
+    def device(self) -> torch.device:
+        return self._accelerator.device
+
+    @property
     def on_card(self) -> bool:
         """Is the state of the optimizers on another device than the host?"""
-        return self._accelerator.device.type != "cpu"
+        return self.device.type != "cpu"
+
+    def prepare(self, batch: Any) -> Any:
+        """The batch with all made that needs no step to be over; called while one runs, in another thread."""
+        prepare = getattr(self.agent, "prepare", None)
+        return batch if prepare is None else prepare(batch)
 
     def optimizer_state(self) -> dict[str, Any]:
         """State of every optimizer, by group."""

@@ -55,6 +55,7 @@ class TrainerCheckpoints:
             "version": self._publisher.version,
             "rng": self._rng.bit_generator.state,
             "torch_rng": torch.get_rng_state().tolist(),
+            "device_rng": torch.cuda.get_rng_state(learner.device).tolist() if learner.on_card else None,
             "agent": self._agent,
             "base": self._publisher.base,
         }
@@ -126,6 +127,8 @@ class TrainerCheckpoints:
             self._restore(folder)
             self._rng.bit_generator.state = state["rng"]
             torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
+            if self._learner.on_card and state.get("device_rng"):  # older checkpoints have none
+                torch.cuda.set_rng_state(torch.tensor(state["device_rng"], dtype=torch.uint8), self._learner.device)
         else:
             self._learner.continue_from(StoredTensors(folder / checkpoints.TENSORS))
             self._learner.step_count = state["counters"]["step"]

@@ -16,7 +16,7 @@ from serl_launcher.learner.fit_check import mistaken
 from serl_launcher.learner.relative import FEW, Bounds, episodes_of, longest, relative_ticks
 from serl_launcher.learner.symptoms import Finding, Recording
 from serl_launcher.policies.checkpoint import Checkpoint
-from serl_launcher.policies.groot.assets import read_assets
+from serl_launcher.policies.groot.build import release_of
 from serl_launcher.policies.groot.head import NEW_EMBODIMENT
 from serl_launcher.policies.groot_n1_5 import checkpoint as n1_5
 from serl_launcher.policies.normalise import Affine, Units, as_trained
@@ -38,9 +38,8 @@ def units_of_policy(cfg: DictConfig, spec: TaskSpec) -> Units:
     found = Checkpoint.find(policy.checkpoint)
     if "groot" in policy._target_:
         tag, mapping = policy.get("embodiment_tag") or NEW_EMBODIMENT, dict(policy.get("cameras") or {})
-        if "groot_n1_5" in policy._target_:
-            return n1_5.read_assets(found, tag, spec, mapping, policy.get("statistics")).units
-        return read_assets(found, tag, spec, mapping, policy.get("statistics"), policy.get("relative")).units
+        read = release_of(policy._target_).read_assets
+        return read(found, tag, spec, mapping, policy.get("statistics"), policy.get("relative")).units
     if policy.get("statistics"):
         return units_of_dataset(found, spec, policy.statistics, policy.get("relative"))
     return units_of(found, spec)

@@ -209,6 +209,7 @@ class Trainer:
     def end(self) -> None:
         """What a trainer leaves behind. RuntimeError when frozen parameters have changed."""
         say_ready()
+        self.data.close()
         if self._stopping:
             self._save_last()
         self.step_log.close()

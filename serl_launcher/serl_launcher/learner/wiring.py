@@ -55,7 +55,7 @@ def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient) -> 
     policy = build_policy(cfg, spec)
     learner = build_learner(cfg, policy, spec)
     make_view = partial(build_view, paths=paths, spec=spec, action_horizon=policy.action_horizon, words=words)
-    data = TrainingData(*make_view(cfg), rng, cfg.algo.min_accepted)
+    data = TrainingData(*make_view(cfg), rng, cfg.algo.min_accepted, learner.prepare, learner.device)
     stages = StageProgress(run.stages)
     publisher = Publisher(paths.params, learner, policy, name=cfg.policy.name, keep=settings.keep_params)
     checkpoints = TrainerCheckpoints(paths.checkpoints, learner, stages, publisher, rng, settings.keep_checkpoints)

@@ -31,6 +31,7 @@ class PolicyInput:
     images: dict[str, np.ndarray]  # camera -> uint8[b, h, w, 3]
     state: np.ndarray  # float32[b, s], physical units
     prompts: list[str]  # b language prompts
+    prepared: Mapping[str, Tensor] | None = None  # what the policy's `prepare` made of it, where that was done before
 
     def __len__(self) -> int:
         return len(self.state)
@@ -140,7 +141,8 @@ class FlowPolicy(nn.Module):
 
     def encode(self, observation: PolicyInput, features: bool = True) -> Prefix:
         """Run the backbone once; without gradient when it is frozen. features: whether `features` will be asked."""
-        return self.encode_prepared(self.prepare(observation), features)
+        tensors = self.prepare(observation) if observation.prepared is None else dict(observation.prepared)
+        return self.encode_prepared(tensors, features)
 
     def prepare(self, observation: PolicyInput) -> dict[str, Tensor]:
         """The host's part of `encode`: tensors whose shapes alone decide what the device will run."""
@@ -175,8 +177,8 @@ class FlowPolicy(nn.Module):
         """
         if prefix.hidden is None:
             raise ValueError("features: this prefix was encoded with features=False")
-        keep = prefix.pad_mask.unsqueeze(-1).to(prefix.hidden.dtype)
-        return torch.cat([((prefix.hidden * keep).sum(1) / keep.sum(1)).float(), prefix.state], dim=-1)
+        keep = prefix.pad_mask.unsqueeze(-1).float()
+        return torch.cat([(prefix.hidden.float() * keep).sum(1) / keep.sum(1), prefix.state], dim=-1)
 
     @property
     def units(self) -> Units:
@@ -266,12 +268,12 @@ def flow_loss(
     return weight * (error * keep).sum(-1) / keep.sum(-1).clamp(min=1)
 
 
-def sample_times(b: int, generator: torch.Generator | None = None) -> Tensor:
+def sample_times(b: int, generator: torch.Generator | None = None, device: torch.device | None = None) -> Tensor:
     """Training flow times as PI0 draws them: 1 − t ~ 0.001 + 0.999 · Beta(1.5, 1), dense near the noise: float32[b].
 
     Beta(α, 1) has the closed-form quantile u^(1/α), so a seeded generator suffices.
     """
-    u = torch.rand(b, generator=generator)
+    u = torch.rand(b, generator=generator, device=device)
     return 1 - (0.001 + 0.999 * u.pow(1 / 1.5))
 
 

@@ -25,6 +25,14 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # weights, configs, tokenizers
 IMAGES = "observation.images."  # what LeRobot's camera features begin with
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+POLICIES = {  # type in config.json -> the yaml of config/policy/ that reads it; LeRobot's groot of N1.5: groot_n1_5
+    "pi0": "pi0",
+    "pi05": "pi05",
+    "groot": "groot_n1_7",
+    "Gr00tN1d7": "groot_n1_7",
+    "Gr00tN1d6": "groot_n1_6",
+    "gr00t_n1_5": "groot_n1_5",
+}
 
 
 class CheckpointError(ValueError):
@@ -56,7 +64,9 @@ class Checkpoint:
         """Raise CheckpointError unless config.json names one of these policy types."""
         got = self.config.get("type") or self.config.get("model_type")
         if got not in types:
-            raise CheckpointError(f"{self.folder}: expected a checkpoint of type {' or '.join(types)}, got {got!r}")
+            reader = f"; policy={POLICIES[got]} reads that" if got in POLICIES else ""
+            expected = " or ".join(types)
+            raise CheckpointError(f"{self.folder}: expected a checkpoint of type {expected}, got {got!r}{reader}")
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, on the CPU, as it is stored; in memory of its own, nothing else of the file is."""

@@ -98,6 +98,7 @@ def estimate(
     weights, largest = _bytes(policy.parameters()), max(policy.parameters(), key=Tensor.numel)
     (flops, step), (_, more) = (_training(policy, spec, b, noise_samples) for b in (batch, 2 * batch))
     hold(policy, precision, masters=False)
+    policy.fuse_for_serving()
     serve_flops, answer = _serving(policy, spec, questions, flow_steps)
     return Estimate(
         trainable=moved,
@@ -153,5 +154,5 @@ def _serving(policy: nn.Module, spec: TaskSpec, b: int, flow_steps: int) -> tupl
         FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter,
         LiveBytes(policy.state_dict(keep_vars=True).values()) as alive,
     ):
-        sample(policy, policy.encode(blank(spec, b)), noise, flow_steps)
+        sample(policy, policy.encode(blank(spec, b), features=False), noise, flow_steps)
     return counter.get_total_flops(), alive.peak

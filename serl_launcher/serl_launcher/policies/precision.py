@@ -30,8 +30,8 @@ def check_precision(precision: str) -> str:
 
 def stays_float32(name: str, ndim: int) -> bool:
     """Is a tensor held in fp32 even where it is frozen or only served?"""
-    # The noise policy of DSRL runs outside autocast, on features and noise in fp32.
-    return ndim < 2 or name.startswith("steering.") or any(part in name for part in FLOAT32)
+    # What an algorithm adds beside the flow runs outside autocast, on features in fp32.
+    return ndim < 2 or name.startswith(("steering.", "chooser.")) or any(part in name for part in FLOAT32)
 
 
 def compute(precision: str, device: torch.device) -> AbstractContextManager:

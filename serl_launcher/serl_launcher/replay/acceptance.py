@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+PAUSES = ("keep", "no_start", "drop")
+
 
 @dataclass(frozen=True, slots=True)
 class EpisodeColumns:
@@ -52,16 +54,21 @@ class SuccessRule:
     """
 
     min_return: float  # m, least return of an episode; a schedule of m (`algo.threshold`) takes its place
+    discount: float  # γ a tick of that return; below 1 a quick success is worth more than a slow one
     require_success: bool  # is a failure rejected whatever its return?
     min_ticks: int  # shorter episodes are dropped
     noop_threshold: float  # share of the action range: ticks that move less are dropped, see `idle_starts`
     noop_dims: Sequence[int] | None  # action dimensions that move the robot; null: all
+    pauses: str  # ticks without motion in mid-episode, see `still_ticks`: keep; no_start, no chunk begins there; drop
     mask_before_takeover: int | None  # policy ticks hidden before a takeover; null: the whole stretch
     autonomous_stride: int  # mixed rate: chunks begin at every k-th tick that the policy drove, at each of a person
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "min_return", "noop_threshold")
+        _check_numbers(self, "min_return", "discount", "noop_threshold")
+        _check_pauses(self.pauses)
         _check_counts(self, min_ticks=0, autonomous_stride=1)
+        if not 0 < self.discount <= 1:
+            raise ValueError(f"algo.rule.discount: expected above 0, at most 1, got {self.discount!r}")
         if self.mask_before_takeover is not None:
             _check_counts(self, mask_before_takeover=0)
 
@@ -70,14 +77,19 @@ class SuccessRule:
         if n < self.min_ticks:
             return Selection.rejected(n, "short")
         threshold = self.min_return if episode.threshold is None else episode.threshold
-        if float(episode.reward.sum()) < threshold:
+        if self.return_of(episode) < threshold:
             return Selection.rejected(n, "return")
         if self.require_success and not episode.success:
             return Selection.rejected(n, "failed")
         labels = ~before_takeover(episode.intervention, self.mask_before_takeover)
         labels &= ~_idle(episode, self.noop_threshold, self.noop_dims)
         starts = labels & (episode.intervention | (np.arange(n) % self.autonomous_stride == 0))
+        starts, labels = _without_pauses(episode, starts, labels, self)
         return Selection(bool(starts.any()), "accepted" if starts.any() else "noop", starts, labels)
+
+    def return_of(self, episode: EpisodeColumns) -> float:
+        """Σ γ^t r_t, what m is compared with."""
+        return float((episode.reward * self.discount ** np.arange(len(episode))).sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +99,11 @@ class DemonstrationRule:
     min_ticks: int  # as in SuccessRule, and so the others
     noop_threshold: float
     noop_dims: Sequence[int] | None
+    pauses: str
 
     def __post_init__(self) -> None:
         _check_numbers(self, "noop_threshold")
+        _check_pauses(self.pauses)
         _check_counts(self, min_ticks=0)
 
     def __call__(self, episode: EpisodeColumns) -> Selection:
@@ -101,7 +115,8 @@ class DemonstrationRule:
         if not episode.success:
             return Selection.rejected(n, "failed")
         labels = ~_idle(episode, self.noop_threshold, self.noop_dims)
-        return Selection(bool(labels.any()), "accepted" if labels.any() else "noop", labels.copy(), labels)
+        starts, labels = _without_pauses(episode, labels.copy(), labels, self)
+        return Selection(bool(starts.any()), "accepted" if starts.any() else "noop", starts, labels)
 
 
 def _check_numbers(rule: object, *names: str) -> None:
@@ -116,6 +131,41 @@ def _check_counts(rule: object, **least: int) -> None:
         value = getattr(rule, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < bound:
             raise ValueError(f"algo.rule.{name}: expected a whole number of at least {bound}, got {value!r}")
+
+
+def _check_pauses(value: str) -> None:
+    if value not in PAUSES:
+        raise ValueError(f"algo.rule.pauses: expected one of {', '.join(PAUSES)}, got {value!r}")
+
+
+def _without_pauses(
+    episode: EpisodeColumns, starts: np.ndarray, labels: np.ndarray, rule: SuccessRule | DemonstrationRule
+) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and labels as `rule.pauses` leaves them."""
+    if rule.pauses == "keep":
+        return starts, labels
+    moves = ~still_ticks(episode.action, rule.noop_threshold, rule.noop_dims, episode.targets)
+    return starts & moves, labels & moves if rule.pauses == "drop" else labels
+
+
+def still_ticks(
+    action: np.ndarray, threshold: float, dims: Sequence[int] | None, targets: Sequence[int] = ()
+) -> np.ndarray:
+    """Ticks in which nothing is asked to move: bool[n].
+
+    action: float32[n, ad] in units of its range. Of `dims` (None: all) none exceeds `threshold`, or is that far from
+    the tick before where it is a target position; the others, such as a gripper, are as they were the tick before.
+
+    >>> action = np.float32([[0.5, 0], [0, 0], [0, 1], [0, 1]])
+    >>> still_ticks(action, 0.1, [0]).astype(int)
+    array([0, 1, 0, 1])
+    """
+    change = np.diff(action, axis=0, prepend=action[:1])
+    counted = list(range(action.shape[1]) if dims is None else dims)
+    displacements = [dim for dim in counted if dim not in targets]
+    moved = change.copy()
+    moved[:, displacements] = action[:, displacements]
+    return (np.abs(moved) <= threshold).all(axis=1)
 
 
 def before_takeover(intervention: np.ndarray, reach: int | None) -> np.ndarray:

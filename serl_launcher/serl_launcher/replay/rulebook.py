@@ -76,7 +76,8 @@ class RuleBook:
         finite = bool(np.isfinite(episode.reward).all())
         use = word.use if word else None
         selection = self._select(episode, use) if finite else Selection.rejected(len(episode), "reward_not_finite")
-        verdict = _verdict(ordinal, episode, columns["policy_version"], selection, word.act if word else 0)
+        worth = getattr(self._rule, "return_of", _sum_of_rewards)(episode)
+        verdict = _verdict(ordinal, episode, columns["policy_version"], selection, worth, word.act if word else 0)
         if self.threshold is None or not finite or use == "discard":
             return selection, [verdict]
         if selection.accepted and mode == "online" and use is None:
@@ -125,12 +126,18 @@ def check_noop_dims(dims: Sequence[int] | None, spec: TaskSpec) -> None:
         )
 
 
-def _verdict(ordinal: int, episode: EpisodeColumns, versions: np.ndarray, selection: Selection, act: int) -> Verdict:
+def _sum_of_rewards(episode: EpisodeColumns) -> float:
+    return float(episode.reward.sum())
+
+
+def _verdict(
+    ordinal: int, episode: EpisodeColumns, versions: np.ndarray, selection: Selection, worth: float, act: int
+) -> Verdict:
     return Verdict(
         ordinal=ordinal,
         mode=episode.mode,
         ticks=len(episode),
-        return_=float(episode.reward.sum()),
+        return_=worth,
         success=episode.success,
         operator_ticks=int(episode.intervention.sum()),
         policy_versions=(int(versions.min()), int(versions.max())),

@@ -10,7 +10,9 @@ A chunk never runs into the next episode. An episode that ended by a time limit 
 observation (Pardo et al., 1712.00378). Half of a batch comes from demonstrations (RLPD, Ball et al., 2302.02948).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +41,8 @@ class TransitionBatch:
     value_lower_bound: np.ndarray  # float32[b], the return that followed; −inf where it bounds nothing
     demo: np.ndarray  # bool[b], from a demonstration
     prompts: list[str]  # b, each its own episode's
+    prepared: Mapping[str, Any] | None = None  # what the policy's `prepare` made of the observation, once it did
+    next_prepared: Mapping[str, Any] | None = None  # and of that at the chunk's end
 
     def __len__(self) -> int:
         return len(self.state)

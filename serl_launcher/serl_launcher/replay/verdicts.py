@@ -24,7 +24,7 @@ class Verdict:
     ordinal: int  # of the journal
     mode: str  # demo or online
     ticks: int  # n
-    return_: float  # Σ r
+    return_: float  # Σ r, or discounted as the rule asks
     success: bool
     operator_ticks: int
     policy_versions: tuple[int, int]  # oldest and newest that acted (−1: none)

@@ -34,7 +34,7 @@ def nobody_said(key: int) -> Word | None:
 
 @dataclass(frozen=True, slots=True)
 class ChunkBatch:
-    """A training batch of action chunks."""
+    """A training batch of action chunks. Arrays, or tensors on the device once the agent has prepared it."""
 
     images: dict[str, np.ndarray]  # camera -> uint8[b, h, w, 3], at the chunk's first tick
     state: np.ndarray  # float32[b, s]
@@ -44,6 +44,7 @@ class ChunkBatch:
     operator: np.ndarray  # bool[b], the operator drove the first tick
     weight: np.ndarray  # float32[b], of the sample in the loss, by its source
     prompts: list[str]  # b, each its own episode's
+    prepared: Mapping[str, Any] | None = None  # what the policy's `prepare` made of the observation, once it did
 
     def __len__(self) -> int:
         return len(self.state)

@@ -27,8 +27,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from serl_launcher.agents.build import build_policy
-from serl_launcher.agents.steering import steer, steers
-from serl_launcher.policies.base import PolicyInput, Prefix, sample, trainable
+from serl_launcher.agents.choosing import best_chunks, candidates, reads_features, served_chunks
+from serl_launcher.agents.steering import steer
+from serl_launcher.policies.base import PolicyInput, Prefix, trainable
 from serl_launcher.policies.compiling import check_switch
 from serl_launcher.policies.kernels import AttentionCalls, choose
 from serl_launcher.policies.precision import hold
@@ -62,9 +63,11 @@ class PolicyEngine:
         )
         choose(self.device)
         self.spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
-        self.policy = build_policy(cfg, self.spec).to(self.device).eval()
+        self.policy = build_policy(cfg, self.spec).eval()
         self._base = base_sha256(self.policy)
+        # Cast on the host: the device never holds, nor is sent, what trains in float32. It gets a tensor at a time.
         hold(self.policy, getattr(self.policy, "precision", "float32"), masters=False)
+        self.policy.to(self.device)
         self._published = trainable(self.policy)
         self.policy.requires_grad_(False)  # guidance differentiates by actions, never by weights
         self.policy.fuse_for_serving()
@@ -199,7 +202,7 @@ class PolicyEngine:
         plain = [row for row, query in enumerate(queries) if query.prefix_actions is None]
         # Tensors of inference mode cannot be differentiated through later, as guidance must.
         with torch.no_grad() if guided else torch.inference_mode():
-            prefix = self.policy.encode(self._observation(queries), features=steers(self.policy))
+            prefix = self.policy.encode(self._observation(queries), features=reads_features(self.policy))
             answers: dict[int, np.ndarray] = {}
             for rows, make in ((plain, self._sample), (guided, self._sample_guided)):
                 if rows:
@@ -207,12 +210,18 @@ class PolicyEngine:
                     answers.update(zip(rows, self._physical(make(part, asked), part.anchor, asked), strict=True))
         return [answers[row] for row in range(len(queries))]
 
+    def check_device(self) -> None:
+        """Raises where the device fails whatever it is asked: an error of CUDA that only a new process gets rid of."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _act_by_graph(self, queries: Sequence[Query], size: int) -> list[np.ndarray]:
         """One chunk a query, the batch filled up to `size` by its last query."""
         filled = [*queries, *[queries[-1]] * (size - len(queries))]
         noise = self._draw(queries)
         with torch.inference_mode():
-            inputs = self._inputs(filled, torch.cat([noise, noise[-1:].expand(size - len(queries), -1, -1)]))
+            last = noise[-candidates(self.policy) :]
+            inputs = self._inputs(filled, torch.cat([noise, last.repeat(size - len(queries), 1, 1)]))
             chunks, anchor = self._graphs(inputs)[: len(queries)], inputs.get("anchor")
             return self._physical(chunks, None if anchor is None else anchor[: len(queries)], queries)
 
@@ -222,8 +231,8 @@ class PolicyEngine:
     def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """What a graph holds: prepared inputs and noise to chunks in the model's units."""
         tensors = {name: x for name, x in inputs.items() if name != "noise"}
-        prefix = self.policy.encode_prepared(tensors, features=steers(self.policy))
-        return sample(self.policy, prefix, steer(self.policy, prefix, inputs["noise"]), self._steps)
+        prefix = self.policy.encode_prepared(tensors, features=reads_features(self.policy))
+        return served_chunks(self.policy, prefix, inputs["noise"], self._steps)
 
     def _observation(self, queries: Sequence[Query]) -> PolicyInput:
         return PolicyInput(
@@ -236,23 +245,26 @@ class PolicyEngine:
         return torch.tensor([row for row in rows for _ in range(queries[row].rows)], device=self.device)
 
     def _sample(self, prefix: Prefix, queries: Sequence[Query]) -> Tensor:
-        return sample(self.policy, prefix, steer(self.policy, prefix, self._draw(queries)), self._steps)
+        return served_chunks(self.policy, prefix, self._draw(queries), self._steps)
 
     def _sample_guided(self, prefix: Prefix, queries: Sequence[Query]) -> Tensor:
-        noise = steer(self.policy, prefix, self._draw(queries))
+        n = candidates(self.policy)
+        noise = self._draw(queries)
+        noise = steer(self.policy, prefix, noise) if n == 1 else noise
         known, mask = torch.zeros_like(noise), torch.zeros_like(noise)
         row = 0
         for query in queries:
             running = torch.tensor(query.prefix_actions, device=self.device)[: noise.shape[1]]
             k, robot = running.shape
             weights = soft_mask(query.inference_delay, k, noise.shape[1]).to(self.device)
-            for _ in range(query.rows):
+            for _ in range(query.rows * n):
                 # The running chunk is absolute: to the new one it is relative to the state that this one is asked at.
-                anchor = None if prefix.anchor is None else prefix.anchor[row]
+                anchor = None if prefix.anchor is None else prefix.anchor[row // n]
                 known[row, :k] = self.policy.normalise_actions(running, anchor)
                 mask[row, :, :robot] = weights[:, None]
                 row += 1
-        return sample_realtime(self.policy, prefix, noise, self._steps, known, mask)
+        chunks = sample_realtime(self.policy, prefix.repeat(n), noise, self._steps, known, mask)
+        return best_chunks(self.policy, prefix, chunks)
 
     def _physical(self, chunks: Tensor, anchor: Tensor | None, queries: Sequence[Query]) -> list[np.ndarray]:
         actions = self.policy.physical_actions(chunks, anchor).float().cpu().numpy()
@@ -262,13 +274,13 @@ class PolicyEngine:
         return [part[0] if query.samples is None else part for part, query in zip(parts, queries, strict=True)]
 
     def _draw(self, queries: Sequence[Query]) -> Tensor:
-        """Noise float32[rows, ah, ad]: of its own generator where a query has a seed."""
+        """Noise float32[rows · candidates, ah, ad]: of its own generator where a query has a seed."""
         shape = self.policy.action_horizon, self.policy.action_dim
         noise = []
         for query in queries:
             generator = self._noise if query.seed is None else torch.Generator().manual_seed(query.seed)
             # Row by row: torch draws a large tensor in another order, and sample k must not depend on n.
-            noise += [torch.randn(shape, generator=generator) for _ in range(query.rows)]
+            noise += [torch.randn(shape, generator=generator) for _ in range(query.rows * candidates(self.policy))]
         return torch.stack(noise).to(self.device)
 
 

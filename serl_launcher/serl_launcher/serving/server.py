@@ -159,6 +159,7 @@ class PolicyServer:
                 chunks = self._engine.act([item.query for item in batch])
         except Exception:
             log.exception("a batch of %d failed on version %d", len(batch), self._engine.version)
+            self._engine.check_device()  # ends this process where it is broken; the supervisor starts another
             self._answer_one_by_one(batch)
             return
         done = time.monotonic()

@@ -12,7 +12,7 @@ from typing import Any
 
 from serl_launcher.run.files import write_whole
 from serl_launcher.telemetry.history import EpisodeRecord, RunHistory, StageRecord
-from serl_launcher.telemetry.statistics import sliding, wilson
+from serl_launcher.telemetry.statistics import sliding, speed, wilson
 
 WINDOW = 30  # online episodes per point
 SHADES = {"demo": "#dcd3c4", "train": "#cfd8dc", "eval": "#c8e6c9", "online": "#d6e4f5"}
@@ -89,8 +89,11 @@ def _draw_evaluation(axis: Any, history: RunHistory, stage: StageRecord) -> None
         label="evaluation on unseen seeds, 95% interval",
     )  # fmt: skip
     below = wins / n > 0.5  # where the label hides neither the curve nor the edge
+    fast = speed([e.n_ticks for e in stage.episodes], [e.success for e in stage.episodes])
+    pace = fast["successes_per_1000_ticks"]
+    label = f"{wins / n:.2f}" + (f"\n{pace:.0f} / 1,000 ticks" if pace else "")
     axis.annotate(
-        f"{wins / n:.2f}", (minute, low if below else high), xytext=(0, -6 if below else 6), textcoords="offset points",
+        label, (minute, low if below else high), xytext=(0, -6 if below else 6), textcoords="offset points",
         ha="center", va="top" if below else "bottom", color=RED, fontsize=11, fontweight="bold",
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import median
 
 Z_95 = 1.959964  # two-sided 95%
 
@@ -29,3 +30,15 @@ def sliding(outcomes: Sequence[bool], window: int) -> list[tuple[int, int]]:
         successes += outcome - (outcomes[index - window] if index >= window else 0)
         result.append((successes, min(index + 1, window)))
     return result
+
+
+def speed(ticks: Sequence[int], success: Sequence[bool]) -> dict[str, float | None]:
+    """How fast success comes: what a robot brings in 1,000 ticks, failures included, and the median success's ticks.
+
+    ticks, success: of each episode.
+    """
+    good = [n for n, well in zip(ticks, success, strict=True) if well]
+    return {
+        "successes_per_1000_ticks": round(1000 * len(good) / sum(ticks), 2) if sum(ticks) else None,
+        "median_ticks_to_success": median(good) if good else None,
+    }

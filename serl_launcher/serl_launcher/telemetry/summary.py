@@ -16,7 +16,7 @@ from typing import Any
 from serl_launcher.run.files import write_sealed
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.history import EpisodeRecord, RunHistory, StageRecord, read_history
-from serl_launcher.telemetry.statistics import wilson
+from serl_launcher.telemetry.statistics import speed, wilson
 
 RECENT = 40  # online episodes that stand in for an evaluation when the schedule has none
 
@@ -48,6 +48,7 @@ def summarise(history: RunHistory) -> dict[str, Any]:
         "success_rate_episodes": final["episodes"],
         "success_rate_from": after.name if after else f"last {RECENT} online episodes",
         "median_seconds_to_success": _median_seconds(after.episodes) if after else None,
+        **_speed(after.episodes if after else ()),
         "success_rate_before_online": start["rate"],
         "success_rate_before_online_interval": start["interval"],
         "episodes": len(history.episodes),
@@ -56,6 +57,7 @@ def summarise(history: RunHistory) -> dict[str, Any]:
         "quarantined": history.quarantined,
         "interventions": sum(episode.interventions > 0 for episode in online),
         "intervention_ticks": sum(episode.interventions for episode in online),
+        "human_ticks": sum(e.n_ticks if e.mode == "demo" else e.interventions for e in history.episodes),
         "intervention_rate_first_third": _helped(online[: len(online) // 3]),
         "intervention_rate_last_third": _helped(online[len(online) - len(online) // 3 :]),
         "transitions": sum(episode.n_ticks for episode in history.episodes),
@@ -102,6 +104,10 @@ def _median_seconds(episodes: Sequence[EpisodeRecord]) -> float | None:
     return round(median(seconds), 3) if seconds else None
 
 
+def _speed(episodes: Sequence[EpisodeRecord]) -> dict[str, float | None]:
+    return speed([e.n_ticks for e in episodes], [e.success for e in episodes])
+
+
 def _helped(episodes: Sequence[EpisodeRecord]) -> float | None:
     return round(sum(e.interventions > 0 for e in episodes) / len(episodes), 4) if episodes else None
 
@@ -123,6 +129,7 @@ def stage_row(stage: StageRecord) -> dict[str, Any]:
         "success_rate": result["rate"],
         "success_rate_interval": result["interval"],
         "median_seconds_to_success": _median_seconds(stage.episodes),
+        **_speed(stage.episodes),
         "ticks": stage.ticks,
         "steps": stage.steps,
         "minutes": round((stage.end_time - stage.start_time) / 60, 2),

@@ -4,11 +4,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from hydra.utils import instantiate
-from tiny import SPEC, random_batch, random_transitions, tiny_config, tiny_policy
+from tiny import HORIZON, SIZE, SPEC, random_batch, random_transitions, tiny_config, tiny_policy
 
 from serl_launcher.agents.build import build_agent, build_policy
+from serl_launcher.agents.flow_matching import imitation_loss
+from serl_launcher.agents.observations import observation
 from serl_launcher.learner.learner import Learner
 from serl_launcher.policies.base import trainable
+from serl_launcher.policies.pi0 import head
+from serl_launcher.policies.pi0.build import build_pi0
 from serl_launcher.replay.learning import LearningBatch
 from serl_launcher.run.parameters import base_sha256, publish
 from serl_launcher.serving.engine import PolicyEngine
@@ -90,7 +94,7 @@ def test_sacs_reference_is_the_whole_policy_of_the_start_though_imitation_trains
     _, policy, learner = make("sac_pi0", behaviour_weight=1.0)
     agent, batch = learner.agent, random_transitions(seed=9)
     learner.begin_stage("online")
-    noise, step_noise = agent.draw(len(batch), before := agent.observe(batch.images, batch.state, batch.prompts))
+    noise, step_noise = agent.draw(len(batch), before := agent.observe(observation(batch)))
     log_std = agent.noise_scale(policy.features(before)).detach()
     with torch.no_grad():
         at_the_start = agent.path(before, noise, step_noise, log_std).chunk
@@ -111,7 +115,7 @@ def test_dsrls_flow_is_frozen_in_a_train_stage_after_an_online_one():
     assert all(name.startswith("steering.") for name in moved(policy, before))
 
 
-@pytest.mark.parametrize("algo", ["sac_pi0", "dsrl_pi0"])
+@pytest.mark.parametrize("algo", ["sac_pi0", "dsrl_pi0", "best_of_n_pi0"])
 def test_the_policy_server_loads_what_the_learner_publishes(algo, tmp_path):
     cfg, policy, learner = make(algo)
     learner.begin_stage("online")
@@ -135,3 +139,33 @@ def test_dsrl_starts_from_a_plain_policys_parameters():
     assert torch.equal(dict(policy.named_parameters())[name], plain[name])
     with pytest.raises(ValueError, match=r"missing core\.action_out_proj\.weight"):
         learner.start_from({k: v for k, v in plain.items() if k != name})
+
+
+def test_noise_samples_that_share_a_prefix_row_have_the_loss_and_gradients_of_repeated_ones(monkeypatch):
+    policy, found = build_pi0("tiny", SPEC, "random", 0, HORIZON, SIZE, attention="sdpa"), []
+    for shares in (True, False):
+        monkeypatch.setattr(type(policy), "shares_prefix", shares)
+        policy.zero_grad()
+        torch.manual_seed(0)
+        loss, _ = imitation_loss(policy, random_batch(), noise_samples=3)
+        loss.backward()
+        found.append(
+            {name: p.grad for name, p in policy.named_parameters() if p.grad is not None} | {"": loss.detach()}
+        )
+    assert len(found[0]) > 40
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_vision_tower_that_trains_is_checkpointed_layer_by_layer_and_no_gradient_changes(monkeypatch):
+    calls, found, layer = [], [], head.vision_layer
+    monkeypatch.setattr(head, "vision_layer", lambda *given: calls.append(1) or layer(*given))
+    for checkpointing in (False, True):
+        policy = build_pi0("tiny", SPEC, "random", 0, HORIZON, SIZE, attention="sdpa", checkpointing=checkpointing)
+        torch.manual_seed(0)
+        imitation_loss(policy, random_batch(), noise_samples=2)[0].backward()
+        found.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})
+        calls.append(0)
+    layers = len(policy.backbone.model.vision_tower.vision_model.encoder.layers)
+    assert calls == [1] * layers + [0] + [1] * (2 * layers) + [0]  # each a second time, in the backward pass
+    assert any("vision_tower" in name for name in found[0])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)

@@ -10,6 +10,7 @@ from configured import agent_settings
 from toy_flow import ToyFlow, chunks, take_average, transitions
 
 from serl_launcher.agents.dsrl import DSRLAgent
+from serl_launcher.agents.observations import observation
 from serl_launcher.agents.steering import Steering, add_steering, steer
 from serl_launcher.learner.learner import Learner
 from serl_launcher.policies.base import PolicyInput, sample
@@ -183,7 +184,7 @@ def test_one_pass_of_the_flow_serves_many_samples_and_the_oldest_leave():
 def test_what_the_memory_holds_of_a_transition_is_what_flow_and_steering_said():
     agent = make_agent("tiled", prior_share=1.0)
     data = agent.encode(batch := bandit_batch(np.random.default_rng(0), 8))
-    prefix = agent.observe({}, batch.state, batch.prompts)
+    prefix = agent.observe(observation(batch))
     assert torch.equal(data.w_chunk, agent.act(prefix, agent.steering.spread(data.w)))
     assert data.w.abs().max() <= agent.steering.bound
     torch.testing.assert_close(data.chunk.numpy(), batch.action)

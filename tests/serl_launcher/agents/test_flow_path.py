@@ -17,6 +17,10 @@ def velocity(x, t):
     return A * x + B + t[:, None, None]
 
 
+def at(x, k):
+    return velocity(x, x.new_full((len(x),), k / STEPS))
+
+
 def log_std(b):
     return STD.log()[:, None, None, None].expand(STEPS, b, 1, 1)
 
@@ -46,12 +50,12 @@ def marginal_by_integration(ends, squash):
 def test_one_step_by_hand():
     # K = 1, x_0 = 0.5, v = A·0.5 + B = 0.65, σ = 0.3, ε = 2: x_1 = 0.5 + 0.65 + 0.6 = 1.75.
     noise = torch.full((1, 1, 1), 0.5, dtype=torch.float64)
-    path = sample_path(velocity, noise, torch.full((1, 1, 1, 1), 2.0, dtype=torch.float64), log_std(1)[:1], 1, False)
+    path = sample_path(at, noise, torch.full((1, 1, 1, 1), 2.0, dtype=torch.float64), log_std(1)[:1], 1, False)
     assert path.chunk.item() == pytest.approx(1.75)
     log_normal_0 = -0.5 * 0.25 - 0.5 * math.log(2 * math.pi)
     log_normal_1 = -0.5 * 4 - 0.5 * math.log(2 * math.pi) - math.log(0.3)
     assert path.log_prob.item() == pytest.approx(log_normal_0 + log_normal_1)
-    squashed = sample_path(velocity, noise, torch.full((1, 1, 1, 1), 2.0), log_std(1)[:1], 1, True)
+    squashed = sample_path(at, noise, torch.full((1, 1, 1, 1), 2.0), log_std(1)[:1], 1, True)
     assert squashed.chunk.item() == pytest.approx(math.tanh(1.75))
     assert squashed.log_prob.item() == pytest.approx(path.log_prob.item() - math.log(1 - math.tanh(1.75) ** 2))
 
@@ -78,7 +82,7 @@ def test_a_sampled_path_carries_its_own_density(squash):
     noise = torch.randn(5, 2, 3, generator=generator, dtype=torch.float64)
     step_noise = torch.randn(STEPS, 5, 2, 3, generator=generator, dtype=torch.float64)
     scale = STD.log()[:, None, None, None].expand(STEPS, 5, 1, 2)  # the third dim is padding of the model
-    path = sample_path(velocity, noise, step_noise, scale, 2, squash)
+    path = sample_path(at, noise, step_noise, scale, 2, squash)
     points = points_of(velocity, noise, step_noise, scale, 2)  # what lies beyond the robot's dims is never disturbed
     torch.testing.assert_close(path.chunk, points[-1].tanh() if squash else points[-1])
     torch.testing.assert_close(path.log_prob, path_log_prob(velocity, points, scale, 2, squash))
@@ -86,7 +90,7 @@ def test_a_sampled_path_carries_its_own_density(squash):
 
 def test_without_noise_the_path_is_the_flows_euler_path():
     noise = torch.randn(4, 1, 1, dtype=torch.float64)
-    path = sample_path(velocity, noise, torch.zeros(STEPS, 4, 1, 1), log_std(4), 1, False)
+    path = sample_path(at, noise, torch.zeros(STEPS, 4, 1, 1), log_std(4), 1, False)
     x = noise
     for k in range(STEPS):
         x = x + velocity(x, torch.full((4,), k / STEPS)) / STEPS
@@ -96,7 +100,7 @@ def test_without_noise_the_path_is_the_flows_euler_path():
 def test_the_entropy_of_a_path_is_the_mean_of_minus_log_p():
     torch.manual_seed(0)
     b, scale = 20_000, torch.full((STEPS, 1, 1, 1), math.log(0.2))
-    path = sample_path(velocity, torch.randn(b, 2, 1), torch.randn(STEPS, b, 2, 1), scale.expand(-1, b, 1, 1), 1, False)
+    path = sample_path(at, torch.randn(b, 2, 1), torch.randn(STEPS, b, 2, 1), scale.expand(-1, b, 1, 1), 1, False)
     assert -path.log_prob.mean().item() == pytest.approx(path_entropy(STEPS, 2, 0.2), abs=0.05)
 
 

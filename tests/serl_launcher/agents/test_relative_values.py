@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from tiny import HORIZON, SPEC, random_batch, random_transitions, tiny_config
 
 from serl_launcher.agents.build import build_agent, build_policy
+from serl_launcher.agents.observations import observation
 from serl_launcher.learner.learner import Learner
 from serl_launcher.replay.learning import LearningBatch
 
@@ -59,7 +60,7 @@ def test_the_replays_actions_are_labels_from_the_state_of_their_first_tick(sac):
     _, agent = sac
     batch = random_transitions(3)
     batch.state[:] = state_near_the_limits()
-    prefix = agent.observe(batch.images, batch.state, batch.prompts)
+    prefix = agent.observe(observation(batch))
     labels = agent.labels(batch.action, torch.device("cpu"), prefix.anchor)
     want = (batch.action[..., 0] - OFFSET - batch.state[:, :1]) / SCALE
     np.testing.assert_allclose(labels[..., 0], want, rtol=1e-4, atol=1e-4)

@@ -14,6 +14,7 @@ from path_density import path_log_prob, points_of
 from toy_flow import ToyFlow, chunks, take_average, transitions
 
 from serl_launcher.agents.base import follow
+from serl_launcher.agents.observations import observation
 from serl_launcher.agents.sac import SACAgent, noise_unit
 from serl_launcher.learner import checkpoint
 from serl_launcher.learner.learner import Learner
@@ -311,10 +312,18 @@ def test_uniform_chunks_fill_the_robots_limits(monkeypatch):
     agent.critic.register_forward_pre_hook(lambda module, args: drawn.append(args[1]))
     zeros = np.zeros((8, 1))
     batch = transitions(zeros, np.zeros((8, 1, 1)), np.ones(8), zeros, np.ones(8), np.zeros(8))
-    agent.critic_loss(batch, agent.observe(batch.images, batch.state, batch.prompts))
+    agent.critic_loss(batch, agent.observe(observation(batch)))
     random = drawn[-1]
     assert -1.5 <= random.min() < -1.2
     assert 2.2 < random.max() <= 2.5
+
+
+def test_cal_ql_is_refused_where_actions_are_relative_as_poses():
+    policy = ToyFlow()
+    policy.poses = (0,)
+    make_agent(policy)
+    with pytest.raises(ValueError, match=r"algo\.agent\.cal_ql_weight: .* relative as poses"):
+        make_agent(policy, cal_ql_weight=1.0)
 
 
 def test_squashing_is_refused_where_the_limits_are_not_at_one():

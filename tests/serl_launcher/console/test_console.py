@@ -250,6 +250,8 @@ def test_without_the_word_nothing_is_seen_and_with_it_the_cookie_is_ours_alone(p
             assert answer.content_type == "text/javascript"
         async with session.get(f"{url}/page/..%2Fapp.py") as answer:
             assert answer.status == 404
+        async with session.get(f"{url}/video/..%2Fx") as answer:
+            assert (answer.status, await answer.text()) == (404, "no such episode")
         async with session.get(url, headers={"Host": "evil.example"}) as answer:
             assert answer.status == 403
         for origin in ({}, {"Origin": "http://evil.example"}):

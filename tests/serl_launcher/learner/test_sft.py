@@ -20,6 +20,8 @@ from serl_launcher.policies.groot.build import build_groot
 from serl_launcher.policies.groot.tiny import TinyGrootSize
 from serl_launcher.policies.groot_n1_5.build import build_groot_n1_5
 from serl_launcher.policies.groot_n1_5.sizes import TinyN15Size
+from serl_launcher.policies.groot_n1_6.build import build_groot_n1_6
+from serl_launcher.policies.groot_n1_6.sizes import TinyN16Size
 from serl_launcher.policies.pi0.build import build_pi0, build_pi05
 from serl_launcher.policies.pi0.tiny import TinyPI05Size, TinySize
 
@@ -63,6 +65,7 @@ BUILDS = {
     "pi0_full": partial(build_pi0, size=TinySize(**TINY)),
     "pi05": partial(build_pi05, size=TinyPI05Size(**TINY)),
     "groot": partial(build_groot, size=TinyGrootSize(image_size=32), tune={"llm": False, "visual": False}),
+    "groot_n1_6": partial(build_groot_n1_6, size=TinyN16Size(image_size=28), tune={"llm": False, "visual": False}),
     "groot_n1_5": partial(build_groot_n1_5, size=TinyN15Size(image_size=28), tune={"llm": False, "visual": False}),
 }
 

@@ -1,16 +1,18 @@
-"""GR00T N1.7 and N1.5 as they serve: weights side by side, n samples a prefix row, all equal to the plain path."""
+"""GR00T of three releases as it serves: weights side by side, n samples a prefix row, all equal to the plain path."""
 
 import copy
 
 import pytest
 import torch
 from n1_5_case import AH, SIZE, SLOT, SPEC, WIDE, B, fill, observation
+from n1_6_case import SIZE as N1_6
 from torch.nn import functional as F
 
 from serl_launcher.policies.base import flow_loss, sample
 from serl_launcher.policies.groot.build import build_groot
 from serl_launcher.policies.groot.tiny import TinyGrootSize
 from serl_launcher.policies.groot_n1_5.build import build_groot_n1_5
+from serl_launcher.policies.groot_n1_6.build import build_groot_n1_6
 from serl_launcher.policies.precision import FLOAT32, hold
 from serl_launcher.policies.realtime import sample_realtime, soft_mask
 
@@ -21,13 +23,16 @@ STEPS, N = 4, 3
 def build(generation, **options):
     if generation == "n1_7":
         return build_groot("t", SPEC, "random", 0, AH, N1_7, embodiment=2, **options)
-    policy = build_groot_n1_5("t", SPEC, "random", 0, AH, SIZE, embodiment=SLOT, **options)
+    if generation == "n1_6":
+        policy = build_groot_n1_6("t", SPEC, "random", 0, AH, N1_6, **options)
+    else:
+        policy = build_groot_n1_5("t", SPEC, "random", 0, AH, SIZE, embodiment=SLOT, **options)
     if options.get("train") != "lora":
         fill(policy.core)
     return policy
 
 
-@pytest.fixture(scope="module", params=["n1_7", "n1_5"])
+@pytest.fixture(scope="module", params=["n1_7", "n1_6", "n1_5"])
 def generation(request):
     return request.param
 

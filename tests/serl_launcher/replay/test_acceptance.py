@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from configured import rule as accepting
+from hydra.errors import InstantiationException
 
 from serl_launcher.replay.acceptance import (
     EpisodeColumns,
@@ -146,3 +148,36 @@ def test_the_demonstration_rule_takes_successful_demonstrations_only():
     assert rule(episode(mode="demo")).accepted
     assert rule(episode(mode="online")).reason == "online"
     assert rule(episode(mode="demo", success=False)).reason == "failed"
+
+
+def test_pauses_in_mid_episode_stay_unless_they_are_asked_away():
+    paused = episode(n=7, moves=[0.5, 0.5, 0.0, 0.01, 0.5, 0.5, 0.5], mode="demo")
+    for name in ("success", "demonstration"):
+        assert ticks(accepting(name, noop_dims=[0])(paused).starts) == [0, 1, 2, 3, 4, 5, 6]
+        no_start = accepting(name, noop_dims=[0], pauses="no_start")(paused)
+        assert (ticks(no_start.starts), ticks(no_start.labels)) == ([0, 1, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6])
+        drop = accepting(name, noop_dims=[0], pauses="drop")(paused)
+        assert ticks(drop.starts) == ticks(drop.labels) == [0, 1, 4, 5, 6]
+    with pytest.raises(
+        InstantiationException, match=r"algo\.rule\.pauses: expected one of keep, no_start, drop, got 'off'"
+    ):
+        accepting(pauses="off")
+
+
+def test_a_gripper_that_closes_and_a_target_that_moves_are_no_pause():
+    closing = episode(n=4, moves=[0.5, 0.0, 0.0, 0.0])
+    closing.action[2:, 1] = 1.0
+    rule = accepting(noop_dims=[0], pauses="no_start")
+    assert ticks(rule(closing).starts) == [0, 2]  # from the tick after the command on it waits
+    held = replace(episode(n=4, moves=[0.2, 0.4, 0.4, 0.7]), targets=(0,))
+    assert ticks(rule(held).starts) == [1, 3]
+
+
+def test_a_discounted_return_tells_the_quick_success_from_the_slow_one():
+    rule = accepting(discount=0.9, min_return=0.9**5)
+    assert rule(episode(n=6)).accepted
+    slow = rule(episode(n=7))
+    assert (slow.accepted, slow.reason) == (False, "return")
+    assert rule.return_of(episode(n=7)) == pytest.approx(0.9**6)
+    with pytest.raises(InstantiationException, match=r"algo\.rule\.discount: expected above 0, at most 1, got 0"):
+        accepting(discount=0.0)

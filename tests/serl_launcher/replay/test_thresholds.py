@@ -198,3 +198,14 @@ def test_the_ledger_keeps_each_verdict_once_over_restarts_and_a_torn_line(ring, 
     assert [row["rule"] for row in read(path)[6:]] == [rule] * 3
     assert VerdictLedger(path, rule).accepted == 2
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_quantile_of_discounted_returns_is_a_threshold_on_speed(ring):
+    rule = accepting(noop_threshold=0.0, min_return=0.0, discount=0.9)
+    verdicts, threshold = [], QuantileThreshold(0.0, quantile=0.5, window=2)
+    view = view_of(ring, rule=rule, threshold=threshold, on_verdict=verdicts.append)
+    for ordinal in range(3):
+        put(ring, ordinal, 1.0)
+    view.refresh()
+    assert [v.return_ for v in verdicts] == pytest.approx([0.9**3] * 3)
+    assert threshold.value == pytest.approx(0.9**3)

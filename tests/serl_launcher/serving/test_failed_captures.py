@@ -3,7 +3,6 @@
 By `fake_cuda` here; with a card (marker gpu) the same tests capture for themselves.
 """
 
-import gc
 import logging
 from contextlib import suppress
 
@@ -28,7 +27,6 @@ class Card:
             self.fake.read_back()
 
     def is_in_order(self):
-        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # an assertion of the allocator, where it believes that a capture goes on
         default = torch.cuda.default_stream() if self.fake is None else self.fake.default

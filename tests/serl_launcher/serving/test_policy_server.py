@@ -2,12 +2,16 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from serving_samples import body, connected, put, running, wait_for
-from tiny import HORIZON
+from tiny import HORIZON, tiny_config
 
+from serl_launcher.run.paths import RunPaths
+from serl_launcher.serving.server import PolicyServer
 from serl_transport.contract.errors import DeadlineMissed, Internal, NotReady, SchemaMismatch
 
 
@@ -124,6 +128,23 @@ def test_a_failure_costs_its_cause_a_typed_error_and_nobody_else(lab):
     assert isinstance(error, Internal)
     assert "secret detail" not in error.message
     assert "actions" in a.infer(body())  # it lives
+
+
+def test_a_device_that_is_broken_ends_the_process_instead_of_failing_every_question(tmp_path, monkeypatch):
+    """An illegal access on a card stays with its process; here the device only says that it is a card."""
+
+    def broken(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    paths = RunPaths(tmp_path)
+    put(paths.params, 0)
+    server = PolicyServer(tiny_config(), paths)
+    server._engine.act = broken
+    server._engine.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        server._answer([SimpleNamespace(query=None)])
+    server._link.close()
 
 
 def test_more_than_the_queue_takes_is_told_to_ask_again(tmp_path):

@@ -59,6 +59,9 @@ def test_how_long_a_success_takes(tmp_path):
     summary = write_summary(sample.save())
     assert summary["median_seconds_to_success"] == 6.0
     assert summary["stages"][0]["median_seconds_to_success"] == 6.0
+    ticks = [row["n_ticks"] for row in sample.episodes]
+    assert summary["successes_per_1000_ticks"] == round(3000 / sum(ticks), 2)
+    assert summary["median_ticks_to_success"] == sorted([ticks[0], ticks[2], ticks[3]])[1]
     del sample.episodes[0]["seconds"]  # the line of an earlier release
     assert write_summary(sample.save())["median_seconds_to_success"] == 6.5
 

@@ -50,7 +50,7 @@ function showFigures() {
   list($("replay"), "Data", [
     ["demonstrations", counts.demos ?? "–"], ["online episodes", counts.online ?? "–"], ["evaluations", counts.eval ?? "–"],
     ["transitions", `${counts.transitions ?? "–"} (${number(rates.transitions_per_s, 1)}/s)`],
-    ["driven by people, ticks", counts.interventions ?? "–"],
+    ["driven by operators, ticks", counts.interventions ?? "–"],
     ...Object.entries(m).filter(([key]) => key.startsWith("replay/")).map(([key, v]) => [key.slice(7).replaceAll("_", " "), number(v, 0)]),
     ["in the dataset", `${s.exporter?.episodes ?? "–"} episodes${s.exporter?.quarantined ? `, ${s.exporter.quarantined} in quarantine` : ""}`],
   ]);

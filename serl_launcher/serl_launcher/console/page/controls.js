@@ -31,7 +31,7 @@ function typed(row, input) {
 
 /** `0 to 1 of success; empty: never`: what it may be. */
 function range({ low, high, unit, null: meaning }) {
-  const ends = low === undefined ? "" : high >= 1e6 ? (low > -1e6 ? `from ${low}` : "") : `${low} to ${high}`;
+  const ends = low === undefined ? "" : high >= 1e6 ? (low > -1e6 ? `${low} or more` : "") : `${low} to ${high}`;
   return [[ends, unit].filter(Boolean).join(" "), meaning && `empty: ${meaning}`].filter(Boolean).join("; ");
 }
 

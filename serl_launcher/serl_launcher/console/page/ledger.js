@@ -37,12 +37,38 @@ function tell(row) {
   $("episode-acts").replaceChildren(...buttons("episode", row));
 }
 
+function watch(row) {
+  const video = $("episode").querySelector("video");
+  $("episode-make").hidden = true;
+  video.hidden = false;
+  video.src = `/video/${encodeURIComponent(row.id)}`;
+}
+
+/** Its actor recorded none in this folder: the console makes one of the dataset's pictures. */
+async function make(row) {
+  const button = $("episode-make");
+  [button.disabled, button.textContent] = [true, "making the video …"];
+  try {
+    const answer = await fetch(`/video/${encodeURIComponent(row.id)}`, { headers: { Range: "bytes=0-0" } });
+    if (!answer.ok) button.textContent = await answer.text();
+    else if (opened === row.n) watch(row);
+  } catch (error) {
+    button.textContent = `the console does not answer: ${error.message}`;
+  }
+  button.disabled = false;
+}
+
 function open(row) {
   const dialog = $("episode"), video = dialog.querySelector("video");
   opened = row.n;
+  $("episode-make").textContent = "Make a video of the dataset's pictures";
   tell(row);
-  video.hidden = !row.video;
-  if (row.video) video.src = `/video/${encodeURIComponent(row.id)}`;
+  video.hidden = $("episode-make").hidden = true;
+  if (row.video) watch(row);
+  else {
+    $("episode-make").hidden = false;
+    $("episode-make").onclick = () => make(row);
+  }
   dialog.onclose = () => { opened = null; video.removeAttribute("src"); video.load(); };
   dialog.showModal();
 }

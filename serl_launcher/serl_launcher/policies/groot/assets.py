@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class GrootAssets:
     units: Units
     slot: int  # of the embodiment-specific weights
     cameras: tuple[str, ...]  # the task's cameras in the checkpoint's order
-    geometry: Geometry
+    geometry: Any  # of pictures: `groot.inputs.Geometry`, or what another release has
     frames: int  # pictures of each camera
     horizon: int | None  # ticks of a chunk that were trained; None: all
     clip: bool  # values beyond the statistics' range are clipped
@@ -77,13 +77,19 @@ def read_assets(
     mapping: dict[str, str],
     dataset: str | None = None,
     relative: Mapping[str, Any] | None = None,
+    *,
+    types: tuple[str, ...] = ("Gr00tN1d7", "groot"),
+    slots: Mapping[str, int] | None = None,
+    geometry: Callable[[dict[str, Any]], Any] | None = None,
 ) -> GrootAssets:
     """mapping: the task's camera -> the checkpoint's, where names differ; dataset: a LeRobot dataset whose statistics
     serve an embodiment that the checkpoint has none of; relative: which of its actions are then relative to the state.
-    Raises CheckpointError naming what is absent or does not fit.
+    Of another release with this layout: types of its config.json, slots of embodiments that an embodiment_id.json
+    does not list, geometry from the processor's keywords. Raises CheckpointError naming what is absent or does not fit.
     """
-    found.expect_type("Gr00tN1d7", "groot")
-    raw = _lerobot(found) if found.config.get("type") == "groot" else _nvidia(found, tag, spec, dataset, relative)
+    found.expect_type(*types)
+    given = (tag, spec, dataset, relative, slots)
+    raw = _lerobot(found) if found.config.get("type") == "groot" else _nvidia(found, *given)
     if relative is not None and not raw.new:
         raise CheckpointError(f"policy.relative: {found.folder} says itself which actions of {tag!r} are relative")
     if found.config.get("type") != "groot":  # LeRobot's processor knows of nothing but ranges
@@ -101,7 +107,7 @@ def read_assets(
         ),
         raw.slot,
         camera_order(found.folder, wanted, spec, mapping),
-        _geometry(keywords),
+        (geometry or _geometry)(keywords),
         max(1, len(video.get("delta_indices") or [0])),
         _trained_ticks(found, parts, statistics, relative),
         bool(keywords.get("clip_outliers", True)),
@@ -137,7 +143,14 @@ class _Raw:
     new: bool = False  # the checkpoint does not know the embodiment
 
 
-def _nvidia(found: Checkpoint, tag: str, spec: TaskSpec, dataset: str | None, wanted: Mapping[str, Any] | None) -> _Raw:
+def _nvidia(
+    found: Checkpoint,
+    tag: str,
+    spec: TaskSpec,
+    dataset: str | None,
+    wanted: Mapping[str, Any] | None,
+    known: Mapping[str, int] | None,
+) -> _Raw:
     statistics, processor = (_json(found, name) or {} for name in ("statistics.json", "processor_config.json"))
     keywords = processor.get("processor_kwargs", {})
     if tag in statistics and processor:
@@ -156,7 +169,7 @@ def _nvidia(found: Checkpoint, tag: str, spec: TaskSpec, dataset: str | None, wa
             f"{found.folder}: no normalisation statistics of embodiment {tag!r} (statistics.json has "
             f"{sorted(statistics)}); to start a new embodiment from a dataset's, set policy.statistics to its folder"
         )
-    slots = _json(found, "embodiment_id.json") or {}
+    slots = {**(known or {}), **(_json(found, "embodiment_id.json") or {})}
     if tag not in slots:
         raise CheckpointError(f"{found.folder}: embodiment tag {tag!r} is not in embodiment_id.json: {sorted(slots)}")
     relative = wanted is not None or bool(keywords.get("use_relative_action"))

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix
 from serl_launcher.policies.compiling import CompiledLayer
+from serl_launcher.policies.groot.checkpoint import ALIASES
 from serl_launcher.policies.groot.dit import (
     KeysValues,
     Layers,
@@ -35,7 +36,7 @@ from serl_launcher.policies.groot.dit import (
 )
 from serl_launcher.policies.groot.fusing import check_fused, fuse
 from serl_launcher.policies.groot.qwen import Grid, attention_bias, run_backbone, text_layer, vision_block
-from serl_launcher.policies.groot.saving import save_groot
+from serl_launcher.policies.groot.saving import save_groot, write_config
 from serl_launcher.policies.normalise import Units, pad_last
 from serl_launcher.policies.precision import FLOAT32, compute, full
 from serl_launcher.policies.transfer import to_device
@@ -76,6 +77,7 @@ class GrootFlowPolicy(FlowPolicy):
 
     released_flow_steps: ClassVar[int] = 4
     backbone_functions: ClassVar[tuple[Callable, ...]] = (vision_block, text_layer)  # of one layer each
+    aliases: ClassVar[dict[str, str]] = ALIASES  # name -> another that a file may have for the same tensor
 
     def __init__(
         self,
@@ -178,6 +180,10 @@ class GrootFlowPolicy(FlowPolicy):
     def save(self, folder: Path, extras: Mapping[str, Any] | None = None) -> Path:
         """Write it in the layout that it came from, NVIDIA's without one; `extras` as `save_groot`."""
         return save_groot(self, folder, extras)
+
+    def write_config(self, folder: Path) -> None:
+        """What an export of weights that began at random has as its configuration."""
+        write_config(self, folder)
 
     @property
     def backbone(self) -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from serl_launcher.policies.groot.assets import Described
-from serl_launcher.policies.groot.checkpoint import ALIASES, COSMOS, prefix_of
+from serl_launcher.policies.groot.checkpoint import COSMOS, prefix_of
 from serl_launcher.policies.groot.inputs import QwenInputs
 from serl_launcher.policies.groot.parts import Part, modality_of, split
 from serl_launcher.policies.normalise import Affine
@@ -39,7 +39,7 @@ def save_groot(policy: nn.Module, folder: Path, extras: Mapping[str, Any] | None
     """
     folder, source, tag = Path(folder), getattr(policy, "checkpoint", None), policy.embodiment_tag
     prefix = "" if source is None else prefix_of(source)
-    tensors = tensors_to_save(policy, prefix, ALIASES)
+    tensors = tensors_to_save(policy, prefix, policy.aliases)
     start = f"{prefix}action_head."
     head = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
     with new_folder(folder) as part:
@@ -49,6 +49,8 @@ def save_groot(policy: nn.Module, folder: Path, extras: Mapping[str, Any] | None
             write_sidecars(policy, part, tag)
         else:
             copy_beside(source.folder, part, ("backbone", "processor"))
+            if hasattr(policy.inputs, "describe") and not (part / "processor").is_dir():
+                policy.inputs.describe(part)  # a tokenizer that the source lacks
             if getattr(policy, "described", None) is not None:
                 _add_embodiment(policy.described, part, tag)
         write_extras(part, extras or {})
@@ -71,11 +73,7 @@ def _add_embodiment(described: Described, folder: Path, tag: str) -> None:
 
 def write_sidecars(policy: nn.Module, folder: Path, tag: str) -> None:
     """What describes a policy that began at random; its units become the statistics."""
-    config = policy.core.config.to_dict() | {"model_type": "Gr00tN1d7", "load_bf16": False, "dtype": "float32"}
-    if config["model_name"] != COSMOS:
-        policy.backbone.model.config.save_pretrained(folder / "backbone")
-        config["model_name"] = "backbone"
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str))
+    policy.write_config(folder)
     (folder / "embodiment_id.json").write_text(json.dumps({tag: policy.embodiment}))
     states, actions = split(policy.anchors, len(policy.state_units.offset), policy.robot_dim)
     ticks = list(range(policy.valid_horizon))
@@ -93,6 +91,15 @@ def write_sidecars(policy: nn.Module, folder: Path, tag: str) -> None:
     keywords |= {"clip_outliers": policy.clip, "max_action_horizon": policy.action_horizon}
     keywords |= _picture_keywords(policy, folder)
     (folder / "processor_config.json").write_text(json.dumps({"processor_kwargs": keywords}, indent=2))
+
+
+def write_config(policy: nn.Module, folder: Path) -> None:
+    """config.json of an N1.7, and its backbone's in backbone/ where that is not the release's."""
+    config = policy.core.config.to_dict() | {"model_type": "Gr00tN1d7", "load_bf16": False, "dtype": "float32"}
+    if config["model_name"] != COSMOS:
+        policy.backbone.model.config.save_pretrained(folder / "backbone")
+        config["model_name"] = "backbone"
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str))
 
 
 def _absolute(policy: nn.Module, part: Part) -> Affine:
@@ -114,6 +121,8 @@ def _statistics(units: Affine, part: Part) -> dict[str, list]:
 def _picture_keywords(policy: nn.Module, folder: Path) -> dict[str, Any]:
     """Geometry and prompt rules, and the tokenizer's files beside them, where the policy has a real processor."""
     inputs = policy.inputs
+    if hasattr(inputs, "describe"):
+        return inputs.describe(folder)
     if not isinstance(inputs, QwenInputs):
         return {}
     inputs.tokenizer.save_pretrained(folder / "processor")

@@ -35,8 +35,6 @@ class TinyGrootSize:
 
     def __call__(self, spec: TaskSpec, action_horizon: int) -> tuple[nn.Module, HashInputs]:
         """The core (`GR00TN17`, float32, random) for a task, and what prepares its inputs."""
-        if self.image_size % (PATCH * MERGE):
-            raise ValueError(f"policy.size.image_size: expected a multiple of {PATCH * MERGE}, got {self.image_size}")
         return self.build(self.config_fields(spec, action_horizon)), self.inputs(tuple(spec.cameras))
 
     def inputs(self, cameras: tuple[str, ...]) -> HashInputs:
@@ -56,11 +54,13 @@ class TinyGrootSize:
             folder = f"{parent}/Qwen/Qwen3-VL"  # lerobot knows the kind of a backbone by its name, and warns of others
             self.backbone_config().save_pretrained(folder)
             core = GR00TN17(GR00TN17Config(**{**fields, "model_name": folder}), load_backbone_weights=False).float()
-        spread(core)
+        spread_weights(core, core.backbone.language_model.embed_tokens)
         return core
 
     def config_fields(self, spec: TaskSpec, action_horizon: int) -> dict[str, Any]:
         """The fields of `GR00TN17Config` that differ from the full model's."""
+        if self.image_size % (PATCH * MERGE):
+            raise ValueError(f"policy.size.image_size: expected a multiple of {PATCH * MERGE}, got {self.image_size}")
         head = self.head_width
         return dict(
             backbone_model_type="qwen",
@@ -73,9 +73,9 @@ class TinyGrootSize:
             input_embedding_dim=head,
             max_num_embodiments=self.embodiments,
             max_seq_len=64,
-            diffusion_model_cfg=_transformer(self.head_layers, head)
+            diffusion_model_cfg=transformer(self.head_layers, head)
             | dict(norm_type="ada_norm", output_dim=head, interleave_self_attention=True),
-            vl_self_attention_cfg=_transformer(1, self.width),
+            vl_self_attention_cfg=transformer(1, self.width),
             load_bf16=False,
             use_flash_attention=False,
         )
@@ -127,7 +127,8 @@ class TinyGrootSize:
         )
 
 
-def _transformer(layers: int, width: int) -> dict[str, Any]:
+def transformer(layers: int, width: int) -> dict[str, Any]:
+    """The configuration of a transformer of the action head: 4 heads."""
     shape = dict(num_layers=layers, num_attention_heads=4, attention_head_dim=width // 4)
     return dict(positional_embeddings=None, dropout=0.2, final_dropout=True, **shape)
 
@@ -138,12 +139,13 @@ def _sections(head_dim: int) -> list[int]:
     return [head_dim // 2 - 2 * side, side, side]
 
 
-def spread(core: nn.Module) -> None:
-    """Fan-in initialisation of the backbone: the library's std of 0.02 suits width 2048, signals would vanish here."""
+def spread_weights(core: nn.Module, embedding: nn.Embedding) -> None:
+    """Fan-in initialisation of backbone and projections: the library's std of 0.02 suits width 2048, signals would
+    vanish here."""
     for module in core.backbone.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
-    nn.init.normal_(core.backbone.language_model.embed_tokens.weight, std=0.5)
+    nn.init.normal_(embedding.weight, std=0.5)
     for module in core.action_head.modules():
         if type(module).__name__ == "CategorySpecificLinear":
             nn.init.normal_(module.W, std=module.W.shape[1] ** -0.5)

@@ -11,6 +11,7 @@ mapped by their range onto [−1, 1], parts stand in the order of metadata.json,
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,22 @@ class N15Assets:
     cameras: tuple[str, ...]  # the task's cameras in the checkpoint's order
     lerobot: bool  # pictures and prompts as LeRobot prepares them
     described: Described | None  # a new embodiment's statistics, for the export
+    clip: bool = False  # as `GrootAssets`, like the rest
+    horizon: int | None = None
+    mode: str = "MIN_MAX"
 
 
 def read_assets(
-    found: Checkpoint, tag: str, spec: TaskSpec, mapping: dict[str, str], dataset: str | None = None
+    found: Checkpoint,
+    tag: str,
+    spec: TaskSpec,
+    mapping: dict[str, str],
+    dataset: str | None = None,
+    relative: Mapping[str, Any] | None = None,
 ) -> N15Assets:
     """Arguments as groot.assets.read_assets. Raises CheckpointError naming what is absent or does not fit."""
+    if relative is not None:
+        raise CheckpointError("policy.relative: GR00T N1.5 has no recipe with relative actions; leave it null")
     lerobot = is_lerobot(found)
     embodiment, slot, new = _lerobot(found, spec) if lerobot else _nvidia(found, tag, spec, dataset)
     statistics, parts = embodiment.statistics, embodiment.modality

@@ -45,8 +45,22 @@ def run_eagle(
     for layer in vision.encoder.layers:
         seen = run_layer(checkpointing, vision_function, layer, seen)
     seen = model.mlp1(vision.post_layernorm(seen)).flatten(0, 1)
-    places = image_places(ids == image_token, len(seen) // len(ids))
-    x = place_images(language.embed_tokens(ids), seen, places)
+    return run_qwen3(language, ids, valid, seen, ids == image_token, dtype, checkpointing, text_function)
+
+
+def run_qwen3(
+    language: nn.Module,
+    ids: Tensor,
+    valid: Tensor,
+    images: Tensor,
+    is_image: Tensor,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    text_function: Callable,
+) -> Tensor:
+    """`Qwen3Model` over ids int64[b, l], images float[b·tokens of a sample, width] in place of the tokens is_image
+    bool[b, l], behind the final norm: float[b, l, width]."""
+    x = place_images(language.embed_tokens(ids), images, image_places(is_image, len(images) // len(ids)))
     tables = rotary(language, torch.arange(ids.shape[1], device=ids.device)[None])
     bias = attention_bias(causal_mask(valid), dtype)
     for layer in language.layers:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from serl_launcher.policies.groot.head import GrootFlowPolicy, GrootPrefix
 from serl_launcher.policies.groot.qwen import text_layer
+from serl_launcher.policies.groot_n1_5.checkpoint import ALIASES
 from serl_launcher.policies.groot_n1_5.eagle import run_eagle, siglip_layer
 from serl_launcher.policies.groot_n1_5.saving import save_groot_n1_5
 
 
-class GrootN15FlowPolicy(GrootFlowPolicy):
-    """`N15Core` as a flow policy; arguments as `GrootFlowPolicy`. inputs: groot_n1_5.inputs. `attention` is sdpa."""
+class EagleFlowPolicy(GrootFlowPolicy):
+    """What N1.5 and N1.6 share: an Eagle before the action head, run by our own layers alone."""
 
     backbone_functions: ClassVar[tuple[Callable, ...]] = (siglip_layer, text_layer)
 
@@ -29,24 +30,30 @@ class GrootN15FlowPolicy(GrootFlowPolicy):
 
     def compile_layers(self, mode: str, backend: str = "inductor") -> None:
         if self.attention != "sdpa":
-            raise ValueError("policy.attention: GR00T N1.5 has our own layers alone, set it to sdpa")
+            raise ValueError("policy.attention: GR00T N1.5 and N1.6 have our own layers alone, set it to sdpa")
         super().compile_layers(mode, backend)
-
-    @property
-    def language_layers(self) -> nn.ModuleList:
-        return self.backbone.eagle_model.language_model.model.layers
 
     def dead_parameters(self) -> set[str]:
         """None: what no action depends on is not held."""
         return set()
 
-    def save(self, folder: Path, extras: Mapping[str, Any] | None = None) -> Path:
-        """Write it in NVIDIA's layout, or in LeRobot's where it came from one; `extras` as `save_groot_n1_5`."""
-        return save_groot_n1_5(self, folder, extras)
-
     @property
     def image_token(self) -> int:
         return self.backbone.image_token
+
+
+class GrootN15FlowPolicy(EagleFlowPolicy):
+    """`N15Core` as a flow policy; arguments as `GrootFlowPolicy`. inputs: groot_n1_5.inputs. `attention` is sdpa."""
+
+    aliases: ClassVar[dict[str, str]] = ALIASES
+
+    @property
+    def language_layers(self) -> nn.ModuleList:
+        return self.backbone.eagle_model.language_model.model.layers
+
+    def save(self, folder: Path, extras: Mapping[str, Any] | None = None) -> Path:
+        """Write it in NVIDIA's layout, or in LeRobot's where it came from one; `extras` as `save_groot_n1_5`."""
+        return save_groot_n1_5(self, folder, extras)
 
     def _run_backbone(self, tensors: dict[str, Tensor], keep: Tensor) -> Tensor:
         backbone = self.backbone

@@ -57,6 +57,8 @@ class EagleInputs:
     quoted: the prompt stands as `['…']`, as LeRobot trained it (NVIDIA's fine-tuning has the bare text).
     """
 
+    backbone: ClassVar[str] = "Eagle 2.5"
+
     def __init__(
         self, source: str, cameras: tuple[str, ...], pictures: Pictures, tokens: int = 256, quoted: bool = False
     ) -> None:
@@ -69,14 +71,15 @@ class EagleInputs:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"policy.processor={source}: cannot be loaded ({str(error).splitlines()[0]}); name a folder that holds "
-                "the tokenizer's files of Eagle 2.5 (vocab.json, merges.txt, tokenizer_config.json, added_tokens.json)"
+                f"the tokenizer's files of {self.backbone} (vocab.json, merges.txt, tokenizer_config.json, "
+                "added_tokens.json)"
             ) from None
         if self.tokenizer.pad_token_id is None:
             raise ValueError(f"policy.processor={source}: its tokenizer has no padding token")
         missing = [word for word in (IMAGE, START, END) if len(self._ids(word)) != 1]
         if missing:
             raise ValueError(
-                f"policy.processor={source}: its tokenizer has no token {missing[0]}; it is not Eagle 2.5's"
+                f"policy.processor={source}: its tokenizer has no token {missing[0]}; it is not {self.backbone}'s"
             )
         self.source, self.cameras, self.pictures = source, cameras, pictures
         self.tokens, self.quoted = tokens, quoted  # tokens of a picture

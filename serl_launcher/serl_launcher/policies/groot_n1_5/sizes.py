@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
-
 from serl_launcher.policies.groot.inputs import SpecialTokens
+from serl_launcher.policies.groot.tiny import spread_weights, transformer
 from serl_launcher.policies.groot_n1_5.core import RELEASED, RELEASED_EAGLE, N15Config, N15Core
 from serl_launcher.policies.groot_n1_5.inputs import EagleHashInputs
 from serl_transport.contract.specs import TaskSpec
@@ -65,7 +64,7 @@ class TinyN15Size:
     def build(self, config: N15Config) -> N15Core:
         """The model, randomly initialised so that signals of this width do not vanish."""
         core = N15Core(config)
-        spread(core)
+        spread_weights(core, core.backbone.eagle_model.language_model.model.embed_tokens)
         return core
 
     def config_fields(self, spec: TaskSpec, action_horizon: int) -> N15Config:
@@ -73,7 +72,7 @@ class TinyN15Size:
         if self.image_size % 14:
             raise ValueError(f"policy.size.image_size: expected a multiple of 14, got {self.image_size}")
         dims, head = self.max_action_dim or len(spec.action_names), self.head_width
-        cross = _transformer(self.head_layers, head) | {"cross_attention_dim": self.width, "output_dim": head}
+        cross = transformer(self.head_layers, head) | {"cross_attention_dim": self.width, "output_dim": head}
         fields = {
             **RELEASED,
             "action_horizon": action_horizon,
@@ -93,7 +92,7 @@ class TinyN15Size:
                 "max_num_embodiments": self.embodiments,
                 "max_seq_len": 64,
                 "num_target_vision_tokens": self.future_tokens,
-                "vl_self_attention_cfg": _transformer(1, self.width),
+                "vl_self_attention_cfg": transformer(1, self.width),
             },
         }
         return N15Config.of(fields, self.eagle_fields())
@@ -123,19 +122,3 @@ class TinyN15Size:
             "text_config": RELEASED_EAGLE["text_config"] | text,
             "vision_config": RELEASED_EAGLE["vision_config"] | vision,
         }
-
-
-def _transformer(layers: int, width: int) -> dict[str, Any]:
-    shape = dict(num_layers=layers, num_attention_heads=4, attention_head_dim=width // 4)
-    return dict(positional_embeddings=None, dropout=0.2, final_dropout=True, **shape)
-
-
-def spread(core: nn.Module) -> None:
-    """Fan-in initialisation: the library's std of 0.02 suits width 2048, signals would vanish here."""
-    for module in core.backbone.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-    nn.init.normal_(core.backbone.eagle_model.language_model.model.embed_tokens.weight, std=0.5)
-    for module in core.action_head.modules():
-        if type(module).__name__ == "CategorySpecificLinear":
-            nn.init.normal_(module.W, std=module.W.shape[1] ** -0.5)

@@ -35,7 +35,8 @@ class PickEnv(SimulatedEnv):
     """The default simulated task; answers `envs.base.ScriptedEnvironment`.
 
     image_size: side of the square images, pixels. cameras: which of `front` and `wrist` to render; none for a task of
-    states alone. max_ticks: length of an episode without success, ticks of 0.1 s. ValueError: no such camera.
+    states alone. max_ticks: length of an episode without success, ticks of 0.1 s. cube_in_state: the state ends in the
+    cube's position, for tasks without pictures. ValueError: no such camera.
     """
 
     def __init__(
@@ -45,19 +46,22 @@ class PickEnv(SimulatedEnv):
         renderer: str = "ray",
         prompt: str = "pick up the red cube",
         max_ticks: int = 60,
+        cube_in_state: bool = False,
     ):
         model = mujoco.MjModel.from_xml_string(SCENE)
         known = [model.camera(i).name for i in range(model.ncam)]
         for camera in cameras:
             if camera not in known:
                 raise ValueError(f"cameras: the pick scene has {known}, got {camera!r}")
+        self._cube_in_state = cube_in_state
+        cube = ("cube_x", "cube_y", "cube_z") if cube_in_state else ()
         spec = TaskSpec(
             name="pick",
             prompt=prompt,
             cameras={camera: (image_size, image_size) for camera in cameras},
-            state_names=("x", "y", "z", "opening", "grip_command"),
-            state_low=(-0.22, -0.22, 0.0, 0.0, -1.0),
-            state_high=(0.22, 0.22, 0.4, 1.0, 1.0),
+            state_names=("x", "y", "z", "opening", "grip_command", *cube),
+            state_low=(-0.22, -0.22, 0.0, 0.0, -1.0, *(-0.22, -0.22, 0.0)[: len(cube)]),
+            state_high=(0.22, 0.22, 0.4, 1.0, 1.0, *(0.22, 0.22, 0.4)[: len(cube)]),
             action_names=("dx", "dy", "dz", "grip"),
             action_low=(-STEP_LIMIT, -STEP_LIMIT, -STEP_LIMIT, -1.0),
             action_high=(STEP_LIMIT, STEP_LIMIT, STEP_LIMIT, 1.0),
@@ -110,4 +114,5 @@ class PickEnv(SimulatedEnv):
     def _state(self) -> np.ndarray:
         opening = 1.0 - self._data.qpos[3] / FINGER_TRAVEL
         command = self._data.ctrl[3] / FINGER_TRAVEL * 2.0 - 1.0
-        return np.array([*self._data.site("tcp").xpos, opening, command], np.float32)
+        cube = self.cube_position if self._cube_in_state else ()
+        return np.array([*self._data.site("tcp").xpos, opening, command, *cube], np.float32)
