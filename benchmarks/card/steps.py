@@ -77,6 +77,7 @@ def trained(card: FakeCard, name: str, batch: int) -> Trained:
         learner = wiring.build_learner(cfg, policy, SPEC)
         learner.agent.train()
         learner.begin_stage(step.mode)
+        data = learner.prepare(data)  # as the thread that makes batches ahead
         learner.step(data, 1.0)
         with card.counting(learner.agent) as counts, watching(learner, lambda: kept.append(counts.kept)):
             learner.step(data, 1.0)
