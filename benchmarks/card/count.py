@@ -7,6 +7,7 @@ the rows taken), FLOPs are torch's own formulas (torch.utils.flop_counter).
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -57,6 +58,7 @@ class Kernel:
     half: bool  # computed in bf16
     reads: list[tuple[int, int]]  # (storage, bytes)
     writes: list[tuple[int, int]]
+    blocks: int = 0  # of threads that an attention has: less than the card has multiprocessors leaves some idle
 
     @property
     def bytes(self) -> int:
@@ -143,6 +145,7 @@ class Counts:
                     for k, x in enumerate(inputs)
                 ],
                 [(self._named(_key(x)), _bytes(x)) for x in outputs],
+                _blocks(name, inputs) if kind == "attention" else 0,
             )
         )
 
@@ -192,6 +195,13 @@ def _bytes(x: Tensor) -> int:
     for size, stride in zip(x.shape, x.stride(), strict=True):
         n *= size if stride else 1
     return n
+
+
+def _blocks(name: str, inputs: list[Tensor]) -> int:
+    """Of rows of the queries: 32 in the memory-efficient kernel for heads wider than 128, else 64."""
+    q = inputs[1] if "backward" in name else inputs[0]
+    rows = 32 if "efficient" in name and q.shape[-1] > 128 else 64
+    return math.prod(q.shape[:-2]) * math.ceil(q.shape[-2] / rows)
 
 
 def _flops(function: Any, kind: str, name: str, inputs: list[Tensor], arguments: tuple, out: Any) -> int:

@@ -7,7 +7,8 @@
     the host       its own kernels at LAUNCH, copies at the bus's rate with SYNC each, and one wait for the answer
 
 Activations of a batch of one fit into the card's 50 MB of L2, so that their bytes at the rate of memory are an upper
-bound; matrix products of 50 to 900 rows leave part of the card idle, which SHARE stands for.
+bound; matrix products of 50 to 900 rows leave part of the card idle, which SHARE stands for. An attention has no more
+of the card than its blocks of queries fill.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from card.count import Counts, Kernel
 
 GAP, LAUNCH, SYNC = 1.75e-6, 5e-6, 10e-6  # seconds
 BUS = 50e9  # bytes/s from pinned memory
+MULTIPROCESSORS = 132
 SHARE = 0.65  # of the dense rate, in matrix products of an answer's shapes
 UNFUSED = ("matmul", "attention", "gather", "random", "optimizer")
 
@@ -44,6 +46,8 @@ def milliseconds(kernels: Iterable[Kernel], card: Card, least: float = 0.0) -> f
 def roof(kernel: Kernel, card: Card) -> float:
     """Seconds that bytes and FLOPs take at the least."""
     rate = SHARE * (card.half if kernel.half else card.single)
+    if kernel.blocks:
+        rate *= min(1.0, kernel.blocks / MULTIPROCESSORS)
     return max(kernel.bytes / card.memory, kernel.flops / rate)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 from card.calls import BUILDERS, CAPTURED, Served, served
-from card.count import Counts
+from card.count import Counts, Kernel
 from card.fake import FakeCard
 from card.forecast import CARDS, LAUNCH, by_part, fused, host_milliseconds, milliseconds
 from card.steps import STEPS, trained
@@ -65,19 +65,28 @@ def count_rows(name: str, counts: Counts, table: list[str]) -> Iterator[Row]:
 
 
 def time_rows(name: str, answer: Served, table: list[str]) -> Iterator[Row]:
-    """Milliseconds as forecast, by part: through a graph with and without compiled layers, and without a graph."""
+    """Milliseconds as forecast, by part: through a graph with and without compiled layers, and without a graph; by kind
+    of kernel, too, through a graph."""
     parts, host = by_part(answer.counts), host_milliseconds(answer.counts)
+    compiled = {part: fused(kernels) for part, kernels in parts.items()}
     for card in CARDS:
-        ways = {
-            "compiled": {part: milliseconds(fused(kernels), card) for part, kernels in parts.items()},
-            "graph": {part: milliseconds(kernels, card) for part, kernels in parts.items()},
-            "eager": {part: milliseconds(kernels, card, LAUNCH) for part, kernels in parts.items()},
-        }
-        for way, found in ways.items():
-            found |= {"host": host}
+        for way, ran, least in (("compiled", compiled, 0.0), ("graph", parts, 0.0), ("eager", parts, LAUNCH)):
             where = f"operations/{name}/forecast/{card.name}/{way}"
+            found = {part: milliseconds(kernels, card, least) for part, kernels in ran.items()} | {"host": host}
             for part, value in found.items():
                 yield Row.of(f"{where}/{part}", value, "ms")
+            for (part, kind), kernels in ({} if least else by_kind(ran)).items():
+                yield Row.of(f"{where}/{part}/{kind}", milliseconds(kernels, card), f"ms of {len(kernels)} kernels")
             yield Row.of(where, sum(found.values()), "ms")
             shown = "  ".join(f"{part} {value:.2f}" for part, value in found.items())
             table.append(f"{name:12} {card.name} {way:9} {sum(found.values()):6.2f} ms: {shown}")
+
+
+def by_kind(parts: dict[str, list[Kernel]]) -> dict[tuple[str, str], list[Kernel]]:
+    """Kernels of each part by matmul, attention and all that only moves numbers."""
+    found: dict[tuple[str, str], list[Kernel]] = {}
+    for part, kernels in parts.items():
+        for kernel in kernels:
+            kind = kernel.kind if kernel.kind in ("matmul", "attention") else "other"
+            found.setdefault((part, kind), []).append(kernel)
+    return found

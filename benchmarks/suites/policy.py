@@ -89,7 +89,7 @@ def library_step(policy: nn.Module, work: Work) -> None:
     b = len(work.observation)
     images = list(policy._pixels(work.observation.images).split(b))
     device = work.t.device
-    ids, mask = (x.to(device) for x in policy.tokenizer(policy._prompts(work.observation.prompts, None)))
+    ids, mask = (x.to(device) for x in policy.tokenizer(*policy._prompts(work.observation.prompts, None)))
     state = policy.state_units.to_model(torch.as_tensor(work.observation.state, device=device))
     state = torch.nn.functional.pad(state, (0, policy.core.config.max_state_dim - state.shape[-1]))
     present = [torch.ones(b, dtype=torch.bool, device=device)] * len(images)

@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-SAMPLE_MOST = 9_640  # kernels of ten flow steps
-STEP_READS = {"pi0/sac_step": 3, "pi0/dsrl_step": 3}  # values that the host waits for in a step that is not logged
+SAMPLE_MOST = 4_500  # kernels of ten flow steps
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def test_ten_flow_steps_of_pi0_stay_within_their_kernels(pi0):
 def test_ten_flow_steps_of_pi0_counted_one_by_one():
     with FakeCard() as card:
         answer = served(card, "pi0")
-    assert len(answer.counts["sample"].attention) == 10 * 18
+    assert len(answer.counts["sample"].attention) - len(answer.once.attention) == 9 * 18
     assert answer.counts["sample"].operations <= SAMPLE_MOST
 
 
@@ -44,9 +43,16 @@ def test_a_graph_of_pi0_neither_reads_back_nor_sends_over(pi0):
 
 
 def test_attention_gets_bf16_of_one_type(pi0):
-    calls = pi0.counts["encode"].attention + pi0.counts["sample"].attention
-    assert len(calls) == 27 + 18 + 2 * 18
-    assert {call.dtypes for call in calls} == {(torch.bfloat16,) * 3}
+    encode, once, sample = pi0.counts["encode"], pi0.once, pi0.counts["sample"]
+    assert len(encode.attention) == 27 + 18
+    assert len(sample.attention) - len(once.attention) == 18
+    assert {call.dtypes for call in encode.attention + sample.attention} == {(torch.bfloat16,) * 3}
+    assert {call.mask for call in encode.attention + sample.attention} <= {None, torch.bfloat16}  # none is converted
+
+
+def test_keys_and_values_of_the_prefix_are_bf16_and_lie_where_they_are_read(pi0):
+    assert pi0.counts["sample"].prefix_dtypes == {torch.bfloat16}
+    assert not pi0.counts["sample"].on_prefix["concatenation"]
 
 
 def test_compiled_layers_are_forecast_faster_and_no_faster_than_the_weights_are_read(pi0):
@@ -75,7 +81,8 @@ def test_a_graph_of_every_other_head_neither_reads_back_nor_sends_over(name):
 def test_a_step_that_is_not_logged_does_not_wait_for_the_card(name):
     with FakeCard() as card:
         step = trained(card, name, 2)
-    assert sum(step.counts.reads.values()) <= STEP_READS.get(name, 1)
+    assert not step.counts.reads
+    assert not step.counts.crossings["to the host"]
     assert step.counts.kinds()["optimizer"] >= 4  # norm, clipping, Adam, average
     assert step.kept > 0
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from serl_launcher.agents.base import ParameterGroup, feature_dim
 from serl_launcher.agents.choosing import values
 from serl_launcher.agents.flow_matching import imitation_loss
+from serl_launcher.agents.observations import next_observation, observation
 from serl_launcher.agents.values import ValueAgent, ValueSettings, critic_metrics
 from serl_launcher.critics.losses import pessimistic, td_loss
 from serl_launcher.policies.base import FlowPolicy, Prefix, sample, trainable
+from serl_launcher.policies.transfer import to_device
 from serl_launcher.replay.learning import LearningBatch
 from serl_launcher.replay.transitions import TransitionBatch
 from serl_transport.contract.specs import TaskSpec
@@ -49,7 +51,7 @@ class BestOfNAgent(ValueAgent):
     def forward(self, batch: LearningBatch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses of `critic`, and of `policy` where something is accepted, and metrics."""
         transitions = batch.transitions
-        prefix = self.observe(transitions.images, transitions.state, transitions.prompts)
+        prefix = self.observe(observation(transitions))
         losses = {}
         losses["critic"], metrics = self.critic_loss(transitions, prefix)
         metrics["batch/transition_demo_share"] = torch.as_tensor(transitions.demo).float().mean()
@@ -62,16 +64,16 @@ class BestOfNAgent(ValueAgent):
         """Squared error to the return that followed, or to the backup once the critic is warm."""
         device = prefix.state.device
         with torch.no_grad():
-            target = self.backup(batch) if self.warm else torch.as_tensor(batch.return_to_go, device=device)
+            target = self.backup(batch) if self.warm else to_device(batch.return_to_go, device)
         labels = self.labels(batch.action, device, prefix.anchor)
-        q = self.critic(self.policy.features(prefix), labels, torch.as_tensor(batch.is_pad, device=device))
+        q = self.critic(self.policy.features(prefix), labels, to_device(batch.is_pad, device))
         loss = td_loss(q, target)
         return loss, critic_metrics(loss, q, target, batch.bootstrap)
 
     def backup(self, batch: TransitionBatch) -> Tensor:
         """y = r + γ^k max_i min over members of Q̄(s', a'_i), a' the flow's own: float32[b], without gradient."""
         n, policy = self.settings.backup_samples, self.policy
-        prefix = self.observe(batch.next_images, batch.next_state, batch.prompts)
+        prefix = self.observe(next_observation(batch))
         shape = (len(batch) * n, policy.action_horizon, policy.action_dim)
         chunks = sample(policy, prefix, torch.randn(shape, device=prefix.state.device), self.settings.flow_steps, n)
         q = values(policy, self.target, prefix, chunks, n)

@@ -9,11 +9,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from serl_launcher.policies.hub import is_offline
 from serl_transport.contract.bounds import shown
 
 log = logging.getLogger("policy")
+MULTIPLE = 16  # tokens that a prompt is padded to a multiple of
 
 
 class Tokenizer(Protocol):
@@ -21,8 +23,11 @@ class Tokenizer(Protocol):
 
     length: int  # tokens that the policy reads of a prompt
 
-    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids int64[b, l] and mask bool[b, l]; a longer prompt loses its tail, and the log says so once."""
+    def __call__(self, prompts: list[str], least: int = 0) -> tuple[Tensor, Tensor]:
+        """Token ids int64[b, l] and mask bool[b, l]; a longer prompt loses its tail, and the log says so once.
+
+        least: tokens that are padded up to in any case, so that prompts of one form have one length.
+        """
         ...
 
     def count(self, prompt: str) -> int:
@@ -70,8 +75,8 @@ class WordHashTokenizer:
     def __init__(self, vocab: int, length: int) -> None:
         self.vocab, self.length = vocab, length
 
-    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """As `Tokenizer`."""
+    def __call__(self, prompts: list[str], least: int = 0) -> tuple[Tensor, Tensor]:
+        """As `Tokenizer`; every prompt is padded to `length`."""
         ids = torch.zeros(len(prompts), self.length, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             words = prompt.lower().split()
@@ -106,7 +111,7 @@ class StateWordTokenizer(WordHashTokenizer):
 class HubTokenizer:
     """A Hugging Face tokenizer from a local folder or the local hub cache, padded on the right.
 
-    Padding goes to the longest prompt of a batch, rounded up to 16: masked tokens change nothing but the time.
+    Padding goes to the longest prompt of a batch, rounded up to MULTIPLE: masked tokens change nothing but the time.
     """
 
     def __init__(self, source: str, length: int) -> None:
@@ -123,7 +128,7 @@ class HubTokenizer:
             ) from None
         self.source, self.length = source, length
 
-    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def __call__(self, prompts: list[str], least: int = 0) -> tuple[Tensor, Tensor]:
         """As `Tokenizer`."""
         out = self._encode(prompts)
         counts = out["attention_mask"].sum(1).tolist()
@@ -132,11 +137,14 @@ class HubTokenizer:
                 if tokens > self.length:
                     _tell_cut(prompt, tokens, self.length)
             out = self._encode(prompts, max_length=self.length, truncation=True)
-        return out["input_ids"][:, : self.length], out["attention_mask"][:, : self.length].bool()
+        ids, mask = out["input_ids"], out["attention_mask"]
+        if (missing := -(-least // MULTIPLE) * MULTIPLE - ids.shape[1]) > 0:
+            ids, mask = F.pad(ids, (0, missing), value=self.tokenizer.pad_token_id), F.pad(mask, (0, missing))
+        return ids[:, : self.length], mask[:, : self.length].bool()
 
     def count(self, prompt: str) -> int:
         return len(self.tokenizer(prompt)["input_ids"])
 
     def _encode(self, prompts: list[str], **cut: Any) -> Any:
-        shape = dict(padding="longest", pad_to_multiple_of=min(16, self.length), padding_side="right")
+        shape = dict(padding="longest", pad_to_multiple_of=min(MULTIPLE, self.length), padding_side="right")
         return self.tokenizer(prompts, return_tensors="pt", **shape, **cut)

@@ -318,6 +318,14 @@ def test_uniform_chunks_fill_the_robots_limits(monkeypatch):
     assert 2.2 < random.max() <= 2.5
 
 
+def test_cal_ql_is_refused_where_actions_are_relative_as_poses():
+    policy = ToyFlow()
+    policy.poses = (0,)
+    make_agent(policy)
+    with pytest.raises(ValueError, match=r"algo\.agent\.cal_ql_weight: .* relative as poses"):
+        make_agent(policy, cal_ql_weight=1.0)
+
+
 def test_squashing_is_refused_where_the_limits_are_not_at_one():
     with pytest.raises(ValueError, match=r"algo.agent.squash.*limits lie at \[-1.5\] and \[2.5\]"):
         make_agent(NarrowUnits(), squash=True)

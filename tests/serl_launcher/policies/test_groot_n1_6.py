@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -215,14 +216,35 @@ def test_a_folder_of_n1_6_is_recognised_and_another_releases_policy_refuses_it(f
     assert release_of("serl_launcher.policies.groot_n1_6.build.build_groot_n1_6").ticks == 50
 
 
-def test_prompts_and_pictures_are_prepared_as_theirs(tmp_path):
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A folder with Eagle's special tokens, and how many tokens there are; a picture's is the last."""
     from tokenizers import AddedToken
     from transformers import AutoTokenizer
 
-    source = make_tokenizer(tmp_path / "tokenizer")
+    source = make_tokenizer(tmp_path_factory.mktemp("eagle") / "tokenizer")
     words = AutoTokenizer.from_pretrained(source)
-    words.add_tokens([AddedToken(w, special=True) for w in ("<IMG_CONTEXT>", "<img>", "</img>")])
+    words.add_tokens([AddedToken(w, special=True) for w in ("<img>", "</img>", "<IMG_CONTEXT>")])
     words.save_pretrained(source)
+    return source, len(words)
+
+
+def test_an_export_takes_the_tokenizer_along(tokenizer, tmp_path):
+    """Its source may lack it, as NVIDIA's folders do."""
+    source, vocabulary = tokenizer
+    size = replace(SIZE, vocabulary=vocabulary)
+    first = build_groot_n1_6("t", SPEC, "random", 0, AH, size, processor=str(source)).save(tmp_path / "first")
+    shutil.rmtree(first / "processor")
+    with pytest.raises(ValueError, match=rf"its <IMG_CONTEXT> is {vocabulary - 1}, the checkpoint's is 63"):
+        loaded(random_policy().save(tmp_path / "other"), processor=str(source))
+    again = loaded(loaded(first, size, processor=str(source)).save(tmp_path / "second"), size)
+    assert isinstance(again.inputs, Eagle3Inputs)
+    assert again.inputs.pictures == Pictures()
+    assert again.encode(observation()).hidden.isfinite().all()
+
+
+def test_prompts_and_pictures_are_prepared_as_theirs(tokenizer):
+    source = tokenizer[0]
     pictures = Pictures(shortest_image_edge=64, crop_fraction=0.95)
     inputs = Eagle3Inputs(str(source), ("front", "wrist"), pictures)
     assert inputs.text("Lift it, now!", (2, 1)) == (

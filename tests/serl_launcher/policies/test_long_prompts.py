@@ -12,6 +12,7 @@ from serl_launcher.policies.base import PolicyInput
 from serl_launcher.policies.pi0.build import build_pi0, build_pi05
 from serl_launcher.policies.pi0.pi05 import state_prompts
 from serl_launcher.policies.pi0.tiny import TinyPI05Size, TinySize
+from serl_launcher.policies.tokens import WordHashTokenizer
 
 SHAPE = dict(width=16, vision_width=16, image_size=32)
 LONG = "look at the table in front of the robot, take the blue ballpoint pen beside the mug and put it into the holder"
@@ -30,6 +31,20 @@ def policy(request, tmp_path_factory):
     words = str(make_tokenizer(tmp_path_factory.mktemp("tokenizer"))) if own else None
     size = TinyPI05Size(prompt_tokens=72 if own else 16, **SHAPE)
     return build_pi05("t", SPEC if own else TINY, "random", 0, 4, size, tokenizer=words)
+
+
+def test_the_padded_length_depends_on_the_text_and_not_on_the_state(policy):
+    """A CUDA graph or compiled code is made for a length: one more digit must not ask for another."""
+    found = []
+    for state in ([-0.999, -1, 0.001], [1.0, 1.0, 2.0], [-2.0, 0.3, 1.1]):
+        images = {camera: np.zeros((1, 32, 32, 3), np.uint8) for camera in policy.cameras}
+        tensors = policy.prepare(PolicyInput(images, np.float32([state]), ["lift"]))
+        assert not tensors["ids"][~tensors["mask"]].any()  # padding is the tokenizer's, id 0 in both
+        found.append((tensors["ids"].shape[1], int(tensors["mask"].sum())))
+    lengths, counts = zip(*found, strict=True)
+    assert len(set(lengths)) == 1
+    assert len(set(counts)) == (1 if isinstance(policy.tokenizer, WordHashTokenizer) else 3)
+    assert max(counts) <= lengths[0]
 
 
 def test_the_text_is_cut_the_state_is_not_and_it_is_said_once(policy, caplog):

@@ -63,7 +63,7 @@ def test_a_task_of_states_alone_equals_the_librarys_forward_without_images(atten
     blind = PolicyInput({}, observation.state, observation.prompts)
     torch.manual_seed(0)
     chunk, noise, t = torch.randn(B, AH, AD), torch.randn(B, AH, AD), torch.rand(B)
-    ids, mask = policy.tokenizer(policy._prompts(blind.prompts, None))
+    ids, mask = policy.tokenizer(*policy._prompts(blind.prompts, None))
     state = policy.state_units.to_model(torch.tensor(blind.state))
     theirs = policy.core.forward([], [], ids, mask, state, chunk, noise, 1 - t).mean((1, 2))
     keep = torch.zeros(B, AH, dtype=torch.bool)

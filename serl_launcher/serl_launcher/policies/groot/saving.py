@@ -49,6 +49,8 @@ def save_groot(policy: nn.Module, folder: Path, extras: Mapping[str, Any] | None
             write_sidecars(policy, part, tag)
         else:
             copy_beside(source.folder, part, ("backbone", "processor"))
+            if hasattr(policy.inputs, "describe") and not (part / "processor").is_dir():
+                policy.inputs.describe(part)  # a tokenizer that the source lacks
             if getattr(policy, "described", None) is not None:
                 _add_embodiment(policy.described, part, tag)
         write_extras(part, extras or {})

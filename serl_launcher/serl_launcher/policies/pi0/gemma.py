@@ -75,9 +75,10 @@ def gemma_layer(
     keys, values, kept = remember(k, v, past, start)
     if not hidden:
         return x, kept
-    rows = q.unflatten(2, (keys.shape[1], -1)).transpose(1, 2).flatten(2, 3)
+    (b, length), (kv, d) = x.shape[:2], keys.shape[1::2]
+    rows = q.view(b, length, kv, -1, d).transpose(1, 2).reshape(b, kv, -1, d)
     out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias, scale=attention.scaling)
-    out = out.unflatten(2, (x.shape[1], -1)).transpose(1, 2).flatten(2)
+    out = out.reshape(b, kv, length, -1).transpose(1, 2).reshape(b, length, -1)
     fused = getattr(attention, "qkv", None) is not None
     x = residual(x, attention.o_proj, out, norms[0][2], fused)
     out = feed_forward(layer.mlp, norm(layer.post_attention_layernorm, x, norms[1]))
@@ -87,15 +88,15 @@ def gemma_layer(
 def project(attention: Any, x: Tensor, rope: Rotary) -> tuple[Tensor, Tensor, Tensor]:
     """Queries float[b, l, heads, d], keys and values float[b, l, kv heads, d]; one product where pi0.fusing has laid
     the weights side by side. Queries and keys turn together, in fp32, in which the keys still are."""
-    fused, d = getattr(attention, "qkv", None), attention.head_dim
+    fused, shape = getattr(attention, "qkv", None), (*x.shape[:2], -1, attention.head_dim)
     if fused is None:
-        qk, v = torch.cat([attention.q_proj(x), attention.k_proj(x)], dim=-1), attention.v_proj(x)
+        qk = torch.cat([attention.q_proj(x), attention.k_proj(x)], dim=-1).view(shape)
+        v = attention.v_proj(x).view(shape)
     else:
-        width = attention.config.num_key_value_heads * d
-        qk, v = F.linear(x, fused).split([len(fused) - width, width], dim=-1)
-    qk, v = rotate(qk.unflatten(-1, (-1, d)), rope), v.unflatten(-1, (-1, d))
-    q, k = qk.split([qk.shape[2] - v.shape[2], v.shape[2]], dim=2)
-    return q.to(v.dtype), k, v
+        qkv, kv = F.linear(x, fused).view(shape), attention.config.num_key_value_heads
+        qk, v = qkv[:, :, :-kv], qkv[:, :, -kv:]
+    qk, kv = rotate(qk, rope), v.shape[2]
+    return qk[:, :, :-kv].to(v.dtype), qk[:, :, -kv:], v
 
 
 def remember(k: Tensor, v: Tensor, past: KeysValues | None, start: int | None) -> tuple[Tensor, Tensor, KeysValues]:
@@ -134,7 +135,7 @@ def rms_norm(x: Tensor, scale: Tensor | None, eps: float) -> Tensor:
     if x.is_cuda:  # one kernel there, seven passes on a CPU
         return F.rms_norm(x, x.shape[-1:], scale, eps)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    x = x * (length.square() / x.shape[-1] + eps).rsqrt()
+    x = x * torch.add(eps, length.square(), alpha=1 / x.shape[-1]).rsqrt()
     return x if scale is None else x * scale
 
 

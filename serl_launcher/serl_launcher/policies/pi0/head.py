@@ -141,7 +141,7 @@ class PI0FlowPolicy(FlowPolicy):
         b = len(observation)
         physical = to_device(observation.state, self.device)
         state, anchor = self.state_units.to_model(physical), self.anchor_of(physical)
-        ids, mask = self.tokenizer(self._prompts(observation.prompts, state))
+        ids, mask = self.tokenizer(*self._prompts(observation.prompts, state))
         pixels = state.new_empty(b, 0, 3, self.image_size, self.image_size)
         if self.cameras:  # a task may have states alone
             pixels = torch.stack(self._pixels(observation.images).split(b), dim=1)
@@ -176,9 +176,10 @@ class PI0FlowPolicy(FlowPolicy):
         tokens = run_tower(model.vision_tower.vision_model, pixels, dtype, self._vision_layer, self.checkpointing)
         return model.multi_modal_projector(tokens).to(dtype or pixels.dtype)
 
-    def _prompts(self, prompts: list[str], state: Tensor) -> list[str]:
-        """What the tokenizer gets: PI0's prompts end in a newline; its state goes beside the actions."""
-        return [prompt if prompt.endswith("\n") else f"{prompt}\n" for prompt in prompts]
+    def _prompts(self, prompts: list[str], state: Tensor) -> tuple[list[str], int]:
+        """What the tokenizer gets, prompts and the length that they are padded to at least: PI0's prompts end in a
+        newline; its state goes beside the actions."""
+        return [prompt if prompt.endswith("\n") else f"{prompt}\n" for prompt in prompts], 0
 
     def _run_prefix(
         self, x: Tensor, pad_mask: Tensor, features: bool, spare: int

@@ -28,10 +28,13 @@ class PI05FlowPolicy(PI0FlowPolicy):
     statistics_mode: ClassVar[str] = "QUANTILES"
     states: ClassVar[int] = 0
 
-    def _prompts(self, prompts: list[str], state: Tensor) -> list[str]:
+    def _prompts(self, prompts: list[str], state: Tensor) -> tuple[list[str], int]:
+        """Prompts with the state in them, padded as if every number in it were the widest: the length, and with it the
+        shape that a CUDA graph or compiled code is made for, depends on the tasks' texts alone."""
         shapes_only = state.is_meta  # policies.estimate counts costs without numbers
         texts = [fitted(self.tokenizer, prompt, state.shape[-1]) for prompt in prompts]
-        return state_prompts(texts, np.zeros(state.shape) if shapes_only else state.detach().cpu().numpy())
+        least = max(widest(self.tokenizer, text, state.shape[-1]) for text in set(texts))
+        return state_prompts(texts, np.zeros(state.shape) if shapes_only else state.detach().cpu().numpy()), least
 
     def _library_step(self, prefix: Prefix, cache, x_tau: Tensor, tau: Tensor) -> Tensor:
         return self.core.denoise_step(prefix.pad_mask, cache, x_tau, tau)
@@ -55,6 +58,12 @@ def fitted(tokenizer: Tokenizer, prompt: str, dims: int) -> str:
     """The task's text, cut so that the state behind it is read whole. ValueError when the state alone is too long."""
     behind = state_prompts([""], np.ones((1, dims)))[0].removeprefix("Task: ")  # bin 255 is the widest
     return within(tokenizer, "Task: ", cleaned(prompt), behind)
+
+
+@lru_cache(4096)
+def widest(tokenizer: Tokenizer, text: str, dims: int) -> int:
+    """Tokens of the longest prompt that a task's text may become."""
+    return tokenizer.count(state_prompts([text], np.ones((1, dims)))[0])
 
 
 def cleaned(prompt: str) -> str:
