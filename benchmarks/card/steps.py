@@ -52,6 +52,12 @@ STEPS = {
 }
 
 
+EVERYTHING = {  # so that the step that is counted moves the actor too
+    "sac_pi0": ["algo.agent.warmup_steps=0", "algo.agent.actor_period=1"],
+    "dsrl_pi0": ["algo.agent.warmup_steps=0"],
+}
+
+
 @dataclass(slots=True)
 class Trained:
     """One step of `batch` samples."""
@@ -68,7 +74,7 @@ def trained(card: FakeCard, name: str, batch: int) -> Trained:
     hold(policy, policy.precision, masters=True)
     policy.checkpointing = step.train == "full"
     card.place(policy)
-    cfg = load_config([f"algo={step.algo}"])
+    cfg = load_config([f"algo={step.algo}", *EVERYTHING.get(step.algo, [])])
     if step.algo.startswith("dsrl"):
         add_steering(policy, features_of(policy), cfg.algo.served.variant, cfg.algo.served.bound)
         policy.steering.to(DEVICE)
@@ -77,6 +83,7 @@ def trained(card: FakeCard, name: str, batch: int) -> Trained:
         learner = wiring.build_learner(cfg, policy, SPEC)
         learner.agent.train()
         learner.begin_stage(step.mode)
+        data = learner.prepare(data)  # as the thread that makes batches ahead
         learner.step(data, 1.0)
         with card.counting(learner.agent) as counts, watching(learner, lambda: kept.append(counts.kept)):
             learner.step(data, 1.0)

@@ -127,7 +127,7 @@ def test_loss_and_gradients_equal_lerobots_training_forward(kind, saved, theirs,
     want.backward()
     ours = load(kind, saved, train="full")
     monkeypatch.setattr("serl_launcher.agents.flow_matching.torch.randn_like", lambda x: noise)
-    monkeypatch.setattr("serl_launcher.agents.flow_matching.sample_times", lambda n: t)
+    monkeypatch.setattr("serl_launcher.agents.flow_matching.sample_times", lambda n, **_: t)
     ones, pad = np.ones(B, np.float32), np.zeros((B, AH), bool)
     batch = ChunkBatch(given.images, given.state, action, pad, ones > 0, ones > 1, ones, given.prompts)
     got, _ = imitation_loss(ours, batch, 1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -58,14 +59,12 @@ def cross_layers(model: nn.Module) -> list[Any]:
 def modulations(model: nn.Module, bucket: Tensor) -> list[Modulation]:
     """Scale and shift of every layer's norm and of the last one, float[m, width] each, at the flow times of bucket
     int64[m], in thousandths."""
-    active = F.silu(model.timestep_encoder(bucket))
-    fused = getattr(model, "modulate", None)
-    if fused is None:
-        both = [layer(active) for layer in modulated(model)]
-    else:
-        both = F.linear(active, *fused).chunk(len(model.transformer_blocks) + 1, dim=-1)
-    *inner, last = (x.chunk(2, dim=-1) for x in both)
-    return [(1 + scale, shift) for scale, shift in [*inner, last[::-1]]]
+    active, fused = F.silu(model.timestep_encoder(bucket)), getattr(model, "modulate", None)
+    both = torch.cat([layer(active) for layer in modulated(model)], -1) if fused is None else F.linear(active, *fused)
+    halves = 2 * (len(model.transformer_blocks) + 1)
+    scaled, shifts = (1 + both).chunk(halves, dim=-1), both.chunk(halves, dim=-1)
+    inner = [(scaled[k], shifts[k + 1]) for k in range(0, halves - 2, 2)]
+    return [*inner, (scaled[-1], shifts[-2])]  # the last layer's has the shift first
 
 
 def modulated(model: nn.Module) -> list[nn.Module]:

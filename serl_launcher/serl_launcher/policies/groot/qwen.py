@@ -145,7 +145,7 @@ def signed(angles: Tensor) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding in fp32, float[..., heads, head_dim]: x · cos + (−x₂, x₁) · |sin|."""
     first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1).to(cos.dtype), sin)
+    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
 
 
 def image_places(is_image: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
