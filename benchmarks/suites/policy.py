@@ -66,6 +66,27 @@ def against_library(device: torch.device, model: Model, batch: int, rounds: int)
         rounds,
     )
     yield Row.of("policy/samples8/one_prefix", 1 / found["shared"], "calls/s", 1 / found["apart"], ">= 3.0")
+    yield from served_against_library(device, model, rounds)
+
+
+def served_against_library(device: torch.device, model: Model, rounds: int) -> Iterator[Row]:
+    """A chunk at batch 1 as it is served against lerobot's `sample_actions` of the same weights and noise, in fp32."""
+    policy, library = (built(device, model, "expert", "float32").eval().requires_grad_(False) for _ in range(2))
+    library.load_state_dict(policy.state_dict())
+    policy.fuse_for_serving()
+    one = Work.of(policy, model.spec, 1, device)
+    given = library_inputs(library, one)
+
+    def theirs() -> Tensor:
+        return library.core.sample_actions(*given, noise=one.noise, num_steps=10)
+
+    difference = (draw(policy, one, 1) - theirs()).abs().max().item()
+    if difference > (1e-4 if device.type == "cpu" else 1e-1):
+        raise AssertionError(f"chunks differ from the library's by {difference:.2e}")
+    yield Row.of("policy/chunk/difference", difference, "model's units")
+    calls = {"ours": lambda: draw(policy, one, 1), "library": theirs}
+    found = alternate({name: partial(seconds, device, call) for name, call in calls.items()}, rounds)
+    yield Row.of("policy/chunk/batch1", 1 / found["ours"], "calls/s", 1 / found["library"], ">= 1.5")
 
 
 def gradient_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Row:
@@ -86,6 +107,12 @@ def our_step(policy: nn.Module, work: Work) -> None:
 def library_step(policy: nn.Module, work: Work) -> None:
     """Forward and backward of lerobot's joint path, its loss cut to the robot's dims as its policy does."""
     policy.zero_grad(set_to_none=True)
+    loss = policy.core(*library_inputs(policy, work), work.chunk, work.noise, 1 - work.t)
+    loss[..., : policy.robot_dim].mean().backward()
+
+
+def library_inputs(policy: nn.Module, work: Work) -> tuple:
+    """Pictures, which of them are there, ids, their mask and the state, as lerobot's core takes them."""
     b = len(work.observation)
     images = list(policy._pixels(work.observation.images).split(b))
     device = work.t.device
@@ -93,8 +120,7 @@ def library_step(policy: nn.Module, work: Work) -> None:
     state = policy.state_units.to_model(torch.as_tensor(work.observation.state, device=device))
     state = torch.nn.functional.pad(state, (0, policy.core.config.max_state_dim - state.shape[-1]))
     present = [torch.ones(b, dtype=torch.bool, device=device)] * len(images)
-    loss = policy.core(images, present, ids, mask, state, work.chunk, work.noise, 1 - work.t)
-    loss[..., : policy.robot_dim].mean().backward()
+    return images, present, ids, mask, state
 
 
 def step_gradients(policy: nn.Module, work: Work) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -111,4 +137,4 @@ def step_gradients(policy: nn.Module, work: Work) -> tuple[dict[str, Tensor], di
 def draw(policy: nn.Module, work: Work, n: int) -> Tensor:
     """n chunks of each observation in 10 flow steps, from one encoding."""
     noise = work.noise.repeat_interleave(n, 0)
-    return sample(policy, policy.encode(work.observation), noise, 10, n)
+    return sample(policy, policy.encode(work.observation, features=False), noise, 10, n)
