@@ -17,7 +17,7 @@ def rows_of(tmp_path, *words):
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [
-        ("pi0", "expert"),
+        pytest.param("pi0", "expert", marks=pytest.mark.slow),
         pytest.param("pi05", "expert", marks=pytest.mark.slow),
         pytest.param("groot_n1_7", "lora", marks=pytest.mark.slow),
     ],

@@ -45,6 +45,7 @@ def rollout(tmp_path_factory):
     return episodes, [json.loads(line) for line in log.read_text().splitlines()], saved
 
 
+@pytest.mark.slow
 def test_the_operator_is_in_the_gamepads_place(rollout):
     for ticks in rollout[0]:
         drove = [tick["is_intervention"] for tick in ticks]
@@ -58,6 +59,7 @@ def test_the_operator_is_in_the_gamepads_place(rollout):
     assert all(penalties.count(GRIPPER_PENALTY) == 1 for penalties in grasps)  # closed once
 
 
+@pytest.mark.slow
 def test_snapshots_are_due_by_environment_steps(rollout):
     episodes, rows, saved = rollout
     assert [row["point"] for row in rows] == ["before", "curve", "after"]

@@ -4,9 +4,11 @@ import json
 import sys
 
 import numpy as np
+import pytest
 import torch
 
 
+@pytest.mark.slow
 def test_rows_of_a_tiny_flow(capsys, monkeypatch):
     import steering
 

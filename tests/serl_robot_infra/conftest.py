@@ -26,8 +26,12 @@ def typist(monkeypatch):
 
 
 @pytest.fixture
-def xtrainer(tmp_path):
-    """Made with words of the command line after `task.`: (the environment, its rig)."""
+def xtrainer(tmp_path, monkeypatch):
+    """Made with words of the command line after `task.`: (the environment, its rig). Its gripper is a thread of this
+    process, which a busy machine lets answer later than a servo would."""
+    from serl_robot_infra.envs.dobot import gripper
+
+    monkeypatch.setattr(gripper, "_ANSWER_S", 0.25)
     from dobot_rig import FAST, DobotRig  # brings OpenCV
 
     with ExitStack() as stack:

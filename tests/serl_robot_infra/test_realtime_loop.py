@@ -11,6 +11,7 @@ from serl_robot_infra.main import main
 from serl_transport.contract.errors import NotReady
 
 HZ, SLOW_S, AH = 20, 0.16, 12  # a chunk takes more than three ticks
+WAITED = 3  # ticks: who waits for a chunk waits longer than this, a machine that is busy seldom
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +55,14 @@ def run(spec, tmp_path, infer, **rollout):
 def test_without_it_the_robot_waits_at_every_chunk(spec, tmp_path):
     _, episode, gaps, _ = run(spec, tmp_path, slow_policy(), execute_horizon=6)
     assert episode.n == 60
-    assert (gaps > 2).sum() == 9  # 60 ticks, 6 a chunk, the first one aside
+    assert (gaps > WAITED).sum() == 9  # 60 ticks, 6 a chunk, the first one aside
 
 
 @pytest.mark.parametrize("mode", ["async", "rtc"])
 def test_with_it_no_tick_is_idle(spec, tmp_path, mode):
     learner, episode, gaps, _ = run(spec, tmp_path, slow_policy(), execute_horizon=6, realtime=mode)
     assert episode.n == 60
-    assert (gaps < 2).all(), gaps
+    assert (gaps < WAITED).all(), gaps
     index = np.round(episode.arrays["action"][:, 2] * 1000).astype(int)
     version = episode.arrays["policy_version"]
     # A new chunk is joined at the index of its own time: the age of its observation.
@@ -79,7 +80,7 @@ def test_with_it_no_tick_is_idle(spec, tmp_path, mode):
 def test_one_missed_chunk_costs_no_tick(spec, tmp_path):
     _, episode, gaps, out = run(spec, tmp_path, slow_policy(failing={4}), execute_horizon=4, realtime="rtc")
     assert episode.n == 60
-    assert (gaps < 2).all(), gaps
+    assert (gaps < WAITED).all(), gaps
     assert "holding" not in out
     assert 4 not in episode.arrays["policy_version"]
 

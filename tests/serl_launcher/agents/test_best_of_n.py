@@ -87,7 +87,7 @@ def test_of_two_modes_that_imitation_takes_the_critics_choose_the_better():
         agent, lambda p: torch.optim.Adam(p, lr=3e-3), Accelerator(cpu=True), max_grad_norm=10.0, ema_decay=0.9
     )
     learner.begin_stage("online")
-    for _ in range(400):
+    for _ in range(250):
         side = rng.choice([-0.5, 0.5], (64, 1, 1)).repeat(2, 1) + rng.normal(0, 0.05, (64, 2, 1))
         state, reward = np.zeros((64, 1)), (side.mean((1, 2)) > 0).astype(np.float32)
         batch = transitions(state, side, reward, state, np.ones(64), np.zeros(64))

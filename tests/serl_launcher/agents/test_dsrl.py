@@ -127,10 +127,11 @@ def test_each_group_receives_the_gradient_of_its_own_loss_only():
         assert touched <= owners[name], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "optimum"),
     # One noise for both ticks cannot do better than the mean of the two targets.
-    [("per_step", TARGET), pytest.param("tiled", [0.1, 0.1], marks=pytest.mark.slow)],
+    [("per_step", TARGET), ("tiled", [0.1, 0.1])],
 )
 def test_the_bandits_optimum_is_reached(variant, optimum):
     # A noise policy that stays wide keeps showing Q_W both sides of the optimum; the mean is what is asked for.

@@ -221,6 +221,7 @@ def chain_batch(rng, b=64, gamma=0.8):
     )
 
 
+@pytest.mark.slow
 def test_the_chains_optimum_is_reached():
     agent = make_agent(tau=0.1, target_members=1, target_std=0.05)
     agent.begin_stage("online")

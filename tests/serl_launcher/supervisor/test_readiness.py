@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 
+import pytest
 from omegaconf import OmegaConf
 
 from flowserl_cli.compose import load_config
@@ -40,6 +41,7 @@ def beats(child: Child, more: int, deadline: float) -> tuple[int, int]:
     return first, child._pulse.last.count
 
 
+@pytest.mark.slow
 def test_the_servers_of_other_clients_and_the_reward_server_say_that_they_are_ready(tmp_path, free_ports):
     words = [f"runs_dir={tmp_path}", f"port={free_ports[0]}", f"broadcast_port={free_ports[1]}", "learner=true"]
     words += ["serving.openpi_port=0", "serving.groot_port=0"]
