@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from robot_process import HZ
 from scripted_learner import RobotPick, ScriptedLearner, actor_config, still_policy, ticket
 
+from serl_robot_infra.interventions.base import Intervention
 from serl_robot_infra.rewards.environment import EnvironmentReward
 
 STOP_S = 0.3
@@ -103,7 +104,7 @@ class SecondWay:
         self._faults.note("w")
 
 
-class FaultyOperator:
+class FaultyOperator(Intervention):
     """A device that is pulled out."""
 
     def __init__(self, folder: str, env: RobotPick):

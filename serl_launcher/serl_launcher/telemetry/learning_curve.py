@@ -91,11 +91,17 @@ def _draw_evaluation(axis: Any, history: RunHistory, stage: StageRecord) -> None
     below = wins / n > 0.5  # where the label hides neither the curve nor the edge
     fast = speed([e.n_ticks for e in stage.episodes], [e.success for e in stage.episodes])
     pace = fast["successes_per_1000_ticks"]
-    label = f"{wins / n:.2f}" + (f"\n{pace:.0f} / 1,000 ticks" if pace else "")
     axis.annotate(
-        label, (minute, low if below else high), xytext=(0, -6 if below else 6), textcoords="offset points",
+        f"{wins / n:.2f}", (minute, low if below else high), xytext=(0, -6 if below else 6), textcoords="offset points",
         ha="center", va="top" if below else "bottom", color=RED, fontsize=11, fontweight="bold",
     )  # fmt: skip
+    if pace:  # behind the rate, so that neither runs into the next stage's
+        axis.annotate(
+            f"{pace:.0f} in 1,000 ticks", (minute, low if below else high), xytext=(0, -21 if below else 21),
+            textcoords="offset points", ha="right" if minute > _minutes(history, history.end_time) / 2 else "left",
+            va="top" if below else "bottom", color=RED, fontsize=8,
+            bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1},
+        )  # fmt: skip
 
 
 def _draw_help(axis: Any, history: RunHistory, online: Sequence[EpisodeRecord]) -> None:
