@@ -103,6 +103,7 @@ def watching_calls(
 
     with repeated("call-watch", min(watch.limit_s / 10, 1.0), look):
         yield  # what closes devices afterwards has as long as the last feed gave
+    watch.look()  # a call that came back in the last moment is told of, too
 
 
 def _feeder(restart_s: float | None) -> Callable[[], None]:
