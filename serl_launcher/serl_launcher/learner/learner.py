@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from serl_launcher.agents.base import Agent, Limit, ParameterGroup, follow
 from serl_launcher.learner.checkpoint import RAW
 from serl_launcher.learner.optimizers import for_device, move
-from serl_launcher.policies.kernels import choose
+from serl_launcher.policies.kernels import pin_kernels
 from serl_launcher.run.parameters import AVERAGED, Renamed, describe_mismatch
 
 AUXILIARY = "carried."
@@ -61,7 +61,7 @@ class Learner:
         optimizers: Mapping[str, OptimizerFactory] | None = None,
     ) -> None:
         device = accelerator.device
-        choose(device)
+        pin_kernels(device)
         optimizer = for_device(optimizer, device)
         optimizers = {name: for_device(factory, device) for name, factory in (optimizers or {}).items()}
         self.agent = agent

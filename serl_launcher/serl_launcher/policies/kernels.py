@@ -1,6 +1,6 @@
 """Which kernels a card computes with, chosen once: the fused attention, and how float32 products are rounded.
 
-The policy engine and the learner call `choose` at their start. `AttentionCalls` watches one pass and tells which
+The policy engine and the learner call `pin_kernels` at their start. `AttentionCalls` watches one pass and tells which
 kernels it took. Who compares two paths (benchmarks, the tests on a card) does it under `exact`: TF32 keeps 10 of 23
 bits of a factor, so that two shapes of one product differ by 1e-3 of their size, not by 1e-6.
 """
@@ -27,7 +27,7 @@ _FUSED = "aten._scaled_dot_product_"
 _UNFUSED = "aten._safe_softmax"  # of torch's own attention by plain operations, and of nothing else
 
 
-def choose(device: torch.device) -> None:
+def pin_kernels(device: torch.device) -> None:
     """Pin what CUDA may compute with, for this process, and say it in one line; nothing on another device."""
     if device.type != "cuda":
         return

@@ -31,7 +31,7 @@ from serl_launcher.agents.choosing import best_chunks, candidates, reads_feature
 from serl_launcher.agents.steering import steer
 from serl_launcher.policies.base import PolicyInput, Prefix, trainable
 from serl_launcher.policies.compiling import check_switch
-from serl_launcher.policies.kernels import AttentionCalls, choose
+from serl_launcher.policies.kernels import AttentionCalls, pin_kernels
 from serl_launcher.policies.precision import hold
 from serl_launcher.policies.realtime import sample_realtime, soft_mask
 from serl_launcher.run.parameters import base_sha256, checked_tensors
@@ -61,7 +61,7 @@ class PolicyEngine:
         self.device = torch.device(
             "cuda" if wanted == "auto" and torch.cuda.is_available() else "cpu" if wanted == "auto" else wanted
         )
-        choose(self.device)
+        pin_kernels(self.device)
         self.spec = TaskSpec.from_dict(OmegaConf.to_container(cfg.task.spec, resolve=True))
         self.policy = build_policy(cfg, self.spec).eval()
         self._base = base_sha256(self.policy)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from serl_launcher.policies.kernels import ATTENTION, AttentionCalls, choose, exact
+from serl_launcher.policies.kernels import ATTENTION, AttentionCalls, exact, pin_kernels
 
 
 def flags():
@@ -27,9 +27,9 @@ def restored():
 def test_a_card_is_pinned_and_told_in_one_line_and_a_cpu_is_left_alone(restored, caplog):
     caplog.set_level(logging.INFO, "policy")
     before = flags()
-    choose(torch.device("cpu"))
+    pin_kernels(torch.device("cpu"))
     assert flags() == before
-    choose(torch.device("cuda"))
+    pin_kernels(torch.device("cuda"))
     assert flags()[:2] == (ATTENTION, "high")
     assert [record.getMessage() for record in caplog.records] == [
         "cuda: attention kernels flash, mem_efficient, math (cudnn off); float32 products in TF32"
@@ -37,7 +37,7 @@ def test_a_card_is_pinned_and_told_in_one_line_and_a_cpu_is_left_alone(restored,
 
 
 def test_a_comparison_is_exact_and_what_was_chosen_comes_back(restored):
-    choose(torch.device("cuda"))
+    pin_kernels(torch.device("cuda"))
     before = flags()
     with exact():
         assert flags()[1:] == ("highest", False)

@@ -1,8 +1,7 @@
 """Products that share their input become one, where a GR00T only serves.
 
-groot.head calls `fuse` once, after the policy server has cast the parameters. Weights lie side by side in one buffer of
-which the parameters are views: names, values and the state dict stay, and new values copied into the parameters are in
-the buffer. Layers that LoRA wraps stay as they are.
+groot.head calls `fuse` once, after the policy server has cast the parameters: weights lie side by side
+(policies.fusing). Layers that LoRA wraps stay as they are.
 
     attention.qkv, mlp.gate_up      of a layer
     model.cross                     keys and values of all cross-attention layers of the diffusion transformer
@@ -15,8 +14,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from serl_launcher.policies.fusing import check_views, plain, side_by_side
 from serl_launcher.policies.groot.dit import cross_layers, modulated
 
 
@@ -38,24 +38,15 @@ def fuse(language_layers: Iterable[nn.Module], action_head: nn.Module) -> None:
 
 
 def check_fused(action_head: nn.Module) -> None:
-    """RuntimeError where a fused policy was moved, cast or copied: its buffers would miss new parameters."""
-    fused, layer = getattr(action_head.model, "modulate", None), modulated(action_head.model)[0]
-    if fused is not None and fused[0].untyped_storage()._cdata != layer.weight.untyped_storage()._cdata:
-        raise RuntimeError("a policy that was made to serve (fuse_for_serving) was moved, cast or copied afterwards")
+    """RuntimeError where a fused policy was moved, cast or copied."""
+    fused = getattr(action_head.model, "modulate", None)
+    check_views(None if fused is None else fused[0], modulated(action_head.model)[0].weight)
 
 
 def _put(owner: Any, name: str, layers: Sequence[nn.Module]) -> None:
     """Give `owner` the weights (and biases, where there are) of these layers side by side, unless one is wrapped."""
-    if not all(type(layer) is nn.Linear for layer in layers):
+    if not plain(layers):
         return
-    weight = _side_by_side([layer.weight for layer in layers])
+    weight = side_by_side([layer.weight for layer in layers])
     biased = layers[0].bias is not None
-    setattr(owner, name, (weight, _side_by_side([layer.bias for layer in layers])) if biased else (weight,))
-
-
-def _side_by_side(parameters: list[nn.Parameter]) -> Tensor:
-    """One buffer, joined along the first axis, of which the parameters are views from here on."""
-    buffer = torch.cat([parameter.data for parameter in parameters])
-    for parameter, view in zip(parameters, buffer.split([len(p) for p in parameters]), strict=True):
-        parameter.data = view
-    return buffer
+    setattr(owner, name, (weight, side_by_side([layer.bias for layer in layers])) if biased else (weight,))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from serl_launcher.policies.attention import attention_bias
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix
 from serl_launcher.policies.compiling import CompiledLayer
 from serl_launcher.policies.groot.checkpoint import ALIASES
@@ -35,7 +36,7 @@ from serl_launcher.policies.groot.dit import (
     token_block,
 )
 from serl_launcher.policies.groot.fusing import check_fused, fuse
-from serl_launcher.policies.groot.qwen import Grid, attention_bias, run_backbone, text_layer, vision_block
+from serl_launcher.policies.groot.qwen import Grid, run_backbone, text_layer, vision_block
 from serl_launcher.policies.groot.saving import save_groot, write_config
 from serl_launcher.policies.normalise import Units, pad_last
 from serl_launcher.policies.precision import FLOAT32, compute, full

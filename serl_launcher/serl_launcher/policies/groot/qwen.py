@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from serl_launcher.policies.attention import attention_bias
 from serl_launcher.policies.compiling import run_layer
 
 
@@ -186,14 +187,6 @@ def causal_mask(valid: Tensor) -> Tensor:
     empty = valid.cumsum(1) == 0
     alone = torch.eye(side, dtype=torch.bool, device=valid.device) & empty[:, :, None]
     return (mask | alone)[:, None]
-
-
-def attention_bias(keep: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to attention's scores: 0 where keep bool[..., l] is True, else −∞. Its storage is padded to eights,
-    as the fused kernels want it."""
-    length = keep.shape[-1]
-    bias = torch.zeros(*keep.shape[:-1], -(-length // 8) * 8, dtype=dtype, device=keep.device)[..., :length]
-    return bias.masked_fill_(~keep, -torch.inf)
 
 
 @lru_cache(maxsize=16)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from serl_launcher.policies.attention import attention_bias
 from serl_launcher.policies.compiling import run_layer
-from serl_launcher.policies.groot.qwen import attention_bias, causal_mask, image_places, place_images, rotary
+from serl_launcher.policies.groot.qwen import causal_mask, image_places, place_images, rotary
 
 
 def siglip_layer(layer: Any, x: Tensor) -> Tensor:

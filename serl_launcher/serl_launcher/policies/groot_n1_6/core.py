@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from serl_launcher.policies.checkpoint import Checkpoint, CheckpointError
+from serl_launcher.policies.groot_n1_5.core import RELEASED_EAGLE as EAGLE_OF_N1_5
 
 TYPE = "Gr00tN1d6"
 _LANGUAGE = "backbone.model.language_model."
@@ -43,19 +44,7 @@ RELEASED_EAGLE: dict[str, Any] = {  # Eagle-Block2A-2B-v2, the one backbone that
     "select_layer": -1,
     "use_pixel_shuffle": True,
     "downsample_ratio": 0.5,
-    "text_config": dict(
-        hidden_size=2048,
-        intermediate_size=6144,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        num_hidden_layers=28,
-        vocab_size=151680,
-        max_position_embeddings=40960,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        tie_word_embeddings=True,
-    ),
+    "text_config": EAGLE_OF_N1_5["text_config"],
     "vision_config": dict(
         hidden_size=1152,
         intermediate_size=4304,

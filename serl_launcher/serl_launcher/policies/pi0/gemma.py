@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from serl_launcher.policies.attention import attention_bias
 from serl_launcher.policies.compiling import run_layer
 
 KeysValues = tuple[Tensor, Tensor]  # float[b, kv heads, l, head_dim] each
@@ -42,7 +43,7 @@ def run_layers(
 ) -> tuple[Tensor | None, list[KeysValues]]:
     """Through every layer and the last norm of a `PiGemmaModel`.
 
-    x: float[b, l, width]; rope: `rotary`; bias: `attention_bias`, None where all attend to all; norms: `modulations`;
+    x: float[b, l, width]; rope: `rotary`; bias: `bias_of_rows`, None where all attend to all; norms: `modulations`;
     past: keys and values of what came before, per layer; layer_function: `gemma_layer`, or what torch.compile made of
     it; hidden: whether hidden states are asked for: without, the last layer ends at its keys and values. Returns the
     hidden states, or None, and keys and values: this call's own, or all that `past` holds now where `start` is given.
@@ -178,13 +179,10 @@ def rotate(x: Tensor, rope: Rotary) -> Tensor:
     return torch.addcmul(x * rope[0], torch.cat([second, first], dim=-1), rope[1])
 
 
-def attention_bias(keep: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
+def bias_of_rows(keep: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
     """What is added to attention's scores: float[b, 1, 1 or rows · heads, l], −∞ where keep bool[b, rows, l] is False.
 
-    rows is 1 where all attend to the same; otherwise each becomes `heads` rows, one after the other. The storage is
-    padded to eights, as the fused kernels want it.
+    rows is 1 where all attend to the same; otherwise each becomes `heads` rows, one after the other.
     """
     keep = keep.repeat_interleave(heads, 1) if keep.shape[1] > 1 else keep
-    b, rows, length = keep.shape
-    bias = torch.zeros(b, rows, -(-length // 8) * 8, dtype=dtype, device=keep.device)[..., :length]
-    return bias.masked_fill_(~keep, -torch.inf)[:, None]
+    return attention_bias(keep, dtype)[:, None]

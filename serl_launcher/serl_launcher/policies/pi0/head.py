@@ -26,7 +26,7 @@ from serl_launcher.policies.pi0.fusing import check_fused, fuse
 from serl_launcher.policies.pi0.gemma import (
     KeysValues,
     Modulation,
-    attention_bias,
+    bias_of_rows,
     gemma_layer,
     modulations,
     rotary,
@@ -195,7 +195,7 @@ class PI0FlowPolicy(FlowPolicy):
             language,
             self._stream(x),
             rotary(language, torch.cumsum(pad_mask, dim=1) - 1),
-            attention_bias(pad_mask[:, None], self._dtype, 1),
+            bias_of_rows(pad_mask[:, None], self._dtype, 1),
             modulations(language),
             past,
             self._layer,
@@ -304,7 +304,7 @@ class PI0FlowPolicy(FlowPolicy):
 
     def _bias(self, keep: Tensor) -> Tensor:
         config = self.expert.config
-        return attention_bias(keep, self._dtype, config.num_attention_heads // config.num_key_value_heads)
+        return bias_of_rows(keep, self._dtype, config.num_attention_heads // config.num_key_value_heads)
 
     def _read_actions(self, hidden: Tensor, n: int) -> Tensor:
         """The expert's hidden states of n samples a row to a forward velocity: float32[b·n, ah, ad]."""
