@@ -52,6 +52,8 @@ def export(run: Path, folder: Path, version: str | None = None) -> Path:
     print(f"{written}: policy version {metadata['version']} of {run}, trainer step {metadata['step']}")
     began = "The run began at random weights; the task's ranges became the statistics."
     print(getattr(policy, "load_report", began))
+    if served := cfg.get("algo") and cfg.algo.get("served"):
+        print(f"the flow alone: no format has a place for what {cfg.algo.name} serves beside it ({served._target_})")
     return written
 
 

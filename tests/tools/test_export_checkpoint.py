@@ -11,6 +11,8 @@ from export_checkpoint import main
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from serl_launcher.agents.base import feature_dim
+from serl_launcher.agents.choosing import add_chooser
 from serl_launcher.policies.base import sample, trainable
 from serl_launcher.run.parameters import base_sha256, publish
 from serl_launcher.serving.engine import PolicyEngine
@@ -60,6 +62,21 @@ def test_the_folder_holds_what_was_trained_and_the_rest_as_it_was(run, started_f
     assert not [
         path for path in (tmp_path / "out").rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()
     ]
+
+
+def test_what_an_algorithm_serves_beside_the_flow_stays_behind_and_is_told(run, started_from, tmp_path, capsys):
+    served = {"_target_": "serl_launcher.agents.choosing.add_chooser", "horizon": 2, "candidates": 4, "critics": 2}
+    cfg = OmegaConf.load(run / "config.yaml")
+    cfg.algo = {"name": "best_of_n_pi0", "served": served | {"widths": [8]}}
+    OmegaConf.save(cfg, run / "config.yaml")
+    policy = loaded_policy("pi0", started_from, train="expert")
+    policy = add_chooser(policy, feature_dim(policy, SPEC), 2, 4, 2, (8,))
+    published = {"version": 8, "step": 80, "base": base_sha256(policy), "policy": "pi0", "now": time.time(), "keep": 3}
+    publish(run / "params", trainable(policy), **published)
+    assert main([str(run), str(tmp_path / "out")]) == 0
+    assert "the flow alone: no format has a place for what best_of_n_pi0 serves" in capsys.readouterr().out
+    was, now = (load_file(folder / "model.safetensors") for folder in (started_from, tmp_path / "out"))
+    assert now.keys() == was.keys()
 
 
 def test_mistakes_are_told_in_one_line(run, tmp_path, capsys):
