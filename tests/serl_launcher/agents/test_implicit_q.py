@@ -8,7 +8,7 @@ from configured import agent_settings
 from hydra.errors import InstantiationException
 from toy_flow import ToyFlow, chunks, take_average, transitions
 
-from serl_launcher.agents.advantage_weighted import AdvantageWeightedAgent
+from serl_launcher.agents.implicit_q import ImplicitQAgent
 from serl_launcher.critics.losses import expectile_loss
 from serl_launcher.learner.learner import Learner
 from serl_launcher.policies.base import PolicyInput, sample
@@ -19,7 +19,7 @@ def make_agent(**settings):
     torch.manual_seed(0)
     defaults = {"flow_steps": 4, "critics": 2, "widths": (32, 32), "warmup_steps": 0, "q_limit": 1e3}
     settings = agent_settings("advantage_weighted_pi0", **(defaults | {"target_members": 2} | settings))
-    return AdvantageWeightedAgent(ToyFlow(state_dim=1, ah=2, ad=1), settings, feature_dim=1, horizon=2)
+    return ImplicitQAgent(ToyFlow(state_dim=1, ah=2, ad=1), settings, feature_dim=1, horizon=2)
 
 
 def observed(agent, b):

@@ -1,11 +1,12 @@
-"""Advantage-weighted flow matching (`algo=advantage_weighted_*`), docs/algorithms/advantage_weighted.md.
+"""Values learned from what was done: they weigh what is imitated, or choose among chunks when served.
 
-    flow      flow matching on accepted chunks, each weighted by exp(A / β)     A = min Q̄(s, a) − V(s)
     critic    train stage and warm-up: the return that followed                then: r + γ^k V(s')
     value     the expectile of min Q̄(s, a) over the chunks of the data
+    flow      flow matching on accepted chunks; `algo=advantage_weighted_*` weighs each by exp(A / β), A = min Q̄ − V
+    served    `algo=best_of_n_*`: of n chunks the one of most value (agents.choosing); else the plain flow
 
-What is served is the plain flow: values decide what is imitated and nothing else, so that a policy is exported and
-served as one of rejection sampling is. No chunk is sampled in training, so a step costs little more than imitation's.
+docs/algorithms/advantage_weighted.md and best_of_n.md. No gradient of a value enters the flow, so imitation cannot
+drown it, and no chunk is sampled in training, so a step costs little more than imitation's.
 """
 
 from dataclasses import dataclass
@@ -29,33 +30,44 @@ from serl_transport.contract.specs import TaskSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdvantageWeightedSettings(ValueSettings):
-    """`algo.agent` of advantage_weighted_*; config/algo/advantage_weighted_pi0.yaml has the values."""
+class ImplicitQSettings(ValueSettings):
+    """`algo.agent` of advantage_weighted_* and best_of_n_*, whose yamls have the values."""
 
     expectile: float  # τ of V: 0.5 is the mean over the data's chunks, towards 1 their best
-    advantage_scale: float  # β, in units of the return: a chunk that is worth β less weighs 1/e
+    advantage_scale: (
+        float | None
+    )  # β, in units of the return: a chunk that is worth β less weighs 1/e; None: no weights
     most_weight: float  # a weight is cut here
 
     def __post_init__(self) -> None:
         if not 0 < self.expectile < 1:
             raise ValueError(f"algo.agent.expectile: expected above 0 and below 1, got {self.expectile!r}")
         for name in ("advantage_scale", "most_weight"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"algo.agent.{name}: expected a number above 0, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"algo.agent.{name}: expected a number above 0, got {value!r}")
 
-    def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> "AdvantageWeightedAgent":
-        return AdvantageWeightedAgent(policy, self, feature_dim=feature_dim(policy, task), horizon=horizon)
+    def build(self, policy: FlowPolicy, task: TaskSpec, horizon: int) -> "ImplicitQAgent":
+        return ImplicitQAgent(policy, self, feature_dim=feature_dim(policy, task), horizon=horizon)
 
 
-class AdvantageWeightedAgent(ValueAgent):
-    """Weights of AWR (Peng et al., 1910.00177) from critics of IQL (Kostrikov et al., 2110.06169) on a flow."""
+class ImplicitQAgent(ValueAgent):
+    """Critics of IQL (Kostrikov et al., 2110.06169) on a flow: weights of AWR (Peng et al., 1910.00177), or the choice
+    of IDQL (Hansen-Estruch et al., 2304.10573).
 
-    settings: AdvantageWeightedSettings
+    policy: with a `chooser` module (agents.choosing.add_chooser) its critics are trained and served.
+    """
 
-    def __init__(
-        self, policy: FlowPolicy, settings: AdvantageWeightedSettings, *, feature_dim: int, horizon: int
-    ) -> None:
-        super().__init__(policy, settings, feature_dim=feature_dim, horizon=horizon)
+    added_to_policy = ("chooser.",)
+    """Prefixes of parameters that a plain policy's checkpoint lacks; they then keep their initial values."""
+    settings: ImplicitQSettings
+
+    def __init__(self, policy: FlowPolicy, settings: ImplicitQSettings, *, feature_dim: int, horizon: int) -> None:
+        self._chooses = hasattr(policy, "chooser")
+        critic = policy.chooser.critic if self._chooses else None
+        if critic is not None and critic.horizon != horizon:
+            raise ValueError(f"algo.served.horizon: expected rollout.execute_horizon {horizon}, got {critic.horizon}")
+        super().__init__(policy, settings, feature_dim=feature_dim, horizon=horizon, critic=critic)
         self.value = ChunkCritic(feature_dim, 0, policy.robot_dim, 1, settings.widths)  # of a chunk of no ticks
 
     def forward(self, batch: LearningBatch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -64,7 +76,8 @@ class AdvantageWeightedAgent(ValueAgent):
         losses["critic"], metrics = self.critic_loss(batch.transitions)
         metrics["batch/transition_demo_share"] = torch.as_tensor(batch.transitions.demo).float().mean()
         if batch.imitation is not None:
-            weigh = partial(self.weights, batch.imitation, metrics) if self.warm else None
+            weighs = self.warm and self.settings.advantage_scale is not None
+            weigh = partial(self.weights, batch.imitation, metrics) if weighs else None
             losses["policy"], more = imitation_loss(self.policy, batch.imitation, self.settings.noise_samples, weigh)
             metrics |= more
         return losses, metrics
@@ -109,5 +122,14 @@ class AdvantageWeightedAgent(ValueAgent):
         return weight
 
     def groups(self) -> dict[str, ParameterGroup]:
-        critics = dict(self.critic.named_parameters("critic")) | dict(self.value.named_parameters("value"))
-        return {"policy": ParameterGroup(trainable(self.policy)), "critic": ParameterGroup(critics, scheduled=False)}
+        flow = {n: p for n, p in trainable(self.policy).items() if not n.startswith(self.added_to_policy)}
+        name = "chooser.critic" if self._chooses else "critic"
+        critics = dict(self.critic.named_parameters(name)) | dict(self.value.named_parameters("value"))
+        return {"policy": ParameterGroup(flow), "critic": ParameterGroup(critics, scheduled=False)}
+
+    @torch.no_grad()
+    def after_step(self, taken: Tensor) -> None:
+        super().after_step(taken)
+        if self._chooses and self.online:
+            # Opened once the critic is warm; served as soon as the published average follows.
+            self.policy.chooser.gate.fill_(float(int(self.online_steps) > self.settings.warmup_steps))
