@@ -29,7 +29,7 @@ class Job:
     sides: list[Side] = field(default_factory=list)  # once it runs
 
     def __call__(self) -> int:
-        """Run to the end; the learner's exit code. RuntimeError where it is not 0, which is how submitit hears of it."""
+        """Run to the end; the learner's exit code. RuntimeError where it is not 0: that is how submitit hears of it."""
         os.chdir(self.root)
         words = [*self.words, *_place()]
         first = not any(word.startswith("launch.machine_rank=") and word[-2:] != "=0" for word in words)
