@@ -30,6 +30,7 @@ from serl_launcher.learner.settings_check import chunk_of, units_of_policy
 from serl_launcher.policies.estimate import Estimate, estimate, meta_policy
 from serl_launcher.policies.parameter_table import parameter_table
 from serl_launcher.run.config import plain
+from serl_launcher.supervisor.launch import ranks_here
 from serl_transport.contract.specs import TaskSpec
 
 PEAKS = {"H200": 800, "H100": 800, "A100": 280, "L40S": 330, "4090": 150, "3090": 65}  # dense bf16, reached, TFLOP/s
@@ -50,14 +51,24 @@ def machine(args: argparse.Namespace) -> tuple[str, float | None, float | None]:
 def cost_of(cfg: DictConfig, policy: nn.Module, spec: TaskSpec, flow_steps: int) -> Estimate:
     """Costs in the batches of a config; `policy` is held as the policy server's afterwards."""
     noise_samples, questions = cfg.algo.agent.get("noise_samples", 1), cfg.serving.max_batch
-    batch = cfg.trainer.batch_size
+    batch = share(cfg)
     return estimate(policy, spec, flow_steps, batch=batch, noise_samples=noise_samples, questions=questions)
+
+
+def devices_of(cfg: DictConfig) -> int:
+    """Processes that train, on all machines."""
+    return ranks_here(cfg) * cfg.launch.num_machines
+
+
+def share(cfg: DictConfig) -> int:
+    """Samples of a step on each device."""
+    return cfg.trainer.batch_size // devices_of(cfg)
 
 
 def report(cfg: DictConfig, cost: Estimate, args: argparse.Namespace) -> tuple[list[str], bool]:
     """Lines on memory, batch and time, and whether the batch fits (True when memory is unknown)."""
     name, memory, peak = machine(args)
-    batch, devices, questions = cfg.trainer.batch_size, cfg.launch.num_processes, cfg.serving.max_batch
+    batch, devices, questions = share(cfg), devices_of(cfg), cfg.serving.max_batch
     lines = [
         f"machine    {name}" + (f", {memory:.0f} GB" if memory else "") + (f", {peak:g} TFLOP/s" if peak else ""),
         f"batch      {batch} per device × {devices} devices = {batch * devices} samples a step",

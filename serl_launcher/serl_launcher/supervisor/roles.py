@@ -15,7 +15,6 @@ A derived role never ends a run: what it makes can be made later from what the o
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,7 +22,7 @@ from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.schedule import Stage
 from serl_launcher.run.versions import newest_whole
 from serl_launcher.supervisor.children import ChildSpec, EndsRun
-from serl_launcher.supervisor.lifeline import EXIT_FILE
+from serl_launcher.supervisor.launch import trainer_command
 
 # Stop order of a run: whoever feeds another goes first; the exporter writes out what the gateway journalled last.
 STOP_ORDER = ("openpi", "groot", "trainer", "policy", "gateway", "exporter")
@@ -64,30 +63,5 @@ def _role(paths: RunPaths, name: str, module: str, grace_s: float = 10.0, ends_r
 
 
 def _trainer(cfg: DictConfig, paths: RunPaths) -> ChildSpec:
-    exit_file = paths.logs / "trainer.exit"
     role = _role(paths, "trainer", "serl_launcher.learner", grace_s=60.0)
-    argv = (*accelerate_command(cfg), "-m", "serl_launcher.supervisor.lifeline", *role.argv[2:])
-    return replace(role, argv=argv, env={**role.env, EXIT_FILE: str(exit_file)}, exit_file=exit_file)
-
-
-def accelerate_command(cfg: DictConfig) -> tuple[str, ...]:
-    """`accelerate launch` with every default named that it would warn about; launch.* of the config passes on."""
-    options = {
-        "num_processes": 1,
-        "num_machines": 1,
-        "mixed_precision": "no",
-        "dynamo_backend": "no",
-        "num_cpu_threads_per_process": OmegaConf.select(cfg, "trainer.threads", default=1),
-        **(OmegaConf.to_container(cfg.launch) if cfg.get("launch") else {}),
-    }
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    if cfg.trainer.device == "cpu" or not has_gpu():
-        command.append("--cpu")
-    for key, value in options.items():
-        command += [f"--{key}"] if value is True else [] if value in (False, None) else [f"--{key}", str(value)]
-    return tuple(command)
-
-
-def has_gpu() -> bool:
-    """Is a CUDA device present? Asks the driver's files: this process must not import torch."""
-    return Path("/proc/driver/nvidia/gpus").is_dir() or Path("/dev/nvidia0").exists()
+    return replace(role, argv=trainer_command(cfg, *role.argv[2:]))

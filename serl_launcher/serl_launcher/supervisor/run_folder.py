@@ -28,6 +28,7 @@ from serl_launcher.run.files import DamagedFileError, clear, make_folder, read_s
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.schedule import Stage, read_stages
 from serl_launcher.run.versions import PublishedVersion
+from serl_launcher.supervisor import launch
 from serl_launcher.supervisor.given import name_version, passed_over
 from serl_transport.contract.bounds import check_name
 from serl_transport.security.auth import is_loopback
@@ -211,16 +212,11 @@ def check_network(cfg: DictConfig) -> None:
 
 
 def check_launch(cfg: DictConfig) -> None:
-    """One trainer process: several would each publish and save; one precision. RunError tells what to set."""
-    for key in ("launch.num_processes", "launch.num_machines"):
-        if (count := OmegaConf.select(cfg, key, default=1)) != 1:
-            raise RunError(f"{key}={count}: expected 1, several trainer processes are not supported yet; set {key}=1")
-    mixed = OmegaConf.select(cfg, "launch.mixed_precision")
-    if mixed not in (None, False, "no"):
-        raise RunError(
-            f"launch.mixed_precision={mixed}: expected no: policy.precision (float32 or bfloat16) decides in which "
-            "numbers a policy is held and computed"
-        )
+    """The trainer's processes can be started as `launch` says. RunError tells what to set."""
+    try:
+        launch.check_launch(cfg)
+    except ValueError as error:
+        raise RunError(str(error)) from None
 
 
 def _check_reward(cfg: DictConfig) -> None:
