@@ -2,8 +2,8 @@
 
     gateway.feed ── Offered.news(what the follower has) ─▶ {name: {at, data}} ─▶ store(root, …) ── follower
 
-They are what people said and what was accepted, by which the ranks of every host choose the same rows. A file that
-only grew is sent from where the copy ends; one that is another is sent anew. Torch-free.
+They are what people did and said. A file that only grew is sent from where the copy ends; one that is another is sent
+anew. Torch-free.
 """
 
 import zlib
@@ -17,7 +17,7 @@ from serl_launcher.run.config import dotted
 from serl_launcher.run.files import write_whole
 
 # In the order in which they are read. They are stored the other way round: a mark tells of no line that is missing.
-NAMES = ("acts.mark", "acts.jsonl", "acceptance.jsonl", "relabelled.json")
+NAMES = ("acts.mark", "acts.jsonl", "relabelled.json")
 PART_BYTES = 1 << 20  # of a file at once
 # What may differ between the hosts of a run: where each finds and keeps its things, and who looks at it.
 OWN_KEYS = (
