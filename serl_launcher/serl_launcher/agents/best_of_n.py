@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from serl_launcher.agents import shares
 from serl_launcher.agents.base import ParameterGroup, feature_dim
 from serl_launcher.agents.choosing import values
 from serl_launcher.agents.flow_matching import imitation_loss
@@ -75,7 +76,7 @@ class BestOfNAgent(ValueAgent):
         n, policy = self.settings.backup_samples, self.policy
         prefix = self.observe(next_observation(batch))
         shape = (len(batch) * n, policy.action_horizon, policy.action_dim)
-        chunks = sample(policy, prefix, torch.randn(shape, device=prefix.state.device), self.settings.flow_steps, n)
+        chunks = sample(policy, prefix, shares.normal(shape, prefix.state.device), self.settings.flow_steps, n)
         q = values(policy, self.target, prefix, chunks, n)
         return self.target_of(batch, pessimistic(q.flatten(1), self.settings.target_members).view(-1, n).max(1).values)
 
