@@ -6,7 +6,8 @@ DATASET is a LeRobotDataset v3, a folder or owner/name on the hub; with meta/mod
 used, else LeRobot's names.
 The task (sizes, ranges, prompt) comes from the dataset, the units from the checkpoint. config/sft/default.yaml has
 the keys of `sft.*`; `sft=groot_so101` takes a whole recipe. OUTPUT is a run folder: config.yaml, params/ (the last
-version), best/ (that of the lowest held-out loss), checkpoints/, metrics/. The same command goes on with what was cut.
+version), best/ (that of the lowest held-out loss), checkpoints/, metrics/. The same command goes on with what was cut;
+resume=never refuses that, resume=<folder of a checkpoint> begins OUTPUT with all that another run had come to.
 Exit codes: 0 done, 1 training or the overfit check (`sft.overfit`) failed, 2 a mistake of the user, 130 and 143 stopped
 by SIGINT and SIGTERM.
 """
@@ -15,6 +16,7 @@ import logging
 import math
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +50,19 @@ from serl_launcher.learner.step_log import StepLog
 from serl_launcher.policies.base import FlowPolicy
 from serl_launcher.policies.open_loop import hold_still
 from serl_launcher.policies.parameter_table import parameter_table
+from serl_launcher.run.checkpoints import MANIFEST, folders
 from serl_launcher.run.config import dotted, read_config
 from serl_launcher.run.data_record import dataset_digest
 from serl_launcher.run.files import PART, write_text
 from serl_launcher.run.parameters import BEST
 from serl_launcher.run.paths import RunPaths
-from serl_launcher.run.record import note_start
+from serl_launcher.run.record import note_start, read_starts
 from serl_launcher.telemetry.journal_page import JournalPage
 from serl_launcher.telemetry.metrics import MetricsWriter
 from serl_launcher.telemetry.registry import update
 
-FREE = ("dataset.folder", "sft.workers", "sft.log_period", "trainer.threads", "trainer.device", "telemetry")
+FREE = ("resume", "dataset.folder", "sft.workers", "sft.log_period", "trainer.threads", "trainer.device", "telemetry")
+FREE += ("trainer.keep_checkpoints",)
 """What may differ when a run goes on: nothing of it changes what is learned."""
 
 
@@ -69,6 +73,8 @@ def configured(overrides: list[str]) -> DictConfig:
     """
     recipe = any(word.startswith("sft=") for word in overrides)
     words = [*([] if recipe else ["sft=default", "algo=sft_pi0"]), *overrides]
+    others = [word for word in words if word.startswith("resume=") and word not in ("resume=auto", "resume=never")]
+    words = [word for word in words if word not in others]
     checked = load_config(words)  # says what is wrong; its result is resolved, with the default task
     if checked.checkpoint_path:
         raise ConfigError("checkpoint_path is for an online run; fine-tuning begins from policy.checkpoint=<folder>")
@@ -76,7 +82,29 @@ def configured(overrides: list[str]) -> DictConfig:
     with composing(CONFIG_DIR, lab):
         cfg = compose("base", words)
     OmegaConf.set_struct(cfg, False)
+    for word in others:
+        cfg.resume = word.partition("=")[2]
+        if not Path(cfg.resume, MANIFEST).is_file():
+            raise ConfigError(f"{word}: expected auto, never or the folder of a checkpoint, which has a {MANIFEST}")
     return cfg
+
+
+def told(other: Path, output: Path, cfg: DictConfig) -> None:
+    """Say what of the config differs from that of the run whose checkpoint OUTPUT goes on from."""
+    config = other.parent.parent / "config.yaml"
+    if not config.is_file():
+        print(f"note: {other} lies in no run: what it was trained with cannot be compared", flush=True)
+        return
+    for key, theirs, ours in differing(config.parent, cfg):
+        print(f"note: {config.parent} was trained with {key}={theirs}, {output} is with {ours}", flush=True)
+
+
+def differing(run: Path, cfg: DictConfig) -> Iterator[tuple[str, Any, Any]]:
+    """What the config of a run has otherwise, as (key, there, here); but for what changes nothing of the learning."""
+    theirs, ours = (dotted(OmegaConf.to_container(c, resolve=True)) for c in (read_config(run / "config.yaml"), cfg))
+    for key in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(key) != ours.get(key) and not key.startswith(FREE):
+            yield key, theirs.get(key), ours.get(key)
 
 
 def opened(dataset: str | Path, cfg: DictConfig) -> tuple[FlowPolicy, Chunks, Dataset]:
@@ -125,19 +153,31 @@ def claim(output: Path, cfg: DictConfig, modality: Path | None) -> None:
     """Make OUTPUT a run folder of this config, or find that it is one. ValueError naming what differs."""
     config = output / "config.yaml"
     if config.is_file():
-        theirs, ours = (dotted(OmegaConf.to_container(c, resolve=True)) for c in (read_config(config), cfg))
-        for key in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(key) != ours.get(key) and not key.startswith(FREE):
-                raise ValueError(
-                    f"{output}: was begun with {key}={theirs.get(key)}, now it is {ours.get(key)}: the command that "
-                    "began it goes on with it, another one needs another folder"
-                )
+        for key, theirs, ours in differing(output, cfg):
+            raise ValueError(
+                f"{output}: was begun with {key}={theirs}, now it is {ours}: the command that "
+                "began it goes on with it, another one needs another folder"
+            )
+        if cfg.resume == "never" and folders(RunPaths(output).checkpoints):
+            raise ValueError(f"{output} holds a run and resume=never: name another folder, or resume=auto goes on")
         return
     if output.exists() and any(path.suffix != PART for path in output.iterdir()):
         raise ValueError(f"{output}: holds files already, and no config.yaml of a run; name another folder")
     if modality:
         write_text(output / "modality.json", modality.read_text())
     write_text(config, OmegaConf.to_yaml(cfg, resolve=True), durable=True)
+
+
+def check_same_data(paths: RunPaths, dataset: Path) -> None:
+    """ValueError where the dataset's files are others than when the run was begun: the order of its samples would be
+    one of other samples."""
+    starts = read_starts(paths)
+    known = (starts[0].get("dataset") or {}).get("digest") if starts else None
+    if known and known != (found := dataset_digest(dataset)):
+        raise ValueError(
+            f"{paths.root}: was begun with a dataset of digest {known}, {dataset} is now one of {found}: put its files "
+            "back, or name another folder"
+        )
 
 
 def measuring(
@@ -177,6 +217,7 @@ def build(dataset: str, output: Path, cfg: DictConfig) -> FineTuning:
     cfg.task = {"name": "dataset", "spec": chunks.spec.to_dict(), "noop_dims": None, "rate_hz": None}
     cfg.dataset = {"folder": str(data.folder.absolute()), "episodes": len(chunks.bounds), "frames": len(chunks)}
     claim(output, cfg, data.columns.described)
+    check_same_data(paths, data.folder)
     accelerator = Accelerator(cpu=cfg.trainer.device == "cpu")
     agent = build_agent(cfg, policy, chunks.spec).to(accelerator.device)
     optimizer = instantiate(cfg.trainer.optimizer, _partial_=True, lr=settings.lr)
@@ -186,9 +227,13 @@ def build(dataset: str, output: Path, cfg: DictConfig) -> FineTuning:
         StageSettings(round(settings.warmup * settings.steps), cfg.trainer.final_lr_scale, 1.0, math.inf)
     )
     publisher = Publisher(paths.params, learner, policy, name=cfg.policy.name, keep=1)
-    rng, keep = np.random.default_rng(cfg.seed), cfg.trainer.keep_checkpoints
-    checkpoints = TrainerCheckpoints(paths.checkpoints, learner, progress, publisher, rng, keep)
-    checkpoints.resume(None)
+    rng, keep = np.random.default_rng(cfg.seed), (cfg.trainer.keep_checkpoints, cfg.trainer.keep_checkpoints_every)
+    samples = settings.accumulate * settings.batch_size
+    checkpoints = TrainerCheckpoints(paths.checkpoints, learner, progress, publisher, rng, *keep, samples)
+    other = Path(cfg.resume) if cfg.resume not in ("auto", "never") else None
+    if other and not folders(paths.checkpoints):
+        told(other, output, cfg)
+    checkpoints.resume(None, other)
     return FineTuning(
         learner,
         chunks,

@@ -91,6 +91,7 @@ def report(cfg: DictConfig, cost: Estimate, args: argparse.Namespace) -> tuple[l
         if not fits:
             advice = "lower it, train=expert, checkpointing=true" + ("" if engine == "fsdp2" else " or launch=fsdp2")
             lines.append(f"           trainer.batch_size={batch} does NOT fit: {advice}")
+    lines.append(disk(cfg, cost))
     flops, serve = cost.train_flops * batch, cost.serve_flops
     lines.append(
         f"FLOPs      {flops / 1e12:.3f} T a training step, {serve / 1e12:.3f} T a chunk ({args.flow_steps} flow steps)"
@@ -101,6 +102,15 @@ def report(cfg: DictConfig, cost: Estimate, args: argparse.Namespace) -> tuple[l
             f"time       ~{flops / reached * 1e3:.1f} ms a step, ~{serve / reached * 1e3:.1f} ms of arithmetic a chunk"
         )
     return lines, fits
+
+
+def disk(cfg: DictConfig, cost: Estimate) -> str:
+    """What the checkpoints of a run take; in one of them, as float32, what trains, its average and Adam's moments."""
+    each = cost.trainable * 4 * 4 / GB
+    kept, every = cfg.trainer.keep_checkpoints, cfg.trainer.keep_checkpoints_every
+    text = f"disk       {each:.3g} GB a checkpoint (critics come on top), {(kept + 2) * each:.3g} GB at most: "
+    text += f"the newest {kept}, that of the best version, one being written"
+    return text + (f"; and one of every {every} steps, for ever" if every else "")
 
 
 def look_at(source: Source, cfg: DictConfig, spec: TaskSpec) -> list[str]:

@@ -18,11 +18,24 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from serl_launcher.run.checkpoints import FILES, MANIFEST, OPTIMIZER, STATE, TENSORS, complete, read_state, step_of
+from serl_launcher.run.checkpoints import (
+    FILES,
+    GONE,
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    TENSORS,
+    complete,
+    delete,
+    read_state,
+    step_of,
+    superfluous,
+)
 from serl_launcher.run.files import DamagedFileError, make_folder, sha256_of, sync, write_sealed
 from serl_launcher.run.parameters import StoredTensors, save_tensors
 from serl_launcher.run.record import ORIGIN
 
+PART = ".part"  # suffix of one that is being written
 BEFORE = ".before"  # suffix of a checkpoint that makes room for another one of the same step
 RAW = "raw."  # what the policy's names begin with among the tensors; of their average it is AVERAGED
 
@@ -35,15 +48,18 @@ def save(
     state: dict[str, Any],
     keep: int,
     origin: dict[str, Any] | None = None,
+    every: int | None = None,
+    best: int | None = None,
 ) -> Path:
-    """Write a checkpoint, then drop all but the newest `keep` up to it. `state` must be JSON; returns the folder.
-    origin: what it is made of (run.record.origin_of), kept beside the weights.
+    """Write a checkpoint, then drop those up to it that are superfluous by `keep` (the newest ones), `every` and `best`
+    (run.checkpoints.superfluous). `state` must be JSON; returns the folder. origin: what it is made of
+    (run.record.origin_of), kept beside the weights.
 
     On disk when this returns. OSError when the disk refuses: nothing of it is left then, and those before it stay.
     Later steps are left alone: training went on from before them because they are damaged.
     """
     folder = root / f"step_{step:06d}"
-    part = root / f".{folder.name}.part"
+    part = root / f".{folder.name}{PART}"
     shutil.rmtree(part, ignore_errors=True)
     make_folder(root, durable=True)
     try:
@@ -55,8 +71,9 @@ def save(
     except OSError:
         shutil.rmtree(part, ignore_errors=True)  # half a checkpoint would keep a full disk full
         raise
-    for old in [other for other in complete(root) if step_of(other) <= step][:-keep]:
-        shutil.rmtree(old)
+    found = {step_of(other): other for other in complete(root) if step_of(other) <= step}
+    for old in superfluous(list(found), keep, every, best):
+        delete(found[old])
     return folder
 
 
@@ -88,7 +105,15 @@ def _save_optimizer(optimizer: dict[str, Any], path: Path) -> None:
 
 
 def finish(root: Path) -> None:
-    """Bring back a checkpoint that a kill left aside while another one of the same step took its place."""
+    """Bring back a checkpoint that a kill left aside while another one of the same step took its place, and remove what
+    a kill left half written or half deleted."""
+    for suffix in (PART, GONE):
+        for left in root.glob(f".step_*{suffix}"):
+            shutil.rmtree(left)
+    _bring_back(root)
+
+
+def _bring_back(root: Path) -> None:
     for before in root.glob(f".step_*{BEFORE}"):
         folder = root / before.name.removeprefix(".").removesuffix(BEFORE)
         if folder.exists():
@@ -98,7 +123,7 @@ def finish(root: Path) -> None:
 
 
 def _put_in_place(part: Path, folder: Path) -> None:
-    finish(folder.parent)
+    _bring_back(folder.parent)
     before = folder.with_name(f".{folder.name}{BEFORE}")
     if folder.exists():
         os.replace(folder, before)

@@ -2,7 +2,8 @@
 
     save ─▶ checkpoints/step_…/ ─▶ resume: own checkpoint? all of it
                                            another algorithm's? its policy, the counters and the stages' progress
-                                   none: checkpoint_path? its parameters; else from scratch
+                                   none: another run's, that `resume` names? all of it
+                                         checkpoint_path? its parameters; else from scratch
                                    none of them whole: refused
 
 A damaged checkpoint is named, and the one before it is used.
@@ -11,10 +12,13 @@ learner.checkpoint knows the files; the trainer calls `save`, learner.faults `go
 """
 
 import logging
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from serl_launcher.learner import checkpoint
 from serl_launcher.learner.learner import Learner
@@ -22,16 +26,21 @@ from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.stage import StageProgress
 from serl_launcher.run import checkpoints
 from serl_launcher.run.alive import busy
-from serl_launcher.run.files import DamagedFileError
-from serl_launcher.run.parameters import StoredTensors, check_base, find_parameters, read_tensors
+from serl_launcher.run.files import DamagedFileError, read_sealed
+from serl_launcher.run.parameters import BEST, StoredTensors, check_base, find_parameters, read_tensors
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.record import origin_of
+from serl_launcher.run.versions import KEPT, versions_told
 
 log = logging.getLogger("trainer")
+GB = 1e9
 
 
 class TrainerCheckpoints:
-    """folder: checkpoints/ of the run; rng: draws the batches; keep: checkpoints that stay on disk."""
+    """folder: checkpoints/ of the run; rng: draws the batches. Which stay on disk: run.checkpoints.superfluous.
+
+    samples: of a step, over all ranks; noted in each checkpoint beside the number of ranks, and said where it differs.
+    """
 
     def __init__(
         self,
@@ -41,9 +50,13 @@ class TrainerCheckpoints:
         publisher: Publisher,
         rng: np.random.Generator,
         keep: int,
+        every: int | None = None,
+        samples: int | None = None,
     ) -> None:
         self._folder, self._learner, self._stages = folder, learner, stages
-        self._publisher, self._rng, self._keep = publisher, rng, keep
+        self._publisher, self._rng, self._keep, self._every = publisher, rng, keep, every
+        self._how = {"samples of a step": samples, "ranks": dist.get_world_size() if dist.is_initialized() else 1}
+        self._told = False  # what they take of the disk
 
     @busy(1800.0, "writing a checkpoint")
     def save(self) -> None:
@@ -58,16 +71,42 @@ class TrainerCheckpoints:
             "device_rng": torch.cuda.get_rng_state(learner.device).tolist() if learner.on_card else None,
             "agent": self._agent,
             "base": self._publisher.base,
+            "how": self._how,
         }
         optimizer = learner.optimizer_state()
         origin = origin_of(RunPaths(self._folder.parent), learner.step_count, self._publisher.version)
-        checkpoint.save(self._folder, learner.step_count, learner.tensors(), optimizer, state, self._keep, origin)
+        folder = checkpoint.save(
+            self._folder, learner.step_count, learner.tensors(), optimizer, state, origin=origin, **self._keeping()
+        )
+        if not self._told:
+            self._told = True
+            self._tell_size(folder)
 
-    def resume(self, checkpoint_path: str | None) -> None:
-        """From the newest whole checkpoint of this run; else from checkpoint_path; else from scratch.
+    def _keeping(self) -> dict[str, int | None]:
+        """Which stay; all of them while it is not known which version is the best."""
+        try:
+            return {"keep": self._keep, "every": self._every, "best": best_step(self._folder.parent)}
+        except DamagedFileError as damage:
+            log.warning("%s: no checkpoint is deleted until it is known again which version is the best", damage)
+            return {"keep": sys.maxsize}
+
+    def _tell_size(self, folder: Path) -> None:
+        """What a checkpoint takes on disk, how many stay, and what is free."""
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        free = shutil.disk_usage(folder).free
+        more = f", one for each {self._every} steps" if self._every else ""
+        log.log(
+            logging.INFO if free > 2 * size else logging.WARNING,
+            "a checkpoint takes %.3g GB; the newest %d stay, that of the best version%s; %.3g GB are free",
+            size / GB, self._keep, more, free / GB,
+        )  # fmt: skip
+
+    def resume(self, checkpoint_path: str | None, other: Path | None = None) -> None:
+        """From the newest whole checkpoint of this run; else from `other`, the folder of another run's, with all that
+        it holds; else from the parameters of checkpoint_path; else from scratch.
 
         DamagedFileError where that would throw training away: there are checkpoints, or published versions, and none
-        is whole.
+        is whole. ValueError where `other` is none to go on from.
         """
         checkpoint.finish(self._folder)
         newest = next(checkpoints.whole(self._folder), None)
@@ -76,8 +115,13 @@ class TrainerCheckpoints:
             version = self._continue_from(newest)
             if checkpoint_path:
                 log.warning("checkpoint_path is for a new run: this one goes on from %s", newest.name)
+            if other and other.resolve() != newest.resolve():
+                log.warning("resume=%s is for a new run: this one goes on from its own %s", other, newest.name)
         elif checkpoints.folders(self._folder):
             raise DamagedFileError(self._nothing_whole())
+        elif other:
+            self._check_other(other)
+            version = self._continue_from(other)
         elif checkpoint_path:
             path = find_parameters(checkpoint_path)
             tensors, metadata = read_tensors(path)
@@ -87,6 +131,15 @@ class TrainerCheckpoints:
         else:
             self._publisher.refuse_to_replace_damaged()
         self._publisher.continue_after(version)
+
+    def _check_other(self, folder: Path) -> None:
+        if found := checkpoints.problem(folder):
+            raise DamagedFileError(f"resume={folder}: expected the folder of a whole checkpoint; {found}")
+        state = checkpoint.read_state(folder)
+        if not self._is_own(folder):
+            raise ValueError(f"resume={folder}: expected a checkpoint of {self._agent}, it is of {state['agent']}")
+        if (base := state.get("base")) and base != self._publisher.base:
+            raise ValueError(f"resume={folder}: it was trained on another frozen base or in other units")
 
     def _nothing_whole(self) -> str:
         problems = [checkpoints.problem(folder) for folder in checkpoints.folders(self._folder)]
@@ -115,9 +168,10 @@ class TrainerCheckpoints:
         return checkpoint.read_state(folder).get("agent", self._agent) == self._agent
 
     def _restore(self, folder: Path) -> None:
-        tensors, optimizer, state = checkpoint.load(folder, self._learner.on_card)
-        self._learner.load_tensors(tensors)
-        self._learner.load_optimizer_state(optimizer)
+        with checkpoints.reading(folder):
+            tensors, optimizer, state = checkpoint.load(folder, self._learner.on_card)
+            self._learner.load_tensors(tensors)
+            self._learner.load_optimizer_state(optimizer)
         self._learner.load_counters(state["counters"])
 
     def _continue_from(self, folder: Path) -> int:
@@ -137,7 +191,22 @@ class TrainerCheckpoints:
                 folder.name, state["agent"], self._agent,
             )  # fmt: skip
         self._stages.load(state)
+        for what, number in state.get("how", {}).items():  # a checkpoint of an older release does not say
+            if number != self._how[what]:
+                log.warning("%s: %s were %s then, are %s now", folder.name, what, number, self._how[what])
         log.info(
             "resumed from %s at step %d, policy version %d", folder.name, state["counters"]["step"], state["version"]
         )
         return state["version"]
+
+
+def best_step(run: Path) -> int | None:
+    """Trainer step of the best version: by the evaluations, or by fine-tuning's held-out loss; None: there is none.
+
+    DamagedFileError where the file that says it is damaged.
+    """
+    if kept := read_sealed(run / "params" / KEPT, needed=("version",)):
+        version = versions_told(run / "params").get(kept["version"])
+        return version.step if version else None
+    best = read_sealed(run / BEST / "best.json", needed=("step",))
+    return best["step"] if best else None

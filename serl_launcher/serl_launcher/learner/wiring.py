@@ -60,7 +60,8 @@ def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient) -> 
     data = TrainingData(*make_view(cfg), rng, cfg.algo.min_accepted, learner.prepare, learner.device, augment)
     stages = StageProgress(run.stages)
     publisher = Publisher(paths.params, learner, policy, name=cfg.policy.name, keep=settings.keep_params)
-    checkpoints = TrainerCheckpoints(paths.checkpoints, learner, stages, publisher, rng, settings.keep_checkpoints)
+    keep = settings.keep_checkpoints, settings.keep_checkpoints_every
+    checkpoints = TrainerCheckpoints(paths.checkpoints, learner, stages, publisher, rng, *keep, settings.batch_size)
     log.info("parameters of %s\n%s", cfg.policy.name, parameter_table(policy))
     checkpoints.resume(cfg.checkpoint_path)
     watch = EvaluationWatch(paths.params, evaluation_goals(cfg.schedule.stages), settings.rollback_margin)

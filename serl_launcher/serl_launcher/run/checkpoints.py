@@ -3,12 +3,16 @@
     checkpoints/step_000900/: tensors.safetensors, optimizer.pt, state.json; manifest.json with their sizes and sha256
 
 A folder gets its name once everything in it is on disk, so one that is not whole was damaged afterwards. It is named,
-never deleted, and the newest whole one before it is used.
+never deleted, and the newest whole one before it is used. Of the whole ones `superfluous` go, but none that is being
+read.
 """
 
+import fcntl
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from serl_launcher.run.files import DamagedFileError, read_sealed, sha256_of
 log = logging.getLogger(__name__)
 TENSORS, OPTIMIZER, STATE = FILES = ("tensors.safetensors", "optimizer.pt", "state.json")
 MANIFEST = "manifest.json"
+GONE = ".gone"  # suffix of a checkpoint that is being deleted
 
 
 def folders(root: Path) -> list[Path]:
@@ -33,6 +38,41 @@ def step_of(folder: Path) -> int:
 def complete(root: Path) -> list[Path]:
     """Checkpoints that look whole, oldest first: a manifest, and files of the sizes that it names. Reads no tensors."""
     return [folder for folder in folders(root) if problem(folder, sums=()) is None]
+
+
+def superfluous(steps: Sequence[int], latest: int, every: int | None = None, best: int | None = None) -> list[int]:
+    """Which of these checkpoints go, by their steps, ascending.
+
+    The newest `latest` stay (at least one); of every further `every` steps the first one; and the newest at or before
+    step `best`, that of the best version: training can go back to it.
+    """
+    stay = set(steps[-max(1, latest) :])
+    stay |= {
+        step for before, step in zip([0, *steps], steps, strict=False) if every and step // every > before // every
+    }
+    stay |= {max((step for step in steps if best is not None and step <= best), default=-1)}
+    return [step for step in steps if step not in stay]
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Meanwhile no process deletes this checkpoint. OSError where it is gone."""
+    with (folder / MANIFEST).open("rb") as manifest:
+        fcntl.flock(manifest, fcntl.LOCK_SH)
+        yield
+
+
+def delete(folder: Path) -> bool:
+    """Delete a checkpoint, unless somebody reads it: False then. A kill leaves it whole, or by a name that says so."""
+    with (folder / MANIFEST).open("r+b") as manifest:
+        try:
+            fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        gone = folder.with_name(f".{folder.name}{GONE}")
+        shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(folder.rename(gone))
+    return True
 
 
 def whole(root: Path, names: Sequence[str] = FILES) -> Iterator[Path]:

@@ -153,6 +153,32 @@ def test_a_finished_run_is_finished_and_another_commands_folder_is_refused(data,
         train_sft.claim(tmp_path, ours, None)
 
 
+def test_resume_takes_another_runs_checkpoint_or_refuses_and_the_best_ones_is_kept(data, whole, tmp_path, capsys):
+    assert train_sft.main([str(data), str(whole), *TINY, *SHORT, "resume=never"]) == 2
+    assert "holds a run and resume=never" in capsys.readouterr().err
+    kept = [int(folder.name.removeprefix("step_")) for folder in sorted((whole / "checkpoints").iterdir())]
+    best = read_sealed(whole / "best" / "best.json")["step"]
+    assert kept == sorted({20, 24, max(step for step in (5, 10, 15, 20, 24) if step <= best)})
+
+    other, run = whole / "checkpoints" / "step_000020", tmp_path / "run"
+    words = [word.replace("sft.eval_samples=6", "sft.eval_samples=5") for word in SHORT]
+    assert train_sft.main([str(data), str(run), *TINY, *words, f"resume={other}"]) == 0
+    assert f"note: {whole} was trained with sft.eval_samples=6, {run} is with 5" in capsys.readouterr().out
+    measured = ("held_out/", "version", "policy/")
+    mine, theirs = ([{k: v for k, v in row.items() if not k.startswith(measured)} for row in rows_of(r)[-4:]]
+                    for r in (run, whole))  # fmt: skip
+    assert mine == theirs
+    assert len(rows_of(run)) == 4
+    ours, whole_ones = (load_file(r / "checkpoints" / "step_000024" / "tensors.safetensors") for r in (run, whole))
+    assert all(torch.equal(ours[name], whole_ones[name]) for name in whole_ones)
+
+    assert train_sft.main([str(data), str(run), *TINY, *words, f"resume={tmp_path}"]) == 2
+    assert "expected auto, never or the folder of a checkpoint" in capsys.readouterr().err
+    (changed := tmp_path / "data").mkdir()
+    with pytest.raises(ValueError, match=r"was begun with a dataset of digest \w+, .* is now one of"):
+        train_sft.check_same_data(RunPaths(run), changed)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [

@@ -37,7 +37,7 @@ def test_each_part_that_may_take_long_is_announced_with_time_enough(tmp_path, ri
     monkeypatch.setattr("serl_launcher.learner.publisher.publish", lambda *_, **__: seen.setdefault(
         "publish", []).append((beat().doing, beat().allowed_s)))  # fmt: skip
     monkeypatch.setattr("serl_launcher.learner.checkpoint.save", lambda *_, **__: seen.setdefault(
-        "save", []).append((beat().doing, beat().allowed_s)))  # fmt: skip
+        "save", []).append((beat().doing, beat().allowed_s)) or tmp_path)  # fmt: skip
     watched(trainer.learner, "step")
     watched(trainer.data, "sample")
     watched(trainer.data, "refresh")
