@@ -35,7 +35,6 @@ side=${STAGE#run_} side=${side%%_*} # actor | learner
 task=$(basename "$FOLDER")          # one task, one run folder: what one stage recorded is what the next one finds
 bash "$ROOT/tools/bootstrap.sh" "$side"
 cd "$ROOT" # runs/ and relative paths are those of the repository
-# The user's overrides come last and win. An actor that dies is started again; the learner's supervisor does that itself.
+# The user's overrides come last and win. Whoever dies is started again: the actor, the learner's supervisor.
 words=("task=$task" "run=$task" "${words[@]}" "$@")
-[[ $side == learner ]] || exec "$ROOT/.venv/bin/python" -m flowserl_cli.keep "${words[@]}"
-exec "$ROOT/.venv/bin/python" "$ROOT/examples/train_rlpd.py" learner=true "${words[@]}"
+exec "$ROOT/.venv/bin/python" -m flowserl_cli.keep "$side" "${words[@]}"

@@ -1,6 +1,7 @@
 """A side (the actor or the learner) as a child that is kept alive, and its output as prefixed lines.
 
-Used by start.py: both sides in one process (foreground), or one side in each tmux pane; by keep.py: run_actor.sh.
+Used by start.py: both sides in one process (foreground), or one side in each tmux pane; by keep.py: run_actor.sh,
+run_learner.sh.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import termios
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -21,6 +23,10 @@ USER_MISTAKE, GAVE_UP = 2, 3
 COLOURS = {"actor": "\x1b[36m", "learner": "\x1b[33m"}
 # 0 finished, 2 the user must change something, 3 the supervisor gave up, 128 + n somebody stopped it in an orderly way.
 FINAL_CODES = (0, USER_MISTAKE, GAVE_UP, 128 + signal.SIGHUP, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+# At the end of the words where one that worked starts again: it goes on with its run, whatever was asked of a new one.
+AGAIN = {"actor": (), "learner": ("resume=auto", "on_complete=keep")}
 
 
 class Stopper:
@@ -54,7 +60,7 @@ class Side:
         argv = (sys.executable, str(root / "examples" / "train_rlpd.py"), f"{name}=true", *overrides)
         # It gets SIGTERM when we die, however we die, and then ends in an orderly way by itself.
         env = {"PYTHONUNBUFFERED": "1"}
-        self.name, self.label = name, label or name
+        self.name, self.label, self._argv = name, label or name, argv
         self.final: int | None = None  # its exit code once it is over for good
         self._process = Process(ProcessSpec(self.label, argv, env, grace_s=GRACE_S[name], orphan_signal=signal.SIGTERM))
         self._budget = RestartBudget()
@@ -117,6 +123,8 @@ class Side:
             say(self.label, f"the {self.name} keeps dying ({death.cause}); giving up")
             self.final = USER_MISTAKE if death.code == USER_MISTAKE else GAVE_UP
             return
+        if self._worked:
+            self._process.spec = replace(self._process.spec, argv=(*self._argv, *AGAIN[self.name]))
         say(self.label, f"the {self.name} ended ({death.cause}); starting it again in {wait_s:g} s")
         self._restart_at = time.monotonic() + wait_s
 

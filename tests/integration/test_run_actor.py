@@ -1,4 +1,5 @@
-"""What run_actor.sh becomes, `flowserl_cli.keep`, as real processes: a small checkout whose actor is a short script."""
+"""What run_actor.sh and run_learner.sh become, `flowserl_cli.keep`, as real processes: a small checkout whose actor, or
+learner, is a short script."""
 
 import os
 import pty
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from flowserl_cli import sides
+from serl_config import process
 from serl_config.process import process_stat
 
 PATIENCE_S = 60.0
@@ -29,7 +32,7 @@ PREAMBLE = """
 import os, signal, sys, time
 from pathlib import Path
 root = Path(__file__).resolve().parents[1]
-assert "actor=true" in sys.argv and "run=mine" in sys.argv
+assert {"actor=true", "learner=true"} & set(sys.argv) and "run=mine" in sys.argv
 lives = root / "lives"
 life = len(lives.read_text()) if lives.exists() else 0
 def up():
@@ -51,10 +54,10 @@ class Robot:
         self.root = root
         (root / "examples").mkdir()
 
-    def start(self, code: str, at_terminal: bool = False, **options) -> subprocess.Popen:
+    def start(self, code: str, at_terminal: bool = False, side: str = "actor", **options) -> subprocess.Popen:
         """at_terminal: its standard input is that of a session of its own, as a person's shell has it."""
         (self.root / "examples" / "train_rlpd.py").write_text(PREAMBLE + code)
-        command = [sys.executable, "-m", "flowserl_cli.keep", "run=mine"]
+        command = [sys.executable, "-m", "flowserl_cli.keep", side, "run=mine"]
         if at_terminal:
             options["start_new_session"] = True
             command = [sys.executable, "-c", TAKES_THE_TERMINAL, *command[1:]]
@@ -100,6 +103,32 @@ def test_an_actor_that_dies_is_started_again_and_one_that_is_done_is_not(robot):
     assert "[actor] the actor ended (signal SIGKILL); starting it again in 0.5 s" in said
     assert said.count("second life") == 1
     assert (robot.root / "lives").read_text() == "xx"
+
+
+@pytest.mark.parametrize("ending", ["done", "stopped"])
+def test_a_learner_whose_supervisor_is_killed_goes_on_and_one_that_is_over_does_not(robot, ending):
+    code = "if life == 0: up(); os.kill(os.getpid(), 9)\nprint('goes on', flush=True)\n"
+    robot.start(code + (FOREVER if ending == "stopped" else ""), side="learner")
+    if ending == "stopped":
+        robot.pid(1)
+        robot.keeper.send_signal(signal.SIGTERM)
+    code, said = robot.end()
+    assert code == {"done": 0, "stopped": 130}[ending]
+    assert "[learner] the learner ended (signal SIGKILL); starting it again in 0.5 s" in said
+    assert said.count("goes on") == 1
+
+
+def test_one_that_worked_goes_on_with_its_run_whatever_was_asked_of_a_new_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(process, "READY_AFTER_S", 0.0)
+    (tmp_path / "examples").mkdir()
+    told = tmp_path / "told"
+    (tmp_path / "examples" / "train_rlpd.py").write_text(
+        f"import sys; file = open({str(told)!r}, 'a'); print(*sys.argv[1:], file=file, flush=True)\n"
+        f"if len(open({str(told)!r}).readlines()) < 3: import os; os.kill(os.getpid(), 9)\n"
+    )
+    assert sides.keep(sides.Side("learner", ["resume=never"], tmp_path, prefixed=False), sides.Stopper()) == 0
+    again = "learner=true resume=never resume=auto on_complete=keep"
+    assert told.read_text().splitlines() == ["learner=true resume=never", again, again]
 
 
 def test_a_mistake_of_the_user_ends_it(robot):
