@@ -23,6 +23,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flowserl_cli.elsewhere import ELSEWHERE
 from flowserl_cli.lab import Lab, take_lab
 from serl_config.nearest import nearest
 from serl_robot_infra.task_yaml import check_keys, check_names, check_task
@@ -176,6 +177,8 @@ def _parse(text: str) -> Word:
 
 def _check_key(word: Word, base: DictConfig, options: dict[str, list[str]]) -> None:
     keys = list(dotted_keys(base))
+    if word.key not in keys and word.key in ELSEWHERE:
+        raise ConfigError(f"unknown key {word.key!r} in {word.text!r}; here it is {ELSEWHERE[word.key]}")
     if word.key not in keys:
         raise ConfigError(
             f"unknown key {word.key!r} in {word.text!r}{nearest(word.key, sorted({*keys, *options}))} "

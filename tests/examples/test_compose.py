@@ -1,5 +1,6 @@
 """Composition: what a mistake on the command line says, and what a right one gives."""
 
+import re
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ import train_rlpd
 from omegaconf import OmegaConf
 
 from flowserl_cli.compose import ConfigError, dotted_keys, group_options, load_config
+from flowserl_cli.elsewhere import ELSEWHERE
 
 
 @pytest.mark.parametrize(
@@ -18,6 +20,8 @@ from flowserl_cli.compose import ConfigError, dotted_keys, group_options, load_c
             "no task is called 'zzz'; there are dobot_pnp, dobot_pnp_tool, fetch_pick_and_place, fetch_reach, ",
         ),
         ("prt=1", "unknown key 'prt' in 'prt=1'; did you mean 'port'"),
+        ("training.num_gpus=8", "unknown key 'training.num_gpus' in 'training.num_gpus=8'; here it is launch.num_proc"),
+        ("logging.logger=wandb", "here it is telemetry.wandb=true"),
         ("broadcastport=1", "did you mean 'broadcast_port'?"),
         ("rollout.mod=demo", "did you mean 'rollout.mode'"),
         ("policy.size.widht=3", "did you mean 'policy.size.width'"),
@@ -233,3 +237,10 @@ def test_demos_may_be_one_source_several_or_mappings():
     assert load_config(["demos=/data/lab,someone/pick"]).demos == ["/data/lab", "someone/pick"]
     mapped = load_config(["demos=[{source: /data/lab, cameras: {front: top}}]"]).demos
     assert mapped == [{"source": "/data/lab", "cameras": {"front": "top"}}]
+
+
+def test_every_word_of_another_project_is_answered_with_a_key_that_there_is():
+    keys = {*dotted_keys(load_config([])), "policy.precision"}  # a key of the full-size policies
+    for word, answer in ELSEWHERE.items():
+        assert word not in keys
+        assert re.match(r"[a-z_.]+", answer)[0].rstrip(".") in keys, word
