@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from serl_launcher.agents.base import Agent, Limit, ParameterGroup, follow
 from serl_launcher.learner.checkpoint import RAW
+from serl_launcher.learner.copies import Copies
 from serl_launcher.learner.optimizers import for_device, move
 from serl_launcher.policies.kernels import pin_kernels
 from serl_launcher.run.parameters import AVERAGED, Renamed, describe_mismatch
@@ -78,6 +79,7 @@ class Learner:
         self._limits: Mapping[str, Limit] = getattr(agent, "limits", {})
         self._max_grad_norm, self._ema_decay = max_grad_norm, ema_decay
         self.averaged = {name: p.detach().clone() for name, p in self._state.items()}
+        self.copies: list[Copies] = []  # of this learner's state; a step changes nothing before they are whole
         self.step_count = 0
         self._average_age = 0
 
@@ -103,6 +105,8 @@ class Learner:
             for name in losses
         }
         taken = self._taken([*losses.values(), *norms.values()], metrics)
+        for copies in self.copies:
+            copies.hold_changes()
         for name in losses:
             self._set_rate(name, self._groups[name], lr_scale)
             move(self._optimizers[name], taken)
