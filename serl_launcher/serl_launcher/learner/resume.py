@@ -11,16 +11,22 @@ A damaged checkpoint is named, and the one before it is used.
 learner.checkpoint knows the files; the trainer calls `save`, learner.faults `go_back_to`, learner.wiring `resume`.
 """
 
+import copy
 import logging
 import shutil
 import sys
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from serl_launcher.learner import checkpoint
+from serl_launcher.learner.copies import Copies
 from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.stage import StageProgress
@@ -57,15 +63,41 @@ class TrainerCheckpoints:
         self._publisher, self._rng, self._keep, self._every = publisher, rng, keep, every
         self._how = {"samples of a step": samples, "ranks": dist.get_world_size() if dist.is_initialized() else 1}
         self._told = False  # what they take of the disk
+        self._copies = Copies()
+        learner.copies.append(self._copies)
 
     @busy(1800.0, "writing a checkpoint")
     def save(self) -> None:
-        """A checkpoint of everything that `resume` reads."""
+        """A checkpoint of everything that `resume` reads. On disk when this returns; OSError when the disk refuses."""
+        self._write(self._learner.tensors(), self._learner.optimizer_state(), self._state(), time.time())
+
+    def copy(self) -> Callable[[], None]:
+        """All of it as it is now; the result writes it, in any thread, once the version that it names is written."""
+        tree = {"tensors": self._learner.tensors(), "optimizer": self._learner.optimizer_state()}
+        tree, state, made = self._copies.of(tree), copy.deepcopy(self._state()), time.time()
+
+        def write() -> None:
+            self._copies.wait()
+            self._write(tree["tensors"], tree["optimizer"], state, made)
+
+        return write
+
+    def _write(
+        self, tensors: Mapping[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any], made: float
+    ) -> None:
+        step = state["counters"]["step"]
+        origin = origin_of(RunPaths(self._folder.parent), step, state["version"], made)
+        folder = checkpoint.save(self._folder, step, tensors, optimizer, state, origin=origin, **self._keeping())
+        if not self._told:
+            self._told = True
+            self._tell_size(folder)
+
+    def _state(self) -> dict[str, Any]:
         learner = self._learner
-        state = {
+        return {
             "counters": learner.counters(),
             **self._stages.counts(),
-            "version": self._publisher.version,
+            "version": self._publisher.begun,
             "rng": self._rng.bit_generator.state,
             "torch_rng": torch.get_rng_state().tolist(),
             "device_rng": torch.cuda.get_rng_state(learner.device).tolist() if learner.on_card else None,
@@ -73,14 +105,6 @@ class TrainerCheckpoints:
             "base": self._publisher.base,
             "how": self._how,
         }
-        optimizer = learner.optimizer_state()
-        origin = origin_of(RunPaths(self._folder.parent), learner.step_count, self._publisher.version)
-        folder = checkpoint.save(
-            self._folder, learner.step_count, learner.tensors(), optimizer, state, origin=origin, **self._keeping()
-        )
-        if not self._told:
-            self._told = True
-            self._tell_size(folder)
 
     def _keeping(self) -> dict[str, int | None]:
         """Which stay; all of them while it is not known which version is the best."""
