@@ -153,7 +153,9 @@ def test_a_finished_run_is_finished_and_another_commands_folder_is_refused(data,
         train_sft.claim(tmp_path, ours, None)
 
 
-def test_resume_takes_another_runs_checkpoint_or_refuses_and_the_best_ones_is_kept(data, whole, tmp_path, capsys):
+def test_resume_takes_another_runs_checkpoint_or_refuses_and_the_best_ones_is_kept(
+    data, whole, tmp_path, capsys, caplog
+):
     assert train_sft.main([str(data), str(whole), *TINY, *SHORT, "resume=never"]) == 2
     assert "holds a run and resume=never" in capsys.readouterr().err
     kept = [int(folder.name.removeprefix("step_")) for folder in sorted((whole / "checkpoints").iterdir())]
@@ -174,6 +176,9 @@ def test_resume_takes_another_runs_checkpoint_or_refuses_and_the_best_ones_is_ke
 
     assert train_sft.main([str(data), str(run), *TINY, *words, f"resume={tmp_path}"]) == 2
     assert "expected auto, never or the folder of a checkpoint" in capsys.readouterr().err
+    more = [word.replace("batch_size=4", "batch_size=5") for word in SHORT]
+    train_sft.build(str(data), tmp_path / "larger", train_sft.configured([*TINY, *more, f"resume={other}"]))
+    assert "step_000020: samples of a step were 4 then, are 5 now" in caplog.text
     (changed := tmp_path / "data").mkdir()
     with pytest.raises(ValueError, match=r"was begun with a dataset of digest \w+, .* is now one of"):
         train_sft.check_same_data(RunPaths(run), changed)
