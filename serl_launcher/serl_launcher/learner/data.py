@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from serl_launcher.learner.ahead import Ahead
+from serl_launcher.learner.augment import Augment
 from serl_launcher.learner.ranks import Ranks
 from serl_launcher.replay.learning import LearningBatch
 from serl_launcher.replay.ring import RingError, RingReader
@@ -32,8 +33,8 @@ class TrainingData:
     and the generator stands where the last batch that was taken left it, which is what a checkpoint keeps.
 
     verdicts: which episodes the view accepted. rng: draws the batches. min_accepted: online episodes that must be
-    accepted before an online stage trains. prepare: of the learner, made on its device. ValueError: the view is of one
-    rank only.
+    accepted before an online stage trains. prepare: of the learner, made on its device. augment: what changes the
+    pictures before, None for nothing. ValueError: the view is of one rank only.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class TrainingData:
         min_accepted: int,
         prepare: Callable[[Any], Any],
         device: torch.device,
+        augment: Augment | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self._view, self._verdicts, self._rng, self.min_accepted = view, verdicts, rng, min_accepted
@@ -53,6 +55,7 @@ class TrainingData:
         self._rows = -1  # of the ring that the view has
         self._starts = 0  # in a row, because ranks came out of step
         self._prepare, self._ahead = prepare, Ahead(self._draw, device)
+        self._augment, self._device = augment, device
         if self._ranks.world > 1 and not all(hasattr(view, name) for name in SHARED):
             raise ValueError(
                 f"algo.view: {type(view).__name__} has no {' and '.join(SHARED)}, which several ranks need"
@@ -161,7 +164,10 @@ class TrainingData:
         """A batch, and where the generator stands after it."""
         rng = copy.deepcopy(self._rng)
         share = () if self._ranks.world == 1 else (self._ranks.share(size),)
-        return self._prepare(self._view.sample(rng, size, *share)), rng.bit_generator.state
+        batch = self._view.sample(rng, size, *share)
+        if self._augment is not None:
+            batch = self._augment(batch, rng, self._device, self._ranks.share(size), size)
+        return self._prepare(batch), rng.bit_generator.state
 
     def close(self) -> None:
         """No more batches."""

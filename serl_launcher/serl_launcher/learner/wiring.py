@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.agents.build import build_agent, build_policy
+from serl_launcher.learner.augment import Augment
 from serl_launcher.learner.data import Heard, TrainingData
 from serl_launcher.learner.faults import Faults
 from serl_launcher.learner.guard import EvaluationWatch, RollbackGuard, evaluation_goals
@@ -68,7 +69,8 @@ def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient | No
     make_view = partial(
         build_view, paths=paths, spec=spec, action_horizon=policy.action_horizon, words=said, first=ranks.first
     )
-    data = TrainingData(*make_view(cfg), rng, cfg.algo.min_accepted, learner.prepare, learner.device, ranks)
+    augment = Augment(**settings.augment)
+    data = TrainingData(*make_view(cfg), rng, cfg.algo.min_accepted, learner.prepare, learner.device, augment, ranks)
     stages = StageProgress(only(settings, StageSettings))
     publisher = Publisher(paths.params, learner, policy, name=cfg.policy.name, keep=settings.keep_params)
     checkpoints = TrainerCheckpoints(paths.checkpoints, learner, stages, publisher, rng, settings.keep_checkpoints)

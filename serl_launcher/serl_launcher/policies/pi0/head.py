@@ -36,7 +36,7 @@ from serl_launcher.policies.pi0.saving import save_pi0
 from serl_launcher.policies.pi0.siglip import run_tower, vision_layer
 from serl_launcher.policies.precision import compute, full
 from serl_launcher.policies.tokens import Tokenizer
-from serl_launcher.policies.transfer import to_device
+from serl_launcher.policies.transfer import joined, to_device
 from serl_transport.contract.specs import TaskSpec
 
 
@@ -223,11 +223,11 @@ class PI0FlowPolicy(FlowPolicy):
         """uint8[b, h, w, 3] per camera to float32[cameras·b, 3, size, size] in [−1, 1], camera-major."""
         given = [images[camera] for camera in self.cameras]
         if len({x.shape for x in given}) > 1:
-            return torch.cat([self._centred(x) for x in given])
-        return self._centred(np.concatenate(given))
+            return torch.cat([self._centred(to_device(x, self.device)) for x in given])
+        return self._centred(joined(given, self.device))
 
-    def _centred(self, images: np.ndarray) -> Tensor:
-        pixels = to_device(images, self.device).permute(0, 3, 1, 2).float()
+    def _centred(self, images: Tensor) -> Tensor:
+        pixels = images.permute(0, 3, 1, 2).float()
         if pixels.shape[-2:] == (self.image_size, self.image_size):
             return pixels.div(127.5).sub(1)
         from lerobot.policies.common.vla_utils import resize_with_pad_torch
