@@ -65,6 +65,8 @@ class Together:
         self._checkpoints, self._build_view, self._words = checkpoints, build_view, words
         self._reached: tuple[str | None, int] = (None, -1)  # what the others were told
         self._over = False
+        if ranks.first and learner.in_parts:
+            learner.call_the_others = lambda what: ranks.agree(["gather", {"what": what}])
 
     def _do(self, act: str, **of: Any) -> Any:
         """Rank 0 says what is done, and does it with the others."""
@@ -154,8 +156,14 @@ class Together:
 
     def _start_from(self, file: str) -> None:
         tensors, _ = read_tensors(Path(file))
-        mine = {name: name for name in tensors if name in self.learner.averaged}
+        mine = {name: name for name in tensors if name in self.learner.names}
         self.learner.start_from(Renamed(tensors, mine))
+
+    def _gather(self, what: str) -> None:
+        """On another rank than 0: give its parts."""
+        found = getattr(self.learner, what)
+        if callable(found):
+            found()
 
     def _rest(self) -> None:
         """Nothing."""

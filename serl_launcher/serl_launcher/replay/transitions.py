@@ -210,8 +210,9 @@ class TransitionView:
         self._index = _from(self._index, frame)
 
     def fingerprint(self) -> int:
-        """Of the chunk starts, in order."""
-        return zlib.crc32(b"|".join(index["start"].tobytes() for index in self._index.values()))
+        """Of the chunk starts, in order, and of what bounds their values."""
+        starts = [index["start"].tobytes() for index in self._index.values()]
+        return zlib.crc32(b"|".join([*starts, repr(self.reward_range).encode()]))
 
     def sample(self, rng: np.random.Generator, b: int, share: slice = EVERY_ROW) -> TransitionBatch:
         """b transitions, `demo_share` of them from demonstrations. Raises ValueError when the view is empty."""

@@ -1,7 +1,6 @@
 """Batches made ahead: in another thread, and yet each step gets the batch that it would have got without."""
 
 import threading
-
 from types import SimpleNamespace
 
 import numpy as np

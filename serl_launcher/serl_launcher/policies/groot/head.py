@@ -30,6 +30,8 @@ from serl_launcher.policies.groot.dit import (
     attend_tokens,
     cross_block,
     cross_keys,
+    cross_layers,
+    modulated,
     modulations,
     own_block,
     run_dit,
@@ -145,6 +147,25 @@ class GrootFlowPolicy(FlowPolicy):
     def language_layers(self) -> nn.ModuleList:
         """Of the backbone."""
         return self.backbone.model.model.language_model.layers
+
+    def layers(self) -> list[nn.Module]:
+        """Of the backbone's two towers and of the action head; the library's own passes read them in its own ways."""
+        if self.attention == "eager":
+            return []
+        head = self.core.action_head
+        blocks = (*getattr(head.vl_self_attention, "transformer_blocks", ()), *head.model.transformer_blocks)
+        return [*self.vision_layers, *self.language_layers, *blocks]
+
+    def read_outside(self) -> list[nn.Parameter]:
+        """What `cross_keys` and `modulations` read beforehand."""
+        model = self.core.action_head.model
+        outside = [part for layer in cross_layers(model) for part in (layer.to_k, layer.to_v)] + modulated(model)
+        return [parameter for part in outside for parameter in part.parameters()]
+
+    @property
+    def vision_layers(self) -> nn.ModuleList:
+        """Of the backbone."""
+        return self.backbone.model.model.visual.blocks
 
     @property
     def _dtype(self) -> torch.dtype:

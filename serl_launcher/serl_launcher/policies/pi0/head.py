@@ -82,6 +82,19 @@ class PI0FlowPolicy(FlowPolicy):
     def compile_layers(self, mode: str, backend: str = "inductor") -> None:
         self._layer, self._vision_layer = (CompiledLayer(f, mode, backend) for f in (gemma_layer, vision_layer))
 
+    def layers(self) -> list[nn.Module]:
+        """SigLIP's, the language model's and the expert's; the library's own passes read them in its own ways."""
+        if self.attention == "eager":
+            return []
+        tower, language = self.backbone.model.vision_tower.vision_model, self.backbone.model.language_model
+        return [*tower.encoder.layers, *language.layers, *self.expert.layers]
+
+    def read_outside(self) -> list[nn.Parameter]:
+        """The norms', which `modulations` reads beforehand."""
+        both = (*self.backbone.model.language_model.layers, *self.expert.layers)
+        norms = [norm for layer in both for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        return [parameter for norm in norms for parameter in norm.parameters()]
+
     def dead_parameters(self) -> set[str]:
         """Names of parameters that no action depends on: the prefix's hidden states behind the last layer's keys and
         values are read by `features` alone."""
