@@ -51,29 +51,24 @@ def machine(args: argparse.Namespace) -> tuple[str, float | None, float | None]:
 def cost_of(cfg: DictConfig, policy: nn.Module, spec: TaskSpec, flow_steps: int) -> Estimate:
     """Costs in the batches of a config; `policy` is held as the policy server's afterwards."""
     noise_samples, questions = cfg.algo.agent.get("noise_samples", 1), cfg.serving.max_batch
-    engine, ranks = engine_of(cfg)
-    batch = share_of(cfg.trainer.batch_size, ranks)
-    cost = estimate(policy, spec, flow_steps, batch=batch, noise_samples=noise_samples, questions=questions)
-    return cost.of_rank(engine, ranks)
+    cost = estimate(policy, spec, flow_steps, batch=share(cfg), noise_samples=noise_samples, questions=questions)
+    return cost.of_rank(cfg.launch.engine, ranks_of(cfg))
 
 
-def engine_of(cfg: DictConfig) -> tuple[str, int]:
-    """`launch`'s engine and its processes over all machines; `auto` are this machine's GPUs."""
-    return cfg.launch.engine, ranks_here(cfg) * cfg.launch.num_machines
+def ranks_of(cfg: DictConfig) -> int:
+    """Processes that train, on all machines."""
+    return ranks_here(cfg) * cfg.launch.num_machines
 
 
-def share_of(batch: int, ranks: int) -> int:
-    """Samples of a step that one rank takes. ValueError where the ranks cannot share them equally."""
-    if batch % ranks:
-        raise ValueError(f"trainer.batch_size: expected a multiple of the {ranks} ranks, got {batch}")
-    return batch // ranks
+def share(cfg: DictConfig) -> int:
+    """Samples of a step on each device."""
+    return cfg.trainer.batch_size // ranks_of(cfg)
 
 
 def report(cfg: DictConfig, cost: Estimate, args: argparse.Namespace) -> tuple[list[str], bool]:
     """Lines on memory, batch and time, and whether the batch fits (True when memory is unknown)."""
     name, memory, peak = machine(args)
-    (engine, ranks), questions = engine_of(cfg), cfg.serving.max_batch
-    batch = share_of(cfg.trainer.batch_size, ranks)
+    engine, ranks, batch, questions = cfg.launch.engine, ranks_of(cfg), share(cfg), cfg.serving.max_batch
     lines = [
         f"machine    {name}" + (f", {memory:.0f} GB" if memory else "") + (f", {peak:g} TFLOP/s" if peak else ""),
         f"batch      {batch * ranks} samples a step"

@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+
+from serl_transport.security.auth import is_loopback
 
 ENGINES = ("plain", "ddp", "zero2", "fsdp2")
+MAIN_HOST = "the name or address of the first machine, as the others reach it"
 KEYS = ("engine", "num_processes", "num_machines", "machine_rank", "main_host", "main_port", "mixed_precision")
 
 
@@ -52,24 +55,50 @@ def visible_gpus() -> int:
     return len(files) or (len(list(listed.iterdir())) if listed.is_dir() else 0)
 
 
+def is_follower(cfg: DictConfig) -> bool:
+    """Is this a machine beyond the first, whose ranks train on what the first one's gateway sends?"""
+    number = OmegaConf.select(cfg, "launch.machine_rank")
+    return isinstance(number, int) and number > 0
+
+
 def check_launch(cfg: DictConfig) -> None:
     """Can the trainer be started so? ValueError names the key, what came and what is expected."""
     launch = cfg.launch
+    if OmegaConf.is_missing(launch, "main_host"):
+        raise ValueError(f"launch.main_host: expected {MAIN_HOST}, got none")
     for key in launch:
         _expect(key in KEYS, f"launch.{key}", launch[key], f"one of the keys {', '.join(KEYS)}")
     _expect(launch.engine in ENGINES, "launch.engine", launch.engine, " | ".join(ENGINES))
     auto = launch.num_processes == "auto"
     _expect(auto or _count(launch.num_processes), "launch.num_processes", launch.num_processes, "auto or from 1")
-    if launch.num_machines != 1:
-        raise ValueError(
-            f"launch.num_machines={launch.num_machines}: expected 1, several machines are not supported yet; "
-            "set launch.num_machines=1"
-        )
+    _check_machines(cfg)
     _check_ranks(cfg, ranks_here(cfg))
     if launch.mixed_precision not in (None, False, "no"):
         raise ValueError(
             f"launch.mixed_precision={launch.mixed_precision}: expected no: policy.precision (float32 or bfloat16) "
             "decides in which numbers a policy is held and computed"
+        )
+
+
+def _check_machines(cfg: DictConfig) -> None:
+    launch = cfg.launch
+    machines, number = launch.num_machines, launch.machine_rank
+    _expect(_count(machines), "launch.num_machines", machines, "a whole number from 1")
+    known = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < machines
+    _expect(known, "launch.machine_rank", number, f"from 0 to {machines - 1} (launch.num_machines - 1)")
+    if machines == 1:
+        return
+    _expect(bool(launch.main_host), "launch.main_host", launch.main_host, MAIN_HOST)
+    port = launch.main_port
+    _expect(_count(port) and port <= 65535, "launch.main_port", port, "a port of the first machine")
+    if number == 0 and is_loopback(cfg.bind_host) and not is_loopback(launch.main_host):
+        raise ValueError(
+            f"bind_host={cfg.bind_host}: the other machines find no gateway at launch.main_host={launch.main_host}; "
+            "give bind_host=0.0.0.0, with security.keys_dir (tools/keygen.py --follower host-1) or insecure=true"
+        )
+    if number and not any(stage.get("steps") for stage in cfg.schedule.stages):
+        raise ValueError(
+            f"launch.machine_rank={number}: no stage of the schedule trains, so there is nothing to do here"
         )
 
 

@@ -8,6 +8,7 @@ reward     a learned reward is asked for: answers actors' questions about observ
 exporter   always: journal to LeRobotDataset; derived
 console    console.port is not null: the operator's web page; derived
 trainer    a stage names steps, or there is nothing to serve yet and it must publish the first version
+follower   on a machine beyond the first, which has this and its trainer alone: the journal over the wire, and a ring
 
 A derived role never ends a run: what it makes can be made later from what the others keep.
 """
@@ -22,14 +23,16 @@ from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.schedule import Stage
 from serl_launcher.run.versions import newest_whole
 from serl_launcher.supervisor.children import ChildSpec, EndsRun
-from serl_launcher.supervisor.launch import trainer_command
+from serl_launcher.supervisor.launch import is_follower, trainer_command
 
 # Stop order of a run: whoever feeds another goes first; the exporter writes out what the gateway journalled last.
-STOP_ORDER = ("openpi", "groot", "trainer", "policy", "gateway", "exporter")
+STOP_ORDER = ("openpi", "groot", "trainer", "follower", "policy", "gateway", "exporter")
 
 
 def roles_for(cfg: DictConfig, paths: RunPaths, stages: Sequence[Stage]) -> list[ChildSpec]:
-    """The roles of this run in start order."""
+    """The roles of this run on this machine, in start order."""
+    if is_follower(cfg):
+        return [_role(paths, "follower", "serl_launcher.follower"), _trainer(cfg, paths)]
     serves = not stages or any(stage.mode in ("eval", "online") for stage in stages)
     trains = any(stage.steps for stage in stages) or (serves and newest_whole(paths.params) is None)
     roles = [_role(paths, "gateway", "serl_launcher.gateway", grace_s=20.0)]

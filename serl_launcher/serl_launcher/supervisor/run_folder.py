@@ -98,11 +98,13 @@ def prepare(cfg: DictConfig) -> RunFolder:
         lock = _open_folder(paths)
     state = _state(paths, cfg)
     if state != "complete":
-        wait_for_ports(cfg)
+        if not launch.is_follower(cfg):
+            wait_for_ports(cfg)
         _archive_summary(paths)
         paths.status.unlink(missing_ok=True)  # the last start's "done" is not ours
         _write_config(paths, cfg)
-    return RunFolder(paths, stages, state, lock, None if state == "complete" else _console(paths, cfg))
+    shown = state != "complete" and not launch.is_follower(cfg)
+    return RunFolder(paths, stages, state, lock, _console(paths, cfg) if shown else None)
 
 
 def _console(paths: RunPaths, cfg: DictConfig) -> str | None:
@@ -201,7 +203,7 @@ def check_network(cfg: DictConfig) -> None:
             raise RunError(f"{key}={cfg[key]}: expected a port from 1 to 65535 (0: any free one)")
     if cfg.port == cfg.broadcast_port != 0:
         raise RunError(f"port and broadcast_port are both {cfg.port}; they must differ")
-    if is_loopback(cfg.bind_host) or OmegaConf.select(cfg, "security.keys_dir"):
+    if launch.is_follower(cfg) or is_loopback(cfg.bind_host) or OmegaConf.select(cfg, "security.keys_dir"):
         return
     if not cfg.insecure:
         raise RunError(

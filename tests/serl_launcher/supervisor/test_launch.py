@@ -12,8 +12,10 @@ from omegaconf import OmegaConf, open_dict
 from processes import gone, read_pid, wait_for
 
 from flowserl_cli.compose import load_config
+from serl_launcher.run.paths import RunPaths
 from serl_launcher.supervisor import launch
 from serl_launcher.supervisor.launch import check_launch, ranks_here, trainer_command, visible_gpus
+from serl_launcher.supervisor.roles import roles_for
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,36 @@ def test_what_cannot_be_started_is_refused_by_its_key(config, monkeypatch, keys,
     with pytest.raises(ValueError, match="expected") as refused:
         check_launch(with_keys(config, **keys))
     assert str(refused.value).startswith(said)
+
+
+MACHINES = {"num_machines": 2, "num_processes": 1, "engine": "ddp", "main_host": "10.0.0.1", "main_port": 29500}
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"main_host": "???"}, "launch.main_host: expected the name or address of the first machine"),
+        ({"main_host": None}, "launch.main_host=None: expected the name or address of the first machine"),
+        ({"main_port": None}, "launch.main_port=None: expected a port of the first machine"),
+        ({"machine_rank": 2}, "launch.machine_rank=2: expected from 0 to 1 (launch.num_machines - 1)"),
+        ({"num_machines": 0}, "launch.num_machines=0: expected a whole number from 1"),
+        ({}, "bind_host=127.0.0.1: the other machines find no gateway at launch.main_host=10.0.0.1"),
+    ],
+)
+def test_several_machines_are_refused_by_key_where_they_cannot_meet(config, keys, said):
+    with pytest.raises(ValueError, match=r"expected|find no gateway") as refused:
+        check_launch(with_keys(config, **MACHINES | keys))
+    assert str(refused.value).startswith(said)
+
+
+def test_a_machine_beyond_the_first_follows_and_trains_and_does_nothing_else(config, tmp_path):
+    second = with_keys(config, **MACHINES, machine_rank=1)
+    assert [role.name for role in roles_for(second, RunPaths(tmp_path), ())] == ["follower", "trainer"]
+    plan = plan_of(second)
+    assert (plan["first"], plan["world"], plan["address"], plan["port"]) == (1, 2, "10.0.0.1", 29500)
+    second.schedule.stages = [{"name": "only", "mode": "demo", "episodes": 1}]
+    with pytest.raises(ValueError, match="no stage of the schedule trains"):
+        check_launch(second)
 
 
 RANK = """

@@ -231,9 +231,9 @@ class GrootFlowPolicy(FlowPolicy):
         """One pass of the backbone, then the norm, self-attention and state encoder of the action head; `tensors` as
         `prepare` returns them. The hidden states are there in any case: the action head reads them."""
         head, keep = self.core.action_head, tensors["attention_mask"] == 1
-        trains = any(p.requires_grad for p in self.backbone.parameters())
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
         with self._arithmetic():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            with torch.set_grad_enabled(trains):
                 tokens = self._stream(self._run_backbone(tensors, keep))
             bias = self._bias(keep) if self.mask_padding else None
             given = (head.vl_self_attention, head.vlln(tokens), bias, self.checkpointing, self._layers.tokens)
