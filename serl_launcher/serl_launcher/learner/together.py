@@ -18,13 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.learner.data import Heard, TrainingData
 from serl_launcher.learner.learner import Learner
-from serl_launcher.learner.ranks import Ranks
+from serl_launcher.learner.ranks import SILENCE_S, Ranks
 from serl_launcher.learner.resume import TrainerCheckpoints
 from serl_launcher.replay.ring import episode_key
 from serl_launcher.replay.verdicts import VerdictLedger
 from serl_launcher.replay.views import View
+from serl_launcher.run.alive import busy
 from serl_launcher.run.in_force import Word
 from serl_launcher.run.parameters import Renamed, read_tensors
+from serl_launcher.run.ready import say_ready
 
 log = logging.getLogger("trainer")
 
@@ -77,8 +79,11 @@ class Together:
     def follow(self) -> None:
         """Of another rank than 0: do what it says until the end. RuntimeError when it, or another rank, is gone."""
         while not self._over:
-            act, of = self.ranks.agree()
-            getattr(self, f"_{act}")(**of)
+            with busy(SILENCE_S, "waiting for rank 0"):
+                act, of = self.ranks.agree()
+            with busy(SILENCE_S, act):  # rank 0 waits as well, and is watched by its own pace
+                getattr(self, f"_{act}")(**of)
+            say_ready()
 
     # Rank 0's words.
 
