@@ -17,10 +17,11 @@ import numpy as np
 
 from serl_launcher.gateway.tickets import Scope, ScopeCounts
 from serl_launcher.replay.assembler import ClosedEpisode
+from serl_launcher.replay.filling import is_experience
 from serl_launcher.run.files import seal, unseal, write_whole
 from serl_launcher.telemetry.statistics import wilson
 from serl_transport.contract.errors import Refused
-from serl_transport.contract.schema import DISCARD, Episode
+from serl_transport.contract.schema import Episode
 
 WINDOW = 40  # online episodes that the rates look back on
 ADHOC = "adhoc_"
@@ -52,6 +53,7 @@ class LedgerRow:
     seconds: float  # from the first tick to the end, by the actor's monotonic clock
     drivers: tuple[str, ...] = ()  # who drove some of its ticks, by name, or `script`
     judge: str | None = None  # the person who said how it ended; None: nobody did
+    lossy: tuple[str, ...] = ()  # how its pictures were packed where that changed pixels, `jpeg:90`
 
     @staticmethod
     def of(closed: ClosedEpisode, episode: Episode) -> "LedgerRow":
@@ -79,12 +81,13 @@ class LedgerRow:
             seconds=_seconds(arrays["time_ns"]),
             drivers=episode.drivers,
             judge=outcome.judge,
+            lossy=episode.lossy,
         )
 
     @property
     def is_experience(self) -> bool:
         """May anything be learned from it? Not from evaluations, nor from what a person threw away."""
-        return self.mode != "eval" and self.truncated_by != DISCARD
+        return is_experience(self.mode, self.truncated_by)
 
     def to_json(self) -> str:
         """One line of episodes.jsonl."""
