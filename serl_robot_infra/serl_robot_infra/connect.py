@@ -1,6 +1,6 @@
 """The actor's link to its learner, from opening it to emptying its spool. Called by `main` and `wiring`.
 
-connect_learner ─▶ TrainerClient ◀─ keeper (step batches, into the spool) ─▶ flush (at the end)
+connect_learner ─▶ TrainerClient (step batches, into the spool) ─▶ flush (at the end)
 standalone      ─▶ StandaloneLink, where there is no learner (ip=null)
 """
 
@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,12 +18,12 @@ from serl_robot_infra.pacing import StopSignal
 from serl_robot_infra.standalone import StandaloneLink
 from serl_transport.client import TrainerClient
 from serl_transport.config import TrainerConfig
-from serl_transport.contract.errors import SpoolFull, WireError
+from serl_transport.contract.errors import WireError
 from serl_transport.contract.specs import TaskSpec
+from serl_transport.wire.pictures import LOSSLESS, check_pictures
 
 log = logging.getLogger(__name__)
 
-_SPOOL_RETRY_S = 0.5
 _GOODBYE_MS = 1000
 _WAIT_LINE_S = 5.0
 
@@ -47,6 +47,7 @@ def connect_learner(cfg: DictConfig, spec: TaskSpec, stream: TextIO, stop: StopS
         spec=spec,
         spool_dir=run_dir / "spool" / cfg.unique_identifier,
         spool_bytes=cfg.rollout.spool_mb << 20,
+        pictures=check_pictures("rollout.pictures", cfg.rollout.get("pictures", LOSSLESS)),
         ledger_path=run_dir / "spool" / f"{cfg.unique_identifier}.acknowledged.jsonl" if cfg.rollout.ledger else None,
         on_wait=waiting(stream, stop),
         run=cfg.run,
@@ -77,23 +78,6 @@ def waiting(stream: TextIO, stop: StopSignal) -> Callable[[str], None]:
             print(message, file=stream, flush=True)
 
     return on_wait
-
-
-def keeper(link: LearnerLink, observer: Observer, stop: StopSignal) -> Callable[[dict[str, Any]], None]:
-    """`send` of the adder: spool the batch; while the spool is full the robot holds and people are told."""
-
-    def keep(body: dict[str, Any]) -> None:
-        while True:
-            try:
-                link.send_item(body)
-                return
-            except SpoolFull as full:
-                if stop:
-                    raise
-                observer.message(f"{full}; the robot holds until the learner has taken some")
-                stop.wait(_SPOOL_RETRY_S)
-
-    return keep
 
 
 def flush(link: LearnerLink, timeout_s: float, observer: Observer) -> None:

@@ -95,7 +95,8 @@ def _run(cfg: DictConfig, stream: TextIO, stop: StopSignal) -> None:
         print(describe_guard(guard, env), file=stream, flush=True)
         link = connect_learner(cfg, spec, stream, stop) if cfg.ip else standalone(cfg)
         resources.callback(link.stop)
-        actor, observer = build_actor(cfg, env, link, stream, stop, guard)
+        actor, observer, sender = build_actor(cfg, env, link, stream, stop, guard)
+        resources.callback(sender.close)
         stack = actor.runner.stack
         for part in (stack.reward, stack.operator):
             parts.callback(_close, part, stream)

@@ -21,7 +21,7 @@ from openpi_client.realtime_chunk_broker import RealtimeChunkBroker
 from serl_robot_infra import live_rollout
 from serl_robot_infra.actor import Actor
 from serl_robot_infra.adder import Adder
-from serl_robot_infra.connect import keeper, waiting
+from serl_robot_infra.connect import waiting
 from serl_robot_infra.envs.base import Environment
 from serl_robot_infra.episode import ControlStack, EpisodeRunner
 from serl_robot_infra.estop import EmergencyStop
@@ -49,6 +49,7 @@ from serl_robot_infra.policy_client import MeasuredPolicy, RemotePolicy
 from serl_robot_infra.rewards.base import RewardSource
 from serl_robot_infra.rewards.environment import EnvironmentReward
 from serl_robot_infra.safety import SafetyChain
+from serl_robot_infra.sender import Sender
 from serl_robot_infra.watchdog import WatchdogProcess
 from serl_transport.contract.people import who
 from serl_transport.contract.specs import TaskSpec
@@ -145,8 +146,8 @@ def build_broker(cfg: DictConfig, policy: BasePolicy | None) -> ActionChunkBroke
 
 def build_actor(
     cfg: DictConfig, env: Environment, link: LearnerLink, stream: TextIO, stop: StopSignal, guard: RobotGuard
-) -> tuple[Actor, Observer]:
-    """The actor and its observers, on an environment and a link."""
+) -> tuple[Actor, Observer, Sender]:
+    """The actor, its observers and its sender (to be closed before the link), on an environment and a link."""
     rollout = cfg.rollout
     policy = build_policy(cfg, link)
     broker = build_broker(cfg, policy)
@@ -160,13 +161,14 @@ def build_actor(
         refused=link.refused_items,
     ))  # fmt: skip
     observer = ObserverGroup(watchers)
+    sender = Sender(observer, stop)
     stack = ControlStack(
         env=env,
         broker=broker,
         operator=operator,
         safety=SafetyChain.of(env.spec, plain(cfg.task.get("safety"))),
         reward=reward,
-        adder=Adder(keeper(link, observer, stop), rollout.batch_ticks),
+        adder=Adder(link.send_item, rollout.batch_ticks, sender),
         pace=pace,
         guard=guard,
         voices=voices,
@@ -195,7 +197,7 @@ def build_actor(
     }
     live = live_rollout.LiveRollout(keys, observer, link.set_status)
     actor = Actor(runner, evaluation, link, observer, stop, guard.estop, rollout.mode, rollout.episodes, live)
-    return actor, observer
+    return actor, observer, sender
 
 
 def build_policy(cfg: DictConfig, link: LearnerLink) -> MeasuredPolicy | None:

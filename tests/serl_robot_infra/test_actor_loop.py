@@ -357,7 +357,7 @@ def test_a_full_spool_holds_the_robot_and_loses_nothing(spec, tmp_path):
             super()._data(store, payload)
 
     with Late(large.spec, [ticket("demo", 1), ticket("demo", 2)]) as learner:
-        config = actor_config(learner, tmp_path, spool_mb=1, batch_ticks=5)
+        config = actor_config(learner, tmp_path, spool_mb=1, batch_ticks=5, pictures="raw")
         config.task.env.image_size = 96
         assert main(config, screen) == 0, screen.getvalue()
         episodes = learner.episodes()

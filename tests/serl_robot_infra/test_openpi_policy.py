@@ -151,7 +151,7 @@ def main_in_thread(cfg, out):
     guard = build_guard(cfg, env, EmergencyStop(Path(cfg.runs_dir) / cfg.run / "estop"))
     try:
         link = connect_learner(cfg, spec, out, stop)
-        actor, _ = build_actor(cfg, env, link, out, stop, guard)
+        actor, *_ = build_actor(cfg, env, link, out, stop, guard)
         actor.run()
         return 0 if link.flush(20) else 1
     finally:

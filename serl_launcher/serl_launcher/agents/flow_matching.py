@@ -7,12 +7,12 @@ the view, not the loss. All flow times are supervised (Hi-ORS, arXiv 2510.26406,
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from serl_launcher.agents import shares
 from serl_launcher.agents.base import ParameterGroup
 from serl_launcher.agents.observations import observation, on_device
-from serl_launcher.policies.base import FlowPolicy, Prefix, flow_loss, for_samples, sample_times, trainable
+from serl_launcher.policies.base import FlowPolicy, Prefix, flow_loss, for_samples, trainable
 from serl_launcher.policies.transfer import to_device
 from serl_launcher.replay.views import ChunkBatch
 from serl_transport.contract.specs import TaskSpec
@@ -80,7 +80,7 @@ def imitation_loss(
     is_pad = to_device(batch.is_pad, device).repeat_interleave(k, 0)
     weight = to_device(batch.weight, device)
     weight = (weight if weigh is None else weight * weigh(encoded)).repeat_interleave(k, 0)
-    noise, t = torch.randn_like(chunk), sample_times(b * k, device=device)
+    noise, t = shares.normal(chunk.shape, device), shares.times(b * k, device)
     per_sample = flow_loss(policy, prefix, chunk, is_pad, weight, noise, t)
     demo = to_device(batch.demo, device).repeat_interleave(k, 0)
     metrics = {

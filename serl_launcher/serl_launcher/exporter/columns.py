@@ -26,7 +26,7 @@ from serl_transport.contract.schema import ACTION, PER_TICK, STATE, Episode
 from serl_transport.contract.specs import TaskSpec
 
 _INFO = ("episode_id", "actor_id", "boot_id", "mode", "stage", "seed", "start_time")  # of EpisodeInfo
-PEOPLE = ("drivers", "judge")  # of the episodes file, which those of older releases lack
+NEWER = ("drivers", "judge", "lossy")  # columns of the episodes file, which those of older releases lack
 _RENAMED = {"policy_version": POLICY_VERSION, "time_ns": TIME_NS}
 
 
@@ -81,6 +81,7 @@ def episode_row(episode: Episode, ordinal: int, stats: dict[str, Stats]) -> dict
         "truncated_by": outcome.truncated_by or "",
         "drivers": ", ".join(episode.drivers),  # texts: a column of lists that are all empty has no type
         "judge": outcome.judge or "",
+        "lossy": ", ".join(episode.lossy),  # how pictures were packed on their way where that changed pixels
     }
     for key, values in stats.items():
         row |= {f"stats/{key}/{name}": value.tolist() for name, value in values.items()}

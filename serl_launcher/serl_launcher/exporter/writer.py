@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from serl_launcher.exporter.columns import PEOPLE, episode_columns, episode_row, episode_stats, episode_table
+from serl_launcher.exporter.columns import NEWER, episode_columns, episode_row, episode_stats, episode_table
 from serl_launcher.exporter.features import frame_rate, image_keys
 from serl_launcher.exporter.layout import DATA_PATH, EPISODES_PATH, VIDEO_PATH, address, place
 from serl_launcher.exporter.metadata import DatasetState, Row, write_derived, write_tasks
@@ -46,9 +46,10 @@ class DatasetWriter:
         """Columns that the committed episodes lack, of an older release: readers want the same ones in every file."""
         if not self.state.commits:
             return set()
-        absent = set(PEOPLE) - set(pq.read_schema(self.root / place(EPISODES_PATH, 0)).names)
+        absent = set(NEWER) - set(pq.read_schema(self.root / place(EPISODES_PATH, 0)).names)
         if absent:
-            log.warning("an older release began %s: its episodes name no people, episodes.jsonl does", self.root)
+            lacking = ", ".join(sorted(absent))
+            log.warning("an older release began %s: its episodes lack %s, episodes.jsonl has them", self.root, lacking)
         return absent
 
     @property

@@ -1,6 +1,7 @@
 """The way of an item to the disk: validate ─▶ journal; what comes after it is `journalled.py`'s.
 
     data(frames) ─▶ checked ─▶ [in flight: key → tokens] ─▶ JournalWriter thread ─▶ Journalled.take on the loop
+                                                           (unpacks the pictures)
 
 Owned by the loop's thread; the bound is the actors' own windows of unacknowledged items.
 """
@@ -21,8 +22,8 @@ from serl_launcher.replay.journal_writer import JournalWriter
 from serl_launcher.run.paths import RunPaths
 from serl_transport.connection.bounded import Bounded
 from serl_transport.connection.router import Peer, Reply
-from serl_transport.contract.errors import BadFrame, NotReady, WireError
-from serl_transport.wire.codec import Frames, nbytes
+from serl_transport.contract.errors import BadFrame, NotReady, StorageFull, WireError
+from serl_transport.wire.codec import Frames
 from serl_transport.wire.envelope import Envelope
 
 log = logging.getLogger("gateway")
@@ -88,6 +89,11 @@ class Ingest:
             self.problems.note(peer.actor_id, error)
             raise
         self._in_flight[key], self._since[key] = [envelope.token], time.monotonic()
+        unpacked = entry
+
+        def unpack() -> None:  # on the journal's thread
+            nonlocal unpacked
+            unpacked = entry.unpacked()
 
         def done(error: WireError | None, time_ns: int) -> None:
             del self._since[key]
@@ -97,11 +103,12 @@ class Ingest:
                 self._refused = (-math.inf, "")
                 self._newest[entry.actor_id, entry.boot_id] = entry.batch.episode.episode_id
             else:
-                self._refused = (time.monotonic(), error.message)
+                if isinstance(error, StorageFull):
+                    self._refused = (time.monotonic(), error.message)
                 self.problems.note(entry.actor_id, error)
-            self._journalled.take(entry, self._in_flight.pop(key), error, time_ns)
+            self._journalled.take(unpacked, self._in_flight.pop(key), error, time_ns)
 
-        self._writer.append(entry.payload(), done)
+        self._writer.append(entry.payload(), done, unpack)
         return None
 
     @property
@@ -122,7 +129,8 @@ class Ingest:
 
     def _take_load(self, entry: DataEntry) -> int:
         """Count one more item in flight; its size. NotReady when its actor has too much there."""
-        load, size = self._loads.setdefault(entry.actor_id, _Load()), sum(map(nbytes, entry.frames))
+        load = self._loads.setdefault(entry.actor_id, _Load())
+        size = sum(array.nbytes for array in entry.batch.arrays.values())  # of packed pictures what they unpack to
         if load.items and (load.items >= ITEMS or load.nbytes + size > BYTES):
             raise NotReady(
                 f"{load.items} items of {entry.actor_id!r}, {load.nbytes >> 20} MiB, wait for the disk: ask again"

@@ -53,6 +53,7 @@ class LedgerRow:
     seconds: float  # from the first tick to the end, by the actor's monotonic clock
     drivers: tuple[str, ...] = ()  # who drove some of its ticks, by name, or `script`
     judge: str | None = None  # the person who said how it ended; None: nobody did
+    lossy: tuple[str, ...] = ()  # how its pictures were packed where that changed pixels, `jpeg:90`
 
     @staticmethod
     def of(closed: ClosedEpisode, episode: Episode) -> "LedgerRow":
@@ -80,6 +81,7 @@ class LedgerRow:
             seconds=_seconds(arrays["time_ns"]),
             drivers=episode.drivers,
             judge=outcome.judge,
+            lossy=episode.lossy,
         )
 
     @property

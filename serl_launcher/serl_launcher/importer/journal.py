@@ -18,6 +18,7 @@ from serl_transport.contract.errors import StorageFull
 from serl_transport.contract.schema import EpisodeInfo, Outcome, StepBatch
 from serl_transport.contract.specs import TaskSpec
 from serl_transport.wire.codec import pack
+from serl_transport.wire.pictures import LOSSLESS
 
 RETRY_S = 10.0  # until a full disk is asked again
 
@@ -56,7 +57,7 @@ class JournalImport:
             final = tick + n == demonstration.n
             outcome = Outcome(True, "human", None) if final else None
             batch = StepBatch(info, tick, arrays, final, outcome)
-            entry = DataEntry.of(info.actor_id, info.boot_id, seq, pack(batch.to_body()), self._spec)
+            entry = DataEntry.of(info.actor_id, info.boot_id, seq, pack(batch.to_body(), pictures=LOSSLESS), self._spec)
             entry.check_sender(self._spec)
             if entry.key not in self._assembler.seen:
                 self._assembler.check(entry)

@@ -2,19 +2,21 @@
 
 The gateway encodes, everyone who replays the journal decodes. A payload is `blob.join([head, *frames])`: a msgpack
 head, and for a step batch the very frames the actor sent, so that a checksum of the one is a checksum of the other.
+Pictures stay packed as the actor packed them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgpack
 
 from serl_launcher.replay.journal import JournalCorrupt
 from serl_transport.contract.errors import BadFrame, Refused, WireError
+from serl_transport.contract.packed import Packed
 from serl_transport.contract.schema import StepBatch
 from serl_transport.contract.specs import TaskSpec
-from serl_transport.wire import blob, codec
+from serl_transport.wire import blob, codec, pictures
 
 
 class SpecChangedError(ValueError):
@@ -43,12 +45,22 @@ class DataEntry:
 
     @staticmethod
     def of(actor_id: str, boot_id: str, seq: int, frames: codec.Frames, spec: TaskSpec) -> "DataEntry":
-        """Validate an item. BadFrame when it is malformed, SchemaMismatch when it breaks the task's spec."""
-        body = codec.unpack(frames)
+        """Validate an item, its packed pictures aside. BadFrame when it is malformed, SchemaMismatch when it breaks the
+        task's spec."""
+        body = codec.unpack(frames, leave_packed=True)
         item = body["item"] if set(body) == {"item"} else body
         if not isinstance(item, dict):
             raise BadFrame(f"data: expected a step batch, got {type(item).__name__}")
         return DataEntry(actor_id, boot_id, seq, StepBatch.from_body(item, spec), frames)
+
+    def unpacked(self) -> "DataEntry":
+        """The same with its pictures unpacked. BadFrame where they are none."""
+        packed = {key: array for key, array in self.batch.arrays.items() if isinstance(array, Packed)}
+        if not packed:
+            return self
+        arrays = {**self.batch.arrays, **{key: pictures.unpacked(array) for key, array in packed.items()}}
+        lossy = next((array.kind for array in packed.values() if pictures.lossy(array.kind)), None)
+        return replace(self, batch=replace(self.batch, arrays=arrays, lossy=lossy))
 
     def check_sender(self, spec: TaskSpec) -> None:
         """What only a new item must be, beyond what `of` asks of every record of a journal.
@@ -132,7 +144,7 @@ def _decode(head: Mapping[str, Any], frames: codec.Frames, spec: TaskSpec) -> En
     if kind == "data":
         who = head["actor_id"], head["boot_id"], head["seq"]
         try:
-            return DataEntry.of(*who, frames, spec)
+            return DataEntry.of(*who, frames, spec).unpacked()
         except WireError as error:
             return UnfitEntry(*who, error.message, blob.blob_crc32(frames))
     if kind == "close":

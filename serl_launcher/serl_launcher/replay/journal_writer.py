@@ -1,8 +1,9 @@
 """Writing the journal: a thread that turns queued payloads into synced records, many per fdatasync (group commit).
 
-    gateway loop ── append(payload, done) ─▶ queue ─▶ [ write group │ fdatasync │ mark ] ─▶ post(done) ─▶ gateway loop
+    gateway loop ── append(payload, done) ─▶ queue ─▶ [ check │ write group │ fdatasync │ mark ] ─▶ post(done) ─▶ loop
 
 `done` runs on the gateway's loop after the payload is on disk (or with StorageFull when it is not), in journal order.
+`check`, where one is given, runs on the thread first: what the loop has no time for. What it refuses is not written.
 The queue is bounded by the actors' windows of unacknowledged items; the thread blocks on it and on the disk alone.
 A group that fails is cut off the file again, so that what follows a full disk is a valid journal.
 """
@@ -23,14 +24,16 @@ from serl_config.clock import steady_time_ns
 from serl_launcher.replay.durable import SEGMENT_MAGIC, DurableMark, Mark, Position
 from serl_launcher.replay.journal import JournalReader, record_header, segment_path
 from serl_launcher.run.files import FULL, sync
-from serl_transport.contract.errors import StorageFull
+from serl_transport.contract.errors import StorageFull, WireError
 from serl_transport.wire.blob import write_buffers
 
 log = logging.getLogger("gateway")
 GROUP_BYTES = 64 << 20
 PID_BYTES = 16
 SLOW_S = 2.0  # a write and sync that took longer is reported
-Done = Callable[[StorageFull | None, int], None]  # (error or None, the record's wall clock in ns)
+Done = Callable[[WireError | None, int], None]  # (error or None, the record's wall clock in ns)
+Check = Callable[[], object]  # raises WireError for a payload that must not be written
+Item = tuple[Sequence[Any], Done, Check | None]
 
 
 class RunFolderBusyError(RuntimeError):
@@ -79,7 +82,7 @@ class JournalWriter:
         self._folder = folder
         self._post = post
         self._segment_bytes = segment_bytes
-        self._queue: queue.SimpleQueue[tuple[Sequence[Any], Done] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._sequence = reader.next_sequence
         self._end = reader.position
         self._file: int | None = None
@@ -103,10 +106,10 @@ class JournalWriter:
         """Does the thread run?"""
         return self._thread.is_alive()
 
-    def append(self, payload: bytes | Sequence[Any], done: Done) -> None:
+    def append(self, payload: bytes | Sequence[Any], done: Done, check: Check | None = None) -> None:
         """Queue one record: bytes, or flat buffers that are written one after the other without being joined."""
         parts = [payload] if isinstance(payload, bytes) else payload
-        self._queue.put((parts, done))
+        self._queue.put((parts, done, check))
 
     def close(self) -> None:
         """Write and sync what is queued, then stop. Callbacks are still posted."""
@@ -126,7 +129,7 @@ class JournalWriter:
             if items:
                 self._commit(items)
 
-    def _take_group(self) -> list[tuple[Sequence[Any], Done] | None]:
+    def _take_group(self) -> list[Item | None]:
         """Block for one item, then take what else is there; a None ends it and means stop."""
         item = self._queue.get()
         group, size = [item], 0
@@ -139,15 +142,26 @@ class JournalWriter:
             group.append(item)
         return group
 
-    def _commit(self, group: list[tuple[Sequence[Any], Done]]) -> None:
-        now = steady_time_ns()
-        try:
-            self._write_group([payload for payload, _ in group], now)
-            error = None
-        except OSError as failure:
-            error = StorageFull(_explain(failure, self._folder))
-        for _, done in group:  # one call each: a callback that fails must not take the others with it
+    def _commit(self, group: list[Item]) -> None:
+        now, checked = steady_time_ns(), []
+        for payload, done, check in group:
+            try:
+                if check is not None:
+                    check()
+                checked.append((payload, done))
+            except WireError as refusal:
+                self._post(partial(done, refusal, now))
+        error = self._written([payload for payload, _ in checked], now) if checked else None
+        for _, done in checked:  # one call each: a callback that fails must not take the others with it
             self._post(partial(done, error, now))
+
+    def _written(self, payloads: list[Sequence[Any]], now: int) -> StorageFull | None:
+        """Write the group; why it could not be."""
+        try:
+            self._write_group(payloads, now)
+        except OSError as failure:
+            return StorageFull(_explain(failure, self._folder))
+        return None
 
     def _write_group(self, payloads: list[Sequence[Any]], now: int) -> None:
         file = self._writable_segment()

@@ -45,6 +45,8 @@ def data_of(paths: RunPaths, until: float | None = None) -> dict[str, Any]:
         "judged": _counts(row["judge"] for row in rows if row.get("judge")),
         "judged_afterwards": _counts(words.values()),
     }
+    if lossy := _counts(kind for row in rows for kind in row.get("lossy") or ()):
+        found["lossy_pictures"] = lossy  # how they were packed -> episodes; the others are what the cameras gave
     if demos := (read_json(paths.demos) or {}).get("sources"):
         found["demos"] = demos
     return found

@@ -185,6 +185,8 @@ def _data(data: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
             yield "operators", f"{name} {said.format(count)}"
     if "people" in data and not people["drove"] and data["helped"]:
         yield "operators", "who drove is not recorded (an older release)"
+    for kind, count in (data.get("lossy_pictures") or {}).items():
+        yield "pictures", f"of {count} episodes packed as {kind}: not exactly what the cameras gave"
     for source in data.get("demos") or ():
         yield (
             "demos",

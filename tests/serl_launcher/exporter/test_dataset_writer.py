@@ -63,14 +63,14 @@ def test_who_drove_and_judged_is_in_the_episodes_file_unless_an_older_release_be
         real = columns.episode_row
         older.setattr(
             "serl_launcher.exporter.writer.episode_row",
-            lambda *words: {key: value for key, value in real(*words).items() if key not in columns.PEOPLE},
+            lambda *words: {key: value for key, value in real(*words).items() if key not in columns.NEWER},
         )
         write(tmp_path / "old", episode(0))
     write(tmp_path / "old", told)
     files = [pq.read_schema(path).names for path in sorted((tmp_path / "old/meta/episodes").rglob("*.parquet"))]
     assert len(files) == 2
     assert files[0] == files[1]
-    assert "its episodes name no people, episodes.jsonl does" in caplog.text
+    assert "its episodes lack drivers, judge, lossy, episodes.jsonl has them" in caplog.text
 
 
 def write(root, *episodes):

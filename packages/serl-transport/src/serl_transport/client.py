@@ -32,6 +32,7 @@ from serl_transport.parameters.listener import Listener
 from serl_transport.parameters.params import ParametersBlob, pull
 from serl_transport.security.keys import ClientKeys
 from serl_transport.wire.codec import pack
+from serl_transport.wire.pictures import RAW, check_pictures
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class TrainerClient:
         spool_bytes: int = DEFAULT_BYTES,
         ledger_path: str | Path | None = None,
         role: str = "actor",
+        pictures: str = RAW,
         wait_for_server: bool = True,
         timeout_ms: float = 5000,
         on_wait: Callable[[str], None] | None = None,
@@ -65,10 +67,11 @@ class TrainerClient:
         Without `wait_for_server` it raises ServerSilent after `timeout_ms`. A refusal (another task, version,
         protocol or key) raises the typed WireError at once; ValueError names a missing key file; SpoolBusy and
         SpoolError say what is wrong with `spool_dir`. `run`: a learner of another run refuses this client; None: any
-        will do.
+        will do. pictures: how those of items are packed, `raw`, `lossless` or `jpeg:<quality>` (wire/pictures.py).
         """
         check_name("a client's name (unique_identifier)", name)
         self.name, self.config, self.timeout_ms = name, config, timeout_ms
+        self._pictures = check_pictures("pictures", pictures)
         self._host = bracketed(server_ip)
         self._server = f"{self._host}:{config.port_number}"
         self._spec, self._role, self._run = spec, role, run
@@ -95,7 +98,7 @@ class TrainerClient:
 
         Raises SpoolFull when the learner has been away for too long, TooLarge for a body above the limits.
         """
-        seq = self._spool.append([store.encode(), *pack(body, self.config.limits)])
+        seq = self._spool.append([store.encode(), *pack(body, self.config.limits, self._pictures)])
         self._outbox.offer(ItemKey(self.boot_id, seq))
         return seq
 

@@ -28,6 +28,7 @@ from serl_transport.contract.bounds import (
     shown,
 )
 from serl_transport.contract.errors import BadFrame, SchemaMismatch
+from serl_transport.contract.packed import Packed
 from serl_transport.contract.people import each_once, read_people
 from serl_transport.contract.specs import Observation, TaskSpec, all_finite, check_array, check_finite
 
@@ -96,7 +97,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """n consecutive ticks of one episode: the unit on the wire, in the spool and in the journal."""
+    """n consecutive ticks of one episode: the unit on the wire, in spool and journal. Its pictures may be `Packed`."""
 
     episode: EpisodeInfo  # the episode it belongs to
     first_tick: int  # index of the first tick in the episode
@@ -104,6 +105,7 @@ class StepBatch:
     final: bool = False  # the episode's last batch
     outcome: Outcome | None = None  # in the final batch only
     drivers: tuple[str, ...] = ()  # who drove some of its ticks, by name
+    lossy: str | None = None  # how its pictures were packed where that changed pixels (`jpeg:90`); None: they are exact
 
     @property
     def n(self) -> int:
@@ -168,10 +170,8 @@ class StepBatch:
         return batch
 
     def check_ranges(self, spec: TaskSpec) -> None:
-        """Raise SchemaMismatch naming the first value that a later reader could not take (`contract.bounds`).
-
-        Not part of `from_body`, which also reads the journals of earlier releases.
-        """
+        """SchemaMismatch naming the first value that a later reader could not take (`contract.bounds`). Not part of
+        `from_body`, which also reads the journals of earlier releases."""
         try:
             _check_info_ranges(self.episode)
             check_finite(STATE, self.arrays[STATE], spec.state_names, LARGEST)
@@ -207,6 +207,7 @@ class Episode:
     outcome: Outcome  # how it ended
     arrays: Mapping[str, np.ndarray]  # n per-tick rows, n+1 observation rows
     drivers: tuple[str, ...] = ()  # who drove some of its ticks, by name; none in records of older releases
+    lossy: tuple[str, ...] = ()  # how pictures were packed that are not exactly what a camera gave
 
     @property
     def n(self) -> int:
@@ -224,7 +225,7 @@ class Episode:
         # a final batch without ticks (a stop between batches) closes the last tick that was already sent
         if last.n == 0 and len(arrays[ACTION]):
             arrays["next.truncated"][-1] = True
-        return cls(last.episode, last.outcome, arrays, _drivers(batches))
+        return cls(last.episode, last.outcome, arrays, *_joined(batches))
 
     @classmethod
     def cut(cls, batches: Sequence[StepBatch], truncated_by: str = "dead_actor") -> "Episode | None":
@@ -241,7 +242,7 @@ class Episode:
             return None
         arrays = {key: rows if _is_observation(key) else rows[:n].copy() for key, rows in whole.items()}
         arrays["next.truncated"][-1] = True
-        return cls(batches[-1].episode, Outcome(False, "environment", truncated_by), arrays, _drivers(batches))
+        return cls(batches[-1].episode, Outcome(False, "environment", truncated_by), arrays, *_joined(batches))
 
 
 def stack_observations(observations: Sequence[Observation]) -> dict[str, np.ndarray]:
@@ -276,8 +277,9 @@ def _concatenate(batches: Sequence[StepBatch]) -> dict[str, np.ndarray]:
     return {key: np.concatenate([batch.arrays[key] for batch in batches]) for key in batches[0].arrays}
 
 
-def _drivers(batches: Sequence[StepBatch]) -> tuple[str, ...]:
-    return each_once(name for batch in batches for name in batch.drivers)
+def _joined(batches: Sequence[StepBatch]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`drivers` and `lossy` of an episode."""
+    return each_once(name for batch in batches for name in batch.drivers), each_once(batch.lossy for batch in batches)
 
 
 def _check_map(
@@ -370,7 +372,7 @@ def _check_keys(arrays: Mapping[str, np.ndarray], wanted: Set[str], spec: TaskSp
 def _check_arrays(arrays: Mapping[str, np.ndarray], rows: _Rows, spec: TaskSpec, n: int, m: int) -> None:
     for key, (dtype, observed, row) in rows.items():
         array, shape = arrays[key], (m if observed else n, *row)
-        if type(array) is not np.ndarray or array.dtype != dtype or array.shape != shape:
+        if type(array) not in (np.ndarray, Packed) or array.dtype != dtype or array.shape != shape:
             check_array(key, array, dtype, shape)
     check_finite(STATE, arrays[STATE], spec.state_names)
     check_finite(ACTION, arrays[ACTION], spec.action_names)

@@ -26,6 +26,7 @@ from serl_transport.contract.bounds import (
     check_whole,
     shown,
 )
+from serl_transport.contract.packed import Packed
 
 HIGHEST_HZ = 10_000
 SWEEP_S = 5.0
@@ -183,9 +184,9 @@ def kept(array: Any) -> Any:
 
 
 def check_array(label: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> None:
-    """Raise ValueError with expected and got unless `array` is an ndarray of exactly this dtype and shape."""
+    """Raise ValueError with expected and got unless `array` is of exactly this dtype and shape, packed or not."""
     wanted = f"{np.dtype(dtype).name}{list(shape)}"
-    if not isinstance(array, np.ndarray):
+    if not isinstance(array, np.ndarray | Packed):
         raise ValueError(f"{label}: expected {wanted}, got {type(array).__name__}")
     if array.dtype != np.dtype(dtype) or array.shape != shape:
         raise ValueError(f"{label}: expected {wanted}, got {array.dtype.name}{list(array.shape)}")

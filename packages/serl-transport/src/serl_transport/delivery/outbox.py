@@ -197,7 +197,7 @@ def _torn_tail(path: Path) -> int:
 
 
 def _ledger_row(key: ItemKey, frames: Frames) -> dict[str, Any]:
-    body = unpack(frames)
+    body = unpack(frames, leave_packed=True)
     episode, arrays = body.get("episode"), body.get("arrays")
     return {
         "boot": key.boot_id,

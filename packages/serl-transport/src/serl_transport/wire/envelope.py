@@ -17,7 +17,7 @@ from serl_transport.contract.errors import BadFrame, Corrupt, WireError
 from serl_transport.wire.blob import checksum64
 from serl_transport.wire.codec import buffer_of
 
-PROTOCOL = 7
+PROTOCOL = 8
 MAX_ENVELOPE_BYTES = 64 << 10
 REPLY = "reply"
 _NO_SUM = bytes(8)
