@@ -63,8 +63,9 @@ class TrainerCheckpoints:
         origin = origin_of(RunPaths(self._folder.parent), learner.step_count, self._publisher.version)
         checkpoint.save(self._folder, learner.step_count, learner.tensors(), optimizer, state, self._keep, origin)
 
-    def resume(self, checkpoint_path: str | None) -> None:
-        """From the newest whole checkpoint of this run; else from checkpoint_path; else from scratch.
+    def resume(self, checkpoint_path: str | None) -> str | None:
+        """From the newest whole checkpoint of this run, whose name it returns; else from checkpoint_path; else from
+        scratch.
 
         DamagedFileError where that would throw training away: there are checkpoints, or published versions, and none
         is whole.
@@ -87,6 +88,7 @@ class TrainerCheckpoints:
         else:
             self._publisher.refuse_to_replace_damaged()
         self._publisher.continue_after(version)
+        return None if newest is None else newest.name
 
     def _nothing_whole(self) -> str:
         problems = [checkpoints.problem(folder) for folder in checkpoints.folders(self._folder)]

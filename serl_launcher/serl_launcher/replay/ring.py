@@ -219,10 +219,9 @@ class RingReader(_RingFile):
         super().__init__(path, RingLayout.read(path), mmap.ACCESS_READ)
         self.until: int | None = None
 
-    @property
-    def rows(self) -> int:
-        """Episodes committed so far, those that are gone included."""
-        return int(self._counters[ROWS])
+    def reach(self, rows: int) -> None:
+        """`episodes` goes to this row from now on."""
+        self.until = rows
 
     def episodes(self, since_row: int = 0) -> list[EpisodeRow]:
         """Committed episodes whose row number is at least since_row, oldest commit first."""

@@ -51,9 +51,7 @@ def run(folder: Path, ring, ranks: int, algo: str, mode: str = "train", steps: i
 def close(one, other, tolerance: float = 1e-4) -> None:
     assert [len(row) for row in one] == [len(row) for row in other]
     worst = max(
-        abs(a - b) / max(abs(a), 1e-6)
-        for x, y in zip(one, other, strict=True)
-        for a, b in zip(x, y, strict=True)
+        abs(a - b) / max(abs(a), 1e-6) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)
     )
     assert worst < tolerance, worst
 
