@@ -15,6 +15,7 @@ from hydra.errors import InstantiationException
 
 from serl_config.mistakes import is_config_mistake, mistake_message
 from serl_launcher.learner.wiring import build_trainer
+from serl_launcher.replay.followed_ring import BehindError
 from serl_launcher.run.config import read_config
 from serl_launcher.run.internal import InternalClient
 from serl_launcher.run.paths import RunPaths
@@ -29,7 +30,8 @@ def main(run_dir: str) -> int:
     logging.basicConfig(level=level, format=f"%(asctime)s %(name)s{name} %(message)s", datefmt="%H:%M:%S")
     paths = RunPaths(Path(run_dir))
     if rank:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if os.environ.get("GROUP_RANK", "0") == "0":  # another host that is stopped has nobody who would say the end
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return _run(paths, None)
     with closing(InternalClient(paths.root, "trainer")) as gateway:
         return _run(paths, gateway)
@@ -46,7 +48,11 @@ def _run(paths: RunPaths, gateway: InternalClient | None) -> int:
         return 2
     if gateway is not None:
         signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
-    trainer.run()
+    try:
+        trainer.run()
+    except BehindError as late:
+        print(f"trainer: {late}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -47,9 +47,10 @@ class TrainingData:
         device: torch.device,
         augment: Augment | None = None,
         ranks: Ranks | None = None,
+        open_ring: Callable[[str], RingReader] = RingReader,
     ) -> None:
         self._view, self._verdicts, self._rng, self.min_accepted = view, verdicts, rng, min_accepted
-        self._ranks = ranks or Ranks.one()
+        self._ranks, self._open_ring = ranks or Ranks.one(), open_ring
         self._ring: str | None = None
         self._reader: RingReader | None = None
         self._rows = -1  # of the ring that the view has
@@ -90,7 +91,7 @@ class TrainingData:
         self._ahead.drop()
         self._ring = None
         try:
-            self._reader = RingReader(ring)
+            self._reader = self._open_ring(ring)
         except (RingError, FileNotFoundError):  # replaced between the status and now; the next status names the new one
             return False
         self._view.attach(self._reader)
@@ -100,7 +101,8 @@ class TrainingData:
     def _take_in(self, rows: int) -> None:
         """All parts of the view see the ring up to the same row."""
         if rows != self._rows:
-            self._reader.until = self._rows = rows
+            self._reader.reach(rows)
+            self._rows = rows
             self._ahead.drop()
             self._view.refresh()
 

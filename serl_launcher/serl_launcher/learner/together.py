@@ -24,6 +24,7 @@ from serl_launcher.replay.ring import episode_key
 from serl_launcher.replay.verdicts import VerdictLedger
 from serl_launcher.replay.views import View
 from serl_launcher.run.alive import busy
+from serl_launcher.run.first_host import FirstHost
 from serl_launcher.run.in_force import Word
 from serl_launcher.run.parameters import Renamed, read_tensors
 from serl_launcher.run.ready import say_ready
@@ -62,10 +63,12 @@ class Together:
         checkpoints: TrainerCheckpoints,
         build_view: Callable[[DictConfig], tuple[View, VerdictLedger | Heard]],
         words: Words | None = None,
+        first_host: FirstHost | None = None,
     ) -> None:
         self.ranks, self.learner, self.data = ranks, learner, data
         self._checkpoints, self._build_view, self._words = checkpoints, build_view, words
         self._reached: tuple[str | None, int] = (None, -1)  # what the others were told
+        self._first_host = first_host
         self._over = False
         if ranks.first and learner.in_parts:
             learner.call_the_others = lambda what: ranks.agree(["gather", {"what": what}])
@@ -157,10 +160,10 @@ class Together:
         self.data.take(*self._build_view(OmegaConf.create(config)))
 
     def _go_back_to(self, folder: str) -> None:
-        self._checkpoints.go_back_to(Path(folder))
+        self._checkpoints.go_back_to(self._first_host.checkpoint(folder) if self._first_host else Path(folder))
 
     def _start_from(self, file: str) -> None:
-        tensors, _ = read_tensors(Path(file))
+        tensors, _ = read_tensors(self._first_host.version(file) if self._first_host else Path(file))
         mine = {name: name for name in tensors if name in self.learner.names}
         self.learner.start_from(Renamed(tensors, mine))
 

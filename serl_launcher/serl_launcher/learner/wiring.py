@@ -29,12 +29,15 @@ from serl_launcher.learner.together import Follower, Together, Words, told
 from serl_launcher.learner.trainer import Trainer
 from serl_launcher.policies.base import FlowPolicy
 from serl_launcher.policies.parameter_table import parameter_table
+from serl_launcher.replay.followed_ring import FollowedRing
 from serl_launcher.replay.relabelled import Relabelled
+from serl_launcher.replay.ring import RingReader
 from serl_launcher.replay.rulebook import RuleBook, judge_journal
 from serl_launcher.replay.verdicts import VerdictLedger, rule_text
 from serl_launcher.replay.views import ChunkView, View, ViewSources
 from serl_launcher.run.acts import ActsLedger
 from serl_launcher.run.config import task_spec
+from serl_launcher.run.first_host import FirstHost
 from serl_launcher.run.internal import InternalClient
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.telemetry.metrics import MetricsWriter
@@ -49,6 +52,7 @@ def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient | No
     Of several ranks 0 is the trainer, and the others are its followers, who need no gateway.
     Raises ValueError, FileNotFoundError or Hydra's InstantiationException for a mistake in config or checkpoint.
     """
+    own = cfg
     make_accelerator(cfg)  # opens the devices' group, before the hosts' one
     ranks = Ranks.joined()
     if ranks.first:
@@ -70,18 +74,23 @@ def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient | No
         build_view, paths=paths, spec=spec, action_horizon=policy.action_horizon, words=said, first=ranks.first
     )
     augment = Augment(**settings.augment)
-    data = TrainingData(*make_view(cfg), rng, cfg.algo.min_accepted, learner.prepare, learner.device, augment, ranks)
+    open_ring = partial(followed, paths=paths, patience_s=own.follower.patience_s) if ranks.host else RingReader
+    first_host = FirstHost(own, paths) if ranks.host else None
+    data = TrainingData(
+        *make_view(cfg), rng, cfg.algo.min_accepted, learner.prepare, learner.device, augment, ranks, open_ring
+    )
     stages = StageProgress(only(settings, StageSettings))
     publisher = Publisher(paths.params, learner, policy, name=cfg.policy.name, keep=settings.keep_params)
     checkpoints = TrainerCheckpoints(paths.checkpoints, learner, stages, publisher, rng, settings.keep_checkpoints)
-    together = Together(ranks, learner, data, checkpoints, make_view, None if ranks.first else said)
+    together = Together(ranks, learner, data, checkpoints, make_view, None if ranks.first else said, first_host)
     if not ranks.first:
-        ranks.agree()  # rank 0 has resumed, and mended what a kill left aside
+        name = ranks.agree()  # rank 0 has resumed, and mended what a kill left aside
+        if first_host:
+            first_host.resume_from(name)
         checkpoints.resume(cfg.checkpoint_path)
         return Follower(together)
     log.info("parameters of %s\n%s", cfg.policy.name, parameter_table(policy))
-    checkpoints.resume(cfg.checkpoint_path)
-    ranks.agree()
+    ranks.agree(checkpoints.resume(cfg.checkpoint_path))
     watch = EvaluationWatch(paths.params, evaluation_goals(cfg.schedule.stages), settings.rollback_margin)
     return Trainer(
         gateway,
@@ -94,6 +103,11 @@ def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient | No
         StepLog(MetricsWriter(paths, cfg), settings.log_period),
         Operated(run, words, data, stages, watch, together),
     )
+
+
+def followed(ring: str, paths: RunPaths, patience_s: float) -> FollowedRing:
+    """The ring of another host than the first, whatever the first one's is called."""
+    return FollowedRing(paths.status, patience_s)
 
 
 def build_view(

@@ -221,10 +221,9 @@ class RingReader(_RingFile):
         self.until: int | None = None
         self._memory = WarmMemory()
 
-    @property
-    def rows(self) -> int:
-        """Episodes committed so far, those that are gone included."""
-        return int(self._counters[ROWS])
+    def reach(self, rows: int) -> None:
+        """`episodes` goes to this row from now on."""
+        self.until = rows
 
     def episodes(self, since_row: int = 0) -> list[EpisodeRow]:
         """Committed episodes whose row number is at least since_row, oldest commit first."""
