@@ -34,12 +34,18 @@ def main(argv: list[str]) -> int:
     plan, command = json.loads(argv[0]), [sys.executable, "-m", "serl_launcher.supervisor.lifeline", *argv[1:]]
     port = plan["port"] or _free_port()
     ranks = [subprocess.Popen(command, env=_environment(plan, local, port)) for local in range(plan["here"])]
-    signal.signal(signal.SIGTERM, lambda *_: _send(ranks[:1], signal.SIGTERM))
+    stops: list[int] = []
+
+    def stop(signum: int, _: object) -> None:
+        stops.append(signum)
+        _send(ranks[:1], signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         number, code = _wait(ranks)
         if code:
             print(f"rank {plan['first'] + number} ended ({_cause(code)}): the others end with it", flush=True)
-            _end(ranks, LAST_WORDS_S)
+            _end(ranks, FOLLOW_S if stops else LAST_WORDS_S)
             code = 2 if 2 in [rank.returncode for rank in ranks] else code
         else:
             _end(ranks, FOLLOW_S)
