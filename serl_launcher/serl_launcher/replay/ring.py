@@ -30,6 +30,7 @@ from serl_launcher.replay.ring_layout import (
     RingLayout,
     choose_folder,
 )
+from serl_launcher.replay.warm import WarmMemory
 from serl_transport.contract.schema import MODES
 from serl_transport.contract.specs import TaskSpec
 
@@ -218,6 +219,7 @@ class RingReader(_RingFile):
         path = Path(path)
         super().__init__(path, RingLayout.read(path), mmap.ACCESS_READ)
         self.until: int | None = None
+        self._memory = WarmMemory()
 
     def reach(self, rows: int) -> None:
         """`episodes` goes to this row from now on."""
@@ -241,10 +243,15 @@ class RingReader(_RingFile):
         if frames.size:
             self._check_live(frames)
         slots = frames % self.capacity
-        result = {key: np.take(self._array(key), slots, axis=0) for key in (self._arrays if keys is None else keys)}
+        result = {key: self._rows(self._array(key), slots) for key in (self._arrays if keys is None else keys)}
         if frames.size and int(frames.min()) < self.first_valid:
             raise Evicted(f"frame {int(frames.min())} was overwritten during the copy (oldest is {self.first_valid})")
         return result
+
+    def _rows(self, array: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """array[slots] in memory of its own. The slots are in range: clipping them only spares numpy a second copy."""
+        rows = self._memory.empty(slots.shape + array.shape[1:], array.dtype)
+        return np.take(array, slots, axis=0, out=rows, mode="clip")
 
     def _check_live(self, frames: np.ndarray) -> None:
         low, high = int(frames.min()), int(frames.max())
