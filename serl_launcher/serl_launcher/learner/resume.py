@@ -125,9 +125,9 @@ class TrainerCheckpoints:
             size / GB, self._keep, more, free / GB,
         )  # fmt: skip
 
-    def resume(self, checkpoint_path: str | None, other: Path | None = None) -> None:
-        """From the newest whole checkpoint of this run; else from `other`, the folder of another run's, with all that
-        it holds; else from the parameters of checkpoint_path; else from scratch.
+    def resume(self, checkpoint_path: str | None, other: Path | None = None) -> str | None:
+        """From the newest whole checkpoint of this run, whose name it returns; else from `other`, the folder of another
+        run's, with all that it holds; else from the parameters of checkpoint_path; else from scratch.
 
         DamagedFileError where that would throw training away: there are checkpoints, or published versions, and none
         is whole. ValueError where `other` is none to go on from.
@@ -155,6 +155,7 @@ class TrainerCheckpoints:
         else:
             self._publisher.refuse_to_replace_damaged()
         self._publisher.continue_after(version)
+        return None if newest is None else newest.name
 
     def _check_other(self, folder: Path) -> None:
         if found := checkpoints.problem(folder):
