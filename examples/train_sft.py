@@ -32,6 +32,7 @@ from flowserl_cli.compose import CONFIG_DIR, ConfigError, composing, load_config
 from serl_config.mistakes import mistake_message
 from serl_launcher.agents.build import build_agent
 from serl_launcher.datasets.dataset import Dataset
+from serl_launcher.learner.augment import Augment
 from serl_launcher.learner.fine_tuning import Best, FineTuning, SftSettings
 from serl_launcher.learner.fit_check import unfit
 from serl_launcher.learner.held_out import HeldOut, split
@@ -201,6 +202,7 @@ def build(dataset: str, output: Path, cfg: DictConfig) -> FineTuning:
         settings,
         seed=cfg.seed,
         overfit=overfit,
+        augment=Augment(**cfg.trainer.augment),
     )
 
 

@@ -22,7 +22,7 @@ PACKAGES = ("flowserl_cli", "serl_config", "serl_transport", "openpi_client", "s
 # The processes of the GPU box that must start fast and must not hold torch.
 LIGHT = (
     "serl_launcher.gateway.__main__", "serl_launcher.supervisor.main", "serl_launcher.exporter.role",
-    "serl_launcher.console.__main__",
+    "serl_launcher.console.__main__", "serl_launcher.follower.__main__",
 )  # fmt: skip
 HEAVY = ("torch", "torchvision", "lerobot", "transformers", "accelerate")
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make CURVE keys for a learner, its actors and its operators; see docs/security.md.
+"""Make CURVE keys for a learner, its actors, its operators and its trainer's other hosts; see docs/security.md.
 
     python tools/keygen.py keys --actor robot-1 --actor robot-2 --operator alice
 
@@ -12,9 +12,10 @@ import os
 import sys
 from pathlib import Path
 
+from serl_transport.security.allow_list import ROLES
 from serl_transport.security.keys import LEARNER, KeyPair, read_secret, write_pair
 
-HEADER = "# role name public-key; actor: push, infer, ask; operator: also pause, resume, publish, stop\n"
+HEADER = "# role name public-key; actor: push, infer, ask; operator: also pause, resume, stop; follower: read\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,8 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where the keys go (security.keys_dir)")
     parser.add_argument("--actor", action="append", default=[], metavar="NAME", help="a unique_identifier")
     parser.add_argument("--operator", action="append", default=[], metavar="NAME", help="who may pause and stop")
+    parser.add_argument("--follower", action="append", default=[], metavar="NAME", help="host-1, … of launch=nodes")
     args = parser.parse_args(argv)
-    parties = [("actor", name) for name in args.actor] + [("operator", name) for name in args.operator]
+    parties = [(role, name) for role in ROLES for name in getattr(args, role)]
     try:
         make(args.folder, parties)
     except (ValueError, OSError) as mistake:
@@ -40,7 +42,9 @@ def make(folder: Path, parties: list[tuple[str, str]]) -> None:
     for name in names:
         unfit = not name or name == LEARNER or name.startswith(".") or name.split() != [name]
         if unfit or any(c in name for c in "/\0*#"):
-            raise ValueError(f"{name!r} cannot name an actor or operator: no spaces, '/', '*' or '#', not 'learner'")
+            raise ValueError(
+                f"{name!r} cannot name an actor, operator or host: no spaces, '/', '*' or '#', not 'learner'"
+            )
         if (folder / f"{name}.secret").exists() or names.count(name) > 1:
             raise ValueError(f"{name!r} has keys in {folder} already; remove them and their line in allow_list first")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -75,6 +79,8 @@ def advice(folder: Path, parties: list[tuple[str, str]]) -> str:
         use = f"unique_identifier={name} security.keys_dir=<that folder>"
         if role == "operator":
             use = f".venv/bin/python tools/operate.py pause --name {name} --keys <that folder> --ip <learner>"
+        if role == "follower":
+            use = "launch=nodes launch.machine_rank=<n> launch.main_host=<learner> security.keys_dir=<that folder>"
         lines += [f"{role} {name}: copy learner.public and {name}.secret to a folder on its machine (scp -p), then"]
         lines += [f"    {use}"]
     lines.append(f"Then delete what you copied away from {folder}, except learner.public: a secret has one home.")

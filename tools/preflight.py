@@ -30,6 +30,7 @@ from serl_launcher.learner.settings_check import chunk_of, units_of_policy
 from serl_launcher.policies.estimate import Estimate, estimate, meta_policy
 from serl_launcher.policies.parameter_table import parameter_table
 from serl_launcher.run.config import plain
+from serl_launcher.supervisor.launch import ranks_here
 from serl_transport.contract.specs import TaskSpec
 
 PEAKS = {"H200": 800, "H100": 800, "A100": 280, "L40S": 330, "4090": 150, "3090": 65}  # dense bf16, reached, TFLOP/s
@@ -50,17 +51,28 @@ def machine(args: argparse.Namespace) -> tuple[str, float | None, float | None]:
 def cost_of(cfg: DictConfig, policy: nn.Module, spec: TaskSpec, flow_steps: int) -> Estimate:
     """Costs in the batches of a config; `policy` is held as the policy server's afterwards."""
     noise_samples, questions = cfg.algo.agent.get("noise_samples", 1), cfg.serving.max_batch
-    batch = cfg.trainer.batch_size
-    return estimate(policy, spec, flow_steps, batch=batch, noise_samples=noise_samples, questions=questions)
+    cost = estimate(policy, spec, flow_steps, batch=share(cfg), noise_samples=noise_samples, questions=questions)
+    return cost.of_rank(cfg.launch.engine, ranks_of(cfg))
+
+
+def ranks_of(cfg: DictConfig) -> int:
+    """Processes that train, on all machines."""
+    return ranks_here(cfg) * cfg.launch.num_machines
+
+
+def share(cfg: DictConfig) -> int:
+    """Samples of a step on each device."""
+    return cfg.trainer.batch_size // ranks_of(cfg)
 
 
 def report(cfg: DictConfig, cost: Estimate, args: argparse.Namespace) -> tuple[list[str], bool]:
     """Lines on memory, batch and time, and whether the batch fits (True when memory is unknown)."""
     name, memory, peak = machine(args)
-    batch, devices, questions = cfg.trainer.batch_size, cfg.launch.num_processes, cfg.serving.max_batch
+    engine, ranks, batch, questions = cfg.launch.engine, ranks_of(cfg), share(cfg), cfg.serving.max_batch
     lines = [
         f"machine    {name}" + (f", {memory:.0f} GB" if memory else "") + (f", {peak:g} TFLOP/s" if peak else ""),
-        f"batch      {batch} per device × {devices} devices = {batch * devices} samples a step",
+        f"batch      {batch * ranks} samples a step"
+        + (f" = {batch} on each of {ranks} ranks, {engine}; what follows is one rank's" if ranks > 1 else ""),
         f"loading    {cost.loading / GB:.2f} GB",
         f"training   {cost.training / GB:.2f} GB = {cost.weights / GB:.2f} weights + {cost.optimizer / GB:.2f} Adam, "
         f"average + {cost.step / GB:.2f} the step's own; {cost.sample / GB:.4f} for one more sample",
@@ -72,9 +84,12 @@ def report(cfg: DictConfig, cost: Estimate, args: argparse.Namespace) -> tuple[l
         left = memory * USABLE * GB - cost.serving - cost.training
         largest = batch + int(left // max(1, cost.sample))
         fits = largest >= batch
-        lines.append(f"largest    batch {max(0, largest)} beside the policy server on one device")
+        lines.append(
+            f"largest    batch {max(0, largest * ranks)} beside the policy server on one device"
+            + (f", {max(0, largest)} a rank; the server is beside rank 0 alone" if ranks > 1 else "")
+        )
         if not fits:
-            advice = "lower it, train=expert or checkpointing=true"
+            advice = "lower it, train=expert, checkpointing=true" + ("" if engine == "fsdp2" else " or launch=fsdp2")
             lines.append(f"           trainer.batch_size={batch} does NOT fit: {advice}")
     flops, serve = cost.train_flops * batch, cost.serve_flops
     lines.append(

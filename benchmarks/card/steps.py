@@ -25,7 +25,7 @@ from card.count import Counts
 from card.fake import DEVICE, FakeCard
 from flowserl_cli.compose import load_config
 from serl_launcher.agents.steering import add_steering
-from serl_launcher.learner import wiring
+from serl_launcher.learner import engines, wiring
 from serl_launcher.policies.base import FlowPolicy
 from serl_launcher.policies.precision import hold
 from serl_launcher.replay.learning import LearningBatch
@@ -100,7 +100,7 @@ def an_accelerator() -> Iterator[None]:
         return accelerator
 
     try:
-        with patch.object(wiring, "Accelerator", made):
+        with patch.object(engines, "Accelerator", made):
             yield
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -109,13 +109,13 @@ def an_accelerator() -> Iterator[None]:
 @contextmanager
 def watching(learner: Any, look: Callable[[], None]) -> Iterator[None]:
     """Call `look` between forward and backward pass."""
-    backward = learner._accelerator.backward
+    backward = learner._engine.backward
 
     def looked(*given: Any, **further: Any) -> Any:
         look()
         return backward(*given, **further)
 
-    with patch.object(learner._accelerator, "backward", looked):
+    with patch.object(learner._engine, "backward", looked):
         yield
 
 

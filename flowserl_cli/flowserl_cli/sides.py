@@ -44,17 +44,19 @@ class Stopper:
 class Side:
     """The process of one side, `actor` or `learner`: started, watched, started again when it crashes.
 
-    root: the checkout. prefixed: its lines get `[name]` in front; otherwise our terminal is its own: it writes there,
-    and the actor reads its keys (e-stop, operator, verdict).
+    label: what its lines begin with; None: its side. root: the checkout. prefixed: its lines get `[label]` in front;
+    otherwise our terminal is its own: it writes there, and the actor reads its keys (e-stop, operator, verdict).
     """
 
-    def __init__(self, name: str, overrides: Sequence[str], root: Path, prefixed: bool) -> None:
+    def __init__(
+        self, name: str, overrides: Sequence[str], root: Path, prefixed: bool, label: str | None = None
+    ) -> None:
         argv = (sys.executable, str(root / "examples" / "train_rlpd.py"), f"{name}=true", *overrides)
         # It gets SIGTERM when we die, however we die, and then ends in an orderly way by itself.
         env = {"PYTHONUNBUFFERED": "1"}
-        self.name = name
+        self.name, self.label = name, label or name
         self.final: int | None = None  # its exit code once it is over for good
-        self._process = Process(ProcessSpec(name, argv, env, grace_s=GRACE_S[name], orphan_signal=signal.SIGTERM))
+        self._process = Process(ProcessSpec(self.label, argv, env, grace_s=GRACE_S[name], orphan_signal=signal.SIGTERM))
         self._budget = RestartBudget()
         self._prefixed = prefixed
         self._pump: threading.Thread | None = None
@@ -73,7 +75,7 @@ class Side:
         stdout = subprocess.PIPE if self._prefixed else None
         process = self._process.start(stdout, None if keys else subprocess.DEVNULL)
         if self._prefixed:
-            self._pump = threading.Thread(target=pump, args=(process.stdout, self.name), daemon=True)
+            self._pump = threading.Thread(target=pump, args=(process.stdout, self.label), daemon=True)
             self._pump.start()
 
     def tick(self) -> int | None:
@@ -91,7 +93,7 @@ class Side:
                     termios.tcsetattr(0, termios.TCSADRAIN, self._terminal)
             self._after(death)
         elif self._leave_by is not None and time.monotonic() >= self._leave_by:
-            say(self.name, f"the {self.name} does not end; killing it")
+            say(self.label, f"the {self.name} does not end; killing it")
             self.stop()
         self._tell_stopped()
         return self.final
@@ -112,10 +114,10 @@ class Side:
             return
         wait_s = self._budget.wait_s(death.lived_s) if self._worked else self._budget.died(death)
         if wait_s is None:
-            say(self.name, f"the {self.name} keeps dying ({death.cause}); giving up")
+            say(self.label, f"the {self.name} keeps dying ({death.cause}); giving up")
             self.final = USER_MISTAKE if death.code == USER_MISTAKE else GAVE_UP
             return
-        say(self.name, f"the {self.name} ended ({death.cause}); starting it again in {wait_s:g} s")
+        say(self.label, f"the {self.name} ended ({death.cause}); starting it again in {wait_s:g} s")
         self._restart_at = time.monotonic() + wait_s
 
     def _tell_stopped(self) -> None:
@@ -123,7 +125,7 @@ class Side:
         pid = self._process.pid
         stopped = pid is not None and is_stopped(pid)
         if stopped and not self._stopped:
-            say(self.name, f"the {self.name} is stopped (SIGSTOP); it goes on after: kill -CONT {pid}")
+            say(self.label, f"the {self.name} is stopped (SIGSTOP); it goes on after: kill -CONT {pid}")
         self._stopped = stopped
 
     def pass_on(self, signum: signal.Signals) -> None:

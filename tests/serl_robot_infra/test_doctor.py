@@ -67,7 +67,9 @@ def test_keys_that_others_can_read_are_a_failure_with_the_chmod(report, tmp_path
     report.findings.clear()
     check_keys(report, str(folder), "robot-1", True)
     assert [f"chmod 600 {folder}/robot-1.secret" in finding.fix for finding in report.of(FAILURE)].count(True) == 1
-    assert any("expected role actor or operator, got 'pilot'" in finding.says for finding in report.of(FAILURE))
+    assert any(
+        "expected role actor, operator or follower, got 'pilot'" in finding.says for finding in report.of(FAILURE)
+    )
     assert "days old" in only(report, WARNING).says
 
 

@@ -157,7 +157,9 @@ def test_allow_lists(tmp_path):
             entries = read_allow_list(path)
         except ValueError:
             continue
-        assert all(entry.role in ("actor", "operator") and len(entry.key) == 40 for entry in entries.values())
+        assert all(
+            entry.role in ("actor", "operator", "follower") and len(entry.key) == 40 for entry in entries.values()
+        )
 
 
 def test_openpi_messages():

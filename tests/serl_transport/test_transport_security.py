@@ -282,7 +282,7 @@ def test_an_allow_list_that_others_can_change_admits_nobody(keys, place, caplog)
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("admin bob {key}", "line 1: expected role actor or operator, got 'admin'"),
+        ("admin bob {key}", "line 1: expected role actor, operator or follower, got 'admin'"),
         ("actor bob", "got 2 words"),
         ("actor bob {key}\nactor eve {key}", "line 2: this key is listed already, as 'bob'"),
         ("actor bob " + "x" * 39, "got 39 characters"),

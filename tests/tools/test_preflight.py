@@ -67,7 +67,7 @@ def test_checkpointed_layers_are_counted_in_bf16():
 def test_a_batch_that_does_not_fit_is_told(capsys):
     assert main(["policy=pi0_tiny", "--gpu-gb", "1", "--tflops", "1"]) == 0
     out = capsys.readouterr().out
-    assert "= 24 samples a step" in out
+    assert "batch      24 samples a step" in out
     assert "does NOT fit" not in out
     assert main(["policy=pi0_tiny", "--gpu-gb", "0.02"]) == 1
     assert "does NOT fit" in capsys.readouterr().out

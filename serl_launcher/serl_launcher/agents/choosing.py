@@ -1,6 +1,6 @@
 """Critics beside a flow policy that choose among its chunks: of n that share a prefix the one of most value is sent.
 
-agents.best_of_n trains them; the policy engine serves them as part of the policy (`served_chunks`), because
+agents.implicit_q trains them; the policy engine serves them as part of the policy (`served_chunks`), because
 `add_chooser` attaches them as the module `chooser`, so that they are published with the rest. Until its gate opens the
 first chunk is taken, and the policy is the plain flow. Source: IDQL (Hansen-Estruch et al., 2304.10573), whose implicit
 policy is this choice among the samples of a behaviour policy, here greedy.

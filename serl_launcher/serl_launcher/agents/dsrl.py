@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from serl_launcher.agents import shares
 from serl_launcher.agents.base import ParameterGroup, feature_dim
 from serl_launcher.agents.encoded import Encoded, Memory
 from serl_launcher.agents.flow_matching import imitation_loss
@@ -126,7 +127,7 @@ class DSRLAgent(ValueAgent):
 
     def draw(self, b: int, rows: int, device: torch.device) -> Tensor:
         """Standard normal float32[b, rows, ad]."""
-        return torch.randn(b, rows, self.policy.action_dim, device=device)
+        return shares.normal((b, rows, self.policy.action_dim), device)
 
     @torch.no_grad()
     def act(self, prefix: Prefix, noise: Tensor) -> Tensor:
@@ -155,7 +156,9 @@ class DSRLAgent(ValueAgent):
         """Noises to distil at: `prior_share` of them from N(0, I) within the bound, the others from π_w."""
         b, bound = len(features), self.steering.bound
         epsilon = self.draw(b, self.steering.rows, features.device)
-        from_prior = torch.arange(b, device=features.device) < round(b * self.settings.prior_share)
+        rows = shares.rows_of_all(b)
+        place = shares.mine(torch.arange(rows, device=features.device))
+        from_prior = place < round(rows * self.settings.prior_share)
         own = self.steering.draw(features, epsilon).w
         return torch.where(from_prior[:, None, None], epsilon.clamp(-bound, bound), own)
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from serl_launcher.agents import shares
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -39,7 +41,7 @@ class Encoded:
 
 
 class Memory:
-    """The newest `size` encoded transitions."""
+    """The newest `size` encoded transitions, of all ranks: each holds them all, and draws its share of a batch."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -49,13 +51,14 @@ class Memory:
         return 0 if self._rows is None else len(self._rows)
 
     def add(self, rows: Encoded) -> None:
-        """The oldest make room."""
+        """The oldest make room. rows: this rank's."""
+        rows = Encoded(*(shares.everyones(getattr(rows, f.name)) for f in fields(rows)))
         kept = rows if self._rows is None else self._rows.join(rows)
         self._rows = kept.take(slice(-self._size, None))
 
     def draw(self, n: int) -> "Encoded":
-        """n of them, with replacement."""
-        return self._rows.take(torch.randint(len(self), (n,), device=self._rows.features.device))
+        """n of them, with replacement, over all ranks: this rank's share. ValueError where it is no equal one."""
+        return self._rows.take(shares.mine(torch.randint(len(self), (n,), device=self._rows.features.device)))
 
     def clear(self) -> None:
         """Forget everything."""

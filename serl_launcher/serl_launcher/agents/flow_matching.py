@@ -4,14 +4,15 @@ The learner calls `forward(batch, step)`; what differs between the two algorithm
 the view, not the loss. All flow times are supervised (Hi-ORS, arXiv 2510.26406, section on intermediate steps).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from serl_launcher.agents import shares
 from serl_launcher.agents.base import ParameterGroup
 from serl_launcher.agents.observations import observation, on_device
-from serl_launcher.policies.base import FlowPolicy, flow_loss, for_samples, sample_times, trainable
+from serl_launcher.policies.base import FlowPolicy, Prefix, flow_loss, for_samples, trainable
 from serl_launcher.policies.transfer import to_device
 from serl_launcher.replay.views import ChunkBatch
 from serl_transport.contract.specs import TaskSpec
@@ -64,16 +65,22 @@ class FlowMatchingAgent(nn.Module):
         return {}
 
 
-def imitation_loss(policy: FlowPolicy, batch: ChunkBatch, noise_samples: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The flow-matching loss of a batch of accepted chunks, a scalar with gradient, and metrics."""
+def imitation_loss(
+    policy: FlowPolicy, batch: ChunkBatch, noise_samples: int, weigh: Callable[[Prefix], Tensor] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The flow-matching loss of a batch of accepted chunks, a scalar with gradient, and metrics.
+
+    weigh: a further weight of each chunk, float32[b], from its prefix, whose features may be asked for.
+    """
     k, b = noise_samples, len(batch)
-    prefix = policy.encode(observation(batch), features=False)
+    prefix = policy.encode(observation(batch), features=weigh is not None)
     device = prefix.state.device
     chunk = policy.normalise_actions(to_device(batch.action, device), prefix.anchor).repeat_interleave(k, 0)
-    prefix = for_samples(policy, prefix, k)
+    encoded, prefix = prefix, for_samples(policy, prefix, k)
     is_pad = to_device(batch.is_pad, device).repeat_interleave(k, 0)
-    weight = to_device(batch.weight, device).repeat_interleave(k, 0)
-    noise, t = torch.randn_like(chunk), sample_times(b * k, device=device)
+    weight = to_device(batch.weight, device)
+    weight = (weight if weigh is None else weight * weigh(encoded)).repeat_interleave(k, 0)
+    noise, t = shares.normal(chunk.shape, device), shares.times(b * k, device)
     per_sample = flow_loss(policy, prefix, chunk, is_pad, weight, noise, t)
     demo = to_device(batch.demo, device).repeat_interleave(k, 0)
     metrics = {

@@ -6,6 +6,8 @@ float32[b], of actions that the actor drew; α is a scalar.
 
 from torch import Tensor
 
+from serl_launcher.agents.shares import mean_of_all
+
 
 def soft_actor_loss(log_prob: Tensor, q: Tensor, alpha: Tensor) -> Tensor:
     """E[ α log π − Q ], a scalar; α gets no gradient (Haarnoja et al., 1801.01290)."""
@@ -14,7 +16,7 @@ def soft_actor_loss(log_prob: Tensor, q: Tensor, alpha: Tensor) -> Tensor:
 
 def mean_size(q: Tensor) -> Tensor:
     """|Q|, the batch's mean size as a scalar without gradient: α and λ then mean the same on every task (TD3+BC)."""
-    return q.detach().abs().mean().clamp(min=1e-6)
+    return mean_of_all(q.detach().abs().mean()).clamp(min=1e-6)
 
 
 def behaviour_loss(chunk: Tensor, reference: Tensor) -> Tensor:

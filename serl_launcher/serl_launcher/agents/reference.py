@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix, trainable
+from serl_launcher.policies.sharding import together, whole_copy
 
 
 class Reference:
-    """Copies of the trainable parameters; what is frozen is shared with the policy. Nothing here has a gradient."""
+    """Copies of the trainable parameters, whole on every rank; what is frozen is shared with the policy. Nothing here
+    has a gradient."""
 
     def __init__(self, policy: FlowPolicy) -> None:
         self._policy = policy
@@ -20,7 +22,7 @@ class Reference:
 
     def take(self) -> None:
         """This is the moment."""
-        self.tensors = {name: p.detach().clone() for name, p in trainable(self._policy).items()}
+        self.tensors = {name: whole_copy(p) for name, p in trainable(self._policy).items()}
 
     def convert(self, function: Callable[[Tensor], Tensor]) -> None:
         """Move or cast the copies as `nn.Module._apply` does."""
@@ -43,7 +45,8 @@ class Reference:
 
     def _call(self, method: str, *args: Any) -> Any:
         tensors = {f"policy.{name}": p for name, p in self.tensors.items()}
-        return functional_call(_Method(self._policy, method), tensors, args)
+        with together(self._policy):  # or the layers would bring their own values back
+            return functional_call(_Method(self._policy, method), tensors, args)
 
 
 class _Method(nn.Module):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from serl_launcher.agents import shares
 from serl_launcher.agents.base import ParameterGroup, feature_dim
 from serl_launcher.agents.flow_matching import imitation_loss
 from serl_launcher.agents.flow_path import FlowPath, NoiseScale, path_entropy, sample_path
@@ -168,7 +169,7 @@ class SACAgent(ValueAgent):
             path = self.path(prefix, *self.draw(b * m, prefix), self.noise_scale(wide))
             chunk = self.executed(path.chunk, anchor)
             low, high = self._limits(anchor)
-            random = low + (high - low) * torch.rand_like(chunk)
+            random = low + (high - low) * shares.uniform(chunk.shape, device)
         by_policy, by_chance = (self.critic(wide, c).view(-1, b, m) for c in (chunk, random))
         return cal_ql(q, by_policy, by_chance, to_device(batch.return_to_go, device))
 
@@ -211,7 +212,7 @@ class SACAgent(ValueAgent):
         """x_0 float32[b, ah, ad] and the noise of the steps float32[K, b, ah, ad]."""
         shape = (b, self.policy.action_horizon, self.policy.action_dim)
         device = prefix.state.device
-        return torch.randn(shape, device=device), torch.randn((self.settings.flow_steps, *shape), device=device)
+        return shares.normal(shape, device), shares.normal((self.settings.flow_steps, *shape), device, axis=1)
 
     def path(self, prefix: Prefix, noise: Tensor, step_noise: Tensor, log_std: Tensor) -> FlowPath:
         """The actor's stochastic path from this noise, whose rows may be several for each of the prefix's."""

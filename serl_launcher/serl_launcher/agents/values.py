@@ -1,6 +1,6 @@
 """What the agents that learn values share: the settings, an ensemble of critics with its target, and the backup.
 
-agents.best_of_n, agents.sac and agents.dsrl extend `ValueSettings` and `ValueAgent`, the last two by a temperature
+agents.implicit_q, agents.sac and agents.dsrl extend `ValueSettings` and `ValueAgent`, the last two by a temperature
 (`EntropySettings`); batches are of replay.learning.
 """
 

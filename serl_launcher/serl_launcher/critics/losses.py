@@ -27,6 +27,15 @@ def td_loss(q: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (q - target.detach()).square().mean()
 
 
+def expectile_loss(value: Tensor, target: Tensor, expectile: float) -> Tensor:
+    """½ |τ − 1(y < V)| (y − V)², mean over the batch (IQL, Kostrikov et al., 2110.06169): a scalar.
+
+    value: float32[b]; target: y, float32[b] without gradient; expectile: τ.
+    """
+    above = target.detach() - value
+    return 0.5 * (torch.where(above < 0, 1 - expectile, expectile) * above.square()).mean()
+
+
 def cal_ql(q_data: Tensor, q_policy: Tensor, q_random: Tensor, return_to_go: Tensor) -> Tensor:
     """Calibrated conservative term (Nakamoto et al., 2303.05479): push values of unseen actions down, not below V^μ.
 

@@ -3,7 +3,7 @@
     5588 actors ─▶ data ─▶ Ingest          ipc roles ─▶ progress ─▶ TrainerProgress
                    infer ─▶ InferForwarder              serving, infer_reply ─▶ InferForwarder
                    heartbeat ◀─ Troubles ◀───────────── troubles (of the supervisor)
-                   request ─▶ next_episode | status | params | what operators ask (operating.py)
+                   request ─▶ next_episode | status | params | follow (feed.py) | what operators ask (operating.py)
     5589 ◀─ notify: params version, stage, stop
 
 One thread owns all of it; the journal's thread only writes and posts back. Nothing here waits for a disk or a peer.
@@ -17,6 +17,7 @@ from typing import Any
 
 from serl_launcher.gateway.actors import Actors
 from serl_launcher.gateway.ending import Ending
+from serl_launcher.gateway.feed import Feed
 from serl_launcher.gateway.forward import InferForwarder
 from serl_launcher.gateway.hands import Hands
 from serl_launcher.gateway.ingest import Ingest
@@ -43,7 +44,7 @@ from serl_transport.config import TrainerConfig
 from serl_transport.connection.router import Peer
 from serl_transport.contract.bounds import INT32, shown
 from serl_transport.contract.errors import BadFrame, Unauthorized, UnknownKind, WireError
-from serl_transport.security.allow_list import OPERATOR_REQUESTS
+from serl_transport.security.allow_list import FOLLOW, OPERATOR_REQUESTS
 from serl_transport.server import TrainerServer
 from serl_transport.wire.codec import Frames, pack
 from serl_transport.wire.envelope import Envelope
@@ -100,6 +101,7 @@ class Gateway:
         self.ingest = Ingest(settings, paths, self.actors, self.journalled, reader, server.call_soon, seal)
         self.troubles = Troubles(self.ingest, self.progress)
         self.views, self.hands = Views(), Hands(server.reply, server.loop.call_later, self.operator.note)
+        self.feed = Feed(paths, settings.run, settings.config, server.reply)
         self._restore_tickets()
         self._roles = server.add_router(internal_endpoint(paths.root))
         self.forwarder = InferForwarder(self._roles)
@@ -146,6 +148,7 @@ class Gateway:
         try:
             self.server.start()
         finally:
+            self.feed.close()
             self.ingest.close()
             self.journalled.hang_up()
             self.server.loop.finish()  # what the journal took last is in the ledger, too
@@ -176,6 +179,7 @@ class Gateway:
             "serving": self.forwarder.to_status(),
             "actors": self.actors.to_status(self.params.times),
             "exporter": self._exported,
+            "followers": self.feed.to_status(),
             "troubles": self._troubles(),
         }
 
@@ -196,13 +200,15 @@ class Gateway:
         self.actors.seen(peer.actor_id)
         if envelope.target == "next_episode":
             if peer.role != "actor":
-                raise Unauthorized(f"next_episode: this connection said hello as an {peer.role}'s, not an actor's")
+                raise Unauthorized(f"next_episode: this connection said hello with role {peer.role}, not as an actor's")
             return self.next_episode(peer.actor_id, peer.boot_id, body)
         if envelope.target == "leave" and peer.role == "actor":
             self.actors.leaves(peer.actor_id, peer.boot_id, body.get("reason"))
             return {}
         if envelope.target in ("live", "hands") and peer.role == "actor":
             return self._from_actor(peer, envelope, body)
+        if envelope.target == FOLLOW:
+            return self._follow(peer, envelope, body)
         if envelope.target == "drive":
             return self.hands.drive(peer.actor_id, body)
         if envelope.target == "status":
@@ -216,7 +222,8 @@ class Gateway:
             # Who may is the allow-list's business (without keys: whoever reaches the port).
             self.operating.take(envelope.target, body, peer.actor_id, partial(self._acted, envelope.token))
             return None
-        known = ["next_episode", "status", "params", "acts", "leave", "live", "hands", *sorted(OPERATOR_REQUESTS)]
+        known = ["next_episode", "status", "params", "acts", "leave", "live", "hands", FOLLOW]
+        known += sorted(OPERATOR_REQUESTS)
         raise UnknownKind(f"no request {envelope.target!r}; the requests are {', '.join(known)}")
 
     def _from_actor(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any] | None:
@@ -224,6 +231,11 @@ class Gateway:
         if envelope.target == "live":
             return self.views.take(peer.actor_id, body)
         return self.hands.poll(peer.actor_id, envelope.token, body)
+
+    def _follow(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> None:
+        if peer.role != "follower":
+            raise Unauthorized(f"{FOLLOW}: expected a follower's connection, this one said hello with role {peer.role}")
+        self.feed.ask(peer, envelope.token, body)
 
     def _give_views(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
         return self.views.give(peer, envelope, body) | {"hands": self.hands.to_view()}
@@ -247,7 +259,8 @@ class Gateway:
     def _troubles(self) -> dict[str, str]:
         serving = self.forwarder.to_status().get("trouble")
         told = {"serving": serving} if serving else {}
-        return self.troubles.current() | self.operator.troubles() | self.params.troubles() | told
+        others = self.operator.troubles() | self.params.troubles() | self.feed.troubles()
+        return self.troubles.current() | others | told
 
     @property
     def done(self) -> bool:

@@ -15,8 +15,9 @@ from serl_launcher.gateway.settings import GatewaySettings
 from serl_launcher.replay.assembler import ClosedEpisode
 from serl_launcher.replay.entries import DataEntry, Entry
 from serl_launcher.replay.episodes import EpisodeStream
+from serl_launcher.replay.filling import fill
 from serl_launcher.replay.journal import JournalCorrupt, JournalReader, how_to_recover
-from serl_launcher.replay.ring import RingError, RingWriter
+from serl_launcher.replay.ring import RingWriter
 from serl_launcher.run.paths import RunPaths
 from serl_transport.connection.router import Reply
 from serl_transport.contract.errors import Refused, WireError
@@ -131,11 +132,6 @@ class Journalled:
         """
         episode = closed.build()
         row = LedgerRow.of(closed, episode)
-        if row.is_experience:
-            info, success = episode.info, episode.outcome.success
-            try:
-                self.ring.append(closed.ordinal, row.mode, success, episode.arrays, info.prompt, info.episode_id)
-            except RingError as error:
-                log.error("episode %s is recorded but cannot be trained on: %s", row.episode_id, error)
+        fill(self.ring, closed, episode)
         self.ledger.add(row)
         return row

@@ -17,10 +17,11 @@ import numpy as np
 
 from serl_launcher.gateway.tickets import Scope, ScopeCounts
 from serl_launcher.replay.assembler import ClosedEpisode
+from serl_launcher.replay.filling import is_experience
 from serl_launcher.run.files import seal, unseal, write_whole
 from serl_launcher.telemetry.statistics import wilson
 from serl_transport.contract.errors import Refused
-from serl_transport.contract.schema import DISCARD, Episode
+from serl_transport.contract.schema import Episode
 
 WINDOW = 40  # online episodes that the rates look back on
 ADHOC = "adhoc_"
@@ -86,7 +87,7 @@ class LedgerRow:
     @property
     def is_experience(self) -> bool:
         """May anything be learned from it? Not from evaluations, nor from what a person threw away."""
-        return self.mode != "eval" and self.truncated_by != DISCARD
+        return is_experience(self.mode, self.truncated_by)
 
     def to_json(self) -> str:
         """One line of episodes.jsonl."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from serl_launcher.learner.ahead import Ahead
+from serl_launcher.learner.augment import Augment
 from serl_launcher.replay.learning import LearningBatch
 from serl_launcher.replay.ring import RingError, RingReader
 from serl_launcher.replay.verdicts import VerdictLedger
@@ -21,7 +22,8 @@ class TrainingData:
     and the generator stands where the last batch that was taken left it, which is what a checkpoint keeps.
 
     verdicts: which episodes the view accepted. rng: draws the batches. min_accepted: online episodes that must be
-    accepted before an online stage trains. prepare: of the learner, made on its device.
+    accepted before an online stage trains. prepare: of the learner, made on its device. augment: what changes the
+    pictures before, None for nothing.
     """
 
     def __init__(
@@ -32,10 +34,12 @@ class TrainingData:
         min_accepted: int,
         prepare: Callable[[Any], Any],
         device: torch.device,
+        augment: Augment | None = None,
     ) -> None:
         self._view, self._verdicts, self._rng, self.min_accepted = view, verdicts, rng, min_accepted
         self._ring: str | None = None
         self._prepare, self._ahead = prepare, Ahead(self._draw, device)
+        self._augment, self._device = augment, device
 
     @property
     def accepted(self) -> int:
@@ -87,7 +91,10 @@ class TrainingData:
     def _draw(self, size: int) -> tuple[ChunkBatch | LearningBatch, Mapping[str, Any]]:
         """A batch, and where the generator stands after it."""
         rng = copy.deepcopy(self._rng)
-        return self._prepare(self._view.sample(rng, size)), rng.bit_generator.state
+        batch = self._view.sample(rng, size)
+        if self._augment is not None:
+            batch = self._augment(batch, rng, self._device)
+        return self._prepare(batch), rng.bit_generator.state
 
     def close(self) -> None:
         """No more batches."""

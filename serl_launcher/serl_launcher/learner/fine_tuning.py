@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from serl_launcher.learner.ahead import Ahead
+from serl_launcher.learner.augment import Augment
 from serl_launcher.learner.disk import DiskWait
 from serl_launcher.learner.held_out import HeldOut
 from serl_launcher.learner.learner import Learner
@@ -123,6 +124,7 @@ class FineTuning:
         *,
         seed: int,
         overfit: Overfit | None = None,
+        augment: Augment | None = None,
     ) -> None:
         self._learner, self._held_out, self._progress = learner, held_out, progress
         self._publisher, self._checkpoints, self.best, self._step_log = publisher, checkpoints, best, step_log
@@ -133,6 +135,7 @@ class FineTuning:
         self._stopping = False
         first = self.taken * settings.accumulate
         order = ShuffledRows(rows, settings.batch_size, seed, first, settings.steps * settings.accumulate)
+        self._augment, self._first = augment, first
         self._batches = partial(batches, chunks, order, worker_count(settings.workers))
 
     @property
@@ -157,7 +160,7 @@ class FineTuning:
         if self.overfit and self.taken:  # it may be learned already
             self._judge(self._held_out.measure(self._learner))
         with closing(self._batches()) as source:  # its processes end here: at an exit they would be waited for
-            part = partial(self._prepared, source)
+            part = partial(self._prepared, enumerate(source, self._first))
             with closing(Ahead(part, self._learner.device)) as ahead:
                 while not self.finished and not self._stopping:
                     self._turn(ahead)
@@ -166,9 +169,15 @@ class FineTuning:
         self._step_log.close()
         self._publisher.check_frozen()
 
-    def _prepared(self, source: Iterator[ChunkBatch]) -> list[ChunkBatch]:
-        """The batches of a step."""
-        return [self._learner.prepare(next(source)) for _ in range(self._settings.accumulate)]
+    def _prepared(self, source: Iterator[tuple[int, ChunkBatch]]) -> list[ChunkBatch]:
+        """The batches of a step, of (number, batch) one after another."""
+        return [self._learner.prepare(self._changed(*next(source))) for _ in range(self._settings.accumulate)]
+
+    def _changed(self, number: int, batch: ChunkBatch) -> ChunkBatch:
+        """With its pictures as this batch has them, however often training was cut before."""
+        if self._augment is None:
+            return batch
+        return self._augment(batch, np.random.default_rng((self._seed, number)), self._learner.device)
 
     def _turn(self, ahead: Ahead) -> None:
         began = time.perf_counter()

@@ -153,7 +153,7 @@ class RollbackGuard:
 
     def _bring_back(self, kept: Path) -> None:
         tensors, _ = read_tensors(kept)  # perhaps of another algorithm, with parts unknown to this one
-        mine = {name: name for name in tensors if name in self._learner.averaged}
+        mine = {name: name for name in tensors if name in self._learner.names}
         self._learner.start_from(Renamed(tensors, mine))
         self._publisher.publish()
 

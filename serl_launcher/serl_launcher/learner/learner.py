@@ -2,6 +2,10 @@
 
 The trainer (learner.trainer) calls `step` with a batch and reads `averaged` when it publishes. The agent only returns
 losses, one a parameter group (agents.base); everything that persists between steps is here.
+
+Of several ranks each has a learner, which is given its share of every batch: the rows of rank 0 first, then those of
+rank 1, all shares of one size. What an engine (learner.engines) holds in parts, `averaged`, `tensors` and
+`optimizer_state` put together: every rank asks for them at the same place, and only rank 0 gets them.
 """
 
 import math
@@ -16,7 +20,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from serl_launcher.agents.base import Agent, Limit, ParameterGroup, follow
+from serl_launcher.agents.shares import sharing
 from serl_launcher.learner.checkpoint import RAW
+from serl_launcher.learner.engines import Engine, Part
 from serl_launcher.learner.optimizers import for_device, move
 from serl_launcher.policies.kernels import pin_kernels
 from serl_launcher.run.parameters import AVERAGED, Renamed, describe_mismatch
@@ -47,7 +53,8 @@ class Schedule:
 class Learner:
     """Trains an agent; `averaged` is the exponential moving average that is served.
 
-    optimizer: makes the optimizer of every group that `optimizers` does not name.
+    optimizer: makes the optimizer of every group that `optimizers` does not name. engine: how several ranks hold the
+    agent; None: this one alone.
     """
 
     def __init__(
@@ -59,27 +66,43 @@ class Learner:
         max_grad_norm: float,
         ema_decay: float,
         optimizers: Mapping[str, OptimizerFactory] | None = None,
+        engine: Engine | None = None,
     ) -> None:
         device = accelerator.device
         pin_kernels(device)
         optimizer = for_device(optimizer, device)
         optimizers = {name: for_device(factory, device) for name, factory in (optimizers or {}).items()}
-        self.agent = agent
-        self._accelerator = accelerator
-        self._groups = agent.groups()
-        unknown = [name for name in optimizers if name not in self._groups]
+        self.agent, self._engine = agent, engine or Engine(accelerator)
+        groups = agent.groups()
+        unknown = [name for name in optimizers if name not in groups]
         if unknown:
-            raise ValueError(f"algo.optimizers: expected groups of {', '.join(self._groups)}, got {', '.join(unknown)}")
-        built = {name: optimizers.get(name, optimizer)(group.tensors.values()) for name, group in self._groups.items()}
-        self._base_lr = {name: [g["lr"] for g in opt.param_groups] for name, opt in built.items()}
-        self._prepared, *prepared = accelerator.prepare(agent, *built.values())
-        self._optimizers = dict(zip(built, prepared, strict=True))
-        self._state = agent.trainable_state()
+            raise ValueError(f"algo.optimizers: expected groups of {', '.join(groups)}, got {', '.join(unknown)}")
+        self._hold(optimizer, optimizers)
+        self._base_lr = {name: [g["lr"] for g in opt.param_groups] for name, opt in self._optimizers.items()}
         self._limits: Mapping[str, Limit] = getattr(agent, "limits", {})
         self._max_grad_norm, self._ema_decay = max_grad_norm, ema_decay
-        self.averaged = {name: p.detach().clone() for name, p in self._state.items()}
+        self._averaged = {name: part.share.detach().clone() for name, part in self._state.items()}
         self.step_count = 0
         self._average_age = 0
+
+    def _hold(self, optimizer: OptimizerFactory, optimizers: Mapping[str, OptimizerFactory]) -> None:
+        """Give the agent to the engine, and what this rank has of each group to the group's optimizer."""
+        agent, engine = self.agent, self._engine
+        trained = [p for group in agent.groups().values() for p in group.tensors.values()]
+        engine.hold(agent, {id(p): p for p in [*agent.trainable_state().values(), *trained]}.values())
+        self._groups, parts = agent.groups(), {}  # what is held in parts is another parameter now
+
+        def part(p: nn.Parameter) -> Part:
+            return parts.setdefault(id(p), engine.part(p))
+
+        self._parts = {name: {n: part(p) for n, p in group.tensors.items()} for name, group in self._groups.items()}
+        self._state = {name: part(p) for name, p in agent.trainable_state().items()}
+        self._optimizers = {
+            name: optimizers.get(name, optimizer)([part.share for part in mine.values()])
+            for name, mine in self._parts.items()
+        }
+        for mine in self._optimizers.values():
+            engine.check(mine)
 
     def begin_stage(self, mode: str) -> None:
         """Let the average forget faster for a while: the loss landscape of a new stage differs."""
@@ -95,14 +118,15 @@ class Learner:
         Nothing but counters has changed then: neither parameters nor optimizers, average or targets. The host, which
         reads nothing back here, learns of it from the metric REFUSED (`fault`).
         """
-        for optimizer in self._optimizers.values():
-            optimizer.zero_grad()
-        losses, metrics = _mean([self._backward(part, share) for part, share in _parts(batch)])
-        norms = {
-            name: self._accelerator.clip_grad_norm_(self._groups[name].tensors.values(), self._max_grad_norm)
-            for name in losses
-        }
-        taken = self._taken([*losses.values(), *norms.values()], metrics)
+        engine = self._engine
+        engine.clear(part for mine in self._parts.values() for part in mine.values())
+        with sharing(engine.rank, engine.ranks):
+            losses, metrics = _mean([self._backward(part, share) for part, share in _parts(batch)])
+        moved = {name: list(self._parts[name].values()) for name in losses}
+        engine.average([part for mine in moved.values() for part in mine])
+        norms = {name: engine.clip(mine, self._max_grad_norm) for name, mine in moved.items()}
+        losses, metrics = engine.of_all(losses, ()), engine.of_all(metrics, self._largest(metrics))
+        taken = engine.agreed(self._taken([*losses.values(), *norms.values()], metrics))
         for name in losses:
             self._set_rate(name, self._groups[name], lr_scale)
             move(self._optimizers[name], taken)
@@ -114,6 +138,10 @@ class Learner:
         largest = self._gathered(norms.values()).max()
         rate = {"optim/lr": self._base_lr[first][0] * lr_scale}
         return {**metrics, **by_group, "optim/grad_norm": largest, **rate, REFUSED: 1 - taken}
+
+    def _largest(self, metrics: Iterable[str]) -> set[str]:
+        """Metrics whose value for the batch is the largest of its shares: what a limit bounds, and what says so."""
+        return {name for name in metrics if name in self._limits or name.endswith("_max")}
 
     def fault(self, step: int, row: Mapping[str, float]) -> FloatingPointError | None:
         """Why the device refused this step, from its metrics as they were read back; None where it was taken."""
@@ -135,8 +163,8 @@ class Learner:
 
     def _backward(self, batch: Any, share: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses and metrics of a batch, whose gradients are added, times `share`, to those that are there."""
-        losses, metrics = self._prepared(batch, self.step_count)
-        self._accelerator.backward(reduce(torch.add, losses.values()) * share)
+        losses, metrics = self.agent(batch, self.step_count)
+        self._engine.backward(reduce(torch.add, losses.values()) * share)
         return {name: loss.detach() for name, loss in losses.items()}, metrics
 
     def _taken(self, finite: Iterable[Tensor], metrics: Mapping[str, Tensor]) -> Tensor:
@@ -149,43 +177,64 @@ class Learner:
 
     def _gathered(self, scalars: Iterable[Tensor]) -> Tensor:
         """Scalars in one tensor on the device; the norm of a group without gradients is on the host."""
-        return torch.stack([x.detach().float().to(self._accelerator.device) for x in scalars])
+        return torch.stack([x.detach().float().to(self.device) for x in scalars])
 
     @torch.no_grad()
     def _average(self, taken: Tensor) -> None:
         self._average_age += 1
         decay = min(self._ema_decay, (1 + self._average_age) / (10 + self._average_age))
-        follow(self.averaged.values(), self._state.values(), (1 - decay) * taken)
+        follow(self._averaged.values(), (part.share for part in self._state.values()), (1 - decay) * taken)
+
+    @property
+    def averaged(self) -> dict[str, Tensor]:
+        """The average, by the policy's names; where it is held in parts, put together: on the host of rank 0 alone."""
+        return self._together({name: (self._averaged[name], part) for name, part in self._state.items()})
+
+    @property
+    def names(self) -> set[str]:
+        """Of what `averaged` holds."""
+        return set(self._averaged)
 
     @contextmanager
     def averaged_in_place(self) -> Iterator[Agent]:
-        """The agent with the averaged parameters in place of the raw ones, which come back; nothing is copied."""
+        """The agent with the averaged parameters in place of the raw ones, which come back. Where they are held in
+        parts, every rank calls the agent together, as in a step."""
         self._exchange()
         try:
-            yield self.agent
+            with self._engine.calling(self.agent):
+                yield self.agent
         finally:
             self._exchange()
 
     def _exchange(self) -> None:
-        for name, p in self._state.items():
-            p.data, self.averaged[name] = self.averaged[name], p.data
+        for name, part in self._state.items():
+            self._averaged[name] = self._engine.exchange(part, self._averaged[name])
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold, under flat names: parameters, their average, targets and the like."""
-        raw = {f"{RAW}{name}": p.detach() for name, p in self._state.items()}
-        published = {id(p) for p in self._state.values()}
+        return self._together(self._held())
+
+    def _held(self) -> dict[str, tuple[Tensor, Part | None]]:
+        """What this rank has of `tensors`, and of which parameter it is a part; None: every rank has all of it."""
+        raw = {f"{RAW}{name}": (part.share.detach(), part) for name, part in self._state.items()}
+        average = {f"{AVERAGED}{name}": (self._averaged[name], part) for name, part in self._state.items()}
+        published = set(map(id, self._state.values()))
         further = {
-            f"{group}.{name}": p.detach()
-            for group, members in self._groups.items()
-            for name, p in members.tensors.items()
-            if id(p) not in published
+            f"{group}.{name}": (part.share.detach(), part)
+            for group, members in self._parts.items()
+            for name, part in members.items()
+            if id(part) not in published
         }
-        auxiliary = {f"{AUXILIARY}{name}": p for name, p in self.agent.auxiliary_state().items()}
-        return raw | {f"{AVERAGED}{name}": p for name, p in self.averaged.items()} | further | auxiliary
+        auxiliary = {f"{AUXILIARY}{name}": (p, None) for name, p in self.agent.auxiliary_state().items()}
+        return raw | average | further | auxiliary
+
+    def _together(self, held: Mapping[str, tuple[Tensor, Part | None]]) -> dict[str, Tensor]:
+        whole = ((name, self._engine.whole(mine, part)) for name, (mine, part) in held.items())
+        return {name: tensor for name, tensor in whole if tensor is not None}
 
     @property
     def device(self) -> torch.device:
-        return self._accelerator.device
+        return self._engine.device
 
     @property
     def on_card(self) -> bool:
@@ -199,7 +248,19 @@ class Learner:
 
     def optimizer_state(self) -> dict[str, Any]:
         """State of every optimizer, by group."""
-        return {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
+        return {
+            name: self._each(name, optimizer.state_dict(), whole=True) for name, optimizer in self._optimizers.items()
+        }
+
+    def _each(self, group: str, state: dict[str, Any], whole: bool) -> dict[str, Any]:
+        """An optimizer's state with its tensors put together, or cut to what this rank holds."""
+        change = self._engine.whole if whole else self._engine.cut
+        parts = list(self._parts[group].values())
+        rows = {
+            k: {key: change(x, parts[k]) if isinstance(x, Tensor) and x.ndim else x for key, x in row.items()}
+            for k, row in state["state"].items()
+        }
+        return {**state, "state": rows}
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
         """Inverse of `optimizer_state`. Raises ValueError when the groups are others."""
@@ -214,17 +275,20 @@ class Learner:
             for row in state[name]["state"].values():  # step counts, which stay on the host: not in a mapped file
                 row |= {key: x.clone() for key, x in row.items() if isinstance(x, Tensor) and x.ndim == 0}
             optimizer.state.clear()  # or both would be there for a moment
-            optimizer.load_state_dict(state[name])
+            optimizer.load_state_dict(self._each(name, state[name], whole=False))
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Strict inverse of `tensors`. Raises ValueError naming what is missing, unknown or of another shape."""
-        mine = self.tensors()
-        problems = describe_mismatch(mine, tensors)
+        mine = self._held()
+        problems = describe_mismatch({name: _shaped(*held) for name, held in mine.items()}, tensors)
         if problems:
             raise ValueError("checkpoint does not fit this policy: " + "; ".join(problems))
-        for name, target in mine.items():
-            target.copy_(tensors[name])
+        for name, (target, part) in mine.items():
+            self._fill(target, part, tensors[name])
+
+    def _fill(self, target: Tensor, part: Part | None, whole: Tensor) -> None:
+        target.copy_(whole if part is None else self._engine.cut(whole, part))
 
     @torch.no_grad()
     def start_from(self, published: Mapping[str, Tensor]) -> None:
@@ -232,7 +296,7 @@ class Learner:
 
         What the agent adds to a plain policy (`added_to_policy`) may be absent and keeps its initial values.
         """
-        for mine in (self._state, self.averaged):
+        for mine in (self._raw(), self._averaged):
             self._take(mine, published, "checkpoint_path")
 
     @torch.no_grad()
@@ -241,25 +305,33 @@ class Learner:
 
         What an algorithm adds to a policy is left out. Raises ValueError as `load_tensors` does for the rest.
         """
-        for prefix, mine in ((RAW, self._state), (AVERAGED, self.averaged)):
+        for prefix, mine in ((RAW, self._raw()), (AVERAGED, self._averaged)):
             theirs = {n.removeprefix(prefix): n for n in tensors if n.startswith(prefix)}
             theirs = {short: n for short, n in theirs.items() if short in mine}
             self._take(mine, Renamed(tensors, theirs), "checkpoint")
+
+    def _raw(self) -> dict[str, Tensor]:
+        return {name: part.share for name, part in self._state.items()}
 
     def _take(self, mine: dict[str, Tensor], theirs: Mapping[str, Tensor], what: str) -> None:
         """Copy all of theirs; only what the agent adds to a plain policy may be missing. ValueError names `what`."""
         added = tuple(getattr(self.agent, "added_to_policy", ()))
         want = {n: p for n, p in mine.items() if n in theirs or not (added and n.startswith(added))}
-        if problems := describe_mismatch(want, theirs):
+        if problems := describe_mismatch({n: _shaped(p, self._state[n]) for n, p in want.items()}, theirs):
             raise ValueError(f"{what} does not fit this policy: " + "; ".join(problems))
         for name, p in want.items():
-            p.copy_(theirs[name])
+            self._fill(p, self._state[name], theirs[name])
 
     def counters(self) -> dict[str, int]:
         return {"step": self.step_count, "average_age": self._average_age}
 
     def load_counters(self, counters: dict[str, int]) -> None:
         self.step_count, self._average_age = counters["step"], counters["average_age"]
+
+
+def _shaped(held: Tensor, part: Part | None) -> Tensor:
+    """Something of the shape of the whole."""
+    return held if part is None or part.whole is None else torch.empty(part.whole, device="meta")
 
 
 def _parts(batch: Any) -> list[tuple[Any, float]]:

@@ -31,9 +31,8 @@ def move(optimizer: Any, taken: Tensor) -> None:
     Only fused Adam and AdamW are asked without the host waiting. Others cannot leave a step out by themselves (fused
     SGD would keep momentum that was never written).
     """
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-    if _is_adam(type(inner)) and all(group["fused"] for group in inner.param_groups):
-        inner.found_inf = 1 - taken
+    if _is_adam(type(optimizer)) and all(group["fused"] for group in optimizer.param_groups):
+        optimizer.found_inf = 1 - taken
         optimizer.step()
     elif taken:
         optimizer.step()

@@ -73,7 +73,7 @@ class Publisher:
         newest = newest_whole(self._folder)
         if newest is None or newest.version < self.version:
             return False
-        return tensor_names(self._folder / newest.file) == set(self._learner.averaged)
+        return tensor_names(self._folder / newest.file) == self._learner.names
 
     def check_frozen(self) -> None:
         """RuntimeError when training moved what is not published: the versions do not fit their base then."""

@@ -9,12 +9,13 @@ from functools import partial
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from serl_launcher.agents.build import build_agent, build_policy
+from serl_launcher.learner.augment import Augment
 from serl_launcher.learner.data import TrainingData
+from serl_launcher.learner.engines import make_accelerator, make_engine
 from serl_launcher.learner.faults import Faults
 from serl_launcher.learner.guard import EvaluationWatch, RollbackGuard, evaluation_goals
 from serl_launcher.learner.learner import Learner
@@ -55,7 +56,8 @@ def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient) -> 
     policy = build_policy(cfg, spec)
     learner = build_learner(cfg, policy, spec)
     make_view = partial(build_view, paths=paths, spec=spec, action_horizon=policy.action_horizon, words=words)
-    data = TrainingData(*make_view(cfg), rng, cfg.algo.min_accepted, learner.prepare, learner.device)
+    augment = Augment(**settings.augment)
+    data = TrainingData(*make_view(cfg), rng, cfg.algo.min_accepted, learner.prepare, learner.device, augment)
     stages = StageProgress(run.stages)
     publisher = Publisher(paths.params, learner, policy, name=cfg.policy.name, keep=settings.keep_params)
     checkpoints = TrainerCheckpoints(paths.checkpoints, learner, stages, publisher, rng, settings.keep_checkpoints)
@@ -103,7 +105,7 @@ def build_view(
 
 def build_learner(cfg: DictConfig, policy: FlowPolicy, spec: TaskSpec) -> Learner:
     """The agent of `algo` on `trainer.device`, with the optimizers that `trainer` and `algo` name."""
-    accelerator = Accelerator(cpu=cfg.trainer.device == "cpu")
+    accelerator = make_accelerator(cfg)
     optimizer = partial(instantiate, _partial_=True)
     return Learner(
         build_agent(cfg, policy, spec).to(accelerator.device),
@@ -112,4 +114,5 @@ def build_learner(cfg: DictConfig, policy: FlowPolicy, spec: TaskSpec) -> Learne
         max_grad_norm=cfg.trainer.max_grad_norm,
         ema_decay=cfg.trainer.ema_decay,
         optimizers={name: optimizer(row) for name, row in (cfg.algo.get("optimizers") or {}).items()},
+        engine=make_engine(cfg, accelerator),
     )

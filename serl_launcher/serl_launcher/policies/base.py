@@ -139,6 +139,14 @@ class FlowPolicy(nn.Module):
         """Use torch.compile for the layers: auto, on or off."""
         raise NotImplementedError
 
+    def layers(self) -> list[nn.Module]:
+        """Those that `compiling.run_layer` runs: training may hold them in parts (policies.sharding). Here: none."""
+        return []
+
+    def read_outside(self) -> list[nn.Parameter]:
+        """Parameters of `layers` that are read while their layer does not run."""
+        return []
+
     def encode(self, observation: PolicyInput, features: bool = True) -> Prefix:
         """Run the backbone once; without gradient when it is frozen. features: whether `features` will be asked."""
         tensors = self.prepare(observation) if observation.prepared is None else dict(observation.prepared)

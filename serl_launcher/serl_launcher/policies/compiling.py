@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from serl_launcher.policies.shapes_only import computed_again
 
 log = logging.getLogger("policy")
+RUN = "run_whole"  # attribute of a layer that is held in parts: calls a function of it with its parameters whole
 MODES = ("auto", "on", "off")
 MAX_FORMS = 64  # of inputs that a layer function is compiled for; what comes after them runs uncompiled
 COMPILER = ("torch._dynamo.", "torch._inductor.", "torch._functorch.", "triton.")  # modules whose errors are its own
@@ -37,8 +39,15 @@ def check_switch(key: str, value: Any) -> str:
     return mode
 
 
-def run_layer(checkpointing: bool, function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`; with `checkpointing` its activations are computed again in the backward pass."""
+def run_layer(checkpointing: bool, function: Callable[..., Any], layer: Any, *rest: Any) -> Any:
+    """`function(layer, *rest)`; with `checkpointing` its activations are computed again in the backward pass. A layer
+    that is held in parts (policies.sharding) is whole inside."""
+    held = getattr(layer, "__dict__", {}).get(RUN)
+    run = partial(_run, checkpointing, function)
+    return run(layer, *rest) if held is None else held(run, *rest)
+
+
+def _run(checkpointing: bool, function: Callable[..., Any], *arguments: Any) -> Any:
     if checkpointing and torch.is_grad_enabled():
         # The state of the generator is kept: dropout may be on, and the second pass must draw what the first drew.
         return checkpoint(function, *arguments, use_reentrant=False, context_fn=computed_again)

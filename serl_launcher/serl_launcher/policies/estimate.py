@@ -8,7 +8,7 @@ very code that will run (policies.shapes_only).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -47,6 +47,10 @@ class Estimate:
     answer: int  # activations of a full batch of questions
     train_flops: int  # of one sample in a training step
     serve_flops: int  # of one observation at `flow_steps`
+    gradients: int  # bytes, in `step`
+    kept: int  # of `step`, what the forward pass leaves to the backward pass
+    layer: int  # bytes of what trains in the largest layer that several ranks may hold in parts
+    loose: int  # the same, in no such layer
 
     @property
     def resting(self) -> int:
@@ -62,6 +66,26 @@ class Estimate:
     def serving(self) -> int:
         """Bytes of a policy server, at their highest; it casts what trains only once it is loaded."""
         return max(self.loading, BUFFERS + self.served + self.staged + self.answer)
+
+    def of_rank(self, engine: str, ranks: int) -> Estimate:
+        """What one of several ranks holds (learner.engines), where this is what a rank's share of the batch takes.
+
+        zero2 and fsdp2: of what trains, weights between two steps, gradients, optimizer and average are a rank's part.
+        In a step all of the weights are whole (zero2), or what is in no layer, a layer and the next one (fsdp2); one
+        layer's gradients, or those of what is in none, are whole twice, until they are averaged.
+        """
+        if engine not in ("zero2", "fsdp2") or ranks == 1:
+            return self
+        trained = self.trainable * STORED
+        whole = trained if engine == "zero2" else self.loose + 2 * self.layer
+        gradients = self.gradients // ranks + 2 * max(self.layer, self.loose)
+        return replace(
+            self,
+            weights=self.weights - trained + trained // ranks,
+            optimizer=self.optimizer // ranks,
+            step=max(self.step - self.gradients, self.kept) + whole + gradients,
+            gradients=gradients,
+        )
 
 
 def meta_policy(cfg: Mapping[str, Any], spec: TaskSpec, size: Any) -> tuple[nn.Module, str]:
@@ -96,7 +120,11 @@ def estimate(
     trained = trainable(policy)
     moved, total = (sum(p.numel() for p in some) for some in (trained.values(), policy.parameters()))
     weights, largest = _bytes(policy.parameters()), max(policy.parameters(), key=Tensor.numel)
-    (flops, step), (_, more) = (_training(policy, spec, b, noise_samples) for b in (batch, 2 * batch))
+    (flops, step, gradients, kept), (_, more, *_) = (
+        _training(policy, spec, b, noise_samples) for b in (batch, 2 * batch)
+    )
+    layers = [[p for p in layer.parameters() if p.requires_grad] for layer in policy.layers()]
+    sizes = [_bytes(layer) for layer in layers]
     hold(policy, precision, masters=False)
     policy.fuse_for_serving()
     serve_flops, answer = _serving(policy, spec, questions, flow_steps)
@@ -113,6 +141,10 @@ def estimate(
         answer=answer,
         train_flops=flops // batch,
         serve_flops=serve_flops // questions,
+        gradients=gradients,
+        kept=kept,
+        layer=max(sizes, default=0),
+        loose=moved * STORED - sum(sizes),
     )
 
 
@@ -126,8 +158,9 @@ def blank(spec: TaskSpec, b: int) -> PolicyInput:
     return PolicyInput(images, np.zeros((b, len(spec.state_names)), np.float32), [spec.prompt] * b)
 
 
-def _training(policy: nn.Module, spec: TaskSpec, b: int, noise_samples: int) -> tuple[int, int]:
-    """FLOPs of forward and backward of a step, and the bytes beside weights and optimizer that it takes."""
+def _training(policy: nn.Module, spec: TaskSpec, b: int, noise_samples: int) -> tuple[int, int, int, int]:
+    """FLOPs of forward and backward of a step, the bytes beside weights and optimizer that it takes, and of them those
+    of gradients and of what the forward pass keeps."""
     shape = (b * noise_samples, policy.action_horizon, policy.action_dim)
     chunk, noise = (torch.zeros(shape, device="meta") for _ in range(2))
     pad, weight = torch.zeros(shape[:2], dtype=torch.bool, device="meta"), torch.zeros(shape[0], device="meta")
@@ -143,7 +176,7 @@ def _training(policy: nn.Module, spec: TaskSpec, b: int, noise_samples: int) -> 
     largest = max((p.numel() * p.element_size() for p in policy.parameters() if p.grad is not None), default=0)
     policy.zero_grad()
     # Adam's own root and quotient, one tensor at a time; what activations had, the allocator keeps for the next step.
-    return counter.get_total_flops(), max(alive.peak, kept + gradients + 2 * largest)
+    return counter.get_total_flops(), max(alive.peak, kept + gradients + 2 * largest), gradients, kept
 
 
 @torch.no_grad()

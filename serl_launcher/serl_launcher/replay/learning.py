@@ -27,12 +27,16 @@ class LearningView:
     """A View (replay.views): the accepted chunks and a transition view over one ring (`algo.view`).
 
     gamma: discount per tick. demo_share: of the transitions of a batch, those from demonstrations. min_online: online
-    transitions before training may begin in an online stage.
+    transitions before training may begin in an online stage. takeover_reward: of replay.transitions.index_stretches.
     """
 
-    def __init__(self, sources: ViewSources, *, gamma: float, demo_share: float, min_online: int) -> None:
+    def __init__(
+        self, sources: ViewSources, *, gamma: float, demo_share: float, min_online: int, takeover_reward: float | None
+    ) -> None:
         self.imitation, self._min_online = sources.accepted, min_online
-        self.transitions = TransitionView(sources.spec, sources.execute_horizon, gamma, demo_share, sources.words)
+        self.transitions = TransitionView(
+            sources.spec, sources.execute_horizon, gamma, demo_share, sources.words, takeover_reward
+        )
 
     def attach(self, ring: RingReader) -> None:
         self.imitation.attach(ring)

@@ -86,6 +86,11 @@ class _RingFile:
         """Absolute number of the oldest frame that is still whole."""
         return int(self._counters[FIRST_VALID])
 
+    @property
+    def rows(self) -> int:
+        """Episodes that were ever committed; the row number of the next one."""
+        return int(self._counters[ROWS])
+
     def _row(self, index: int, columns: np.ndarray) -> EpisodeRow:
         ordinal, first, n, mode, success, at, size, key = columns.tolist()
         prompt = self._prompts[at : at + size].tobytes().decode()

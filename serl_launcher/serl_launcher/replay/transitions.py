@@ -10,8 +10,10 @@ A chunk never runs into the next episode. An episode that ended by a time limit 
 observation (Pardo et al., 1712.00378). Half of a batch comes from demonstrations (RLPD, Ball et al., 2302.02948).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -62,6 +64,38 @@ CHUNK_STARTS = np.dtype(  # a row for each tick of an episode as the first of a 
 )
 
 
+def index_stretches(
+    first_frame: int,
+    reward: np.ndarray,
+    done: np.ndarray,
+    intervention: np.ndarray,
+    horizon: int,
+    gamma: float,
+    takeover_reward: float | None,
+) -> np.ndarray:
+    """`index_episode` of an episode in which an operator may have taken over: CHUNK_STARTS[n].
+
+    intervention: bool[n]. takeover_reward: None: the episode is one, so that the chunk which needed help is worth what
+    the operator made of it. A number: what the policy did up to a take-over ends there, with that much more reward at
+    its last tick and nothing after: 0 for an attempt that failed, less for help that is dear.
+
+    >>> done, helped = np.array([0, 0, 0, 1], bool), np.array([0, 0, 1, 1], bool)
+    >>> index = index_stretches(0, np.array([0, 0, 0, 1.0]), done, helped, 4, 1.0, -0.5)
+    >>> index["length"].tolist(), index["reward"].tolist(), index["bootstrap"].tolist()
+    ([2, 1, 2, 1], [-0.5, -0.5, 1.0, 1.0], [False, False, False, False])
+    """
+    if takeover_reward is None:
+        return index_episode(first_frame, reward, done, horizon, gamma)
+    takeovers = np.flatnonzero(intervention[1:] & ~intervention[:-1]) + 1
+    reward, done = reward.copy(), done.copy()
+    reward[takeovers - 1] += takeover_reward
+    done[takeovers - 1] = True
+    edges = [0, *takeovers.tolist(), len(reward)]
+    return np.concatenate(
+        [index_episode(first_frame + a, reward[a:b], done[a:b], horizon, gamma) for a, b in pairwise(edges)]
+    )
+
+
 def index_episode(first_frame: int, reward: np.ndarray, done: np.ndarray, horizon: int, gamma: float) -> np.ndarray:
     """Every tick of an episode as a chunk start: CHUNK_STARTS[n].
 
@@ -92,11 +126,17 @@ class TransitionView:
     """Chunk transitions of a ring, demonstrations and online episodes apart; used as a View (replay.views).
 
     horizon: ticks of a chunk that the actor executes before it asks again. demo_share: of each batch, while both
-    sources hold something. words: what people said of episodes (ViewSources).
+    sources hold something. words: what people said of episodes (ViewSources). takeover_reward: of `index_stretches`.
     """
 
     def __init__(
-        self, spec: TaskSpec, horizon: int, gamma: float, demo_share: float, words: Words = nobody_said
+        self,
+        spec: TaskSpec,
+        horizon: int,
+        gamma: float,
+        demo_share: float,
+        words: Words = nobody_said,
+        takeover_reward: float | None = None,
     ) -> None:
         if horizon < 1 or not 0 < gamma <= 1 or not 0 <= demo_share <= 1:
             raise ValueError(
@@ -104,6 +144,9 @@ class TransitionView:
                 f"got {horizon}, {gamma} and {demo_share}"
             )
         self.horizon, self.gamma, self.demo_share, self._words = horizon, gamma, demo_share, words
+        if takeover_reward is not None and not math.isfinite(takeover_reward):
+            raise ValueError(f"algo.view.takeover_reward: expected null or a finite number, got {takeover_reward}")
+        self._takeover_reward = takeover_reward
         self._cameras = {camera: f"observation.images.{camera}" for camera in spec.cameras}
         self._ring: RingReader | None = None
         self.clear()
@@ -148,7 +191,15 @@ class TransitionView:
         if np.isfinite(reward).all():
             low, high = self.reward_range
             self.reward_range = min(low, float(reward.min())), max(high, float(reward.max()))
-            starts = index_episode(row.first_frame, reward, columns["next.done"], self.horizon, self.gamma)
+            starts = index_stretches(
+                row.first_frame,
+                reward,
+                columns["next.done"],
+                columns["intervention"],
+                self.horizon,
+                self.gamma,
+                self._takeover_reward,
+            )
             starts["prompt"] = self._prompts.setdefault(row.prompt, len(self._prompts))
             self._index[row.mode] = np.concatenate([self._index[row.mode], starts])
 
@@ -184,7 +235,7 @@ class TransitionView:
         # Oldest frames last: a writer that overtakes this batch is noticed here.
         first = self._ring.gather(index["start"], keys)
         # What came after a cut is not known, and is worth less than nothing only where a reward can be negative.
-        bounds = index["terminated"] | (self.reward_range[0] >= 0)
+        bounds = index["terminated"] | (min(self.reward_range[0], self._takeover_reward or 0.0) >= 0)
         return_to_go, prompts = index["return_to_go"].copy(), list(self._prompts)
         return TransitionBatch(
             images={camera: first[key] for camera, key in self._cameras.items()},

@@ -31,7 +31,6 @@ class ChildSpec(ProcessSpec):
     """What to run and how it ends."""
 
     log: Path | None = None  # stdout and stderr are appended here; None: they are ours
-    exit_file: Path | None = None  # a wrapper writes the true exit code here when it cannot pass it on
     starting_file: Path | None = None  # exists from the start until the child says that it is ready (run.ready)
     beats: bool = False  # its work loop shows that it goes on (run.alive)
     ends_run: EndsRun = "always"  # may a mistake or repeated deaths of it end the run?
@@ -51,8 +50,6 @@ class Child(Process):
         """Spawn it; its log takes the place of `stdout`. OSError: the system refuses."""
         spec = self.spec
         self._pulse.reset()
-        if spec.exit_file:
-            spec.exit_file.unlink(missing_ok=True)
         if spec.starting_file:
             with contextlib.suppress(OSError):  # a full disk: it counts as ready, and so is never given up
                 spec.starting_file.parent.mkdir(parents=True, exist_ok=True)
@@ -110,12 +107,6 @@ class Child(Process):
         with self.spec.log.open("rb") as log:
             log.seek(max(self._log_offset, log.seek(0, os.SEEK_END) - 16384))
             return log.read().decode(errors="replace").splitlines()[-lines:]
-
-    def _true_code(self, code: int) -> int:
-        if self.spec.exit_file and self.spec.exit_file.exists():
-            with contextlib.suppress(ValueError):
-                return int(self.spec.exit_file.read_text())
-        return code
 
 
 def _open_log(path: Path) -> IO[bytes]:

@@ -1,22 +1,18 @@
 """Run a module whose life is tied to its parent's: `python -m serl_launcher.supervisor.lifeline <module> [args]`.
 
-The trainer is started by `accelerate launch`, which knows neither: when the launcher is killed the trainer must not go
-on alone, and the trainer's exit code (2: a mistake of the user) must reach the supervisor, for which the launcher turns
-every failure into 1. The code is written to the file named by FLOWSERL_EXIT_FILE.
+Each process of the trainer runs under one: when the supervisor, or supervisor.several, is killed, it must not go on
+alone, and it is given the time to save.
 """
 
-import contextlib
 import os
 import runpy
 import signal
 import sys
 import threading
 import time
-from pathlib import Path
 
 from serl_config.process import die_with_parent
 
-EXIT_FILE = "FLOWSERL_EXIT_FILE"
 ORPHAN_GRACE_S = 10.0
 
 
@@ -26,11 +22,7 @@ def main(argv: list[str]) -> int:
     # SIGTERM, so that a trainer which saves on SIGTERM still may; the watch ends one that does not react.
     die_with_parent(parent, signal.SIGTERM)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-    code = _run(argv)
-    if path := os.environ.get(EXIT_FILE):
-        with contextlib.suppress(OSError):  # a full disk: then the launcher's own code stands
-            Path(path).write_text(str(code))
-    return code
+    return _run(argv)
 
 
 def _run(argv: list[str]) -> int:

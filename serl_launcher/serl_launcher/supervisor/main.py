@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.record import note_start
 from serl_launcher.supervisor.demos import import_demos
+from serl_launcher.supervisor.launch import is_follower
 from serl_launcher.supervisor.noted import start_act
 from serl_launcher.supervisor.roles import roles_for
 from serl_launcher.supervisor.run_folder import RunError, RunFolder, prepare
@@ -42,6 +43,8 @@ def main(cfg: DictConfig) -> int:
                 "Start a new one with run=<new name>, or on_complete=rotate to move this one aside."
             )
             return DONE
+        if is_follower(cfg):
+            return follow(cfg, folder)
         if not is_loopback(cfg.bind_host) and not cfg.security.keys_dir:
             print(f"warning: insecure=true, anyone who reaches {cfg.bind_host}:{cfg.port} may send data and drive")
         if warning := unreachable_from_elsewhere(cfg):
@@ -64,6 +67,17 @@ def main(cfg: DictConfig) -> int:
         return supervise(cfg, folder)
 
 
+def follow(cfg: DictConfig, folder: RunFolder) -> int:
+    """The part of a machine beyond the first: what people do and what is imported is the first one's."""
+    launch = cfg.launch
+    print(
+        f"{folder.state} run {folder.paths.root}, machine {launch.machine_rank} of {launch.num_machines} (from 0): "
+        f"follows the gateway at {launch.main_host}:{cfg.port}",
+        flush=True,
+    )
+    return supervise(cfg, folder)
+
+
 def supervise(cfg: DictConfig, folder: RunFolder) -> int:
     """Write the start down, keep the roles alive to the end, write the end down; the exit code."""
     try:
@@ -78,6 +92,7 @@ def supervise(cfg: DictConfig, folder: RunFolder) -> int:
         ends=bool(folder.stages),
         console=folder.console,
         page=page,
+        follows=is_follower(cfg),
     )
     code = supervisor.run()
     page.end(how_it_ended(code))

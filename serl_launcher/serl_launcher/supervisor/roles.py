@@ -8,6 +8,7 @@ reward     a learned reward is asked for: answers actors' questions about observ
 exporter   always: journal to LeRobotDataset; derived
 console    console.port is not null: the operator's web page; derived
 trainer    a stage names steps, or there is nothing to serve yet and it must publish the first version
+follower   on a machine beyond the first, which has this and its trainer alone: the journal over the wire, and a ring
 
 A derived role never ends a run: what it makes can be made later from what the others keep.
 """
@@ -15,7 +16,6 @@ A derived role never ends a run: what it makes can be made later from what the o
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,14 +23,16 @@ from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.schedule import Stage
 from serl_launcher.run.versions import newest_whole
 from serl_launcher.supervisor.children import ChildSpec, EndsRun
-from serl_launcher.supervisor.lifeline import EXIT_FILE
+from serl_launcher.supervisor.launch import is_follower, trainer_command
 
 # Stop order of a run: whoever feeds another goes first; the exporter writes out what the gateway journalled last.
-STOP_ORDER = ("openpi", "groot", "trainer", "policy", "gateway", "exporter")
+STOP_ORDER = ("openpi", "groot", "trainer", "follower", "policy", "gateway", "exporter")
 
 
 def roles_for(cfg: DictConfig, paths: RunPaths, stages: Sequence[Stage]) -> list[ChildSpec]:
-    """The roles of this run in start order."""
+    """The roles of this run on this machine, in start order."""
+    if is_follower(cfg):
+        return [_role(paths, "follower", "serl_launcher.follower"), _trainer(cfg, paths)]
     serves = not stages or any(stage.mode in ("eval", "online") for stage in stages)
     trains = any(stage.steps for stage in stages) or (serves and newest_whole(paths.params) is None)
     roles = [_role(paths, "gateway", "serl_launcher.gateway", grace_s=20.0)]
@@ -64,30 +66,5 @@ def _role(paths: RunPaths, name: str, module: str, grace_s: float = 10.0, ends_r
 
 
 def _trainer(cfg: DictConfig, paths: RunPaths) -> ChildSpec:
-    exit_file = paths.logs / "trainer.exit"
     role = _role(paths, "trainer", "serl_launcher.learner", grace_s=60.0)
-    argv = (*accelerate_command(cfg), "-m", "serl_launcher.supervisor.lifeline", *role.argv[2:])
-    return replace(role, argv=argv, env={**role.env, EXIT_FILE: str(exit_file)}, exit_file=exit_file)
-
-
-def accelerate_command(cfg: DictConfig) -> tuple[str, ...]:
-    """`accelerate launch` with every default named that it would warn about; launch.* of the config passes on."""
-    options = {
-        "num_processes": 1,
-        "num_machines": 1,
-        "mixed_precision": "no",
-        "dynamo_backend": "no",
-        "num_cpu_threads_per_process": OmegaConf.select(cfg, "trainer.threads", default=1),
-        **(OmegaConf.to_container(cfg.launch) if cfg.get("launch") else {}),
-    }
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    if cfg.trainer.device == "cpu" or not has_gpu():
-        command.append("--cpu")
-    for key, value in options.items():
-        command += [f"--{key}"] if value is True else [] if value in (False, None) else [f"--{key}", str(value)]
-    return tuple(command)
-
-
-def has_gpu() -> bool:
-    """Is a CUDA device present? Asks the driver's files: this process must not import torch."""
-    return Path("/proc/driver/nvidia/gpus").is_dir() or Path("/dev/nvidia0").exists()
+    return replace(role, argv=trainer_command(cfg, *role.argv[2:]))

@@ -28,6 +28,7 @@ from serl_launcher.run.files import DamagedFileError, clear, make_folder, read_s
 from serl_launcher.run.paths import RunPaths
 from serl_launcher.run.schedule import Stage, read_stages
 from serl_launcher.run.versions import PublishedVersion
+from serl_launcher.supervisor import launch
 from serl_launcher.supervisor.given import name_version, passed_over
 from serl_transport.contract.bounds import check_name
 from serl_transport.security.auth import is_loopback
@@ -97,11 +98,13 @@ def prepare(cfg: DictConfig) -> RunFolder:
         lock = _open_folder(paths)
     state = _state(paths, cfg)
     if state != "complete":
-        wait_for_ports(cfg)
+        if not launch.is_follower(cfg):
+            wait_for_ports(cfg)
         _archive_summary(paths)
         paths.status.unlink(missing_ok=True)  # the last start's "done" is not ours
         _write_config(paths, cfg)
-    return RunFolder(paths, stages, state, lock, None if state == "complete" else _console(paths, cfg))
+    shown = state != "complete" and not launch.is_follower(cfg)
+    return RunFolder(paths, stages, state, lock, _console(paths, cfg) if shown else None)
 
 
 def _console(paths: RunPaths, cfg: DictConfig) -> str | None:
@@ -200,7 +203,7 @@ def check_network(cfg: DictConfig) -> None:
             raise RunError(f"{key}={cfg[key]}: expected a port from 1 to 65535 (0: any free one)")
     if cfg.port == cfg.broadcast_port != 0:
         raise RunError(f"port and broadcast_port are both {cfg.port}; they must differ")
-    if is_loopback(cfg.bind_host) or OmegaConf.select(cfg, "security.keys_dir"):
+    if launch.is_follower(cfg) or is_loopback(cfg.bind_host) or OmegaConf.select(cfg, "security.keys_dir"):
         return
     if not cfg.insecure:
         raise RunError(
@@ -211,16 +214,11 @@ def check_network(cfg: DictConfig) -> None:
 
 
 def check_launch(cfg: DictConfig) -> None:
-    """One trainer process: several would each publish and save; one precision. RunError tells what to set."""
-    for key in ("launch.num_processes", "launch.num_machines"):
-        if (count := OmegaConf.select(cfg, key, default=1)) != 1:
-            raise RunError(f"{key}={count}: expected 1, several trainer processes are not supported yet; set {key}=1")
-    mixed = OmegaConf.select(cfg, "launch.mixed_precision")
-    if mixed not in (None, False, "no"):
-        raise RunError(
-            f"launch.mixed_precision={mixed}: expected no: policy.precision (float32 or bfloat16) decides in which "
-            "numbers a policy is held and computed"
-        )
+    """The trainer's processes can be started as `launch` says. RunError tells what to set."""
+    try:
+        launch.check_launch(cfg)
+    except ValueError as error:
+        raise RunError(str(error)) from None
 
 
 def _check_reward(cfg: DictConfig) -> None:

@@ -52,6 +52,7 @@ class Supervisor:
         ends: whether a status with `done` ends the run; False for a schedule without stages: it serves until stopped.
         budget: one a role; when to start it again.
         page: the run's journal.md, which gets a section for each stage that is over.
+        follows: this is a machine beyond the first: its part is over when its trainer is, as rank 0 decides.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Supervisor:
         out: TextIO | None = None,
         budget: Callable[[], RestartBudget] = RestartBudget,
         page: JournalPage | None = None,
+        follows: bool = False,
     ) -> None:
         out = out or sys.stdout
         self._paths = paths
@@ -75,7 +77,7 @@ class Supervisor:
         self._came_up: set[str] = set()  # roles that were ready once
         self._health = Health(lambda text: self._screen.event(text))
         self._status = StatusFile(paths.status)
-        self._ends, self._page, self._console = ends, page, console
+        self._ends, self._page, self._console, self._follows = ends, page, console, follows
         self._screen = Screen(out)
         self._disk = DiskWatch(paths.root, self._screen.event)
         self._last_episodes = LastEpisodes(self._screen.event)
@@ -101,9 +103,9 @@ class Supervisor:
             self._stop_all()
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
-        if code == DONE:
+        if code == DONE and not self._follows:
             return self._sum_up("is complete")
-        if not self._ends and self._status.body.get("eval"):
+        if not self._ends and not self._follows and self._status.body.get("eval"):
             self._sum_up("was stopped; its evaluations so far")
         return code
 
@@ -122,7 +124,7 @@ class Supervisor:
                 last_look = now
                 if self._page is not None:
                     self._page.look(self._status.body)
-                if self._ends and self._last_episodes.are_over(self._status.body):
+                if self._ends and not self._follows and self._last_episodes.are_over(self._status.body):
                     return DONE
                 if now >= next_dashboard and (lines := self._lines(troubles)):
                     next_dashboard = now + self._period_s
@@ -188,6 +190,9 @@ class Supervisor:
                 f"Its last lines, from {child.spec.log}:{lines}"
             )
             return GAVE_UP
+        if death.code == 0 and self._follows:
+            self._screen.event(f"{death.name} ended as rank 0 decided: this machine's part of the run is over")
+            return DONE
         if death.code == 0:  # most likely it has seen the end of the schedule a moment before us
             self._finished.add(death.name)
             self._restart_at[death.name] = time.monotonic() + max(wait_s, FINISHED_WAIT_S)

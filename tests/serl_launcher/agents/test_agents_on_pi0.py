@@ -115,7 +115,7 @@ def test_dsrls_flow_is_frozen_in_a_train_stage_after_an_online_one():
     assert all(name.startswith("steering.") for name in moved(policy, before))
 
 
-@pytest.mark.parametrize("algo", ["sac_pi0", "dsrl_pi0", "best_of_n_pi0"])
+@pytest.mark.parametrize("algo", ["sac_pi0", "dsrl_pi0", "best_of_n_pi0", "advantage_weighted_pi0"])
 def test_the_policy_server_loads_what_the_learner_publishes(algo, tmp_path):
     cfg, policy, learner = make(algo)
     learner.begin_stage("online")

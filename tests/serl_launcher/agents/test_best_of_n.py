@@ -7,8 +7,8 @@ from accelerate import Accelerator
 from configured import agent_settings
 from toy_flow import ToyFlow, chunks, take_average, transitions
 
-from serl_launcher.agents.best_of_n import BestOfNAgent
 from serl_launcher.agents.choosing import add_chooser, best_chunks, served_chunks
+from serl_launcher.agents.implicit_q import ImplicitQAgent
 from serl_launcher.learner.learner import Learner
 from serl_launcher.policies.base import PolicyInput
 from serl_launcher.replay.learning import LearningBatch
@@ -20,9 +20,9 @@ def make_agent(candidates=8, **settings):
     torch.manual_seed(0)
     policy = ToyFlow(state_dim=1, ah=2, ad=1)
     add_chooser(policy, 1, 2, candidates, 2, (32, 32))
-    defaults = {"flow_steps": STEPS, "critics": 2, "widths": (32, 32), "warmup_steps": 0, "backup_samples": 3}
+    defaults = {"flow_steps": STEPS, "critics": 2, "widths": (32, 32), "warmup_steps": 0}
     settings = agent_settings("best_of_n_pi0", **(defaults | {"q_limit": 1e3, "target_members": 2} | settings))
-    return BestOfNAgent(policy, settings, feature_dim=1, horizon=2)
+    return ImplicitQAgent(policy, settings, feature_dim=1, horizon=2)
 
 
 def observed(policy, b):
@@ -54,32 +54,6 @@ def test_a_chunk_is_judged_as_the_robot_would_be_sent_it():
     assert torch.equal(best_chunks(agent.policy, prefix, beyond), beyond[:1])
 
 
-@torch.no_grad()
-def test_the_backup_is_the_largest_value_among_the_next_states_chunks():
-    agent = make_agent()
-    batch = transitions(
-        np.zeros((2, 1)), np.zeros((2, 2, 1)), np.array([0.5, 0.25]), np.ones((2, 1)), np.array([0.9, 0.9]), [1, 0]
-    )
-    torch.manual_seed(3)
-    target = agent.backup(batch)
-    torch.manual_seed(3)
-    noise = torch.randn(6, 2, 1)
-    prefix = agent.policy.encode(PolicyInput({}, np.ones((2, 1), np.float32), [""] * 2))
-    x = noise
-    for k in range(STEPS):
-        rows = torch.ones(6, 1)
-        x = x + agent.policy.net(torch.cat([rows, x.flatten(1), torch.full((6, 1), k / STEPS)], -1)).view_as(x) / STEPS
-    q = agent.target(prefix.state.repeat_interleave(3, 0), x.clamp(-1, 1)).min(0).values.view(2, 3).max(1).values
-    torch.testing.assert_close(target, torch.tensor([0.5 + 0.9 * q[0].item(), 0.25]))  # the second one ended
-
-
-def test_before_it_is_warm_the_critic_learns_from_the_return_that_followed():
-    agent = make_agent(warmup_steps=5)
-    batch = transitions(np.zeros((2, 1)), np.zeros((2, 2, 1)), [0.3, 0.7], np.ones((2, 1)), [0.9] * 2, [1, 1])
-    _, metrics = agent.critic_loss(batch, observed(agent.policy, 2))
-    assert metrics["critic/target"].item() == pytest.approx(0.5)
-
-
 def test_of_two_modes_that_imitation_takes_the_critics_choose_the_better():
     """People go left and right, only right is worth something: imitation alone goes either way, the choice right."""
     agent, rng = make_agent(), np.random.default_rng(0)
@@ -106,4 +80,4 @@ def test_a_chooser_for_other_chunks_than_the_actor_executes_is_refused():
     policy = ToyFlow(state_dim=1, ah=2, ad=1)
     add_chooser(policy, 1, 2, 4, 2, (8,))
     with pytest.raises(ValueError, match=r"algo\.served\.horizon: expected rollout\.execute_horizon 1, got 2"):
-        BestOfNAgent(policy, agent_settings("best_of_n_pi0"), feature_dim=1, horizon=1)
+        ImplicitQAgent(policy, agent_settings("best_of_n_pi0"), feature_dim=1, horizon=1)

@@ -42,6 +42,7 @@ def reads(monkeypatch):
         ("sac_pi0", "online"),
         ("dsrl_pi0", "online"),
         ("best_of_n_pi0", "online"),
+        ("advantage_weighted_pi0", "online"),
     ],
 )
 def test_only_a_logged_step_reads_back_and_does_so_once(tmp_path, ring, reads, algo, mode):
@@ -65,7 +66,9 @@ def test_only_a_logged_step_reads_back_and_does_so_once(tmp_path, ring, reads, a
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("algo", ["reject_sampling_pi0", "sac_pi0", "dsrl_pi0", "best_of_n_pi0"])
+@pytest.mark.parametrize(
+    "algo", ["reject_sampling_pi0", "sac_pi0", "dsrl_pi0", "best_of_n_pi0", "advantage_weighted_pi0"]
+)
 def test_no_step_waits_for_the_card(tmp_path, ring, algo):
     """CUDA's own word: whatever synchronises, copies from pageable memory included, is an error."""
     for k in range(3):

@@ -103,18 +103,20 @@ class Copies(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("steer", [False, True])
-def test_no_flow_step_copies_keys_and_values_of_the_prefix(kind, steer):
+@pytest.mark.parametrize(("n", "steer"), [(1, False), (1, True), (N, False)])
+def test_no_flow_step_copies_keys_and_values_of_the_prefix(kind, n, steer):
     served = serving(build(kind))
     with torch.no_grad():
         prefix = served.encode(observation())
         tokens, addresses = prefix.pad_mask.shape[1], [k.data_ptr() for k, _ in prefix.keys_values]
-        ready = served.ready(prefix, flow_times(STEPS, served.device))
-        x = noise().requires_grad_(steer)
+        ready = served.ready(prefix, flow_times(STEPS, served.device), n)
+        x = noise(B * n).requires_grad_(steer)
         with Copies(tokens) as copies, torch.set_grad_enabled(steer):
             served.velocity_at(ready, x, 1)
     assert copies.found == set()
-    assert [k.data_ptr() for k, _ in ready.flow.past] == addresses  # in the room that the prefix came with
+    assert ready.flow.past[0][0].shape[2] == tokens + served.states + AH  # a sample's keys, none of another's
+    if n == 1:  # in the room that the prefix came with
+        assert [k.data_ptr() for k, _ in ready.flow.past] == addresses
 
 
 def test_several_samples_of_a_row_have_the_loss_and_gradients_of_repeated_rows(kind):

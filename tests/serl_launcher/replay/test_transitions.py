@@ -153,3 +153,30 @@ def test_an_empty_view_says_so(ring):
         view.sample(np.random.default_rng(0), 2)
     with pytest.raises(ValueError, match="gamma"):
         TransitionView(SPEC, 2, 1.5, demo_share=0.5)
+
+
+def test_what_the_policy_did_up_to_a_take_over_can_end_there(ring):
+    """6 ticks, of which the operator drives 2 and 3; h = 4, γ = 0.5, the last tick succeeds with 8."""
+    helped = np.array([0, 0, 1, 1, 0, 0], bool)
+    ring.append(0, "online", True, arrays(6, 10, "done", [0, 0, 0, 0, 0, 8]) | {"intervention": helped})
+    view = TransitionView(SPEC, 4, 0.5, demo_share=0.5, takeover_reward=-1.0)
+    view.attach(RingReader(ring.path))
+    view.refresh()
+    found = by_start(view)
+    batch, i = found[10]
+    assert batch.is_pad[i].tolist() == [False, False, True, True]
+    assert (batch.reward[i], batch.bootstrap[i], batch.next_state[i, 0]) == (-0.5, False, 12)
+    assert (batch.return_to_go[i], batch.value_lower_bound[i]) == (-0.5, -0.5)
+    batch, i = found[12]  # the operator's stretch and what the policy did after it belong together
+    assert (batch.reward[i], batch.bootstrap[i], batch.return_to_go[i]) == (1.0, False, 1.0)
+    assert batch.is_pad[i].tolist() == [False] * 4
+    whole = TransitionView(SPEC, 4, 0.5, demo_share=0.5)
+    whole.attach(RingReader(ring.path))
+    whole.refresh()
+    batch, i = by_start(whole)[10]
+    assert (batch.reward[i], batch.bootstrap[i], batch.return_to_go[i]) == (0, True, 0.25)
+
+
+def test_a_take_over_reward_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match=r"algo\.view\.takeover_reward: expected null or a finite number, got nan"):
+        TransitionView(SPEC, 2, 0.9, 0.5, takeover_reward=float("nan"))

@@ -23,7 +23,7 @@ from serl_launcher.run.files import sha256_of
 from serl_launcher.run.versions import PublishedVersion, file_path, write_entry
 from serl_launcher.supervisor import run_folder
 from serl_launcher.supervisor.main import main, unreachable_from_elsewhere
-from serl_launcher.supervisor.roles import accelerate_command, roles_for
+from serl_launcher.supervisor.roles import roles_for
 from serl_launcher.supervisor.run_folder import RunError, prepare
 
 ROOT = Path(__file__).parents[3]
@@ -385,28 +385,6 @@ def test_serving_published_parameters_needs_no_trainer(compose):
     path.write_bytes(b"parameters")
     write_entry(folder.paths.params, PublishedVersion(1, 0, path.name, 10, sha256_of(path), 0.0))
     assert [s.name for s in roles_for(config, folder.paths, folder.stages)] == NO_TRAINER
-
-
-def test_launch_keys_reach_accelerate(compose):
-    words = ("+launch.downcast_bf16=true", "+launch.main_process_port=29511", "trainer.device=cpu")
-    command = accelerate_command(compose(*words))
-    text = " ".join(command)
-    assert "--num_processes 1" in text
-    assert "--main_process_port 29511" in text
-    assert "--mixed_precision no" in text
-    assert "--dynamo_backend no" in text
-    assert {"--downcast_bf16", "--cpu", "--quiet"} <= set(command)
-    assert Path(command[0]).name.startswith("python")
-
-
-@pytest.mark.parametrize("word", ["launch.num_processes=2", "+launch.num_machines=2"])
-def test_several_trainer_processes_are_refused_before_anything_starts(compose, capsys, word):
-    config = compose(word)
-    assert main(config) == 2
-    said = capsys.readouterr().err
-    key = word.lstrip("+").partition("=")[0]
-    assert said == f"learner: {key}=2: expected 1, several trainer processes are not supported yet; set {key}=1\n"
-    assert not Path(config.runs_dir, config.run).exists()
 
 
 def test_a_second_precision_beside_the_policys_is_refused_before_anything_starts(compose, capsys):

@@ -119,11 +119,7 @@ class Process:
         pid, self._process = self._process.pid, None
         # What the leader left behind must not meet its successor.
         end_group(pid, min(self.spec.grace_s, LEFTOVER_GRACE_S))
-        return Death(self.spec.name, self._true_code(code), self.lived_s, self.ready)
-
-    def _true_code(self, code: int) -> int:
-        """Of what the leader ran."""
-        return code
+        return Death(self.spec.name, code, self.lived_s, self.ready)
 
     @property
     def ready(self) -> bool:

@@ -219,8 +219,8 @@ class TrainerServer:
         self._check_limits(body.get("limits"))
         role = body.get("role", "actor")
         if not isinstance(role, str) or role not in ROLES:
-            raise BadFrame(f"hello: role: expected actor or operator, got {shown(role)}")
-        if role == "actor":
+            raise BadFrame(f"hello: role: expected actor, operator or follower, got {shown(role)}")
+        if role != "operator":
             self._check_run(body.get("run"))
             self._check_spec(body.get("spec"))
         self.router.make_room(peer, envelope.actor_id)

@@ -30,6 +30,8 @@ from serl_launcher.policies.groot.dit import (
     attend_tokens,
     cross_block,
     cross_keys,
+    cross_layers,
+    modulated,
     modulations,
     own_block,
     run_dit,
@@ -146,6 +148,25 @@ class GrootFlowPolicy(FlowPolicy):
         """Of the backbone."""
         return self.backbone.model.model.language_model.layers
 
+    def layers(self) -> list[nn.Module]:
+        """Of the backbone's two towers and of the action head; the library's own passes read them in its own ways."""
+        if self.attention == "eager":
+            return []
+        head = self.core.action_head
+        blocks = (*getattr(head.vl_self_attention, "transformer_blocks", ()), *head.model.transformer_blocks)
+        return [*self.vision_layers, *self.language_layers, *blocks]
+
+    def read_outside(self) -> list[nn.Parameter]:
+        """What `cross_keys` and `modulations` read beforehand."""
+        model = self.core.action_head.model
+        outside = [part for layer in cross_layers(model) for part in (layer.to_k, layer.to_v)] + modulated(model)
+        return [parameter for part in outside for parameter in part.parameters()]
+
+    @property
+    def vision_layers(self) -> nn.ModuleList:
+        """Of the backbone."""
+        return self.backbone.model.model.visual.blocks
+
     @property
     def _dtype(self) -> torch.dtype:
         """What attention computes in."""
@@ -210,9 +231,9 @@ class GrootFlowPolicy(FlowPolicy):
         """One pass of the backbone, then the norm, self-attention and state encoder of the action head; `tensors` as
         `prepare` returns them. The hidden states are there in any case: the action head reads them."""
         head, keep = self.core.action_head, tensors["attention_mask"] == 1
-        trains = any(p.requires_grad for p in self.backbone.parameters())
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
         with self._arithmetic():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            with torch.set_grad_enabled(trains):
                 tokens = self._stream(self._run_backbone(tensors, keep))
             bias = self._bias(keep) if self.mask_padding else None
             given = (head.vl_self_attention, head.vlln(tokens), bias, self.checkpointing, self._layers.tokens)

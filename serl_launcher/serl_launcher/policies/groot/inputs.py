@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from serl_launcher.policies.groot.prompts import PromptRows, left_padded
 from serl_launcher.policies.hub import is_offline
 from serl_launcher.policies.tokens import WordHashTokenizer
-from serl_launcher.policies.transfer import to_device
+from serl_launcher.policies.transfer import joined, to_device
 
 PATCH, MERGE = 16, 2
 PAD_TO = 16  # tokens; padding is masked, so it changes nothing but the number of shapes
@@ -148,8 +148,7 @@ def by_size(
     sizes = {camera: images[camera].shape for camera in cameras}
     for _, group in groupby(sorted(cameras, key=sizes.__getitem__), sizes.__getitem__):
         names = list(group)
-        stacked = np.concatenate([images[name] for name in names])
-        changed = change(to_device(stacked, device).permute(0, 3, 1, 2))
+        changed = change(joined([images[name] for name in names], device).permute(0, 3, 1, 2))
         out |= zip(names, changed.split(len(images[names[0]])), strict=True)
     return [out[camera] for camera in cameras]
 

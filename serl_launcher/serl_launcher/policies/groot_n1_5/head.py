@@ -48,6 +48,10 @@ class GrootN15FlowPolicy(EagleFlowPolicy):
     aliases: ClassVar[dict[str, str]] = ALIASES
 
     @property
+    def vision_layers(self) -> nn.ModuleList:
+        return self.backbone.eagle_model.vision_model.vision_model.encoder.layers
+
+    @property
     def language_layers(self) -> nn.ModuleList:
         return self.backbone.eagle_model.language_model.model.layers
 

@@ -39,6 +39,10 @@ class GrootN16FlowPolicy(EagleFlowPolicy):
         return getattr(self.core.action_head, "mask_token", None)
 
     @property
+    def vision_layers(self) -> nn.ModuleList:
+        return self.backbone.model.vision_model.vision_model.encoder.layers
+
+    @property
     def language_layers(self) -> nn.ModuleList:
         return self.backbone.model.language_model.model.layers
 

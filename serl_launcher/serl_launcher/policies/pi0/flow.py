@@ -5,7 +5,10 @@ pi0.head calls these. Tokens of the action expert, behind the prefix's:
     PI0     [ state | actions of sample 1 | … | actions of sample n ]     PI0.5 has no state token
     sees      prefix, state      prefix, state, its own sample
 
-The state's token sees no actions, so that its keys and values are the same at every step and for every sample.
+The state's token sees no actions, so that its keys and values are the same at every step and for every sample. With
+gradient (`velocity`) the samples of an observation stand behind one prefix row, as above, and a mask keeps them apart:
+nothing of the prefix is kept several times for the backward pass. Without (`ready`) each has a copy of keys and values:
+behind one another's they would be read and masked at every step.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from serl_launcher.policies.pi0.gemma import KeysValues, Modulation, Rotary
 class Flow:
     """What the steps of one chunk share."""
 
-    past: list[KeysValues]  # prefix, state, and room that each step's actions are written into
+    past: list[KeysValues]  # of each sample: prefix, state, and room that each step's actions are written into
     start: int  # the actions' first token in it
     rope: Rotary  # of the actions
     bias: Tensor  # float[b, 1, 1 or rows · heads, l], of the actions' attention
@@ -54,6 +57,11 @@ def seen(pad_mask: Tensor, states: int, horizon: int, n: int, rows: slice) -> Te
 def cut(past: Sequence[KeysValues], length: int) -> list[KeysValues]:
     """Keys and values of the first `length` tokens, without their room."""
     return [(keys[:, :, :length], values[:, :, :length]) for keys, values in past]
+
+
+def repeated(past: Sequence[KeysValues], n: int) -> list[KeysValues]:
+    """Keys and values of each row n times, one behind the other."""
+    return [(keys.repeat_interleave(n, 0), values.repeat_interleave(n, 0)) for keys, values in past]
 
 
 def room(past: Sequence[KeysValues], length: int, tokens: int) -> list[KeysValues]:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix
 from serl_launcher.policies.compiling import CompiledLayer
 from serl_launcher.policies.normalise import Units, pad_last
-from serl_launcher.policies.pi0.flow import Flow, cut, positions, room, seen, steps_of
+from serl_launcher.policies.pi0.flow import Flow, cut, positions, repeated, room, seen, steps_of
 from serl_launcher.policies.pi0.fusing import check_fused, fuse
 from serl_launcher.policies.pi0.gemma import (
     KeysValues,
@@ -36,7 +36,7 @@ from serl_launcher.policies.pi0.saving import save_pi0
 from serl_launcher.policies.pi0.siglip import run_tower, vision_layer
 from serl_launcher.policies.precision import compute, full
 from serl_launcher.policies.tokens import Tokenizer
-from serl_launcher.policies.transfer import to_device
+from serl_launcher.policies.transfer import joined, to_device
 from serl_transport.contract.specs import TaskSpec
 
 
@@ -81,6 +81,19 @@ class PI0FlowPolicy(FlowPolicy):
 
     def compile_layers(self, mode: str, backend: str = "inductor") -> None:
         self._layer, self._vision_layer = (CompiledLayer(f, mode, backend) for f in (gemma_layer, vision_layer))
+
+    def layers(self) -> list[nn.Module]:
+        """SigLIP's, the language model's and the expert's; the library's own passes read them in its own ways."""
+        if self.attention == "eager":
+            return []
+        tower, language = self.backbone.model.vision_tower.vision_model, self.backbone.model.language_model
+        return [*tower.encoder.layers, *language.layers, *self.expert.layers]
+
+    def read_outside(self) -> list[nn.Parameter]:
+        """The norms', which `modulations` reads beforehand."""
+        both = (*self.backbone.model.language_model.layers, *self.expert.layers)
+        norms = [norm for layer in both for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        return [parameter for norm in norms for parameter in norm.parameters()]
 
     def dead_parameters(self) -> set[str]:
         """Names of parameters that no action depends on: the prefix's hidden states behind the last layer's keys and
@@ -153,10 +166,10 @@ class PI0FlowPolicy(FlowPolicy):
         """One pass of SigLIP over all cameras and of the language model over image and prompt tokens, without gradient
         when nothing of the backbone is trained. `tensors` as `prepare` returns them. Without gradient, keys and values
         come with room for the expert's tokens; without `features`, the last layer ends at its own."""
-        trains = any(p.requires_grad for p in self.backbone.parameters())
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
         state, pad_mask = tensors["state"], tensors["mask"]
         spare = 0 if torch.is_grad_enabled() else self.states + self.action_horizon
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains), self._arithmetic():
+        with torch.set_grad_enabled(trains), self._arithmetic():
             embeddings = self.core.paligemma_with_expert.embed_language_tokens(tensors["ids"])
             if self.cameras:
                 images = self._embed_images(tensors["pixels"].flatten(0, 1))
@@ -223,11 +236,11 @@ class PI0FlowPolicy(FlowPolicy):
         """uint8[b, h, w, 3] per camera to float32[cameras·b, 3, size, size] in [−1, 1], camera-major."""
         given = [images[camera] for camera in self.cameras]
         if len({x.shape for x in given}) > 1:
-            return torch.cat([self._centred(x) for x in given])
-        return self._centred(np.concatenate(given))
+            return torch.cat([self._centred(to_device(x, self.device)) for x in given])
+        return self._centred(joined(given, self.device))
 
-    def _centred(self, images: np.ndarray) -> Tensor:
-        pixels = to_device(images, self.device).permute(0, 3, 1, 2).float()
+    def _centred(self, images: Tensor) -> Tensor:
+        pixels = images.permute(0, 3, 1, 2).float()
         if pixels.shape[-2:] == (self.image_size, self.image_size):
             return pixels.div(127.5).sub(1)
         from lerobot.policies.common.vla_utils import resize_with_pad_torch
@@ -259,20 +272,23 @@ class PI0FlowPolicy(FlowPolicy):
 
     def ready(self, prefix: Prefix, times: Tensor, n: int = 1) -> Prefix:
         """As `FlowPolicy`: masks, places, embedded times and modulations of all steps, and the state's keys and values
-        in the prefix's room. Under gradient every step is a pass of its own (`velocity`), as in training."""
+        in the prefix's room, a copy of which each of several samples has: beside each other's, attention would read and
+        mask them all. Under gradient every step is a pass of its own (`velocity`), as in training."""
         if self.attention == "eager" or torch.is_grad_enabled():
             return super().ready(prefix, times, n)
         mask, states, horizon = prefix.pad_mask, self.states, self.action_horizon
         length = mask.shape[1]
-        past = room(prefix.keys_values, length, length + states + n * horizon)
+        past = room(prefix.keys_values, length, length + states + horizon)
         with self._arithmetic():
             with full(self.device, self.precision):
                 time = self._embed_time(1 - times)
             norms = steps_of(self._norms(time), len(times))
             if states:
                 self._remember_state(prefix, past, norms[0])
-            rope = rotary(self.expert, positions(mask, states, horizon, n)[:, states:])
-            bias = self._bias(seen(mask, states, horizon, n, slice(states, None)))
+            if n > 1:
+                mask, past = mask.repeat_interleave(n, 0), repeated(past, n)
+            rope = rotary(self.expert, positions(mask, states, horizon, 1)[:, states:])
+            bias = self._bias(seen(mask, states, horizon, 1, slice(states, None)))
         return replace(prefix, flow=Flow(past, length + states, rope, bias, time.unbind(), norms))
 
     def _remember_state(self, prefix: Prefix, past: Sequence[KeysValues], norms: Sequence[Modulation]) -> None:
@@ -291,16 +307,15 @@ class PI0FlowPolicy(FlowPolicy):
         flow = prefix.flow
         if not isinstance(flow, Flow):
             return super().velocity_at(prefix, x_t, step)
-        n = len(x_t) // len(prefix)
         past = [(keys.detach(), values.detach()) for keys, values in flow.past] if x_t.requires_grad else flow.past
         with self._arithmetic():
             with full(self.device, self.precision):
-                x = self._embed_actions(x_t, flow.time[step]).unflatten(0, (-1, n)).flatten(1, 2)
+                x = self._embed_actions(x_t, flow.time[step])
             hidden, _ = run_layers(
                 *(self.expert, self._stream(x), flow.rope, flow.bias, flow.norms[step], past, self._layer),
                 start=flow.start,
             )
-            return self._read_actions(hidden, n)
+            return self._read_actions(hidden, 1)
 
     def _bias(self, keep: Tensor) -> Tensor:
         config = self.expert.config

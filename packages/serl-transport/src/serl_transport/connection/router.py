@@ -268,8 +268,8 @@ def frame_key(frame: Any) -> bytes:
 
 
 def _check_role(peer: Peer, kind: str) -> None:
-    if peer.role == "operator" and kind in ("data", "infer"):
-        raise Unauthorized(f"this connection said hello as an operator's; {kind} is an actor's")
+    if peer.role in ("operator", "follower") and kind in ("data", "infer"):
+        raise Unauthorized(f"this connection said hello with role {peer.role}; {kind} is an actor's")
     if peer.role == "retired" and kind not in ("hello", "heartbeat", "data"):
         raise Refused("another process has taken over this actor's name; this one may only deliver what it has")
 

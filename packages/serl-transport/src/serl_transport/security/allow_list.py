@@ -3,11 +3,13 @@
     # role    name     public key
     actor     robot-1  E]y)JJ(IZ*...
     operator  alice    Yne@$w-vo<...
+    follower  host-1   m)x^R#4tQ%...
 
-An actor may push, infer and ask; an operator may also say what the run is to do (OPERATOR_REQUESTS). A name binds the
-key to one `unique_identifier`; `*` leaves it open. The authenticator asks `lookup` per connection, the router `permit`
-per message, so that a line taken out of the file ends a running connection's rights within a second. A file that
-cannot be read admits nobody.
+An actor may push, infer and ask; an operator may also say what the run is to do (OPERATOR_REQUESTS); a follower, a
+trainer's host beyond the first, reads the journal and the status and does nothing else. A name binds the key to one
+`unique_identifier`; `*` leaves it open. The authenticator asks `lookup` per connection, the router `permit` per
+message, so that a line taken out of the file ends a running connection's rights within a second. A file that cannot be
+read admits nobody.
 """
 
 import logging
@@ -24,11 +26,13 @@ from serl_transport.wire.envelope import Envelope
 
 log = logging.getLogger(__name__)
 
-ROLES = ("actor", "operator")
+ROLES = ("actor", "operator", "follower")
 ACTOR_KINDS = frozenset({"hello", "heartbeat", "data", "infer", "request"})
 OPERATOR_REQUESTS = frozenset(
     ["pause", "resume", "training_pause", "training_resume", "verdict", "serve", "set", "end_stage", "publish", "stop"]
 ) | {"drive"}  # from a page of the console
+FOLLOW = "follow"  # the request for what the journal got since
+FOLLOWER_REQUESTS = frozenset({FOLLOW, "status"})
 CHECK_S = 1.0
 
 
@@ -36,7 +40,7 @@ CHECK_S = 1.0
 class Entry:
     """One line."""
 
-    role: str  # actor | operator
+    role: str  # one of ROLES
     name: str  # the unique_identifier it may use; *: any
     key: bytes  # public, 40 characters of Z85
 
@@ -68,6 +72,12 @@ class AllowList:
             raise Unauthorized(f"role {entry.role} may not send {shown(envelope.kind)}")
         if envelope.kind == "request" and envelope.target in OPERATOR_REQUESTS and entry.role != "operator":
             raise Unauthorized(f"{envelope.target}: expected an operator's key, {entry.name!r} has role {entry.role}")
+
+        reads = envelope.kind != "request" or envelope.target in FOLLOWER_REQUESTS
+        if entry.role == "follower" and (envelope.kind in ("data", "infer") or not reads):
+            raise Unauthorized(f"{entry.name!r} has role follower, which reads the journal and the status alone")
+        if envelope.kind == "request" and envelope.target == FOLLOW and entry.role != "follower":
+            raise Unauthorized(f"{FOLLOW}: expected a follower's key, {entry.name!r} has role {entry.role}")
 
     def refresh(self) -> None:
         """Read the file again when it has changed; looked at once a second at most."""
@@ -120,5 +130,5 @@ def _read_line(line: str, where: str) -> Entry:
         raise ValueError(f"{where}: expected 'role name public-key', got {len(parts)} words")
     role, name, key = parts
     if role not in ROLES:
-        raise ValueError(f"{where}: expected role actor or operator, got {role!r}")
+        raise ValueError(f"{where}: expected role actor, operator or follower, got {role!r}")
     return Entry(role, name, check_key(key, where))

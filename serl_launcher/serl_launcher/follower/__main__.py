@@ -1,0 +1,63 @@
+"""`python -m serl_launcher.follower <run_dir>`: follow the gateway of config.yaml's launch.main_host until SIGTERM.
+
+Exit codes: 0 after a signal; 2 where it cannot work, said in one line: another run's journal or config, a mistake of
+the user, a gateway that was silent for follower.patience_s.
+"""
+
+import logging
+import signal
+import sys
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+from serl_launcher.follower.follower import Follower, GatewayGoneError
+from serl_launcher.follower.settings import FollowerSettings
+from serl_launcher.replay.entries import SpecChangedError
+from serl_launcher.replay.journal_writer import RunFolderBusyError
+from serl_launcher.replay.ring import RingError
+from serl_launcher.run.alive import beat
+from serl_launcher.run.config import read_config
+from serl_launcher.run.paths import RunPaths
+from serl_transport.client import TrainerClient
+from serl_transport.contract.errors import WireError
+
+log = logging.getLogger("follower")
+MISTAKES = (ValueError, RunFolderBusyError, RingError, SpecChangedError, WireError, GatewayGoneError)
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 1:
+        print("usage: python -m serl_launcher.follower <run_dir>", file=sys.stderr)
+        return 2
+    form = "%(asctime)s %(name)s %(levelname).1s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))  # at any moment: what is on disk is whole
+    paths = RunPaths(Path(argv[0]))
+    try:
+        settings = FollowerSettings.of(read_config(paths.config))
+        with ExitStack() as stack:
+            client = connect(settings)
+            stack.callback(client.stop)
+            stack.enter_context(closing(Follower(settings, paths, client))).run()
+    except MISTAKES as mistake:
+        print(f"follower: {getattr(mistake, 'message', None) or mistake}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def connect(settings: FollowerSettings) -> TrainerClient:
+    """A connection to the gateway, which is waited for. WireError: it refuses this host; ValueError: no key."""
+
+    def wait(message: str) -> None:
+        beat()
+        log.warning("%s", message)
+
+    return TrainerClient(
+        settings.name, settings.gateway, settings.wire,
+        spec=settings.spec, role="follower", run=settings.run, on_wait=wait,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
