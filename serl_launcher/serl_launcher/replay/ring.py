@@ -106,7 +106,8 @@ class _RingFile:
             return np.take(array, slots, axis=0)
         flat, far = slots.ravel(), far.ravel()
         result = np.empty((len(flat), *array.shape[1:]), array.dtype)
-        result[~far] = array[flat[~far]]
+        for row in np.flatnonzero(~far).tolist():  # one copy each; a selection by mask would copy twice
+            result[row] = array[flat[row]]
         self._cold.read(key, flat[far] - hot, result, np.flatnonzero(far))
         return result.reshape(*slots.shape, *array.shape[1:])
 
