@@ -7,7 +7,7 @@ params/kept.json says which it is. Damaged, it is made again from the evaluation
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,7 @@ class RollbackGuard:
         self, watch: EvaluationWatch, learner: Learner, publisher: Publisher, checkpoints: TrainerCheckpoints
     ) -> None:
         self._watch, self._learner, self._publisher, self._checkpoints = watch, learner, publisher, checkpoints
+        self.finish_writes: Callable[[], None] = lambda: None  # of what the trainer has begun to write
         self._published: str | None = None  # stage whose rollback is published; a full disk may refuse its checkpoint
 
     @busy(1800.0, "judging an evaluation")
@@ -138,6 +139,7 @@ class RollbackGuard:
         kept = self._watch.kept if fall else None
         if fall is None or kept is None:
             return
+        self.finish_writes()
         (stage, rate), best = fall, self._watch.best
         if self._published != stage:
             self._bring_back(kept)

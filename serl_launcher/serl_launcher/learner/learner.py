@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from serl_launcher.agents.base import Agent, Limit, ParameterGroup, follow
 from serl_launcher.agents.shares import sharing
 from serl_launcher.learner.checkpoint import RAW
+from serl_launcher.learner.copies import Copies
 from serl_launcher.learner.engines import Engine, Part
 from serl_launcher.learner.optimizers import for_device, move
 from serl_launcher.policies.kernels import pin_kernels
@@ -82,6 +83,7 @@ class Learner:
         self._limits: Mapping[str, Limit] = getattr(agent, "limits", {})
         self._max_grad_norm, self._ema_decay = max_grad_norm, ema_decay
         self._averaged = {name: part.share.detach().clone() for name, part in self._state.items()}
+        self.copies: list[Copies] = []  # of this learner's state; a step changes nothing before they are whole
         self.step_count = 0
         self._average_age = 0
 
@@ -127,6 +129,8 @@ class Learner:
         norms = {name: engine.clip(mine, self._max_grad_norm) for name, mine in moved.items()}
         losses, metrics = engine.of_all(losses, ()), engine.of_all(metrics, self._largest(metrics))
         taken = engine.agreed(self._taken([*losses.values(), *norms.values()], metrics))
+        for copies in self.copies:
+            copies.hold_changes()
         for name in losses:
             self._set_rate(name, self._groups[name], lr_scale)
             move(self._optimizers[name], taken)

@@ -32,6 +32,7 @@ from serl_launcher.replay.ring_layout import (
     RingLayout,
     place_ring,
 )
+from serl_launcher.replay.warm import WarmMemory
 from serl_transport.contract.schema import MODES
 from serl_transport.contract.specs import TaskSpec
 
@@ -102,14 +103,19 @@ class _RingFile:
     def _take(self, key: str, slots: np.ndarray) -> np.ndarray:
         """Copies of slots, in the shape of `slots`; of pictures wherever they lie."""
         array, hot = self._arrays[key], self.layout.hot
-        if self._cold is None or key not in self.layout.cold or not (far := slots >= hot).any():
-            return np.take(array, slots, axis=0)
-        flat, far = slots.ravel(), far.ravel()
-        result = np.empty((len(flat), *array.shape[1:]), array.dtype)
-        for row in np.flatnonzero(~far).tolist():  # one copy each; a selection by mask would copy twice
-            result[row] = array[flat[row]]
-        self._cold.read(key, flat[far] - hot, result, np.flatnonzero(far))
-        return result.reshape(*slots.shape, *array.shape[1:])
+        result = self._empty(slots.shape + array.shape[1:], array.dtype)
+        if self._cold is None or key not in self.layout.cold or not (slots >= hot).any():
+            # The slots are in range: clipping them only spares numpy a second copy.
+            return np.take(array, slots, axis=0, out=result, mode="clip")
+        rows, flat = result.reshape(-1, *array.shape[1:]), slots.ravel()
+        near, far = np.flatnonzero(flat < hot), np.flatnonzero(flat >= hot)
+        for row in near.tolist():  # one copy each; a selection by mask would copy twice
+            rows[row] = array[flat[row]]
+        self._cold.read(key, flat[far] - hot, rows, far)
+        return result
+
+    def _empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        return np.empty(shape, dtype)
 
     def _view(self, place: ArrayPlace) -> np.ndarray:
         return np.ndarray(place.shape, place.dtype, self._map, place.offset)
@@ -256,6 +262,7 @@ class RingReader(_RingFile):
         path = Path(path)
         layout = RingLayout.read(path)
         super().__init__(path, layout, mmap.ACCESS_READ)
+        self._memory = WarmMemory()
         if layout.cold_path is not None:
             self._cold = ColdPictures(layout.cold_path, layout)
 
@@ -281,6 +288,9 @@ class RingReader(_RingFile):
         if frames.size and int(frames.min()) < self.first_valid:
             raise Evicted(f"frame {int(frames.min())} was overwritten during the copy (oldest is {self.first_valid})")
         return result
+
+    def _empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        return self._memory.empty(shape, dtype)
 
     def _check_live(self, frames: np.ndarray) -> None:
         low, high = int(frames.min()), int(frames.max())
