@@ -256,19 +256,27 @@ class RingWriter(_RingFile):
 
 
 class RingReader(_RingFile):
-    """Read-only view of a ring by its path (the status document names it); make a new one when that path changes."""
+    """Read-only view of a ring by its path (the status document names it); make a new one when that path changes.
+
+    until: rows of the table that `episodes` goes to, for readers that must all see the same; None: all there are.
+    """
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         layout = RingLayout.read(path)
         super().__init__(path, layout, mmap.ACCESS_READ)
+        self.until: int | None = None
         self._memory = WarmMemory()
         if layout.cold_path is not None:
             self._cold = ColdPictures(layout.cold_path, layout)
 
+    def reach(self, rows: int) -> None:
+        """`episodes` goes to this row from now on."""
+        self.until = rows
+
     def episodes(self, since_row: int = 0) -> list[EpisodeRow]:
         """Committed episodes whose row number is at least since_row, oldest commit first."""
-        rows = int(self._counters[ROWS])
+        rows = self.rows if self.until is None else min(self.rows, self.until)
         indices = np.arange(max(since_row, int(self._counters[FIRST_ROW])), rows)
         table = self._table[indices % self.layout.episode_rows].copy()
         still = indices >= int(self._counters[FIRST_ROW])  # read after the copy: older rows may be half overwritten
