@@ -213,6 +213,7 @@ class Lockstep:
             return
         while trainer.stages.taken(row) < upto and trainer.faults.held is None:
             trainer.take_step(row, self._ticks["online"])
+        trainer.disk.finish()  # a version that is asked for next has the number after
 
     def online(self) -> Iterator[dict[str, Any]]:
         """The online stage; points of the curve on the way."""

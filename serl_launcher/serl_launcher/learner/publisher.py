@@ -5,10 +5,13 @@ The policy server and actors with a local policy load them by name, on top of th
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from serl_launcher.learner.copies import Copies
 from serl_launcher.learner.learner import Learner
 from serl_launcher.policies.base import FlowPolicy
 from serl_launcher.run.alive import busy
@@ -24,40 +27,66 @@ class Publisher:
 
     def __init__(self, folder: Path, learner: Learner, policy: FlowPolicy, *, name: str, keep: int) -> None:
         self._folder, self._learner, self._policy, self._name, self._keep = folder, learner, policy, name, keep
+        self._copies = Copies()
+        learner.copies.append(self._copies)
         self.base = base_sha256(policy)  # of what is frozen, and of the units
         self.obeyed = 0  # number of the last act for which a version was published
         self.version = 0  # the newest one; the first one published is 1
+        self.begun = 0  # the newest one that has a number: beyond `version` while it is being written
+
+    def copy(self) -> Callable[[], None]:
+        """The next version as the parameters are now; the result writes it, in any thread, as `publish` does."""
+        averaged, step = self._copies.of(dict(self._learner.averaged)), self._learner.step_count
+        self.begun += 1
+        version = self.begun
+
+        def write() -> None:
+            self._copies.wait()
+            self._write(self._folder, averaged, version, step, self._keep)
+            self.version = version
+
+        return write
 
     @busy(600.0, "publishing a version")
     def publish(self) -> None:
-        """The next version, whole or not at all; on disk when this returns. OSError when the disk refuses."""
+        """The next version, whole or not at all; on disk when this returns. OSError when the disk refuses.
+
+        Nothing that was begun may still be unwritten.
+        """
         self.publish_into(self._folder, self.version + 1, self._keep)
-        self.version += 1
+        self.version = self.begun = self.version + 1
 
     def publish_into(self, folder: Path, version: int, keep: int) -> None:
         """The parameters of now as a version in another folder, beside the newest ones there. OSError as `publish`."""
+        self._write(folder, self._learner.averaged, version, self._learner.step_count, keep)
+
+    def _write(self, folder: Path, averaged: Mapping[str, Tensor], version: int, step: int, keep: int) -> None:
         publish(
             folder,
-            self._learner.averaged,
+            averaged,
             version=version,
-            step=self._learner.step_count,
+            step=step,
             base=self.base,
             policy=self._name,
             now=time.time(),
             keep=keep,
         )
 
-    def publish_on_request(self, status: Mapping[str, Any]) -> None:
-        """An operator may ask for a version out of turn. The gateway keeps asking until it hears that it was obeyed."""
+    def publish_on_request(self, status: Mapping[str, Any], finish: Callable[[], None]) -> None:
+        """An operator may ask for a version out of turn. The gateway keeps asking until it hears that it was obeyed.
+
+        finish: waits until what was begun is written.
+        """
         wanted = (status.get("operator") or {}).get("publish_wanted", 0)
         if wanted > self.obeyed:
+            finish()
             log.info("publishing on an operator's request (act %d)", wanted)
             self.publish()
             self.obeyed = wanted
 
     def continue_after(self, version: int) -> None:
         """Number on from this version (a checkpoint's), or from the highest on disk: actors have used that one."""
-        self.version = max(version, highest_number(self._folder))
+        self.version = self.begun = max(version, highest_number(self._folder))
 
     def refuse_to_replace_damaged(self) -> None:
         """DamagedFileError where versions were published and none is whole: the next would be of untrained weights."""

@@ -10,13 +10,19 @@ A damaged checkpoint is named, and the one before it is used.
 learner.checkpoint knows the files; the trainer calls `save`, learner.faults `go_back_to`, learner.wiring `resume`.
 """
 
+import copy
 import logging
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from serl_launcher.learner import checkpoint
+from serl_launcher.learner.copies import Copies
 from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.stage import StageProgress
@@ -44,27 +50,48 @@ class TrainerCheckpoints:
     ) -> None:
         self._folder, self._learner, self._stages = folder, learner, stages
         self._publisher, self._rng, self._keep = publisher, rng, keep
+        self._copies = Copies()
+        learner.copies.append(self._copies)
 
     @busy(1800.0, "writing a checkpoint")
     def save(self) -> None:
-        """A checkpoint of everything that `resume` reads."""
+        """A checkpoint of everything that `resume` reads. On disk when this returns; OSError when the disk refuses."""
+        self._write(self._learner.tensors(), self._learner.optimizer_state(), self._state(), time.time())
+
+    def copy(self) -> Callable[[], None]:
+        """All of it as it is now; the result writes it, in any thread, once the version that it names is written."""
+        tree = {"tensors": self._learner.tensors(), "optimizer": self._learner.optimizer_state()}
+        tree, state, made = self._copies.of(tree), copy.deepcopy(self._state()), time.time()
+
+        def write() -> None:
+            self._copies.wait()
+            self._write(tree["tensors"], tree["optimizer"], state, made)
+
+        return write
+
+    def _write(
+        self, tensors: Mapping[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any], made: float
+    ) -> None:
+        step = state["counters"]["step"]
+        origin = origin_of(RunPaths(self._folder.parent), step, state["version"], made)
+        checkpoint.save(self._folder, step, tensors, optimizer, state, self._keep, origin)
+
+    def _state(self) -> dict[str, Any]:
         learner = self._learner
-        state = {
+        return {
             "counters": learner.counters(),
             **self._stages.counts(),
-            "version": self._publisher.version,
+            "version": self._publisher.begun,
             "rng": self._rng.bit_generator.state,
             "torch_rng": torch.get_rng_state().tolist(),
             "device_rng": torch.cuda.get_rng_state(learner.device).tolist() if learner.on_card else None,
             "agent": self._agent,
             "base": self._publisher.base,
         }
-        optimizer = learner.optimizer_state()
-        origin = origin_of(RunPaths(self._folder.parent), learner.step_count, self._publisher.version)
-        checkpoint.save(self._folder, learner.step_count, learner.tensors(), optimizer, state, self._keep, origin)
 
-    def resume(self, checkpoint_path: str | None) -> None:
-        """From the newest whole checkpoint of this run; else from checkpoint_path; else from scratch.
+    def resume(self, checkpoint_path: str | None) -> str | None:
+        """From the newest whole checkpoint of this run, whose name it returns; else from checkpoint_path; else from
+        scratch.
 
         DamagedFileError where that would throw training away: there are checkpoints, or published versions, and none
         is whole.
@@ -87,6 +114,7 @@ class TrainerCheckpoints:
         else:
             self._publisher.refuse_to_replace_damaged()
         self._publisher.continue_after(version)
+        return None if newest is None else newest.name
 
     def _nothing_whole(self) -> str:
         problems = [checkpoints.problem(folder) for folder in checkpoints.folders(self._folder)]

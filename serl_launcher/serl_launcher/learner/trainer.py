@@ -17,16 +17,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from serl_launcher.learner.data import TrainingData
-from serl_launcher.learner.disk import DiskWait
+from serl_launcher.learner.disk import DiskWait, Write
 from serl_launcher.learner.faults import SKIP, Faults, Reminder
 from serl_launcher.learner.guard import RollbackGuard
-from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.operated import Operated
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
 from serl_launcher.learner.stage import StageProgress, TrainingStage
 from serl_launcher.learner.step_log import StepLog
+from serl_launcher.learner.together import Together
 from serl_launcher.run.alive import Pace, beat, busy
 from serl_launcher.run.internal import InternalClient
 from serl_launcher.run.ready import say_ready
@@ -39,13 +38,12 @@ GATEWAY_S = 90.0  # for the gateway's answer: more than its client's patience
 
 
 class Trainer:
-    """Rank 0 of the training job: one agent, one view of the replay, one line of progress to the gateway."""
+    """Rank 0 of the training job: it decides, and what all ranks do goes through `together`."""
 
     def __init__(
         self,
         gateway: InternalClient,
-        learner: Learner,
-        data: TrainingData,
+        together: Together,
         stages: StageProgress,
         publisher: Publisher,
         checkpoints: TrainerCheckpoints,
@@ -54,11 +52,13 @@ class Trainer:
         step_log: StepLog,
         operated: Operated,
     ) -> None:
-        self.gateway, self.learner, self.data, self.stages = gateway, learner, data, stages
+        self.gateway, self.together, self.stages = gateway, together, stages
+        self.learner, self.data = together.learner, together.data
         self.publisher, self.checkpoints, self.faults, self.rollback = publisher, checkpoints, faults, rollback
         self.step_log, self.operated = step_log, operated
         self._paused: str | None = None  # that an operator holds training, for people
         self.disk = DiskWait(lambda: f", policy version {publisher.version} goes on being served")
+        rollback.finish_writes = self.disk.finish
         self._written_steps = dict(stages.steps)  # of each stage, once what was due after them is written
         self._reminder = Reminder()
         self._pace = Pace("a training step")
@@ -90,6 +90,7 @@ class Trainer:
 
     def turn(self, status: dict[str, Any]) -> bool:
         """What is to be done by this status; True when that is nothing more. OSError when the disk refuses a write."""
+        self.together.rest()
         self.disk.catch_up()
         self.operated.look()
         self.rollback.check(status)
@@ -97,7 +98,7 @@ class Trainer:
         self._paused = f"{paused_by} paused the training; training_resume lets it go on" if paused_by else None
         if status.get("done"):
             return True
-        self.publisher.publish_on_request(status)
+        self.publisher.publish_on_request(status, self.disk.finish)
         stage = self.stages.due(status)
         if stage is not None and self.may_train(stage, status):
             self.train(stage, status["counts"]["experience"])
@@ -112,7 +113,7 @@ class Trainer:
         experience: ticks that the gateway has counted over the run.
         """
         if self.stages.enter(stage, experience):
-            self.learner.begin_stage(stage.mode)
+            self.together.begin_stage(stage.mode)
             self._pace = Pace("a training step")  # the first one of another stage may compile
             log.info("stage %s: %d steps from step %d", stage.name, stage.steps, self.learner.step_count)
         report_at = time.monotonic() + REPORT_S
@@ -120,30 +121,40 @@ class Trainer:
             if not self.stages.allows(stage, experience):
                 time.sleep(LIMITED_S)
                 return
+            self.disk.catch_up()
             if not self.take_step(stage, experience):
                 return
+        if self.stages.finished(stage):
+            self.disk.finish()
 
     def take_step(self, stage: TrainingStage, experience: int) -> bool:
         """Sample, step, and what is due after it (log, publish, checkpoint); False when it is known to be refused.
 
         OSError when the disk refuses: the step is taken, what is due stays due.
         """
-        began = time.perf_counter()
         with self._pace.timed():
-            batch = self.data.sample(self.operated.settings.batch_size)
-            sampled = time.perf_counter()
-            metrics = self.learner.step(batch, self.stages.lr_scale(stage))
+            size, metrics = self.together.step(self.operated.settings.batch_size, self.stages.lr_scale(stage))
         self.stages.count(stage)
-        times = {"time/sample_s": sampled - began, "time/step_s": time.perf_counter() - sampled}
-        logged = self.log_step(stage, experience, metrics | {"batch/size": float(len(batch))} | times)
-        writes = {self.publisher.publish: self.operated.settings.publish_period}
-        writes |= {self.checkpoints.save: self.operated.settings.checkpoint_period}
-        if not (logged or any(self._due(stage, period) for period in writes.values())):
+        times = {"time/stall_s": self.disk.stall_s}  # of the last version and checkpoint
+        logged = self.log_step(stage, experience, metrics | {"batch/size": float(size)} | times)
+        settings = self.operated.settings
+        publishes, saves = (self._due(stage, n) for n in (settings.publish_period, settings.checkpoint_period))
+        if not (logged or publishes or saves):
             return True
         sound = self.settle()
-        due = [write for write, period in writes.items() if sound and self._due(stage, period)]
-        self.disk.write([self.step_log.write, *due])
+        try:
+            if sound and (publishes or saves):
+                self.disk.begin(self._writes(stage, publishes, saves))
+        finally:
+            self.disk.write([self.step_log.write])
         return sound
+
+    def _writes(self, stage: TrainingStage, publishes: bool, saves: bool) -> list[Write]:
+        """What is due after a step; until it is written, that step does not count."""
+        before = self.stages.steps | {stage.name: self.stages.taken(stage) - 1}
+        version = Write("version", self.publisher.copy, self.publisher.publish, before)
+        checkpoint = Write("checkpoint", self.checkpoints.copy, self.checkpoints.save, before)
+        return [version] * publishes + [checkpoint] * saves
 
     def settle(self) -> bool:
         """Learn which of the last steps the device refused, and act on it; was the newest one taken?
@@ -153,6 +164,8 @@ class Trainer:
         with self._pace.timed():
             rows = self.step_log.read()
         found = [(row.stage, self.learner.fault(row.step, row.metrics)) for row in rows]
+        if any(fault for _, fault in found):
+            self.disk.still()  # the last checkpoint may be on its way
         for stage, fault in found:
             if fault is not None:
                 self.stages.uncount(stage)
@@ -169,7 +182,7 @@ class Trainer:
             self._reminder.say(held)
             return False
         with busy(600.0, "judging the episodes of the ring"):
-            refreshed = self.data.refresh(status.get("ring"))
+            refreshed = self.together.refresh(status.get("ring"))
         if not refreshed:
             return False
         if problem := self.data.problem(stage.mode):
@@ -188,8 +201,7 @@ class Trainer:
 
         Steps count once what was due after them is written: a stage must not end before its last version is published.
         """
-        if not self.disk.behind:
-            self._written_steps = dict(self.stages.steps)
+        self._written_steps = self.disk.counted(self.stages.steps, self._written_steps)
         accepted = {"replay/accepted": float(self.data.accepted)}
         return self.gateway.progress(
             step=self.learner.step_count,
@@ -209,18 +221,22 @@ class Trainer:
     def end(self) -> None:
         """What a trainer leaves behind. RuntimeError when frozen parameters have changed."""
         say_ready()
-        self.data.close()
-        if self._stopping:
-            self._save_last()
+        self._write_last()
+        self.disk.close()
         self.step_log.close()
+        self.together.end()
         self.publisher.check_frozen()
 
-    def _save_last(self) -> None:
-        """A checkpoint on the way out. A disk that refuses is not waited for: the next start takes the one before."""
-        self.settle()
+    def _write_last(self) -> None:
+        """What was begun, and where it is stopped a checkpoint. A disk that refuses is not waited for: the next start
+        takes the one before."""
+        if self._stopping:
+            self.settle()
         try:
-            self.disk.write([self.checkpoints.save])
-            log.info("stopped at step %d, checkpoint written", self.learner.step_count)
+            self.disk.finish()
+            if self._stopping:
+                self.disk.write([self.checkpoints.save])
+                log.info("stopped at step %d, checkpoint written", self.learner.step_count)
         except OSError as error:
             last = self.checkpoints.last_own()
             log.error(

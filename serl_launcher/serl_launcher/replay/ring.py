@@ -30,6 +30,7 @@ from serl_launcher.replay.ring_layout import (
     RingLayout,
     choose_folder,
 )
+from serl_launcher.replay.warm import WarmMemory
 from serl_transport.contract.schema import MODES
 from serl_transport.contract.specs import TaskSpec
 
@@ -209,15 +210,24 @@ class RingWriter(_RingFile):
 
 
 class RingReader(_RingFile):
-    """Read-only view of a ring by its path (the status document names it); make a new one when that path changes."""
+    """Read-only view of a ring by its path (the status document names it); make a new one when that path changes.
+
+    until: rows of the table that `episodes` goes to, for readers that must all see the same; None: all there are.
+    """
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         super().__init__(path, RingLayout.read(path), mmap.ACCESS_READ)
+        self.until: int | None = None
+        self._memory = WarmMemory()
+
+    def reach(self, rows: int) -> None:
+        """`episodes` goes to this row from now on."""
+        self.until = rows
 
     def episodes(self, since_row: int = 0) -> list[EpisodeRow]:
         """Committed episodes whose row number is at least since_row, oldest commit first."""
-        rows = int(self._counters[ROWS])
+        rows = self.rows if self.until is None else min(self.rows, self.until)
         indices = np.arange(max(since_row, int(self._counters[FIRST_ROW])), rows)
         table = self._table[indices % self.layout.episode_rows].copy()
         still = indices >= int(self._counters[FIRST_ROW])  # read after the copy: older rows may be half overwritten
@@ -233,10 +243,15 @@ class RingReader(_RingFile):
         if frames.size:
             self._check_live(frames)
         slots = frames % self.capacity
-        result = {key: np.take(self._array(key), slots, axis=0) for key in (self._arrays if keys is None else keys)}
+        result = {key: self._rows(self._array(key), slots) for key in (self._arrays if keys is None else keys)}
         if frames.size and int(frames.min()) < self.first_valid:
             raise Evicted(f"frame {int(frames.min())} was overwritten during the copy (oldest is {self.first_valid})")
         return result
+
+    def _rows(self, array: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """array[slots] in memory of its own. The slots are in range: clipping them only spares numpy a second copy."""
+        rows = self._memory.empty(slots.shape + array.shape[1:], array.dtype)
+        return np.take(array, slots, axis=0, out=rows, mode="clip")
 
     def _check_live(self, frames: np.ndarray) -> None:
         low, high = int(frames.min()), int(frames.max())

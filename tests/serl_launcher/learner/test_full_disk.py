@@ -151,13 +151,14 @@ def test_a_stop_on_a_full_disk_says_what_the_next_start_goes_on_from(disk, ring,
     monkeypatch.setattr("serl_launcher.learner.trainer.REPORT_S", 0.001)
     put(ring, 0, "demo")
     trainer, gateway = make(disk, ring, steps=50, limit=300, trainer__checkpoint_period=2)
-    plain = gateway.progress
+    plain, full = gateway.progress, []
 
     def progress(**report):
         if report["waits"]:
             trainer.stop()
-        elif report["step"] >= 4:
-            fill(disk)
+        elif report["step"] >= 4 and not full:
+            trainer.disk.still()  # the checkpoint of step 4
+            full.append(fill(disk))
         return plain(**report)
 
     gateway.progress = progress

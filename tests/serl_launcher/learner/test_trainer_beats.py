@@ -1,6 +1,8 @@
 """The trainer shows that it works, and announces what takes long: the real one, looked at as the supervisor does."""
 
 import os
+import time
+from concurrent.futures import wait
 
 import pytest
 from trainer_rig import make, put
@@ -36,8 +38,9 @@ def test_each_part_that_may_take_long_is_announced_with_time_enough(tmp_path, ri
 
     monkeypatch.setattr("serl_launcher.learner.publisher.publish", lambda *_, **__: seen.setdefault(
         "publish", []).append((beat().doing, beat().allowed_s)))  # fmt: skip
-    monkeypatch.setattr("serl_launcher.learner.checkpoint.save", lambda *_, **__: seen.setdefault(
-        "save", []).append((beat().doing, beat().allowed_s)))  # fmt: skip
+    monkeypatch.setattr("serl_launcher.learner.checkpoint.save", lambda *_, **__: time.sleep(0.1))
+    monkeypatch.setattr("serl_launcher.learner.disk.wait", lambda threads: seen.setdefault(
+        "finish", []).append((beat().doing, beat().allowed_s)) or wait(threads))  # fmt: skip
     watched(trainer.learner, "step")
     watched(trainer.data, "sample")
     watched(trainer.data, "refresh")
@@ -50,7 +53,7 @@ def test_each_part_that_may_take_long_is_announced_with_time_enough(tmp_path, ri
         "sample": ("a training step", 600.0),  # the first one may compile
         "step": ("a training step", 600.0),
         "publish": ("publishing a version", 600.0),
-        "save": ("writing a checkpoint", 1800.0),
+        "finish": ("waiting for a version or checkpoint", 1800.0),
         "check_frozen": ("ending", 1800.0),
     }
     assert seen["step"][1:] == [("a training step", 30.0)] * 3
