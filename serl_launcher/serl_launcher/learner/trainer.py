@@ -23,6 +23,7 @@ from serl_launcher.learner.faults import SKIP, Faults, Reminder
 from serl_launcher.learner.guard import RollbackGuard
 from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.operated import Operated
+from serl_launcher.learner.profile import Profile, device_metrics, timed
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
 from serl_launcher.learner.stage import StageProgress, TrainingStage
@@ -53,10 +54,11 @@ class Trainer:
         rollback: RollbackGuard,
         step_log: StepLog,
         operated: Operated,
+        profile: Profile,
     ) -> None:
         self.gateway, self.learner, self.data, self.stages = gateway, learner, data, stages
         self.publisher, self.checkpoints, self.faults, self.rollback = publisher, checkpoints, faults, rollback
-        self.step_log, self.operated = step_log, operated
+        self.step_log, self.operated, self.profile = step_log, operated, profile
         self._paused: str | None = None  # that an operator holds training, for people
         self.disk = DiskWait(lambda: f", policy version {publisher.version} goes on being served")
         rollback.finish_writes = self.disk.finish
@@ -132,9 +134,11 @@ class Trainer:
 
         OSError when the disk refuses: the step is taken, what is due stays due.
         """
+        self.profile.next_step()
         began = time.perf_counter()
         with self._pace.timed():
-            batch = self.data.sample(self.operated.settings.batch_size)
+            with timed("sample"):
+                batch = self.data.sample(self.operated.settings.batch_size)
             sampled = time.perf_counter()
             metrics = self.learner.step(batch, self.stages.lr_scale(stage))
         self.stages.count(stage)
@@ -145,12 +149,15 @@ class Trainer:
         publishes, saves = (self._due(stage, n) for n in (settings.publish_period, settings.checkpoint_period))
         if not (logged or publishes or saves):
             return True
-        sound = self.settle()
+        with timed("read metrics"):
+            sound = self.settle()
         try:
             if sound and (publishes or saves):
-                self.disk.begin(self._writes(stage, publishes, saves))
+                with timed("publish and save"):
+                    self.disk.begin(self._writes(stage, publishes, saves))
         finally:
-            self.disk.write([self.step_log.write])
+            with timed("log"):
+                self.disk.write([self.step_log.write])
         return sound
 
     def _writes(self, stage: TrainingStage, publishes: bool, saves: bool) -> list[Write]:
@@ -197,6 +204,8 @@ class Trainer:
         """Note the step's metrics and those of everything around it; is it a logged step?"""
         metrics |= self.stages.metrics(stage, experience) | self.data.metrics()
         metrics["policy/version"] = float(self.publisher.version)
+        if self.step_log.due(self.learner.step_count):
+            metrics |= device_metrics(self.learner.device)
         return self.step_log.add(self.learner.step_count, stage.name, metrics)
 
     @busy(GATEWAY_S, "waiting for the gateway")

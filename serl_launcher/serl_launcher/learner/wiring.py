@@ -20,6 +20,7 @@ from serl_launcher.learner.faults import Faults
 from serl_launcher.learner.guard import EvaluationWatch, RollbackGuard, evaluation_goals
 from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.operated import LiveRun, Operated
+from serl_launcher.learner.profile import Profile, be_deterministic
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
 from serl_launcher.learner.stage import StageProgress
@@ -51,6 +52,8 @@ def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient) -> 
     settings = cfg.trainer
     torch.set_num_threads(settings.threads)
     torch.manual_seed(cfg.seed)
+    if settings.deterministic:
+        be_deterministic()
     rng = np.random.default_rng(cfg.seed)
     spec = task_spec(cfg)
     policy = build_policy(cfg, spec)
@@ -75,6 +78,7 @@ def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient) -> 
         RollbackGuard(watch, learner, publisher, checkpoints),
         StepLog(MetricsWriter(paths, cfg), settings.log_period),
         Operated(run, words, data, stages, watch, learner, make_view),
+        Profile(paths.root / "profile", after=settings.profile_after, steps=settings.profile * settings.profile_steps),
     )
 
 
