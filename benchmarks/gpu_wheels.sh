@@ -14,7 +14,7 @@ names=(
   draccus mergedeep typing-inspect mypy-extensions gymnasium farama-notifications deepdiff orderly-set pyserial
   pydantic pydantic-core typing-inspection annotated-types rich pygments                           # what these import
   httpx httpcore h11 anyio certifi idna charset-normalizer urllib3 click
-  hydra-core omegaconf antlr4-python3-runtime msgpack pyzmq xxhash                                 # ours
+  hydra-core omegaconf antlr4-python3-runtime msgpack pyzmq xxhash backports-zstd                  # ours
   pytest pytest-timeout pluggy iniconfig
   "$@"
 )

@@ -51,7 +51,8 @@ def machine(args: argparse.Namespace) -> tuple[str, float | None, float | None]:
 def cost_of(cfg: DictConfig, policy: nn.Module, spec: TaskSpec, flow_steps: int) -> Estimate:
     """Costs in the batches of a config; `policy` is held as the policy server's afterwards."""
     noise_samples, questions = cfg.algo.agent.get("noise_samples", 1), cfg.serving.max_batch
-    cost = estimate(policy, spec, flow_steps, batch=share(cfg), noise_samples=noise_samples, questions=questions)
+    served = dict(questions=questions, candidates=(cfg.algo.served or {}).get("candidates", 1))
+    cost = estimate(policy, spec, flow_steps, batch=share(cfg), noise_samples=noise_samples, **served)
     return cost.of_rank(cfg.launch.engine, ranks_of(cfg))
 
 

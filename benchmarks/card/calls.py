@@ -17,7 +17,8 @@ from torch import nn
 
 from card.count import Counts
 from card.fake import DEVICE, FakeCard
-from serl_launcher.policies.base import FlowPolicy, Prefix, sample
+from serl_launcher.agents.choosing import add_chooser, served_chunks
+from serl_launcher.policies.base import FlowPolicy, Prefix
 from serl_launcher.policies.groot.build import build_groot
 from serl_launcher.policies.groot.full import FullGrootSize
 from serl_launcher.policies.groot_n1_5.build import build_groot_n1_5
@@ -28,6 +29,7 @@ from serl_launcher.policies.precision import hold
 from serl_launcher.policies.realtime import sample_realtime
 
 CAPTURED = ("encode", "sample")
+EXECUTED, CRITICS, WIDTHS = 4, 4, (256, 256)  # ticks of a chunk that critics judge, members, hidden layers
 SPEC = task(224)
 BUILDERS: dict[str, Callable[..., FlowPolicy]] = {  # (train) -> the released size with random weights, on torch.device
     "pi0": lambda train: _built(build_pi0, 50, FullSize("pi0"), train),
@@ -58,20 +60,28 @@ def _built(builder: Callable[..., FlowPolicy], ticks: int, size: Any, train: str
     return builder("card", SPEC, "random", 0, ticks, size, **options)
 
 
-def served(card: FakeCard, name: str, batch: int = 1, guided: bool = False, flow_steps: int | None = None) -> Served:
-    """Build, hold and ask. guided: real-time chunking's sample too; flow_steps: the release's where None."""
+def served(
+    card: FakeCard, name: str, batch: int = 1, guided: bool = False, flow_steps: int | None = None, candidates: int = 1
+) -> Served:
+    """Build, hold and ask. guided: real-time chunking's sample too; flow_steps: the release's where None; candidates:
+    of best of n, whose critics are of config/algo's size."""
     policy = on_card(card, build(name))
+    if candidates > 1:
+        features = features_of(policy)
+        with torch.device("meta"):
+            add_chooser(policy, features, EXECUTED, candidates, CRITICS, WIDTHS)
+        card.place(policy.chooser)
     counts: dict[str, Counts] = {}
     ask, steps = partial(_counted, card, policy, counts), flow_steps or policy.released_flow_steps
-    noise = torch.zeros(batch, policy.action_horizon, policy.action_dim, device=DEVICE)
+    noise = torch.zeros(batch * candidates, policy.action_horizon, policy.action_dim, device=DEVICE)
     with torch.no_grad():
         inputs = ask("prepare", policy.prepare, observe(SPEC, batch))
         if name.startswith("groot"):  # its first answer makes tables that the later ones find
             policy.encode_prepared(inputs)
-        prefix = ask("encode", policy.encode_prepared, inputs)
+        prefix = ask("encode", policy.encode_prepared, inputs, candidates > 1)
         with card.counting(policy) as once:
-            sample(policy, prefix, noise, 1)
-        ask("sample", sample, policy, prefix, noise, steps, prefix=prefix)
+            served_chunks(policy, prefix, noise, 1)
+        ask("sample", served_chunks, policy, prefix, noise, steps, prefix=prefix)
         if guided:
             mask = torch.ones_like(noise)
             ask("guided", sample_realtime, policy, prefix, noise, steps, noise, mask, prefix=prefix)
@@ -87,6 +97,12 @@ def on_card(card: FakeCard, policy: FlowPolicy) -> FlowPolicy:
     if fuse is not None:
         fuse()
     return policy.eval()
+
+
+def features_of(policy: FlowPolicy) -> int:
+    """Width of what critics see."""
+    with torch.no_grad():
+        return policy.features(policy.encode(observe(SPEC, 1))).shape[-1]
 
 
 def _counted(

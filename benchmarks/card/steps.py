@@ -15,12 +15,11 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from suites._policy_table import observe
 
-from card.calls import SPEC, build
+from card.calls import SPEC, build, features_of
 from card.count import Counts
 from card.fake import DEVICE, FakeCard
 from flowserl_cli.compose import load_config
@@ -67,14 +66,14 @@ class Trained:
     kept: int  # bytes that the forward pass keeps for the backward pass, and what the step began with beside weights
 
 
-def trained(card: FakeCard, name: str, batch: int) -> Trained:
-    """Build the learner, take a step, count the next one."""
+def trained(card: FakeCard, name: str, batch: int, *words: str) -> Trained:
+    """Build the learner, take a step, count the next one. words: of the config, beside the step's own."""
     step = STEPS[name]
     policy = build(step.head, step.train)
     hold(policy, policy.precision, masters=True)
     policy.checkpointing = step.train == "full"
     card.place(policy)
-    cfg = load_config([f"algo={step.algo}", *EVERYTHING.get(step.algo, [])])
+    cfg = load_config([f"algo={step.algo}", *EVERYTHING.get(step.algo, []), *words])
     if step.algo.startswith("dsrl"):
         add_steering(policy, features_of(policy), cfg.algo.served.variant, cfg.algo.served.bound)
         policy.steering.to(DEVICE)
@@ -117,12 +116,6 @@ def watching(learner: Any, look: Callable[[], None]) -> Iterator[None]:
 
     with patch.object(learner._engine, "backward", looked):
         yield
-
-
-def features_of(policy: FlowPolicy) -> int:
-    """Width of what critics see."""
-    with torch.no_grad():
-        return policy.features(policy.encode(observe(SPEC, 1))).shape[-1]
 
 
 def batch_of(policy: FlowPolicy, b: int, horizon: int, algo: str) -> ChunkBatch | LearningBatch:

@@ -2,8 +2,9 @@
 
 card/ runs heads and learner on a fake `cuda:0`. Rows of an answer at batch 1: kernels that are launched, casts, what is
 done with the prefix's keys and values, copies between host and card, values that the host waits for, FLOPs and bytes;
-then milliseconds as card.forecast works them out. Rows of a training step the same, and the bytes that its forward pass
-keeps. Stderr has them as a table. `--quick` leaves out all but PI0's answer.
+then milliseconds as card.forecast works them out; the same where critics choose among 16 chunks. Rows of a training
+step: the same counts, and the bytes that its forward pass keeps. Stderr has them as a table. `--quick` leaves out all
+but PI0's answer.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from card.steps import STEPS, trained
 from rows import Row
 
 BATCH = 32
+BEST_OF_N, CANDIDATES = ("pi0", "groot_n1_7"), 16  # heads, chunks that critics choose among (algo=best_of_n_*)
 MOST = {"pi0/sample": 4500}  # kernels
 
 
@@ -33,6 +35,12 @@ def rows(quick: bool) -> Iterator[Row]:
         for call, counts in answer.counts.items():
             yield from count_rows(f"{name}/{call}", counts, table)
         yield from time_rows(name, answer, table)
+    for name in [] if quick else BEST_OF_N:
+        with FakeCard() as card:
+            answer = served(card, name, candidates=CANDIDATES)
+        for call, counts in answer.counts.items():
+            yield from count_rows(f"{name}_best{CANDIDATES}/{call}", counts, table)
+        yield from time_rows(f"{name}_best{CANDIDATES}", answer, table)
     for name in [] if quick else STEPS:
         with FakeCard() as card:
             step = trained(card, name, BATCH)

@@ -44,7 +44,7 @@ def test_a_graph_of_pi0_neither_reads_back_nor_sends_over(pi0):
 
 def test_attention_gets_bf16_of_one_type(pi0):
     encode, once, sample = pi0.counts["encode"], pi0.once, pi0.counts["sample"]
-    assert len(encode.attention) == 27 + 18
+    assert len(encode.attention) == 27 + 17  # the last layer of language ends at its keys and values
     assert len(sample.attention) - len(once.attention) == 18
     assert {call.dtypes for call in encode.attention + sample.attention} == {(torch.bfloat16,) * 3}
     assert {call.mask for call in encode.attention + sample.attention} <= {None, torch.bfloat16}  # none is converted
@@ -77,10 +77,24 @@ def test_a_graph_of_every_other_head_neither_reads_back_nor_sends_over(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["pi0", "groot_n1_7"])
+def test_a_graph_of_the_best_of_16_neither_reads_back_nor_sends_over(name):
+    """The choice among the chunks is a part of what is captured."""
+    with FakeCard() as card:
+        best, one = (served(card, name, flow_steps=2, candidates=n) for n in (16, 1))
+    for call in CAPTURED:
+        assert not best.counts[call].reads
+        assert not best.counts[call].crossings
+    assert 0 < best.counts["sample"].operations - one.counts["sample"].operations < 300  # copies of keys, the critics
+    assert best.counts["sample"].attention[-1].query[0] == 16
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_that_is_not_logged_does_not_wait_for_the_card(name):
-    with FakeCard() as card:
-        step = trained(card, name, 2)
+    with FakeCard() as card:  # two flow steps of a critic's chunks: SAC's actor is moved through each
+        step = trained(card, name, 2, "serving.flow_steps=2")
     assert not step.counts.reads
     assert not step.counts.crossings  # the batch is on the card already
     assert step.counts.kinds()["optimizer"] >= 4  # norm, clipping, Adam, average

@@ -87,7 +87,7 @@ class Run:
         return pid
 
     def pid(self, module: str, launcher: bool = False) -> int:
-        """The process of this run whose command line holds `module`; launcher: accelerate's of it."""
+        """The process of this run whose command line holds `module`; launcher: what started it, of several."""
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
@@ -95,7 +95,7 @@ class Run:
                 except OSError:
                     continue
                 mine = str(self.folder) in words or f"runs_dir={self.folder.parent}" in words
-                if mine and module in words and ("accelerate.commands.launch" in words) == launcher:
+                if mine and module in words and ("serl_launcher.supervisor.several" in words) == launcher:
                     return int(entry.name)
         raise AssertionError(f"no process of this run holds {module}")
 

@@ -19,11 +19,17 @@ from serl_transport.wire.envelope import Envelope
 
 @pytest.fixture
 def keys(tmp_path):
-    """A folder with keys of the learner, an actor, an operator, and a stranger who is not listed."""
+    """A folder with keys of the learner, one of each role, and a stranger who is not listed."""
     folder = tmp_path / "keys"
     folder.mkdir()
     lines = []
-    for role, name in (("", "learner"), ("actor", "robot-1"), ("operator", "alice"), ("", "stranger")):
+    for role, name in (
+        ("", "learner"),
+        ("actor", "robot-1"),
+        ("operator", "alice"),
+        ("follower", "host-1"),
+        ("", "stranger"),
+    ):
         pair = KeyPair.new()
         write_pair(folder, name, pair)
         lines += [f"{role} {name} {pair.public.decode()}\n"] if role else []
@@ -56,6 +62,21 @@ def test_an_actor_pushes_and_asks_but_does_not_steer(locked, connect):
     with pytest.raises(Unauthorized, match="expected an operator's key, 'robot-1' has role actor"):
         client.request("stop")
     assert connect(locked, "alice", role="operator").request("stop") == {"did": "stop"}
+
+
+def test_a_follower_reads_and_does_nothing_else(locked, connect):
+    follower = connect(locked, "host-1", role="follower")
+    assert follower.request("status") == {"did": "status"}
+    for ask in ("stop", "next_episode", "params", "acts"):
+        with pytest.raises(Unauthorized, match=r"'host-1' has role follower|expected an operator's key"):
+            follower.request(ask)
+    with pytest.raises(Unauthorized, match="'host-1' has role follower"):
+        follower.infer({})
+    for name, role in (("robot-1", "actor"), ("alice", "operator")):
+        client = connect(locked, name, role=role)
+        for ask in ("follow", "file"):
+            with pytest.raises(Unauthorized, match=f"{ask}: expected a follower's key, '{name}' has role {role}"):
+                client.request(ask)
 
 
 def test_the_notify_port_is_guarded_too(locked, connect):

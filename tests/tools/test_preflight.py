@@ -64,6 +64,19 @@ def test_checkpointed_layers_are_counted_in_bf16():
     assert plain.train_flops < checkpointed.train_flops < 1.4 * plain.train_flops  # at most one more forward pass
 
 
+def test_each_of_the_chunks_that_are_chosen_among_costs_memory():
+    """Keys and values of the prefix are held once for each."""
+    spec = TaskSpec.from_dict(SPEC)
+    one, many = (
+        estimate(on_meta(spec, "expert")[1], spec, 4, batch=2, noise_samples=1, questions=1, candidates=n)
+        for n in (1, 16)
+    )
+    tokens, layers = len(spec.cameras) * 4, 2  # of the prefix, at the least
+    assert many.answer - one.answer > 15 * tokens * layers * 2 * 8 * 4
+    assert many.serve_flops > 1.5 * one.serve_flops
+    assert many.training == one.training
+
+
 def test_a_batch_that_does_not_fit_is_told(capsys):
     assert main(["policy=pi0_tiny", "--gpu-gb", "1", "--tflops", "1"]) == 0
     out = capsys.readouterr().out

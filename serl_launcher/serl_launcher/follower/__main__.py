@@ -17,8 +17,8 @@ from serl_launcher.replay.journal_writer import RunFolderBusyError
 from serl_launcher.replay.ring import RingError
 from serl_launcher.run.alive import beat
 from serl_launcher.run.config import read_config
+from serl_launcher.run.first_host import follower_client
 from serl_launcher.run.paths import RunPaths
-from serl_transport.client import TrainerClient
 from serl_transport.contract.errors import WireError
 
 log = logging.getLogger("follower")
@@ -35,9 +35,10 @@ def main(argv: list[str]) -> int:
         signal.signal(number, lambda *_: sys.exit(0))  # at any moment: what is on disk is whole
     paths = RunPaths(Path(argv[0]))
     try:
-        settings = FollowerSettings.of(read_config(paths.config))
+        cfg = read_config(paths.config)
+        settings = FollowerSettings.of(cfg)
         with ExitStack() as stack:
-            client = connect(settings)
+            client = follower_client(cfg, wait)
             stack.callback(client.stop)
             stack.enter_context(closing(Follower(settings, paths, client))).run()
     except MISTAKES as mistake:
@@ -46,17 +47,10 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def connect(settings: FollowerSettings) -> TrainerClient:
-    """A connection to the gateway, which is waited for. WireError: it refuses this host; ValueError: no key."""
-
-    def wait(message: str) -> None:
-        beat()
-        log.warning("%s", message)
-
-    return TrainerClient(
-        settings.name, settings.gateway, settings.wire,
-        spec=settings.spec, role="follower", run=settings.run, on_wait=wait,
-    )  # fmt: skip
+def wait(message: str) -> None:
+    """The gateway is not there yet."""
+    beat()
+    log.warning("%s", message)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ class Follower:
             log.warning("the gateway is silent: %s", error.message)
         if silent_s > self._settings.patience_s:
             raise GatewayGoneError(
-                f"the gateway at {self._settings.gateway}:{self._settings.wire.port_number} has been silent for "
+                f"the gateway at {self._settings.gateway} has been silent for "
                 f"{silent_s:.0f} s, longer than follower.patience_s={self._settings.patience_s:g}: {error.message}"
             )
         time.sleep(0.1)

@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.run.config import task_spec
-from serl_transport.config import TrainerConfig
+from serl_launcher.run.first_host import host_name
 from serl_transport.contract.bounds import check_number, check_whole
 from serl_transport.contract.specs import TaskSpec
 
@@ -18,8 +18,7 @@ class FollowerSettings:
     run: str  # run
     spec: TaskSpec  # task.spec
     name: str  # host-<launch.machine_rank>, by which the gateway knows this host
-    gateway: str  # launch.main_host
-    wire: TrainerConfig  # port, broadcast_port, security.keys_dir
+    gateway: str  # launch.main_host and port, for people
     capacity_frames: int  # replay.capacity_frames, as the gateway's
     mbit_s: float | None  # follower.mbit_s: of the journal over the wire at most; None: no bound
     patience_s: float  # follower.patience_s: the run stops here when the gateway is silent for longer
@@ -29,21 +28,13 @@ class FollowerSettings:
     def of(cfg: DictConfig) -> "FollowerSettings":
         """From a resolved config. ValueError names the key."""
         mbit_s = OmegaConf.select(cfg, "follower.mbit_s")
-        if not OmegaConf.select(cfg, "launch.main_host"):
-            raise ValueError("launch.main_host: expected the name or address of host 0, got none")
         return FollowerSettings(
             run=cfg.run,
             spec=task_spec(cfg),
-            name=host_name(cfg),
-            gateway=str(cfg.launch.main_host),
-            wire=TrainerConfig(cfg.port, cfg.broadcast_port, keys_dir=OmegaConf.select(cfg, "security.keys_dir")),
+            name=host_name(check_whole("launch.machine_rank", cfg.launch.machine_rank, 1, 4095)),
+            gateway=f"{cfg.launch.main_host}:{cfg.port}",
             capacity_frames=check_whole("replay.capacity_frames", cfg.replay.capacity_frames, 2, 1 << 40),
             mbit_s=None if mbit_s is None else check_number("follower.mbit_s", mbit_s, 0.01, 1e6),
             patience_s=check_number("follower.patience_s", cfg.follower.patience_s, 1.0, 1e6),
             config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
         )
-
-
-def host_name(cfg: DictConfig) -> str:
-    """`host-1` of launch.machine_rank=1; with keys, of <keys_dir>/host-1.secret."""
-    return f"host-{check_whole('launch.machine_rank', cfg.launch.machine_rank, 1, 4095)}"

@@ -3,7 +3,7 @@
     5588 actors ─▶ data ─▶ Ingest          ipc roles ─▶ progress ─▶ TrainerProgress
                    infer ─▶ InferForwarder              serving, infer_reply ─▶ InferForwarder
                    heartbeat ◀─ Troubles ◀───────────── troubles (of the supervisor)
-                   request ─▶ next_episode | status | params | follow (feed.py) | what operators ask (operating.py)
+                   request ─▶ next_episode | status | params | follow, file (feed.py) | an operator's (operating.py)
     5589 ◀─ notify: params version, stage, stop
 
 One thread owns all of it; the journal's thread only writes and posts back. Nothing here waits for a disk or a peer.
@@ -44,7 +44,7 @@ from serl_transport.config import TrainerConfig
 from serl_transport.connection.router import Peer
 from serl_transport.contract.bounds import INT32, shown
 from serl_transport.contract.errors import BadFrame, Unauthorized, UnknownKind, WireError
-from serl_transport.security.allow_list import FOLLOW, OPERATOR_REQUESTS
+from serl_transport.security.allow_list import FILE, FOLLOW, OPERATOR_REQUESTS
 from serl_transport.server import TrainerServer
 from serl_transport.wire.codec import Frames, pack
 from serl_transport.wire.envelope import Envelope
@@ -207,8 +207,8 @@ class Gateway:
             return {}
         if envelope.target in ("live", "hands") and peer.role == "actor":
             return self._from_actor(peer, envelope, body)
-        if envelope.target == FOLLOW:
-            return self._follow(peer, envelope, body)
+        if envelope.target in (FOLLOW, FILE):
+            return self.feed.take(peer, envelope, body)
         if envelope.target == "drive":
             return self.hands.drive(peer.actor_id, body)
         if envelope.target == "status":
@@ -222,7 +222,7 @@ class Gateway:
             # Who may is the allow-list's business (without keys: whoever reaches the port).
             self.operating.take(envelope.target, body, peer.actor_id, partial(self._acted, envelope.token))
             return None
-        known = ["next_episode", "status", "params", "acts", "leave", "live", "hands", FOLLOW]
+        known = ["next_episode", "status", "params", "acts", "leave", "live", "hands", FOLLOW, FILE]
         known += sorted(OPERATOR_REQUESTS)
         raise UnknownKind(f"no request {envelope.target!r}; the requests are {', '.join(known)}")
 
@@ -231,11 +231,6 @@ class Gateway:
         if envelope.target == "live":
             return self.views.take(peer.actor_id, body)
         return self.hands.poll(peer.actor_id, envelope.token, body)
-
-    def _follow(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> None:
-        if peer.role != "follower":
-            raise Unauthorized(f"{FOLLOW}: expected a follower's connection, this one said hello with role {peer.role}")
-        self.feed.ask(peer, envelope.token, body)
 
     def _give_views(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> dict[str, Any]:
         return self.views.give(peer, envelope, body) | {"hands": self.hands.to_view()}

@@ -1,6 +1,6 @@
 """The journal for hosts beyond the first: a follower asks for what comes after its copy, and waits until there is some.
 
-    follower ── follow {segment, offset, …} ─▶ Feed.ask ─▶ [ queue ] ─▶ thread: read ─▶ reply {data, until, files, …}
+    follower ── follow {segment, offset, …} ─▶ Feed.take ─▶ [ queue ] ─▶ thread: read ─▶ reply {data, until, files, …}
                                                                      └ nothing new: looked at again, up to WAIT_S
 
 Bytes of a segment go out as they lie there and never beyond the durable mark, so a copy never holds what the writer may
@@ -9,6 +9,7 @@ still take back. The thread reads files alone; the loop only queues. What each f
 
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,8 +23,10 @@ from serl_launcher.replay.journal import segment_path
 from serl_launcher.run.followed import Offered, config_keys
 from serl_launcher.run.paths import RunPaths
 from serl_transport.connection.router import Peer, Reply
-from serl_transport.contract.bounds import INT64, check_text, check_whole
-from serl_transport.contract.errors import BadFrame, NotReady, Refused, SchemaMismatch, WireError
+from serl_transport.contract.bounds import INT64, check_text, check_whole, shown
+from serl_transport.contract.errors import BadFrame, NotReady, Refused, SchemaMismatch, Unauthorized, WireError
+from serl_transport.security.allow_list import FILE
+from serl_transport.wire.envelope import Envelope
 
 WAIT_S = 1.0  # a question that nothing new answers is answered then
 LOOK_S = 0.05  # between two looks for something new, while a follower waits
@@ -32,6 +35,7 @@ SILENT_S = 4.0  # a follower asks at least once in WAIT_S
 FORGET_S = 600.0
 FOLLOWERS = 64  # names that are remembered
 HEADER = 40  # bytes of a record's header
+FETCHED = re.compile(r"checkpoints/step_\d+/[a-z]+\.(json|pt|safetensors)|params/v\d+\.(json|safetensors)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,26 +53,59 @@ class Question:
     until: float = field(default_factory=lambda: time.monotonic() + WAIT_S)
 
 
+@dataclass(frozen=True, slots=True)
+class FileQuestion:
+    """A part of a checkpoint or a version that a rank of another host goes on from, validated."""
+
+    token: bytes
+    name: str  # inside the run folder
+    offset: int
+    most: int
+
+
 class Feed:
     """reply: answers by token, from any thread. config: of this run, which every host must have."""
 
     def __init__(
         self, paths: RunPaths, run: str, config: Mapping[str, Any], reply: Callable[[bytes, Reply], None]
     ) -> None:
-        self._journal, self._run, self._reply = paths.journal, run, reply
+        self._root, self._journal, self._run, self._reply = paths.root, paths.journal, run, reply
         self._offered = Offered(paths.root)
         self._keys = config_keys(config)
-        self._queue: queue.SimpleQueue[Question | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Question | FileQuestion | None] = queue.SimpleQueue()
         self._seen: dict[str, tuple[float, Question]] = {}  # follower -> monotonic time of its last question
         self._thread: threading.Thread | None = None
 
-    def ask(self, peer: Peer, token: bytes, body: dict[str, Any]) -> None:
-        """One `follow` request; answered by the thread. BadFrame, SchemaMismatch, Refused."""
+    def take(self, peer: Peer, envelope: Envelope, body: dict[str, Any]) -> None:
+        """One `follow` or `file` request; answered by the thread. Unauthorized, BadFrame, SchemaMismatch, Refused."""
+        if peer.role != "follower":
+            raise Unauthorized(f"{envelope.target}: expected a follower's connection, this one is of role {peer.role}")
+        if envelope.target == FILE:
+            self._ask_file(envelope.token, body)
+        else:
+            self._ask(peer, envelope.token, body)
+
+    def _ask(self, peer: Peer, token: bytes, body: dict[str, Any]) -> None:
         if body.get("config") is not None:
             self._compare(body["config"])
         question = _question(peer.actor_id, token, body)
         if len(self._seen) < FOLLOWERS or question.name in self._seen:
             self._seen[question.name] = (time.monotonic(), question)
+        self._put(question)
+
+    def _ask_file(self, token: bytes, body: dict[str, Any]) -> None:
+        try:
+            name = check_text("name", body.get("name"), 256)
+            question = FileQuestion(
+                token, name, _whole(body, "offset"), check_whole("most", body.get("most"), 1, MOST_BYTES)
+            )
+        except (ValueError, KeyError) as error:
+            raise SchemaMismatch(f"file: {error}") from None
+        if not FETCHED.fullmatch(name):
+            raise Refused(f"file: expected a file of a checkpoint or of params/, got {shown(name)}")
+        self._put(question)
+
+    def _put(self, question: Question | FileQuestion) -> None:
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._serve, name="feed", daemon=True)
             self._thread.start()
@@ -128,7 +165,19 @@ class Feed:
                 question = False
             if question is None:
                 return
+            if isinstance(question, FileQuestion):
+                self._answer_file(question)
+                question = False
             waiting = [q for q in [*waiting, *([question] if question else [])] if not self._answer(q)]
+
+    def _answer_file(self, question: FileQuestion) -> None:
+        path = self._root / question.name
+        try:
+            data = _read(path, question.offset, question.most)
+            answer: Reply = {"size": path.stat().st_size, "data": np.frombuffer(data, np.uint8)}
+        except OSError as error:
+            answer = Refused(f"{question.name} cannot be read on the first host: {error.strerror}")
+        self._reply(question.token, answer)
 
     def _answer(self, question: Question) -> bool:
         """Send what is new; False while there is nothing and the question may wait."""

@@ -10,6 +10,7 @@ import time
 
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
+from serl_launcher.learner.together import Together
 
 log = logging.getLogger("trainer")
 SKIP, GO_BACK, HOLD = "skip", "go back", "hold"
@@ -40,8 +41,8 @@ class FaultBudget:
 class Faults:
     """Decides about refused steps, and says so."""
 
-    def __init__(self, checkpoints: TrainerCheckpoints, publisher: Publisher) -> None:
-        self._checkpoints, self._publisher = checkpoints, publisher
+    def __init__(self, checkpoints: TrainerCheckpoints, publisher: Publisher, together: Together) -> None:
+        self._checkpoints, self._publisher, self._together = checkpoints, publisher, together
         self._budget = FaultBudget()
         self.held: str | None = None  # why no more steps are taken
 
@@ -55,7 +56,7 @@ class Faults:
         decision = self._budget.after(can_go_back=last is not None)
         log.error("%s (%s; policy version %d goes on being served)", fault, decision, self._publisher.version)
         if decision == GO_BACK and last is not None:
-            self._checkpoints.go_back_to(last)
+            self._together.go_back_to(last)
             log.error("training goes on from checkpoint %s", last.name)
         elif decision == HOLD:
             self.held = f"training holds: {fault}"

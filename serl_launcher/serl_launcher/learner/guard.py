@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
+from serl_launcher.learner.together import Together
 from serl_launcher.run.alive import busy
 from serl_launcher.run.files import DamagedFileError, read_sealed, write_sealed
-from serl_launcher.run.parameters import PublishedVersion, Renamed, read_tensors
+from serl_launcher.run.parameters import PublishedVersion, read_tensors
 from serl_launcher.run.versions import KEPT, check_file, file_path
 
 log = logging.getLogger("trainer")
@@ -123,9 +123,9 @@ class RollbackGuard:
     """Acts on what the watch notices."""
 
     def __init__(
-        self, watch: EvaluationWatch, learner: Learner, publisher: Publisher, checkpoints: TrainerCheckpoints
+        self, watch: EvaluationWatch, together: Together, publisher: Publisher, checkpoints: TrainerCheckpoints
     ) -> None:
-        self._watch, self._learner, self._publisher, self._checkpoints = watch, learner, publisher, checkpoints
+        self._watch, self._together, self._publisher, self._checkpoints = watch, together, publisher, checkpoints
         self.finish_writes: Callable[[], None] = lambda: None  # of what the trainer has begun to write
         self._published: str | None = None  # stage whose rollback is published; a full disk may refuse its checkpoint
 
@@ -142,7 +142,8 @@ class RollbackGuard:
         self.finish_writes()
         (stage, rate), best = fall, self._watch.best
         if self._published != stage:
-            self._bring_back(kept)
+            self._together.start_from(kept)
+            self._publisher.publish()
             self._published = stage
         self._checkpoints.save()  # or the next start would go on from the policy that fell
         self._watch.settle(stage)
@@ -152,12 +153,6 @@ class RollbackGuard:
             "version %d, published again as version %d",
             stage, rate, best.rate, best.stage, version - 1, best.version, version,
         )  # fmt: skip
-
-    def _bring_back(self, kept: Path) -> None:
-        tensors, _ = read_tensors(kept)  # perhaps of another algorithm, with parts unknown to this one
-        mine = {name: name for name in tensors if name in self._learner.names}
-        self._learner.start_from(Renamed(tensors, mine))
-        self._publisher.publish()
 
 
 def evaluation_goals(stages: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -87,6 +87,8 @@ class Learner:
         self.copies: list[Copies] = []  # of this learner's state; a step changes nothing before they are whole
         self.step_count = 0
         self._average_age = 0
+        self.call_the_others: Callable[[str], Any] = lambda what: None
+        """Of rank 0, where parts are put together: has the other ranks ask for the same."""
 
     def _hold(self, optimizer: OptimizerFactory, optimizers: Mapping[str, OptimizerFactory]) -> None:
         """Give the agent to the engine, and what this rank has of each group to the group's optimizer."""
@@ -198,6 +200,7 @@ class Learner:
     @property
     def averaged(self) -> dict[str, Tensor]:
         """The average, by the policy's names; where it is held in parts, put together: on the host of rank 0 alone."""
+        self.call_the_others("averaged")
         return self._together({name: (self._averaged[name], part) for name, part in self._state.items()})
 
     @property
@@ -222,6 +225,7 @@ class Learner:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold, under flat names: parameters, their average, targets and the like."""
+        self.call_the_others("tensors")
         return self._together(self._held())
 
     def _held(self) -> dict[str, tuple[Tensor, Part | None]]:
@@ -243,6 +247,11 @@ class Learner:
         return {name: tensor for name, tensor in whole if tensor is not None}
 
     @property
+    def in_parts(self) -> bool:
+        """Do ranks hold parts, which `averaged`, `tensors` and `optimizer_state` put together?"""
+        return self._engine.sharded
+
+    @property
     def device(self) -> torch.device:
         return self._engine.device
 
@@ -258,6 +267,7 @@ class Learner:
 
     def optimizer_state(self) -> dict[str, Any]:
         """State of every optimizer, by group."""
+        self.call_the_others("optimizer_state")
         return {
             name: self._each(name, optimizer.state_dict(), whole=True) for name, optimizer in self._optimizers.items()
         }

@@ -7,7 +7,6 @@ A restarted trainer reads the same ledger before it builds anything, so both way
 """
 
 import logging
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -15,12 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.learner.data import TrainingData
 from serl_launcher.learner.guard import EvaluationWatch, evaluation_goals
-from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.settings import TrainerSettings
 from serl_launcher.learner.stage import StageProgress, StageSettings
+from serl_launcher.learner.together import Together
 from serl_launcher.replay.relabelled import Relabelled
-from serl_launcher.replay.verdicts import VerdictLedger
-from serl_launcher.replay.views import View
 from serl_launcher.run.acts import ActsLedger
 from serl_launcher.run.in_force import Setting
 from serl_launcher.run.live_settings import BUILT, LiveConfig, in_force
@@ -67,7 +64,7 @@ def only(settings: DictConfig, kind: type) -> Any:
 
 
 class Operated:
-    """build_view: a view and its ledger of verdicts, by a config."""
+    """Of rank 0, which tells the others."""
 
     def __init__(
         self,
@@ -76,11 +73,10 @@ class Operated:
         data: TrainingData,
         stages: StageProgress,
         watch: EvaluationWatch,
-        learner: Learner,
-        build_view: Callable[[DictConfig], tuple[View, VerdictLedger]],
+        together: Together,
     ) -> None:
         self._run, self._words, self._data, self._stages = run, words, data, stages
-        self._watch, self._learner, self._build_view = watch, learner, build_view
+        self._watch, self._together = watch, together
         self.settings = run.trainer  # of now
 
     def look(self) -> None:
@@ -90,13 +86,12 @@ class Operated:
             self._apply(keys)
         if self._words.refresh():
             log.warning("people said something of episodes: what is trained on is chosen anew")
-            self._data.start_over()
-            self._learner.agent.forget_data()
+            self._together.start_over(self._words.words)
 
     def _apply(self, keys: list[str]) -> None:
         config = self._run.config
         if any(key.startswith(BUILT) for key in keys):
-            self._data.take(*self._build_view(config))
+            self._together.take_view(config)
         self.settings, self._data.min_accepted = self._run.trainer, config.algo.min_accepted
         self._stages.settings = self._run.stages
         self._watch.take(evaluation_goals(config.schedule.stages), config.trainer.rollback_margin)

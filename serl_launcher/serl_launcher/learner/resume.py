@@ -89,8 +89,9 @@ class TrainerCheckpoints:
             "base": self._publisher.base,
         }
 
-    def resume(self, checkpoint_path: str | None) -> None:
-        """From the newest whole checkpoint of this run; else from checkpoint_path; else from scratch.
+    def resume(self, checkpoint_path: str | None) -> str | None:
+        """From the newest whole checkpoint of this run, whose name it returns; else from checkpoint_path; else from
+        scratch.
 
         DamagedFileError where that would throw training away: there are checkpoints, or published versions, and none
         is whole.
@@ -113,6 +114,7 @@ class TrainerCheckpoints:
         else:
             self._publisher.refuse_to_replace_damaged()
         self._publisher.continue_after(version)
+        return None if newest is None else newest.name
 
     def _nothing_whole(self) -> str:
         problems = [checkpoints.problem(folder) for folder in checkpoints.folders(self._folder)]

@@ -17,17 +17,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from serl_launcher.learner.data import TrainingData
 from serl_launcher.learner.disk import DiskWait, Write
 from serl_launcher.learner.faults import SKIP, Faults, Reminder
 from serl_launcher.learner.guard import RollbackGuard
-from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.operated import Operated
-from serl_launcher.learner.profile import Profile, device_metrics, timed
+from serl_launcher.learner.profile import device_metrics, timed
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
 from serl_launcher.learner.stage import StageProgress, TrainingStage
 from serl_launcher.learner.step_log import StepLog
+from serl_launcher.learner.together import Together
 from serl_launcher.run.alive import Pace, beat, busy
 from serl_launcher.run.internal import InternalClient
 from serl_launcher.run.ready import say_ready
@@ -40,13 +39,12 @@ GATEWAY_S = 90.0  # for the gateway's answer: more than its client's patience
 
 
 class Trainer:
-    """Rank 0 of the training job: one agent, one view of the replay, one line of progress to the gateway."""
+    """Rank 0 of the training job: it decides, and what all ranks do goes through `together`."""
 
     def __init__(
         self,
         gateway: InternalClient,
-        learner: Learner,
-        data: TrainingData,
+        together: Together,
         stages: StageProgress,
         publisher: Publisher,
         checkpoints: TrainerCheckpoints,
@@ -54,11 +52,11 @@ class Trainer:
         rollback: RollbackGuard,
         step_log: StepLog,
         operated: Operated,
-        profile: Profile,
     ) -> None:
-        self.gateway, self.learner, self.data, self.stages = gateway, learner, data, stages
+        self.gateway, self.together, self.stages = gateway, together, stages
+        self.learner, self.data = together.learner, together.data
         self.publisher, self.checkpoints, self.faults, self.rollback = publisher, checkpoints, faults, rollback
-        self.step_log, self.operated, self.profile = step_log, operated, profile
+        self.step_log, self.operated = step_log, operated
         self._paused: str | None = None  # that an operator holds training, for people
         self.disk = DiskWait(lambda: f", policy version {publisher.version} goes on being served")
         rollback.finish_writes = self.disk.finish
@@ -93,6 +91,7 @@ class Trainer:
 
     def turn(self, status: dict[str, Any]) -> bool:
         """What is to be done by this status; True when that is nothing more. OSError when the disk refuses a write."""
+        self.together.rest()
         self.disk.catch_up()
         self.operated.look()
         self.rollback.check(status)
@@ -115,7 +114,7 @@ class Trainer:
         experience: ticks that the gateway has counted over the run.
         """
         if self.stages.enter(stage, experience):
-            self.learner.begin_stage(stage.mode)
+            self.together.begin_stage(stage.mode)
             self._pace = Pace("a training step")  # the first one of another stage may compile
             log.info("stage %s: %d steps from step %d", stage.name, stage.steps, self.learner.step_count)
         report_at = time.monotonic() + REPORT_S
@@ -134,17 +133,11 @@ class Trainer:
 
         OSError when the disk refuses: the step is taken, what is due stays due.
         """
-        self.profile.next_step()
-        began = time.perf_counter()
         with self._pace.timed():
-            with timed("sample"):
-                batch = self.data.sample(self.operated.settings.batch_size)
-            sampled = time.perf_counter()
-            metrics = self.learner.step(batch, self.stages.lr_scale(stage))
+            size, metrics = self.together.step(self.operated.settings.batch_size, self.stages.lr_scale(stage))
         self.stages.count(stage)
-        times = {"time/sample_s": sampled - began, "time/step_s": time.perf_counter() - sampled}
-        times["time/stall_s"] = self.disk.stall_s  # of the last version and checkpoint
-        logged = self.log_step(stage, experience, metrics | {"batch/size": float(len(batch))} | times)
+        times = {"time/stall_s": self.disk.stall_s}  # of the last version and checkpoint
+        logged = self.log_step(stage, experience, metrics | {"batch/size": float(size)} | times)
         settings = self.operated.settings
         publishes, saves = (self._due(stage, n) for n in (settings.publish_period, settings.checkpoint_period))
         if not (logged or publishes or saves):
@@ -193,7 +186,7 @@ class Trainer:
             self._reminder.say(held)
             return False
         with busy(600.0, "judging the episodes of the ring"):
-            refreshed = self.data.refresh(status.get("ring"))
+            refreshed = self.together.refresh(status.get("ring"))
         if not refreshed:
             return False
         if problem := self.data.problem(stage.mode):
@@ -234,10 +227,10 @@ class Trainer:
     def end(self) -> None:
         """What a trainer leaves behind. RuntimeError when frozen parameters have changed."""
         say_ready()
-        self.data.close()
         self._write_last()
         self.disk.close()
         self.step_log.close()
+        self.together.end()
         self.publisher.check_frozen()
 
     def _write_last(self) -> None:

@@ -109,11 +109,19 @@ def meta_policy(cfg: Mapping[str, Any], spec: TaskSpec, size: Any) -> tuple[nn.M
 
 
 def estimate(
-    policy: nn.Module, spec: TaskSpec, flow_steps: int, *, batch: int, noise_samples: int, questions: int
+    policy: nn.Module,
+    spec: TaskSpec,
+    flow_steps: int,
+    *,
+    batch: int,
+    noise_samples: int,
+    questions: int,
+    candidates: int = 1,
 ) -> Estimate:
     """Costs of a policy on the meta device, held as its `precision` says; it is held as the policy server's afterwards.
 
-    batch: samples of a training step; noise_samples: noises and flow times for each; questions: answered together.
+    batch: samples of a training step; noise_samples: noises and flow times for each; questions: answered together;
+    candidates: chunks that are made for each answer (best of n).
     """
     precision = getattr(policy, "precision", "float32")
     hold(policy, precision, masters=True)
@@ -127,7 +135,7 @@ def estimate(
     sizes = [_bytes(layer) for layer in layers]
     hold(policy, precision, masters=False)
     policy.fuse_for_serving()
-    serve_flops, answer = _serving(policy, spec, questions, flow_steps)
+    serve_flops, answer = _serving(policy, spec, questions, flow_steps, candidates)
     return Estimate(
         trainable=moved,
         frozen=total - moved,
@@ -180,12 +188,13 @@ def _training(policy: nn.Module, spec: TaskSpec, b: int, noise_samples: int) -> 
 
 
 @torch.no_grad()
-def _serving(policy: nn.Module, spec: TaskSpec, b: int, flow_steps: int) -> tuple[int, int]:
-    """FLOPs of b chunks, and the bytes beside the weights that they take."""
-    noise = torch.zeros(b, policy.action_horizon, policy.action_dim, device="meta")
+def _serving(policy: nn.Module, spec: TaskSpec, b: int, flow_steps: int, n: int) -> tuple[int, int]:
+    """FLOPs of b answers from n chunks each, and the bytes beside the weights that they take; what chooses among the
+    chunks is too small to count."""
+    noise = torch.zeros(b * n, policy.action_horizon, policy.action_dim, device="meta")
     with (
         FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter,
         LiveBytes(policy.state_dict(keep_vars=True).values()) as alive,
     ):
-        sample(policy, policy.encode(blank(spec, b), features=False), noise, flow_steps)
+        sample(policy, policy.encode(blank(spec, b), features=n > 1), noise, flow_steps, n)
     return counter.get_total_flops(), alive.peak

@@ -9,7 +9,7 @@ import numpy as np
 
 from serl_launcher.replay.ring import RingReader
 from serl_launcher.replay.transitions import TransitionBatch, TransitionView
-from serl_launcher.replay.views import ChunkBatch, ViewSources
+from serl_launcher.replay.views import EVERY_ROW, ChunkBatch, ViewSources
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,17 @@ class LearningView:
             return f"every transition has the same reward, {low:g}: a critic cannot tell good from bad"
         return self.imitation.problem(mode, min_accepted) if mode == "train" else None
 
-    def sample(self, rng: np.random.Generator, b: int) -> LearningBatch:
+    def sample(self, rng: np.random.Generator, b: int, share: slice = EVERY_ROW) -> LearningBatch:
         """b transitions, and b accepted chunks when there are any."""
-        imitation = self.imitation.sample(rng, b) if len(self.imitation) else None
-        return LearningBatch(imitation, self.transitions.sample(rng, b))
+        imitation = self.imitation.sample(rng, b, share) if len(self.imitation) else None
+        return LearningBatch(imitation, self.transitions.sample(rng, b, share))
+
+    def drop_before(self, frame: int) -> None:
+        self.imitation.drop_before(frame)
+        self.transitions.drop_before(frame)
+
+    def fingerprint(self) -> int:
+        return self.imitation.fingerprint() ^ (self.transitions.fingerprint() << 1)
 
     def counts(self) -> dict[str, float]:
         return self.imitation.counts() | {

@@ -210,16 +210,24 @@ class RingWriter(_RingFile):
 
 
 class RingReader(_RingFile):
-    """Read-only view of a ring by its path (the status document names it); make a new one when that path changes."""
+    """Read-only view of a ring by its path (the status document names it); make a new one when that path changes.
+
+    until: rows of the table that `episodes` goes to, for readers that must all see the same; None: all there are.
+    """
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         super().__init__(path, RingLayout.read(path), mmap.ACCESS_READ)
+        self.until: int | None = None
         self._memory = WarmMemory()
+
+    def reach(self, rows: int) -> None:
+        """`episodes` goes to this row from now on."""
+        self.until = rows
 
     def episodes(self, since_row: int = 0) -> list[EpisodeRow]:
         """Committed episodes whose row number is at least since_row, oldest commit first."""
-        rows = int(self._counters[ROWS])
+        rows = self.rows if self.until is None else min(self.rows, self.until)
         indices = np.arange(max(since_row, int(self._counters[FIRST_ROW])), rows)
         table = self._table[indices % self.layout.episode_rows].copy()
         still = indices >= int(self._counters[FIRST_ROW])  # read after the copy: older rows may be half overwritten

@@ -10,7 +10,9 @@ A chunk never runs into the next episode. An episode that ended by a time limit 
 observation (Pardo et al., 1712.00378). Half of a batch comes from demonstrations (RLPD, Ball et al., 2302.02948).
 """
 
+import copy
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,7 +22,7 @@ import numpy as np
 
 from serl_launcher.replay.relabelled import as_said
 from serl_launcher.replay.ring import EpisodeRow, Evicted, RingReader
-from serl_launcher.replay.views import Words, nobody_said
+from serl_launcher.replay.views import EVERY_ROW, Words, nobody_said
 from serl_transport.contract.specs import TaskSpec
 
 COLUMNS = ("next.reward", "next.done", "intervention")
@@ -178,7 +180,7 @@ class TransitionView:
             except Evicted:  # the writer lapped a reader that slept for a whole ring: that episode is gone for all
                 continue
         if rows:
-            self._drop_before(self._ring.first_valid)
+            self.drop_before(self._ring.first_valid)
         return len(rows)
 
     def _add(self, row: EpisodeRow) -> None:
@@ -203,30 +205,37 @@ class TransitionView:
             starts["prompt"] = self._prompts.setdefault(row.prompt, len(self._prompts))
             self._index[row.mode] = np.concatenate([self._index[row.mode], starts])
 
-    def _drop_before(self, first_frame: int) -> None:
-        self._index = {source: index[index["start"] >= first_frame] for source, index in self._index.items()}
+    def drop_before(self, frame: int) -> None:
+        """Forget the chunks that begin before this absolute frame."""
+        self._index = _from(self._index, frame)
 
-    def sample(self, rng: np.random.Generator, b: int) -> TransitionBatch:
+    def fingerprint(self) -> int:
+        """Of the chunk starts, in order, and of what bounds their values."""
+        starts = [index["start"].tobytes() for index in self._index.values()]
+        return zlib.crc32(b"|".join([*starts, repr(self.reward_range).encode()]))
+
+    def sample(self, rng: np.random.Generator, b: int, share: slice = EVERY_ROW) -> TransitionBatch:
         """b transitions, `demo_share` of them from demonstrations. Raises ValueError when the view is empty."""
+        index, draws = self._index, rng
         while True:
-            n_demo = self._demo_count(b)
+            n_demo = self._demo_count(index, b)
             parts = [
-                index[rng.integers(0, len(index), n)]
-                for index, n in zip(self._index.values(), (n_demo, b - n_demo), strict=True)
+                rows[draws.integers(0, len(rows), n)]
+                for rows, n in zip(index.values(), (n_demo, b - n_demo), strict=True)
                 if n
             ]
             try:
-                return self._gather(np.concatenate(parts), n_demo)
-            except Evicted:
-                self._drop_before(self._ring.first_valid)
+                return self._gather(np.concatenate(parts)[share], (np.arange(b) < n_demo)[share])
+            except Evicted:  # on this rank alone, perhaps: neither the index nor `rng` may come out of step by it
+                index, draws = _from(index, self._ring.first_valid), copy.deepcopy(rng)
 
-    def _demo_count(self, b: int) -> int:
-        demo, online = self.count("demo"), self.count("online")
+    def _demo_count(self, index: Mapping[str, np.ndarray], b: int) -> int:
+        demo, online = len(index["demo"]), len(index["online"])
         if not demo and not online:
             raise ValueError("the view holds no transition yet")
         return round(b * self.demo_share) if demo and online else b if demo else 0
 
-    def _gather(self, index: np.ndarray, n_demo: int) -> TransitionBatch:
+    def _gather(self, index: np.ndarray, demo: np.ndarray) -> TransitionBatch:
         steps = np.arange(self.horizon)
         frames = np.minimum(index["start"][:, None] + steps, index["last"][:, None])
         keys = [*self._cameras.values(), "observation.state"]
@@ -249,6 +258,11 @@ class TransitionView:
             next_state=after["observation.state"],
             return_to_go=return_to_go,
             value_lower_bound=np.where(bounds, return_to_go, np.float32(-np.inf)),
-            demo=np.arange(len(index)) < n_demo,
+            demo=demo,
             prompts=[prompts[place] for place in index["prompt"]],
         )
+
+
+def _from(index: Mapping[str, np.ndarray], frame: int) -> dict[str, np.ndarray]:
+    """The chunk starts at this absolute frame or behind it."""
+    return {source: rows[rows["start"] >= frame] for source, rows in index.items()}

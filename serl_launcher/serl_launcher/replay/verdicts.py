@@ -76,12 +76,18 @@ class VerdictLedger:
         self._newest = newest(rows)
         self._lines: list[str] = []  # not in the file yet
         self._returns = {row["ordinal"]: (row["mode"], row["return"]) for row in rows}
+        self._fresh = dict(self._returns)
         with contextlib.suppress(OSError):
             self.write()
 
     def returns(self, after: int, before: int) -> list[tuple[str, float]]:
         """Mode and return of the episodes whose ordinals lie between these, oldest first."""
         return [self._returns[ordinal] for ordinal in range(after + 1, before) if ordinal in self._returns]
+
+    def fresh(self) -> list[list[Any]]:
+        """Ordinal, mode and return of the episodes that were judged since the last call; at first, of all."""
+        fresh, self._fresh = self._fresh, {}
+        return [[ordinal, *row] for ordinal, row in fresh.items()]
 
     @property
     def accepted(self) -> int:
@@ -93,7 +99,7 @@ class VerdictLedger:
 
         What the disk refuses is kept for `write`: the view that tells a verdict is in the middle of its own work.
         """
-        self._returns[verdict.ordinal] = (verdict.mode, verdict.return_)
+        self._returns[verdict.ordinal] = self._fresh[verdict.ordinal] = (verdict.mode, verdict.return_)
         key, written = (verdict.accepted, verdict.reason, verdict.act), self._written.setdefault(verdict.ordinal, set())
         if key in written:
             return

@@ -6,6 +6,8 @@ A view holds indices and gathers batches by them: nothing is copied or deleted w
 newly committed episodes from the ring (replay.ring) and asks the acceptance rule about each.
 """
 
+import copy
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from serl_launcher.run.in_force import Word
 from serl_transport.contract.specs import TaskSpec
 
 PATIENCE_EPISODES = 5  # online episodes, all rejected, before the trainer warns
+EVERY_ROW = slice(None)
 SOURCES = ("demo", "autonomous", "operator")
 Words = Callable[[int], Word | None]  # what a person said of the episode with this key (EpisodeRow.key)
 
@@ -65,8 +68,17 @@ class View(Protocol):
     def problem(self, mode: str, min_accepted: int) -> str | None:
         """What is wrong with the data of a stage of this mode, in words; None while nothing is."""
 
-    def sample(self, rng: np.random.Generator, b: int) -> Any:
-        """A batch of b samples, of the kind that the algorithm's agent takes; it has a length."""
+    def sample(self, rng: np.random.Generator, b: int, share: slice = EVERY_ROW) -> Any:
+        """A batch of b samples, of the kind that the algorithm's agent takes; it has a length.
+
+        share: the rows of it that are wanted; one rank of several takes its own. What `rng` gives may not depend on it.
+        """
+
+    def drop_before(self, frame: int) -> None:
+        """Forget what begins before this absolute frame: some rank's ring has lost it."""
+
+    def fingerprint(self) -> int:
+        """Of what `sample` draws from: the same number where the same generator gives the same rows."""
 
     def counts(self) -> dict[str, float]:
         """For the log, under `replay/`."""
@@ -135,7 +147,7 @@ class ChunkView:
                 continue
         if rows:
             self._next_row = rows[-1].row + 1
-            self._drop_evicted()
+            self.drop_before(self._ring.first_valid)
         return len(rows)
 
     def ready(self, mode: str, min_accepted: int) -> bool:
@@ -205,18 +217,22 @@ class ChunkView:
         self.reasons[verdict.reason] += 1
         self._chunks = self._chunks[self._chunks["ordinal"] != verdict.ordinal]
 
-    def _drop_evicted(self) -> None:
-        self._chunks = self._chunks[self._chunks["frames"][:, 0] >= self._ring.first_valid]
+    def drop_before(self, frame: int) -> None:
+        self._chunks = self._chunks[self._chunks["frames"][:, 0] >= frame]
 
-    def sample(self, rng: np.random.Generator, b: int) -> ChunkBatch:
+    def fingerprint(self) -> int:
+        return zlib.crc32(self._chunks["frames"][:, 0].tobytes())
+
+    def sample(self, rng: np.random.Generator, b: int, share: slice = EVERY_ROW) -> ChunkBatch:
         """b chunks drawn uniformly over the accepted starts. Raises ValueError when there are none."""
+        chunks, draws = self._chunks, rng
         while True:
-            if not len(self):
+            if not len(chunks):
                 raise ValueError("the view holds no accepted tick yet")
             try:
-                return self._gather(self._chunks[rng.integers(0, len(self), b)])
-            except Evicted:
-                self._drop_evicted()
+                return self._gather(chunks[draws.integers(0, len(chunks), b)][share])
+            except Evicted:  # on this rank alone, perhaps: neither the index nor `rng` may come out of step by it
+                chunks, draws = chunks[chunks["frames"][:, 0] >= self._ring.first_valid], copy.deepcopy(rng)
 
     def _gather(self, chunks: np.ndarray) -> ChunkBatch:
         frames, demo = chunks["frames"], chunks["demo"].copy()

@@ -120,8 +120,6 @@ def _check_ranks(cfg: DictConfig, here: int) -> None:
             f"processes of launch; set trainer.batch_size={-(-cfg.trainer.batch_size // world) * world}, or "
             "launch.num_processes"
         )
-    if world > 1:
-        raise ValueError(f"launch.num_processes={here}: expected 1, several do not train together yet; take launch=one")
 
 
 def _count(number: Any) -> bool:

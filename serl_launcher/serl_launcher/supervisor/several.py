@@ -10,10 +10,12 @@ session of its own, out of reach of the supervisor's kill, and half a minute to 
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from serl_launcher.run.alive import BEAT_FILE
 from serl_launcher.run.ready import STARTING_FILE
 
 LAST_WORDS_S = 1.0  # for the others to write why they cannot go on
+SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
 FOLLOW_S = 60.0  # for the others to end after rank 0 did
 
 
@@ -31,12 +34,18 @@ def main(argv: list[str]) -> int:
     plan, command = json.loads(argv[0]), [sys.executable, "-m", "serl_launcher.supervisor.lifeline", *argv[1:]]
     port = plan["port"] or _free_port()
     ranks = [subprocess.Popen(command, env=_environment(plan, local, port)) for local in range(plan["here"])]
-    signal.signal(signal.SIGTERM, lambda *_: _send(ranks[:1], signal.SIGTERM))
+    stops: list[int] = []
+
+    def stop(signum: int, _: object) -> None:
+        stops.append(signum)
+        _send(ranks[:1], signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         number, code = _wait(ranks)
         if code:
             print(f"rank {plan['first'] + number} ended ({_cause(code)}): the others end with it", flush=True)
-            _end(ranks, LAST_WORDS_S)
+            _end(ranks, FOLLOW_S if stops else LAST_WORDS_S)
             code = 2 if 2 in [rank.returncode for rank in ranks] else code
         else:
             _end(ranks, FOLLOW_S)
@@ -60,8 +69,26 @@ def _environment(plan: dict[str, Any], local: int, port: int) -> dict[str, str]:
         "MASTER_PORT": port,
         "OMP_NUM_THREADS": plan["threads"],
     }
+    if plan["address"] and (interface := _interface_to(plan["address"])):  # else gloo takes what the host's name says
+        mine |= {key: os.environ.get(key, interface) for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
     silent = {} if local == 0 else {BEAT_FILE: None, STARTING_FILE: None}
     return {k: str(v) for k, v in {**os.environ, **mine, **silent}.items() if v is not None}
+
+
+def _interface_to(address: str) -> str | None:
+    """The network interface by which this machine reaches an address, its own included; None: not known."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))  # sends nothing
+        except OSError:
+            return None
+        mine = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an address
+                asked = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if asked[20:24] == mine:
+                    return name
+    return None
 
 
 def _wait(ranks: list[subprocess.Popen]) -> tuple[int, int]:

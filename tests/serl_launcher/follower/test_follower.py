@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -11,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gateway_samples import config, connected, serving
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from replay_samples import SPEC, batches, info, wait_for
 
-from serl_launcher.follower.__main__ import connect
 from serl_launcher.follower.follower import Follower, GatewayGoneError
 from serl_launcher.follower.settings import FollowerSettings
 from serl_launcher.replay.acceptance import EpisodeColumns, Selection
@@ -22,11 +23,12 @@ from serl_launcher.replay.followed_ring import BehindError, FollowedRing
 from serl_launcher.replay.journal import segment_numbers, segment_path
 from serl_launcher.replay.ring import RingReader
 from serl_launcher.replay.views import ChunkView
+from serl_launcher.run import checkpoints
 from serl_launcher.run.acts import ActsLedger
-from serl_launcher.run.files import read_json
+from serl_launcher.run.files import DamagedFileError, read_json, write_sealed
+from serl_launcher.run.first_host import FirstHost, follower_client
 from serl_launcher.run.paths import RunPaths
 from serl_transport.client import TrainerClient
-from serl_transport.config import TrainerConfig
 from serl_transport.contract.errors import Refused, Unauthorized, WireError
 
 HOSTS = {"launch": {"num_machines": 2, "machine_rank": 0, "main_host": "127.0.0.1"}}
@@ -38,22 +40,21 @@ def short_waits(monkeypatch) -> None:
     monkeypatch.setattr("serl_launcher.gateway.feed.WAIT_S", 0.05)
 
 
-def settings(port: int, follower=PATIENCE, **changes) -> FollowerSettings:
-    cfg = config(port=0, **HOSTS, **changes) | {"follower": follower}
+def second_config(port: int, follower=PATIENCE, **changes) -> DictConfig:
+    """Of the second host, whose gateway is at this port."""
+    cfg = config(**HOSTS, **changes) | {"port": port, "broadcast_port": port % 60000 + 1, "follower": follower}
     cfg["launch"] = cfg["launch"] | {"machine_rank": 1}
-    found = FollowerSettings.of(OmegaConf.create(cfg))
-    wire = TrainerConfig(port_number=port, broadcast_port=port + 1 if port < 65535 else 1)
-    return FollowerSettings(**{name: getattr(found, name) for name in found.__slots__} | {"wire": wire})
+    return OmegaConf.create(cfg)
 
 
 @contextmanager
 def following(port: int, run_dir: Path, **changes) -> Iterator[Follower]:
     """A follower that nobody turns yet."""
     run_dir.mkdir(exist_ok=True)
-    own = settings(port, **changes)
-    client = connect(own)
+    cfg = second_config(port, **changes)
+    client = follower_client(cfg)
     try:
-        follower = Follower(own, RunPaths(run_dir), client)
+        follower = Follower(FollowerSettings.of(cfg), RunPaths(run_dir), client)
         try:
             yield follower
         finally:
@@ -185,15 +186,18 @@ def test_a_copy_of_another_journal_another_run_and_another_config_are_refused_by
         ):
             follower.turn()
         with pytest.raises(Refused, match=r"learner on port .* is of run 't'"):
-            connect(settings(gateway.port, run="u"))
+            follower_client(second_config(gateway.port, run="u"))
         with connected(gateway) as actor, pytest.raises(Unauthorized, match="expected a follower's connection"):
             actor.request("follow", {})
-        client = connect(settings(gateway.port))
+        client = follower_client(second_config(gateway.port))
         try:
             with pytest.raises(WireError, match="segment: expected a whole number"):
                 client.request("follow", {"segment": -1})
             with pytest.raises(Unauthorized, match="role follower"):
                 client.request("next_episode", {})
+            for name in ("config.yaml", "params/../ticket.secret", "checkpoints/step_1/../../ticket.secret"):
+                with pytest.raises(Refused, match="expected a file of a checkpoint"):
+                    client.request("file", {"name": name, "offset": 0, "most": 100})
         finally:
             client.stop()
 
@@ -247,3 +251,39 @@ def test_a_gateway_that_is_gone_is_waited_for_said_and_given_up_after_the_patien
             turn_until(follower, lambda: False)
     finally:
         gone.__exit__(None, None, None)
+
+
+def a_checkpoint(folder: Path, content: bytes) -> Path:
+    folder.mkdir(parents=True)
+    for name in checkpoints.FILES:
+        (folder / name).write_bytes(content)
+    told = {name: hashlib.sha256(content).hexdigest() for name in checkpoints.FILES}
+    sizes = dict.fromkeys(checkpoints.FILES, len(content))
+    write_sealed(folder / checkpoints.MANIFEST, {"step": 1, "files": sizes, "sha256": told})
+    return folder
+
+
+def test_ranks_fetch_the_checkpoint_that_rank_0_goes_on_from_and_no_other_stays(tmp_path: Path) -> None:
+    stale = a_checkpoint(tmp_path / "second" / "checkpoints" / "step_000030", b"of another life")
+    version = tmp_path / "first" / "params" / "v000002.safetensors"
+    version.parent.mkdir(parents=True)
+    version.write_bytes(b"weights")
+    told = {"version": 2, "sha256": hashlib.sha256(b"weights").hexdigest()}
+    version.with_suffix(".json").write_text(json.dumps(told))
+    with serving(tmp_path / "first", **HOSTS) as gateway:
+        there = a_checkpoint(tmp_path / "first" / "checkpoints" / "step_000020", b"new" * 2_000_000)
+        first = FirstHost(second_config(gateway.port), RunPaths(tmp_path / "second"))
+        first.resume_from(there.name)
+        here = tmp_path / "second" / "checkpoints" / there.name
+        assert [*checkpoints.whole(here.parent)] == [here]
+        assert not stale.exists()
+        (here / checkpoints.TENSORS).write_bytes(b"half")
+        assert first.checkpoint(there) == here
+        assert checkpoints.problem(here) is None
+        assert first.version(version).read_bytes() == b"weights"
+        (there / checkpoints.OPTIMIZER).write_bytes(b"damaged on the first host")
+        (here / checkpoints.OPTIMIZER).write_bytes(b"and here")
+        with pytest.raises(DamagedFileError, match=r"came damaged: .*optimizer\.pt"):
+            first.checkpoint(there)
+        first.resume_from(None)
+        assert checkpoints.folders(here.parent) == []

@@ -1,6 +1,7 @@
 """Batches made ahead: in another thread, and yet each step gets the batch that it would have got without."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ class NoLedger:
 def numbers(seed=0, top=1000):
     view, rng = Numbers(top), np.random.default_rng(seed)
     data = TrainingData(view, NoLedger(), rng, 0, lambda batch: batch, CPU)
-    data._ring = "r"
+    data._ring, data._reader = "r", SimpleNamespace(rows=1)
     return view, rng, data
 
 
@@ -95,6 +96,7 @@ def test_a_step_gets_the_batch_that_it_would_have_got_and_so_does_a_resumed_run(
     for k in range(12):
         if k == 5:  # more came in: the one that is ahead is of before
             view.came = 500
+            data._reader.rows += 1
             data.refresh(None)
         if k == 8:  # an operator took the size back
             data.sample(2)

@@ -37,7 +37,7 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("algo", ["reject_sampling_pi0", "dsrl_pi0"])
+@pytest.mark.parametrize("algo", ["reject_sampling_pi0", "dsrl_pi0", "best_of_n_pi0"])
 @pytest.mark.parametrize("name", ["pi0_tiny", "pi05_tiny", "groot_tiny"])
 def test_nothing_crosses_between_host_and_device(name, algo, precision, tmp_path):
     cfg = tiny_config(algo, serving__device="cpu")

@@ -78,6 +78,20 @@ def test_unseeded_noise_is_drawn_for_the_questions_alone(engine):
     assert torch.equal(engine._noise.get_state(), drawn)
 
 
+def test_the_best_of_n_chunks_is_chosen_inside_a_bucket(tmp_path):
+    """A bucket that is filled up holds the noise of every candidate of each of its rows."""
+    engine = PolicyEngine(tiny_config("best_of_n_pi0", serving__max_batch=4, serving__device="cpu"), tmp_path)
+    engine._graphs = GraphRunner(engine._forward, record)
+    first = ask(engine, 3)
+    with torch.no_grad():  # as a swap opens it: in place
+        engine.policy.chooser.gate.fill_(1.0)
+    chosen = ask(engine, 3)
+    assert engine._graphs.captured == 1
+    assert [engine._graphs.plain, len(chosen), chosen[0].shape] == [0, 3, (HORIZON, 2)]
+    assert not np.allclose(np.stack(first), np.stack(chosen))
+    np.testing.assert_allclose(np.stack(chosen), np.stack(plain(engine, 3)), atol=1e-5)
+
+
 def test_several_samples_and_guidance_go_around_the_graphs(engine):
     running = np.zeros((3, 2), np.float32)
     assert ask(engine, 2, samples=3)[0].shape == (3, HORIZON, 2)

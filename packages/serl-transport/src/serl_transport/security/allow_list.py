@@ -32,7 +32,8 @@ OPERATOR_REQUESTS = frozenset(
     ["pause", "resume", "training_pause", "training_resume", "verdict", "serve", "set", "end_stage", "publish", "stop"]
 ) | {"drive"}  # from a page of the console
 FOLLOW = "follow"  # the request for what the journal got since
-FOLLOWER_REQUESTS = frozenset({FOLLOW, "status"})
+FILE = "file"  # the request for a part of a checkpoint, or of a published version
+FOLLOWER_REQUESTS = frozenset({FOLLOW, FILE, "status"})
 CHECK_S = 1.0
 
 
@@ -76,8 +77,8 @@ class AllowList:
         reads = envelope.kind != "request" or envelope.target in FOLLOWER_REQUESTS
         if entry.role == "follower" and (envelope.kind in ("data", "infer") or not reads):
             raise Unauthorized(f"{entry.name!r} has role follower, which reads the journal and the status alone")
-        if envelope.kind == "request" and envelope.target == FOLLOW and entry.role != "follower":
-            raise Unauthorized(f"{FOLLOW}: expected a follower's key, {entry.name!r} has role {entry.role}")
+        if envelope.kind == "request" and envelope.target in (FOLLOW, FILE) and entry.role != "follower":
+            raise Unauthorized(f"{envelope.target}: expected a follower's key, {entry.name!r} has role {entry.role}")
 
     def refresh(self) -> None:
         """Read the file again when it has changed; looked at once a second at most."""
