@@ -13,6 +13,7 @@ import needs_learner  # noqa: F401
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 from hydra.errors import HydraException
@@ -29,6 +30,7 @@ from serl_launcher.learner.relative import measure
 from serl_launcher.learner.settings_check import chunk_of, units_of_policy
 from serl_launcher.policies.estimate import Estimate, estimate, meta_policy
 from serl_launcher.policies.parameter_table import parameter_table
+from serl_launcher.replay.ring_layout import RingError, place_ring
 from serl_launcher.run.config import plain
 from serl_launcher.supervisor.launch import ranks_here
 from serl_transport.contract.specs import TaskSpec
@@ -104,6 +106,18 @@ def report(cfg: DictConfig, cost: Estimate, args: argparse.Namespace) -> tuple[l
     return lines, fits
 
 
+def replay_ring(cfg: DictConfig, spec: TaskSpec) -> str:
+    """A line on where this machine would keep the replay ring."""
+    runs = Path(cfg.runs_dir).absolute()
+    folder = next(place for place in (runs, *runs.parents) if place.is_dir())
+    shape = spec.cameras, spec.state_dim, spec.action_dim
+    try:
+        placing = place_ring(shape, cfg.replay.capacity_frames, folder, memory_share=cfg.replay.memory_share)
+    except RingError as problem:
+        return f"replay     does NOT fit on this machine: {problem}"
+    return f"replay     on this machine: {placing.words}"
+
+
 def look_at(source: Source, cfg: DictConfig, spec: TaskSpec) -> list[str]:
     """What keeps a dataset from being used for the task, and for a checkpoint's units; printed, with what is worth
     knowing of it."""
@@ -151,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"preflight: {mistake}", file=sys.stderr)
         return 2
     lines, fits = report(cfg, cost, args)
-    print(table, *lines, sep="\n")
+    print(table, *lines, replay_ring(cfg, spec), sep="\n")
     sources = [*([Source(args.dataset)] if args.dataset else []), *read_sources(plain(cfg, "demos"))]
     wrong = [problem for source in sources for problem in look_at(source, cfg, spec)]
     return 0 if fits and not wrong else 1

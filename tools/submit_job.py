@@ -11,6 +11,8 @@ reaches its time limit, or is preempted, ends its run in order and is queued aga
 Exit codes: 0 submitted or shown, 1 the queue refused, 2 a mistake in the words.
 """
 
+import needs_learner  # noqa: F401
+
 import itertools
 import os
 import shlex

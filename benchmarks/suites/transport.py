@@ -184,6 +184,7 @@ def gateway_process(folder: Path, spec: TaskSpec) -> Iterator[tuple[int, int]]:
     (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
     command = [sys.executable, "-m", "serl_launcher.gateway", str(folder)]
     process = subprocess.Popen(command, stderr=(folder / "log").open("w"))
+    (folder / "pid").write_text(str(process.pid))
     try:
         deadline = time.monotonic() + 60
         while not (folder / "status.json").exists():

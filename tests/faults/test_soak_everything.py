@@ -1,6 +1,7 @@
 """Half an hour of a whole run with a random fault of any kind every 20 s: nothing lost, the end by the schedule.
 
-`SOAK_MINUTES` of faults, then the run is started again with the stage's goal met, and must end by its schedule.
+`SOAK_MINUTES` of faults, one every `SOAK_EVERY_S`, then the run is started again with the stage's goal met, and must
+end by its schedule. `SOAK_ACTORS`: how many act; those beyond start.sh's own are run_actors.sh's, on the same learner.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import pytest
 import zmq
 from chaos import SEED
 from hostile import Hostile
-from whole_run import Run, check
+from whole_run import ROOT, Run, check
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "30"))
-EVERY_S = 20.0
+EVERY_S = float(os.environ.get("SOAK_EVERY_S", "20"))
+ACTORS = int(os.environ.get("SOAK_ACTORS", "1"))
 DISK_MB = 6000
 MODULES = {
     "gateway": "serl_launcher.gateway",
@@ -64,6 +66,7 @@ class Night:
         self.done: Counter[str] = Counter()
         self.deck: list[str] = []
         self.began = time.monotonic()
+        self.others: subprocess.Popen | None = None
         self.start("1000000")
 
     def start(self, steps: str) -> None:
@@ -71,6 +74,25 @@ class Night:
         if log.exists():
             log.rename(self.disk / f"start.{time.monotonic_ns()}.log")
         self.run = Run(self.disk, self.ports, words, "rollout.video_every=0", stages_of_its_own=True)
+        if ACTORS > 1 and (self.others is None or self.others.poll() is not None):
+            self.others = self._start_others()
+
+    def _start_others(self) -> subprocess.Popen:
+        """Actors beside start.sh's own; they outlive its learner and go on with the next."""
+        words = ["ip=127.0.0.1", "run=small", f"runs_dir={self.disk}", "rollout.video_every=0"]
+        words += [f"port={self.ports[0]}", f"broadcast_port={self.ports[1]}", "unique_identifier=more"]
+        with (self.disk / "others.log").open("ab") as log:
+            return subprocess.Popen(
+                ["bash", "run_actors.sh", str(ACTORS - 1), *words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """End what is left."""
+        self.run.__exit__()
+        if self.others is not None and self.others.poll() is None:
+            self.others.terminate()
+            self.others.wait(120)
 
     def faults(self) -> dict[str, Callable[[], None]]:
         """Every kind of fault by name."""
@@ -120,10 +142,9 @@ class Night:
         return found
 
     def _pid(self, name: str) -> int | None:
-        try:
-            return self.run.pid(MODULES[name])
-        except AssertionError:  # it is being started again
-            return None
+        """Of the actors any one; None while it is being started again."""
+        found = self.run.pids(MODULES[name])
+        return self.rng.choice(found) if found else None
 
     def _signal(self, name: str, number: signal.Signals) -> None:
         pid = self._pid(name)
@@ -141,9 +162,10 @@ class Night:
             os.kill(pid, signal.SIGCONT)
 
     def _kill_all(self) -> None:
-        self.run.process.send_signal(signal.SIGKILL)
-        self.run.process.wait()
-        deadline = time.monotonic() + 30
+        for process in [self.run.process, *([self.others] if self.others else [])]:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        deadline = time.monotonic() + 60
         while any(self._pid(name) for name in MODULES):
             assert time.monotonic() < deadline, "a process outlived start.sh"
             time.sleep(0.1)
@@ -216,14 +238,16 @@ def test_a_run_of_faults_loses_nothing_and_ends_by_its_schedule(disk, free_ports
         night.run.process.wait(120)
         night.start("1")
         summary = night.run.end(300)
+        assert night.others is None or night.others.wait(120) == 0, (disk / "others.log").read_text()[-4000:]
     finally:
-        night.run.__exit__()
+        night.close()
     report = check(night.run.folder)
     growth = night.growth()
     figures.row(
         "soak", "0 acknowledged lost, 0 doubled, end by the schedule, memory flat (≤ 1.2)", max(growth.values()) <= 1.2,
-        minutes=MINUTES, faults=sum(night.done.values()), kinds=len(night.done), episodes=summary["episodes"],
-        transitions=summary["transitions"], policy_versions=summary["policy_versions"], memory_growth=growth,
+        minutes=MINUTES, actors=ACTORS, faults=sum(night.done.values()), kinds=len(night.done),
+        episodes=summary["episodes"], transitions=summary["transitions"], policy_versions=summary["policy_versions"],
+        memory_growth=growth,
         memory_mb={name: samples[-1][1] for name, samples in night.memory.items()},
     )  # fmt: skip
     assert "nothing lost" in report

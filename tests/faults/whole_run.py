@@ -88,6 +88,13 @@ class Run:
 
     def pid(self, module: str, launcher: bool = False) -> int:
         """The process of this run whose command line holds `module`; launcher: what started it, of several."""
+        found = self.pids(module, launcher)
+        assert found, f"no process of this run holds {module}"
+        return found[0]
+
+    def pids(self, module: str, launcher: bool = False) -> list[int]:
+        """All of them."""
+        found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
@@ -96,8 +103,8 @@ class Run:
                     continue
                 mine = str(self.folder) in words or f"runs_dir={self.folder.parent}" in words
                 if mine and module in words and ("serl_launcher.supervisor.several" in words) == launcher:
-                    return int(entry.name)
-        raise AssertionError(f"no process of this run holds {module}")
+                    found.append(int(entry.name))
+        return found
 
     def end(self, timeout_s: float = 240) -> dict:
         """Wait for the end; the summary."""

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from preflight import main
+from omegaconf import OmegaConf
+from preflight import main, replay_ring
 from sft_samples import make_dataset
 
 from serl_launcher.policies.base import trainable
@@ -153,3 +154,17 @@ def test_the_data_are_checked_and_told(dataset, capsys):
     assert "action: 2 dims ['x', 'g'], the task has 4" in out
     assert main(["policy=pi0_tiny", "--dataset", str(dataset / "nowhere")]) == 1
     assert "no such folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("capacity", "said"),
+    [
+        (1000, "replay     on this machine: 1000 frames, "),
+        (200_000, "(replay.memory_share=0.01), the pictures of the other"),
+        (10**10, "replay     does NOT fit on this machine: the replay ring needs"),
+    ],
+)
+def test_where_the_replay_ring_would_lie_is_said(tmp_path, capacity, said):
+    spec = TaskSpec.from_dict(SPEC | {"cameras": {"a": [224, 224]}})
+    replay = {"capacity_frames": capacity, "memory_share": 0.01}
+    assert said in replay_ring(OmegaConf.create({"runs_dir": str(tmp_path / "runs"), "replay": replay}), spec)

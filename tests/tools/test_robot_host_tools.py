@@ -9,7 +9,7 @@ from robot_host import ABSENT, PROGRAM
 THERE = {"check_robot", "doctor", "estop", "keygen", "merge_video", "operate", "visualize_dataset"}
 LEARNERS = {
     "audit_reward", "check_run", "edit_dataset", "eval_open_loop", "export_checkpoint", "preflight", "reaccept",
-    "recover_run", "runs", "why",
+    "recover_run", "runs", "submit_job", "why",
 }  # fmt: skip
 PARTS = {"compile_imports", "needs_learner", "sources"}  # not for people
 

@@ -69,7 +69,7 @@ class Follower:
         self._lock = JournalLock(paths.journal)
         with busy(3600.0, "reading the copy of the journal"):
             self.copy = JournalCopy(paths.journal)
-        self.ring = RingWriter(settings.spec, settings.capacity_frames, paths.root)
+        self.ring = RingWriter(settings.spec, settings.capacity_frames, paths.root, memory_share=settings.memory_share)
         self._stream = EpisodeStream(paths.root, settings.spec, follow=True)
         self._files = states(paths.root)
         self._link = _Link(time.monotonic())

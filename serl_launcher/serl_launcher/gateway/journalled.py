@@ -40,7 +40,7 @@ class Journalled:
         # By the gateway before: ordinal -> episode id.
         self._listed = {row["ordinal"]: row["episode_id"] for row in listed_rows(paths.episodes)}
         self.ledger = Ledger(paths.episodes)
-        self.ring = RingWriter(settings.spec, settings.capacity_frames, paths.root)
+        self.ring = RingWriter(settings.spec, settings.capacity_frames, paths.root, memory_share=settings.memory_share)
         self._paths, self._actors, self._reply, self._on_closed = paths, actors, reply, on_closed
         self._ticks: deque[tuple[float, int]] = deque()  # (time.monotonic(), ticks) journalled lately
         self._ledger_late = False

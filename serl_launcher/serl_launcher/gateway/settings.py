@@ -7,9 +7,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from serl_launcher.replay.ring_layout import MEMORY_SHARE
 from serl_launcher.run.config import read_config
 from serl_launcher.run.schedule import Stage, read_stages
-from serl_transport.contract.bounds import check_name, shown
+from serl_transport.contract.bounds import check_name, check_number, shown
 from serl_transport.contract.specs import TaskSpec
 
 
@@ -28,6 +29,7 @@ class GatewaySettings:
     keys_dir: str | None  # security.keys_dir: CURVE keys; None: none
     allow_list: str | None  # security.allow_list; None: <keys_dir>/allow_list
     capacity_frames: int  # replay.capacity_frames: observation slots of the ring
+    memory_share: float  # replay.memory_share: of the machine's memory, that the ring may take
     segment_mb: int  # journal.segment_mb
     dead_actor_s: float  # gateway.dead_actor_s: an actor silent this long is taken for dead
     unticketed: bool  # gateway.unticketed: are episodes taken without a ticket? auto: where there are no keys
@@ -68,11 +70,18 @@ class GatewaySettings:
             keys_dir=security.get("keys_dir"),
             allow_list=security.get("allow_list"),
             capacity_frames=int(capacity),
+            memory_share=memory_share(cfg),
             segment_mb=int(_number(cfg, "journal.segment_mb", 1)),
             dead_actor_s=float(_number(cfg, "gateway.dead_actor_s", 0.1)),
             unticketed=security.get("keys_dir") is None if unticketed == "auto" else unticketed,
             config=cfg,
         )
+
+
+def memory_share(cfg: dict[str, Any]) -> float:
+    """replay.memory_share; configs of older releases lack it. ValueError."""
+    share = (cfg.get("replay") or {}).get("memory_share", MEMORY_SHARE)
+    return check_number("replay.memory_share", share, 0, 1)
 
 
 def _need(cfg: dict[str, Any], key: str) -> Any:

@@ -23,12 +23,14 @@ from pathlib import Path
 
 import numpy as np
 
+from serl_launcher.replay.ring_cold import ColdPictures
 from serl_launcher.replay.ring_layout import (
     COUNTERS_OFFSET,
+    MEMORY_SHARE,
     ArrayPlace,
     RingError,
     RingLayout,
-    choose_folder,
+    place_ring,
 )
 from serl_launcher.replay.warm import WarmMemory
 from serl_transport.contract.schema import MODES
@@ -76,6 +78,7 @@ class _RingFile:
         self._arrays = {key: self._view(place) for key, place in layout.arrays.items()}
         self._table = self._view(layout.table)
         self._prompts = self._view(layout.prompts)  # UTF-8, one behind the other; the table says which is whose
+        self._cold: ColdPictures | None = None  # where pictures of slots from `layout.hot` on lie
 
     @property
     def head(self) -> int:
@@ -97,6 +100,23 @@ class _RingFile:
         prompt = self._prompts[at : at + size].tobytes().decode()
         return EpisodeRow(ordinal, first, n, MODES[mode], bool(success), prompt, index, key)
 
+    def _take(self, key: str, slots: np.ndarray) -> np.ndarray:
+        """Copies of slots, in the shape of `slots`; of pictures wherever they lie."""
+        array, hot = self._arrays[key], self.layout.hot
+        result = self._empty(slots.shape + array.shape[1:], array.dtype)
+        if self._cold is None or key not in self.layout.cold or not (slots >= hot).any():
+            # The slots are in range: clipping them only spares numpy a second copy.
+            return np.take(array, slots, axis=0, out=result, mode="clip")
+        rows, flat = result.reshape(-1, *array.shape[1:]), slots.ravel()
+        near, far = np.flatnonzero(flat < hot), np.flatnonzero(flat >= hot)
+        for row in near.tolist():  # one copy each; a selection by mask would copy twice
+            rows[row] = array[flat[row]]
+        self._cold.read(key, flat[far] - hot, rows, far)
+        return result
+
+    def _empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        return np.empty(shape, dtype)
+
     def _view(self, place: ArrayPlace) -> np.ndarray:
         return np.ndarray(place.shape, place.dtype, self._map, place.offset)
 
@@ -104,16 +124,39 @@ class _RingFile:
 class RingWriter(_RingFile):
     """Appends whole episodes. One per ring file; the file is new each time the gateway starts.
 
+    memory_share: of the machine's memory that it may take in shared memory; pictures beyond lie in the run's folder.
     Raises RingError when no folder has room.
     """
 
-    def __init__(self, spec: TaskSpec, capacity_frames: int, run_dir: Path, shared: Path = Path("/dev/shm")) -> None:
-        layout = RingLayout(spec.cameras, len(spec.state_names), len(spec.action_names), capacity_frames)
+    def __init__(
+        self,
+        spec: TaskSpec,
+        capacity_frames: int,
+        run_dir: Path,
+        shared: Path = Path("/dev/shm"),
+        memory_share: float = MEMORY_SHARE,
+    ) -> None:
+        shape = spec.cameras, len(spec.state_names), len(spec.action_names)
+        RingLayout(*shape, capacity_frames)  # what cannot be is said before anything is removed
         remove_rings(run_dir, shared)
-        folder = choose_folder(layout.total_bytes, capacity_frames, run_dir, shared)
-        path = folder / f"{_ring_stem(run_dir)}-{os.getpid()}-{os.urandom(3).hex()}.ring"
-        self._lock = _reserve(path, layout)
+        placing = place_ring(shape, capacity_frames, run_dir, shared, memory_share)
+        name = f"{_ring_stem(run_dir)}-{os.getpid()}-{os.urandom(3).hex()}"
+        beyond = placing.hot < capacity_frames
+        cold_path = (run_dir / f"{name}.cold").resolve() if beyond else None
+        layout = RingLayout(*shape, capacity_frames, placing.hot, cold_path and str(cold_path))
+        cold = cold_path and ColdPictures(cold_path, layout, create=True)
+        path = placing.folder / f"{name}.ring"
+        try:
+            self._lock = _reserve(path, layout)
+        except RingError:
+            if cold:
+                cold.close(unlink=True)
+            raise
         super().__init__(path, layout, mmap.ACCESS_WRITE)
+        self._cold = cold
+        log.log(
+            logging.WARNING if beyond or placing.folder == run_dir else logging.INFO, "replay ring: %s", placing.words
+        )
         self._places: dict[str, tuple[int, int]] = {}  # prompt -> where it lies: first byte, bytes
         self._demo_frames = 0  # of the demonstrations in the ring, the one that is being appended included
         self._told = False
@@ -162,7 +205,10 @@ class RingWriter(_RingFile):
         slots = np.arange(first, first + n + 1) % self.capacity
         for key, array in self._arrays.items():
             rows = slots if key.startswith("observation.") else slots[:n]
-            array[rows] = arrays[key]
+            near = rows < len(array)
+            array[rows[near]] = arrays[key][near]
+            if self._cold is not None and not near.all():
+                self._cold.write(key, rows[~near] - len(array), arrays[key][~near])
         self._table[index % self.layout.episode_rows] = (ordinal, first, n, MODES.index(mode), int(success), *place)
         self._counters[HEAD] = first + n + 1
         self._counters[ROWS] = index + 1  # last: this publishes the episode
@@ -172,6 +218,8 @@ class RingWriter(_RingFile):
         """Forget the file. Readers that mapped it keep their view until they let go."""
         if unlink:
             self.path.unlink(missing_ok=True)
+        if self._cold is not None:
+            self._cold.close(unlink)
         os.close(self._lock)
 
     def _make_room(self, frames: int) -> None:
@@ -195,9 +243,7 @@ class RingWriter(_RingFile):
 
     def _copy(self, first: int, n: int) -> dict[str, np.ndarray]:
         slots = np.arange(first, first + n + 1) % self.capacity
-        return {
-            key: array[slots if key.startswith("observation.") else slots[:n]] for key, array in self._arrays.items()
-        }
+        return {key: self._take(key, slots if key.startswith("observation.") else slots[:n]) for key in self._arrays}
 
     def _say_that_demonstrations_leave(self) -> None:
         if not self._told:
@@ -217,9 +263,12 @@ class RingReader(_RingFile):
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        super().__init__(path, RingLayout.read(path), mmap.ACCESS_READ)
+        layout = RingLayout.read(path)
+        super().__init__(path, layout, mmap.ACCESS_READ)
         self.until: int | None = None
         self._memory = WarmMemory()
+        if layout.cold_path is not None:
+            self._cold = ColdPictures(layout.cold_path, layout)
 
     def reach(self, rows: int) -> None:
         """`episodes` goes to this row from now on."""
@@ -243,15 +292,13 @@ class RingReader(_RingFile):
         if frames.size:
             self._check_live(frames)
         slots = frames % self.capacity
-        result = {key: self._rows(self._array(key), slots) for key in (self._arrays if keys is None else keys)}
+        result = {key: self._take(self._known(key), slots) for key in (self._arrays if keys is None else keys)}
         if frames.size and int(frames.min()) < self.first_valid:
             raise Evicted(f"frame {int(frames.min())} was overwritten during the copy (oldest is {self.first_valid})")
         return result
 
-    def _rows(self, array: np.ndarray, slots: np.ndarray) -> np.ndarray:
-        """array[slots] in memory of its own. The slots are in range: clipping them only spares numpy a second copy."""
-        rows = self._memory.empty(slots.shape + array.shape[1:], array.dtype)
-        return np.take(array, slots, axis=0, out=rows, mode="clip")
+    def _empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        return self._memory.empty(shape, dtype)
 
     def _check_live(self, frames: np.ndarray) -> None:
         low, high = int(frames.min()), int(frames.max())
@@ -260,10 +307,10 @@ class RingReader(_RingFile):
         if high >= self.head:
             raise IndexError(f"frame {high} was never written (next is {self.head})")
 
-    def _array(self, key: str) -> np.ndarray:
+    def _known(self, key: str) -> str:
         if key not in self._arrays:
             raise KeyError(f"the ring holds no {key!r}; it holds {', '.join(self._arrays)}")
-        return self._arrays[key]
+        return key
 
 
 def episode_key(episode_id: str) -> int:
@@ -277,7 +324,8 @@ def remove_rings(run_dir: Path, shared: Path = Path("/dev/shm")) -> None:
     In shared memory those of every run: a run that is never started again would keep its ring for ever. A live writer
     holds a lock on its file.
     """
-    for folder, pattern in ((shared, f"{PREFIX}*.ring"), (run_dir, f"{_ring_stem(run_dir)}-*.ring")):
+    own = _ring_stem(run_dir)
+    for folder, pattern in ((shared, f"{PREFIX}*.ring"), (run_dir, f"{own}-*.ring"), (run_dir, f"{own}-*.cold")):
         for path in folder.glob(pattern) if folder.is_dir() else ():
             with contextlib.suppress(OSError):  # another user's, or gone meanwhile
                 _unlink_unlocked(path)

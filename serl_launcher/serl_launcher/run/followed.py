@@ -19,11 +19,12 @@ from serl_launcher.run.files import write_whole
 # In the order in which they are read. They are stored the other way round: a mark tells of no line that is missing.
 NAMES = ("acts.mark", "acts.jsonl", "relabelled.json")
 PART_BYTES = 1 << 20  # of a file at once
-# What may differ between the hosts of a run: where each finds and keeps its things, and who looks at it.
+# What may differ between the hosts of a run: where each finds and keeps its things, and who looks at it. trained_on is
+# what a resumed start knows; ranks take it from rank 0.
 OWN_KEYS = (
     "actor", "bind_host", "broadcast_port", "code", "console", "follower", "insecure", "ip", "launch.machine_rank",
-    "learner", "operator_name", "port", "rollout.groot", "rollout.openpi", "runs_dir", "security", "serving",
-    "telemetry", "trainer.device", "trainer.threads",
+    "learner", "operator_name", "policy.trained_on", "port", "rollout.groot", "rollout.openpi", "runs_dir",
+    "security", "serving", "telemetry", "trainer.device", "trainer.threads",
 )  # fmt: skip
 
 

@@ -202,7 +202,8 @@ def test_a_record_that_would_not_be_accepted_keeps_neither_gateway_nor_exporter_
 def recovered(run_dir: Path) -> Journalled:
     settings = GatewaySettings(
         run="demo", spec=SPEC, stages=(), seed=0, port=0, broadcast_port=0, bind_host="127.0.0.1", insecure=False,
-        keys_dir=None, allow_list=None, capacity_frames=200, segment_mb=1, dead_actor_s=5.0, unticketed=True, config={},
+        keys_dir=None, allow_list=None, capacity_frames=200, memory_share=0.5, segment_mb=1,
+        dead_actor_s=5.0, unticketed=True, config={},
     )  # fmt: skip
     one = Journalled(settings, RunPaths(run_dir), Actors(5.0), lambda *_: None, lambda *_: None)
     one.recover()

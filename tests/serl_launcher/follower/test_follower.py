@@ -228,6 +228,7 @@ def test_ranks_wait_for_a_follower_that_is_behind_and_go_on_over_its_restart(tmp
             assert [row.ordinal for row in ring.episodes()] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_gateway_that_is_gone_is_waited_for_said_and_given_up_after_the_patience(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("serl_launcher.follower.follower.ANSWER_S", 0.2)
     monkeypatch.setattr("serl_launcher.follower.follower.SILENT_S", 0.1)

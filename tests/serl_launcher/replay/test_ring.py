@@ -7,9 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
 from serl_launcher.replay.ring import Evicted, RingError, RingReader, RingWriter, remove_rings
+from serl_launcher.replay.ring_layout import RingLayout
 
 SPEC = SimpleNamespace(
     cameras={"front": (4, 5), "wrist": (3, 3)}, state_names=("x", "y"), action_names=("dx", "dy", "g")
@@ -215,3 +217,66 @@ def test_a_concurrent_reader_process_never_sees_a_torn_episode(writer: RingWrite
     assert (torn, backwards) == (0, 0)
     assert good > 0
     assert evicted > 0  # the reader was really overtaken at times
+
+
+LARGE = SimpleNamespace(**vars(SPEC) | {"cameras": {"front": (40, 50), "wrist": (30, 30)}})
+
+
+def large_arrays(n: int, stamp: int) -> dict[str, np.ndarray]:
+    """`episode_arrays` for LARGE."""
+    arrays = episode_arrays(n, stamp)
+    for camera, size in LARGE.cameras.items():
+        key = f"observation.images.{camera}"
+        arrays[key] = np.broadcast_to(arrays[key][:, :1, :1], (n + 1, *size, 3))
+    return arrays
+
+
+def share_for(frames: int) -> float:
+    """replay.memory_share by which that many of 20 frames keep their pictures in memory."""
+    pictures = (frames + 0.5) * (40 * 50 + 30 * 30) * 3 + 2 * 4096
+    return (RingLayout(LARGE.cameras, 2, 3, 20, 0).total_bytes + pictures) / psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize("hot", [1, 7, 19])
+def test_pictures_beyond_the_share_of_memory_come_back_from_the_run_folder(tmp_path: Path, caplog, hot: int) -> None:
+    writer = RingWriter(LARGE, 20, tmp_path, memory_share=share_for(hot))
+    assert (writer.layout.hot, writer.path.parent) == (hot, Path("/dev/shm"))
+    assert f"20 frames, {hot} of them in" in caplog.text
+    assert f"the pictures of the other {20 - hot}" in caplog.text
+    (cold,) = tmp_path.glob("*.cold")
+    reader = RingReader(writer.path)
+    writer.append(0, "demo", True, large_arrays(4, 100))
+    for k in range(1, 12):  # three times around, with a demonstration that moves each time
+        writer.append(k, "online", False, large_arrays(4, 5 * k))
+        for row in reader.episodes():
+            frames = np.arange(row.first_frame, row.first_frame + 5).reshape(1, 5)[:, ::-1]
+            got = reader.gather(frames)
+            stamps = got["observation.state"][..., 0]
+            for camera, modulus in (("front", 251), ("wrist", 241)):
+                pictures = got[f"observation.images.{camera}"]
+                assert (pictures == (stamps % modulus)[..., None, None, None]).all()
+    assert {row.mode for row in reader.episodes()} == {"demo", "online"}
+    writer.close()
+    assert not cold.exists()
+    assert len(reader.episodes()) == 4  # what was opened stays readable
+    assert reader.gather(np.array([reader.head - 1]))["observation.images.front"].any()
+
+
+def test_pictures_of_a_dead_gateway_s_ring_are_removed_from_the_run_folder_and_a_live_one_s_kept(
+    tmp_path: Path,
+) -> None:
+    dead = RingWriter(LARGE, 20, tmp_path, memory_share=share_for(3))
+    dead.close(unlink=False)
+    assert len(list(tmp_path.glob("*.cold"))) == 1
+    live = RingWriter(LARGE, 20, tmp_path, memory_share=share_for(3))
+    assert [path.stem for path in tmp_path.glob("*.cold")] == [live.path.stem]
+    remove_rings(tmp_path)
+    RingReader(live.path)
+    live.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_machine_without_room_for_one_picture_in_memory_keeps_the_whole_ring_on_the_disk(tmp_path: Path) -> None:
+    writer = RingWriter(LARGE, 20, tmp_path, memory_share=0.0)
+    assert (writer.path.parent, writer.layout.cold) == (tmp_path, {})
+    writer.close()
