@@ -25,6 +25,7 @@ from serl_launcher.learner.checkpoint import RAW
 from serl_launcher.learner.copies import Copies
 from serl_launcher.learner.engines import Engine, Part
 from serl_launcher.learner.optimizers import for_device, move
+from serl_launcher.learner.profile import timed
 from serl_launcher.policies.kernels import pin_kernels
 from serl_launcher.run.parameters import AVERAGED, Renamed, describe_mismatch
 
@@ -127,18 +128,21 @@ class Learner:
         with sharing(engine.rank, engine.ranks):
             losses, metrics = _mean([self._backward(part, share) for part, share in _parts(batch)])
         moved = {name: list(self._parts[name].values()) for name in losses}
-        engine.average([part for mine in moved.values() for part in mine])
-        norms = {name: engine.clip(mine, self._max_grad_norm) for name, mine in moved.items()}
-        losses, metrics = engine.of_all(losses, ()), engine.of_all(metrics, self._largest(metrics))
-        taken = engine.agreed(self._taken([*losses.values(), *norms.values()], metrics))
-        for copies in self.copies:
-            copies.hold_changes()
-        for name in losses:
-            self._set_rate(name, self._groups[name], lr_scale)
-            move(self._optimizers[name], taken)
-        self.agent.after_step(taken)
-        self.step_count += 1
-        self._average(taken)
+        with timed("gradients"):
+            engine.average([part for mine in moved.values() for part in mine])
+            norms = {name: engine.clip(mine, self._max_grad_norm) for name, mine in moved.items()}
+            losses, metrics = engine.of_all(losses, ()), engine.of_all(metrics, self._largest(metrics))
+            taken = engine.agreed(self._taken([*losses.values(), *norms.values()], metrics))
+        with timed("optimizer"):
+            for copies in self.copies:
+                copies.hold_changes()
+            for name in losses:
+                self._set_rate(name, self._groups[name], lr_scale)
+                move(self._optimizers[name], taken)
+        with timed("average"):
+            self.agent.after_step(taken)
+            self.step_count += 1
+            self._average(taken)
         first = next(iter(self._groups))
         by_group = {f"optim/grad_norm_{name}": norm for name, norm in norms.items()} if len(self._groups) > 1 else {}
         largest = self._gathered(norms.values()).max()
@@ -169,8 +173,10 @@ class Learner:
 
     def _backward(self, batch: Any, share: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses and metrics of a batch, whose gradients are added, times `share`, to those that are there."""
-        losses, metrics = self.agent(batch, self.step_count)
-        self._engine.backward(reduce(torch.add, losses.values()) * share)
+        with timed("forward"):
+            losses, metrics = self.agent(batch, self.step_count)
+        with timed("backward"):
+            self._engine.backward(reduce(torch.add, losses.values()) * share)
         return {name: loss.detach() for name, loss in losses.items()}, metrics
 
     def _taken(self, finite: Iterable[Tensor], metrics: Mapping[str, Tensor]) -> Tensor:

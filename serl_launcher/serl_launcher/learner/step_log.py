@@ -42,6 +42,10 @@ class StepLog:
         self.shown: dict[str, float] = {}  # of the last logged step that was read back
         atexit.register(self.close)  # before the writer's own
 
+    def due(self, step: int) -> bool:
+        """Is this one of the steps that are logged?"""
+        return step % self._period == 0
+
     def add(
         self, step: int, stage: str, metrics: Mapping[str, Tensor | float], once: Mapping[str, float] | None = None
     ) -> bool:
@@ -51,7 +55,7 @@ class StepLog:
         once: what is of this step alone; a step that has such is logged whatever the period.
         """
         self._latest |= metrics
-        logged = bool(once) or step % self._period == 0
+        logged = bool(once) or self.due(step)
         row = self._latest | (once or {}) if logged else metrics
         self._on_device.append(Row(step, stage, steady_time(), logged, dict(row)))
         if logged:

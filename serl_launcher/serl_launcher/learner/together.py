@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from serl_launcher.learner.data import Heard, TrainingData
 from serl_launcher.learner.learner import Learner
+from serl_launcher.learner.profile import Profile, timed
 from serl_launcher.learner.ranks import SILENCE_S, Ranks
 from serl_launcher.learner.resume import TrainerCheckpoints
 from serl_launcher.replay.ring import episode_key
@@ -64,9 +65,11 @@ class Together:
         build_view: Callable[[DictConfig], tuple[View, VerdictLedger | Heard]],
         words: Words | None = None,
         first_host: FirstHost | None = None,
+        profile: Profile | None = None,
     ) -> None:
         self.ranks, self.learner, self.data = ranks, learner, data
         self._checkpoints, self._build_view, self._words = checkpoints, build_view, words
+        self._profile = profile or Profile(Path(), after=0, steps=0)
         self._reached: tuple[str | None, int] = (None, -1)  # what the others were told
         self._first_host = first_host
         self._over = False
@@ -137,8 +140,10 @@ class Together:
     # What each rank does.
 
     def _step(self, size: int, lr_scale: float) -> tuple[int, dict[str, Any]]:
+        self._profile.next_step()
         began = time.perf_counter()
-        batch = self.data.sample(size)
+        with timed("sample"):
+            batch = self.data.sample(size)
         sampled = time.perf_counter()
         metrics = self.learner.step(batch, lr_scale)
         times = {"time/sample_s": sampled - began, "time/step_s": time.perf_counter() - sampled}

@@ -21,6 +21,7 @@ from serl_launcher.learner.disk import DiskWait, Write
 from serl_launcher.learner.faults import SKIP, Faults, Reminder
 from serl_launcher.learner.guard import RollbackGuard
 from serl_launcher.learner.operated import Operated
+from serl_launcher.learner.profile import device_metrics, timed
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.resume import TrainerCheckpoints
 from serl_launcher.learner.stage import StageProgress, TrainingStage
@@ -141,12 +142,15 @@ class Trainer:
         publishes, saves = (self._due(stage, n) for n in (settings.publish_period, settings.checkpoint_period))
         if not (logged or publishes or saves):
             return True
-        sound = self.settle()
+        with timed("read metrics"):
+            sound = self.settle()
         try:
             if sound and (publishes or saves):
-                self.disk.begin(self._writes(stage, publishes, saves))
+                with timed("publish and save"):
+                    self.disk.begin(self._writes(stage, publishes, saves))
         finally:
-            self.disk.write([self.step_log.write])
+            with timed("log"):
+                self.disk.write([self.step_log.write])
         return sound
 
     def _writes(self, stage: TrainingStage, publishes: bool, saves: bool) -> list[Write]:
@@ -193,6 +197,8 @@ class Trainer:
         """Note the step's metrics and those of everything around it; is it a logged step?"""
         metrics |= self.stages.metrics(stage, experience) | self.data.metrics()
         metrics["policy/version"] = float(self.publisher.version)
+        if self.step_log.due(self.learner.step_count):
+            metrics |= device_metrics(self.learner.device)
         return self.step_log.add(self.learner.step_count, stage.name, metrics)
 
     @busy(GATEWAY_S, "waiting for the gateway")

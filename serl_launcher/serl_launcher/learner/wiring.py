@@ -20,6 +20,7 @@ from serl_launcher.learner.faults import Faults
 from serl_launcher.learner.guard import EvaluationWatch, RollbackGuard, evaluation_goals
 from serl_launcher.learner.learner import Learner
 from serl_launcher.learner.operated import LiveRun, Operated, only
+from serl_launcher.learner.profile import Profile, be_deterministic
 from serl_launcher.learner.publisher import Publisher
 from serl_launcher.learner.ranks import Ranks
 from serl_launcher.learner.resume import TrainerCheckpoints
@@ -66,6 +67,8 @@ def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient | No
     settings = cfg.trainer
     torch.set_num_threads(settings.threads)
     torch.manual_seed(cfg.seed)
+    if settings.deterministic:
+        be_deterministic()
     rng = np.random.default_rng(cfg.seed)
     spec = task_spec(cfg)
     policy = build_policy(cfg, spec)
@@ -83,7 +86,10 @@ def build_trainer(cfg: DictConfig, paths: RunPaths, gateway: InternalClient | No
     publisher = Publisher(paths.params, learner, policy, name=cfg.policy.name, keep=settings.keep_params)
     keep = settings.keep_checkpoints, settings.keep_checkpoints_every
     checkpoints = TrainerCheckpoints(paths.checkpoints, learner, stages, publisher, rng, *keep, settings.batch_size)
-    together = Together(ranks, learner, data, checkpoints, make_view, None if ranks.first else said, first_host)
+    steps = settings.profile * settings.profile_steps
+    profile = Profile(paths.root / "profile", after=settings.profile_after, steps=steps, rank=ranks.rank)
+    heard_by = None if ranks.first else said
+    together = Together(ranks, learner, data, checkpoints, make_view, heard_by, first_host, profile)
     if not ranks.first:
         name = ranks.agree()  # rank 0 has resumed, and mended what a kill left aside
         if first_host:
