@@ -30,6 +30,7 @@ def ranks_of(folder: Path) -> dict[int, int]:
     return found
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_any_rank_is_killed_again_and_again(tmp_path, free_ports, figures):
     rng = random.Random(7)
