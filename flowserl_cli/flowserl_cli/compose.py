@@ -30,6 +30,7 @@ from serl_robot_infra.task_yaml import check_keys, check_names, check_task
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
 
+NO_GROUPS = ("submit",)  # folders of config/ that no run is composed of: presets of tools/submit_job.py
 # Keys that take one word of a few. Group choices are the files of the group's folder and need no entry here.
 CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.mode": ("follow", "demo", "online", "eval"),
@@ -142,7 +143,7 @@ def _settle_policy(config: DictConfig, chosen: Sequence[str]) -> None:
 def group_options(config_dir: Path = CONFIG_DIR, lab: Lab | None = None) -> dict[str, list[str]]:
     """The groups (folders of config/) and the names one may select in each, a lab's included."""
     roots = [config_dir, *([lab.config_dir] if lab else [])]
-    groups = sorted(p.name for p in config_dir.iterdir() if p.is_dir())
+    groups = sorted(p.name for p in config_dir.iterdir() if p.is_dir() and p.name not in NO_GROUPS)
     files = {group: [file for root in roots for file in (root / group).glob("*.yaml")] for group in groups}
     names = {group: sorted({f.stem for f in found if not f.stem.startswith("_")}) for group, found in files.items()}
     return {group: found for group, found in names.items() if found}

@@ -186,7 +186,7 @@ def test_an_operators_connection_makes_no_episode(tmp_path: Path, keys: Path, ho
         for claimed in (who, replace(who, actor_id="alice", boot_id=alice.boot_id)):
             part = batches(claimed, (3, 3))[how != "start"]
             assert deliver(alice, part, 1) == "unauthorized"
-        with pytest.raises(Unauthorized, match="hello as an operator's, not an actor's"):
+        with pytest.raises(Unauthorized, match="hello with role operator, not as an actor's"):
             alice.request("next_episode", {})
         assert deliver(theirs, parts[1] if how != "start" else parts[0], 2) == "taken"
 

@@ -86,7 +86,7 @@ class NoLedger:
 def numbers(seed=0, top=1000):
     view, rng = Numbers(top), np.random.default_rng(seed)
     data = TrainingData(view, NoLedger(), rng, 0, lambda batch: batch, CPU)
-    data._ring, data._reader = "r", SimpleNamespace(rows=1)
+    data._ring, data._reader = "r", SimpleNamespace(rows=1, reach=lambda rows: None)
     return view, rng, data
 
 

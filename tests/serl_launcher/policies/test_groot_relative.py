@@ -151,8 +151,8 @@ def test_loss_and_gradients_equal_lerobots_training_forward(theirs, size, monkey
     want.backward()
     ours = load(folder, size, train="full")
     ours.tune(llm=True, visual=True, projector=True, diffusion_model=True, vlln=True)
-    monkeypatch.setattr("serl_launcher.agents.flow_matching.torch.randn_like", lambda x: noise)
-    monkeypatch.setattr("serl_launcher.agents.flow_matching.sample_times", lambda n, **_: t)
+    monkeypatch.setattr("serl_launcher.agents.shares.normal", lambda shape, device: noise)
+    monkeypatch.setattr("serl_launcher.agents.shares.times", lambda n, device: t)
     ones, pad = np.ones(B, np.float32), np.zeros((B, AH), bool)
     got, _ = imitation_loss(
         ours, ChunkBatch(given.images, given.state, action, pad, ones > 0, ones > 1, ones, given.prompts), 1
