@@ -63,14 +63,14 @@ def shown(run: Run, role: str, start: int) -> float:
 
 def shown_and_started_again(run: Run, signum: int, *roles: str, again_s: float = 60) -> dict[str, float]:
     """Send the signal to all these roles at once; the seconds until both screens told of each."""
-    start, names = len(run.text()), [role.removesuffix(" launcher") for role in roles]
-    for role, name in zip(roles, names, strict=True):
-        os.kill(run.pid(MODULES[name], launcher=role != name), signum)
+    start = len(run.text())
+    for role in roles:
+        os.kill(run.pid(MODULES[role]), signum)
     began, took = time.monotonic(), {}
-    for role, name in zip(roles, names, strict=True):
-        shown(run, name, start)
+    for role in roles:
+        shown(run, role, start)
         took[role] = round(time.monotonic() - began, 1)
-    all_well_again(run, start, names, again_s)
+    all_well_again(run, start, roles, again_s)
     return took
 
 
@@ -91,7 +91,7 @@ def test_a_role_that_is_stopped_is_shown_on_both_screens_and_started_again(tmp_p
     took: dict[str, float] = {}
     with small(tmp_path, free_ports) as run:
         run.wait_for(is_well, 180)
-        for roles in (*ROUNDS, ("trainer launcher",)):
+        for roles in ROUNDS:
             took |= shown_and_started_again(run, signal.SIGSTOP, *roles)
         all_are_killed_at_once(run)
         a_stopped_supervisor_is_shown_and_the_run_goes_on(run)

@@ -86,14 +86,14 @@ class Run:
         os.kill(pid, signal.SIGKILL)
         return pid
 
-    def pid(self, module: str, launcher: bool = False) -> int:
-        """The process of this run whose command line holds `module`; launcher: what started it, of several."""
-        found = self.pids(module, launcher)
+    def pid(self, module: str) -> int:
+        """The process of this run whose command line holds `module`."""
+        found = self.pids(module)
         assert found, f"no process of this run holds {module}"
         return found[0]
 
-    def pids(self, module: str, launcher: bool = False) -> list[int]:
-        """All of them."""
+    def pids(self, module: str) -> list[int]:
+        """All of them, but for what starts several ranks."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -102,7 +102,7 @@ class Run:
                 except OSError:
                     continue
                 mine = str(self.folder) in words or f"runs_dir={self.folder.parent}" in words
-                if mine and module in words and ("serl_launcher.supervisor.several" in words) == launcher:
+                if mine and module in words and "serl_launcher.supervisor.several" not in words:
                     found.append(int(entry.name))
         return found
 
