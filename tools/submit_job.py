@@ -56,7 +56,7 @@ def preset(words: Sequence[str]) -> DictConfig:
             raise ConfigError(f"submit.{key}: expected a whole number of at least {least}, got {queue[key]!r}")
     if queue.cluster not in ("slurm", "local"):
         raise ConfigError(f"submit.cluster: expected slurm or local, got {queue.cluster!r}")
-    if queue.cluster == "slurm" and 60 * queue.minutes <= queue.grace_s:
+    if 60 * queue.minutes <= queue.grace_s:
         raise ConfigError(f"submit.minutes={queue.minutes}: expected more than submit.grace_s={queue.grace_s} seconds")
     return queue
 

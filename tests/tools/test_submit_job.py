@@ -48,11 +48,12 @@ def test_a_mistake_is_named_and_nothing_is_submitted(repo_root, words, told):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_that_reaches_its_time_limit_is_queued_again_and_goes_on(repo_root, tmp_path):
-    """Real processes: a learner and an actor as a job of this machine, cut after a minute."""
+    """Real processes: a learner and an actor as a job of this machine, cut after a minute of its three."""
     short = ["schedule.stages.0.episodes=3", "schedule.stages.1.steps=40", "schedule.stages.2.episodes=2"]
     short += ["schedule.stages.3.steps=900", "schedule.stages.4.episodes=2"]
-    job = ["submit=local", "submit.minutes=1", "submit.grace_s=120", f"submit.folder={tmp_path / 'jobs'}"]
+    job = ["submit=local", "submit.minutes=3", "submit.grace_s=120", f"submit.folder={tmp_path / 'jobs'}"]
     done = submit(repo_root, *job, f"runs_dir={tmp_path}", "run=cut", "console.port=null", *short, timeout=580)
     logs = "\n".join(path.read_text() for path in (tmp_path / "jobs").glob("*.out"))
     assert done.returncode == 0, done.stderr + logs[-3000:]
