@@ -17,7 +17,7 @@ from serl_launcher.policies.base import FlowPolicy
 from serl_launcher.run.alive import busy
 from serl_launcher.run.files import DamagedFileError
 from serl_launcher.run.parameters import base_sha256, publish, tensor_names
-from serl_launcher.run.versions import highest_number, newest_whole
+from serl_launcher.run.versions import ever_told, highest_number, newest_whole
 
 log = logging.getLogger("trainer")
 
@@ -90,7 +90,7 @@ class Publisher:
 
     def refuse_to_replace_damaged(self) -> None:
         """DamagedFileError where versions were published and none is whole: the next would be of untrained weights."""
-        if highest_number(self._folder) and newest_whole(self._folder) is None:
+        if ever_told(self._folder) and newest_whole(self._folder) is None:
             raise DamagedFileError(
                 f"no version in {self._folder} is whole, and there is no checkpoint to go on from. Restore one, or "
                 "move the folder aside to start anew"

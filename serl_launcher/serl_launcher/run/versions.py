@@ -103,6 +103,11 @@ def highest_number(params_dir: Path) -> int:
     return max([0, latest.version if latest else 0, *numbers_on_disk(params_dir)])
 
 
+def ever_told(params_dir: Path) -> bool:
+    """Was any version told of, whole or not? A file alone is what a kill left of one that nobody has heard of."""
+    return (params_dir / LATEST).exists() or any(params_dir.glob("v*.json"))
+
+
 def check_file(path: Path) -> None:
     """DamagedFileError when a version's file is not what the folder tells of it; nothing where nothing is told."""
     entry = next((e for e in _told(path.parent)[0].values() if e.file == path.name), None)
