@@ -51,7 +51,7 @@ def test_a_version_that_a_kill_left_before_anybody_heard_of_it_does_not_stop_the
     cfg, paths = tiny_config(telemetry__tensorboard=False), RunPaths(root)
     OmegaConf.save(cfg, paths.config, resolve=True)
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(DamagedFileError, match="no version in .* is whole, and there is no checkpoint"):
+    with pytest.raises(DamagedFileError, match=r"no version in .* is whole, and there is no checkpoint"):
         build_trainer(cfg, paths, None)
     told.unlink()
     latest.unlink()
