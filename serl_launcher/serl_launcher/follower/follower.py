@@ -121,7 +121,7 @@ class Follower:
             "witness": None,
             "records": mark.sequence,
             "rows": self.ring.rows,
-            "most": self._link.bytes,
+            "most": self.most,
             "files": self._files,
         }
         if witness is not None:
@@ -181,10 +181,16 @@ class Follower:
         for unfit in self._stream.take_unfit():
             log.error("item %s of the journal does not fit and is left out: %s", unfit.name, unfit.why)
 
+    @property
+    def most(self) -> int:
+        """Bytes to ask for: what the link takes, and no more than follower.mbit_s brings in a second."""
+        bound = self._settings.mbit_s
+        return self._link.bytes if bound is None else min(self._link.bytes, max(1, int(bound * 125_000)))
+
     def _pace(self, size: int, began: float) -> None:
-        """Not faster than follower.mbit_s."""
+        """Not faster than follower.mbit_s; a reply is at most a second's worth (`most`)."""
         if self._settings.mbit_s is not None:
-            time.sleep(min(1.0, max(0.0, began + size * 8e-6 / self._settings.mbit_s - time.monotonic())))
+            time.sleep(max(0.0, began + size * 8e-6 / self._settings.mbit_s - time.monotonic()))
 
     def _wait(self, trouble: str, seconds: float) -> None:
         if trouble != self._trouble:

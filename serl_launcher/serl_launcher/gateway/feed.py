@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from serl_launcher.replay.durable import MARK_FILE, Position, read_mark
-from serl_launcher.replay.journal import segment_path
+from serl_launcher.replay.journal import RECORD_HEADER, segment_path
 from serl_launcher.run.followed import Offered, config_keys
 from serl_launcher.run.paths import RunPaths
 from serl_transport.connection.router import Peer, Reply
@@ -34,7 +34,6 @@ MOST_BYTES = 8 << 20  # of a reply
 SILENT_S = 4.0  # a follower asks at least once in WAIT_S
 FORGET_S = 600.0
 FOLLOWERS = 64  # names that are remembered
-HEADER = 40  # bytes of a record's header
 FETCHED = re.compile(r"checkpoints/step_\d+/[a-z]+\.(json|pt|safetensors)|params/v\d+\.(json|safetensors)")
 
 
@@ -218,7 +217,7 @@ class Feed:
             return
         at, header = question.witness
         try:
-            mine = _read(segment_path(self._journal, at.segment), at.offset, HEADER)
+            mine = _read(segment_path(self._journal, at.segment), at.offset, RECORD_HEADER.size)
         except FileNotFoundError:
             mine = b""
         if mine != header:

@@ -128,6 +128,21 @@ def test_the_copy_has_the_same_bytes_and_its_ring_gives_the_same_batches(tmp_pat
             assert own["counts"]["episodes"] == 40
 
 
+def test_a_reply_is_no_more_than_a_second_of_the_bandwidth_that_is_allowed(tmp_path: Path) -> None:
+    with serving(tmp_path / "first", **HOSTS) as gateway, connected(gateway) as actor:
+        record(actor, 0, 12)
+        slow = {"mbit_s": 0.016, "patience_s": 60.0}  # 2,000 bytes a second
+        with following(gateway.port, tmp_path / "second", follower=slow) as follower:
+            before = follower.copy.received
+            turn_until(follower, lambda: follower.copy.received > before)
+            assert follower.most == 2000
+            assert (
+                follower.copy.received - before
+                <= 2000
+                < sum(map(len, bytes_of(tmp_path / "first" / "journal").values()))
+            )
+
+
 def test_it_goes_on_after_its_own_end_and_what_is_damaged_or_cut_is_fetched_anew(tmp_path: Path) -> None:
     copy = tmp_path / "second" / "journal"
     with serving(tmp_path / "first", **HOSTS) as gateway, connected(gateway) as actor:
