@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from serl_launcher.learner.learner import Learner
 from serl_launcher.policies.base import FlowPolicy, PolicyInput, Prefix
+from serl_launcher.replay.learning import LearningBatch
 from serl_launcher.replay.transitions import TransitionBatch
 from serl_launcher.replay.views import ChunkBatch
 
@@ -85,3 +88,18 @@ def chunks(state, action) -> ChunkBatch:
         weight=np.ones(b, np.float32),
         prompts=[""] * b,
     )
+
+
+def learn_left_and_right(agent: nn.Module) -> None:
+    """Online steps of two modes, left and right, of which only right is worth something; what is served is in place."""
+    rng = np.random.default_rng(0)
+    learner = Learner(
+        agent, lambda p: torch.optim.Adam(p, lr=3e-3), Accelerator(cpu=True), max_grad_norm=10.0, ema_decay=0.9
+    )
+    learner.begin_stage("online")
+    for _ in range(250):
+        side = rng.choice([-0.5, 0.5], (64, 1, 1)).repeat(2, 1) + rng.normal(0, 0.05, (64, 2, 1))
+        state, reward = np.zeros((64, 1)), (side.mean((1, 2)) > 0).astype(np.float32)
+        batch = transitions(state, side, reward, state, np.ones(64), np.zeros(64))
+        learner.step(LearningBatch(chunks(state, side), batch), 1.0)
+    take_average(learner)

@@ -34,9 +34,7 @@ class ImplicitQSettings(ValueSettings):
     """`algo.agent` of advantage_weighted_* and best_of_n_*, whose yamls have the values."""
 
     expectile: float  # τ of V: 0.5 is the mean over the data's chunks, towards 1 their best
-    advantage_scale: (
-        float | None
-    )  # β, in units of the return: a chunk that is worth β less weighs 1/e; None: no weights
+    advantage_scale: float | None  # β, of the return: a chunk worth so much less weighs 1/e; None: nothing is weighed
     most_weight: float  # a weight is cut here
 
     def __post_init__(self) -> None:
@@ -116,7 +114,7 @@ class ImplicitQAgent(ValueAgent):
         q = self.target(features, labels, to_device(batch.is_pad, device)[:, :h]).min(0).values
         advantage = q - self.of_state(features)
         weight = (advantage / self.settings.advantage_scale).exp().clamp(max=self.settings.most_weight)
-        metrics["advantage/mean"], metrics["advantage/std"] = advantage.mean(), advantage.std()
+        metrics["advantage/mean"], metrics["advantage/std"] = advantage.mean(), advantage.std(correction=0)
         metrics["advantage/weight"] = weight.mean()
         metrics["advantage/effective"] = weight.sum().square() / (len(weight) * weight.square().sum()).clamp(min=1e-12)
         return weight

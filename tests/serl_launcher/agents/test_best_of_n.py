@@ -3,15 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from configured import agent_settings
-from toy_flow import ToyFlow, chunks, take_average, transitions
+from toy_flow import ToyFlow, learn_left_and_right
 
 from serl_launcher.agents.choosing import add_chooser, best_chunks, served_chunks
 from serl_launcher.agents.implicit_q import ImplicitQAgent
-from serl_launcher.learner.learner import Learner
 from serl_launcher.policies.base import PolicyInput
-from serl_launcher.replay.learning import LearningBatch
 
 STEPS = 4
 
@@ -56,17 +53,8 @@ def test_a_chunk_is_judged_as_the_robot_would_be_sent_it():
 
 def test_of_two_modes_that_imitation_takes_the_critics_choose_the_better():
     """People go left and right, only right is worth something: imitation alone goes either way, the choice right."""
-    agent, rng = make_agent(), np.random.default_rng(0)
-    learner = Learner(
-        agent, lambda p: torch.optim.Adam(p, lr=3e-3), Accelerator(cpu=True), max_grad_norm=10.0, ema_decay=0.9
-    )
-    learner.begin_stage("online")
-    for _ in range(250):
-        side = rng.choice([-0.5, 0.5], (64, 1, 1)).repeat(2, 1) + rng.normal(0, 0.05, (64, 2, 1))
-        state, reward = np.zeros((64, 1)), (side.mean((1, 2)) > 0).astype(np.float32)
-        batch = transitions(state, side, reward, state, np.ones(64), np.zeros(64))
-        learner.step(LearningBatch(chunks(state, side), batch), 1.0)
-    take_average(learner)
+    agent = make_agent()
+    learn_left_and_right(agent)
     with torch.no_grad():
         prefix = observed(agent.policy, 200)
         chosen = served_chunks(agent.policy, prefix, torch.randn(1600, 2, 1), STEPS)

@@ -3,14 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from configured import agent_settings
 from hydra.errors import InstantiationException
-from toy_flow import ToyFlow, chunks, take_average, transitions
+from toy_flow import ToyFlow, chunks, learn_left_and_right, transitions
 
 from serl_launcher.agents.implicit_q import ImplicitQAgent
 from serl_launcher.critics.losses import expectile_loss
-from serl_launcher.learner.learner import Learner
 from serl_launcher.policies.base import PolicyInput, sample
 from serl_launcher.replay.learning import LearningBatch
 
@@ -85,17 +83,7 @@ def test_of_two_modes_that_were_accepted_the_one_of_more_value_is_learned():
 
 
 def _share_right(agent):
-    rng = np.random.default_rng(0)
-    learner = Learner(
-        agent, lambda p: torch.optim.Adam(p, lr=3e-3), Accelerator(cpu=True), max_grad_norm=10.0, ema_decay=0.9
-    )
-    learner.begin_stage("online")
-    for _ in range(250):
-        side = rng.choice([-0.5, 0.5], (64, 1, 1)).repeat(2, 1) + rng.normal(0, 0.05, (64, 2, 1))
-        state, reward = np.zeros((64, 1)), (side.mean((1, 2)) > 0).astype(np.float32)
-        batch = transitions(state, side, reward, state, np.ones(64), np.zeros(64))
-        learner.step(LearningBatch(chunks(state, side), batch), 1.0)
-    take_average(learner)
+    learn_left_and_right(agent)
     with torch.no_grad():
         drawn = sample(agent.policy, observed(agent, 200), torch.randn(200, 2, 1), 4)
     return (drawn.mean((1, 2)) > 0).float().mean().item()
