@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash tools/bootstrap.sh actor
-exec .venv/bin/python -m flowserl_cli.several "$@"
+exec .venv/bin/python -m flowserl_cli.actors "$@"

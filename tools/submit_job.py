@@ -51,6 +51,8 @@ def preset(words: Sequence[str]) -> DictConfig:
         except OmegaConfBaseException as error:
             raise ConfigError(f"{word}: {error}") from None
     for key in ("actors", "nodes", "gpus_per_node", "cpus_per_task", "minutes", "times", "grace_s", "parallel"):
+        if key not in queue:  # a local job has no nodes
+            continue
         least = 0 if key in ("actors", "gpus_per_node") else 1
         if not isinstance(queue[key], int) or isinstance(queue[key], bool) or queue[key] < least:
             raise ConfigError(f"submit.{key}: expected a whole number of at least {least}, got {queue[key]!r}")
@@ -142,23 +144,21 @@ def main(argv: Sequence[str]) -> int:
         print(f"submit_job: {error}", file=sys.stderr)
         return 2
     folder = ROOT / queue.folder
-    jobs = [Job([w for w in words], ROOT, queue.actors, own_ports=queue.actors > 0) for words in runs]
+    jobs = [Job(words, ROOT, queue.actors) for words in runs]
     for number, words in enumerate(runs):
         beside = f"   + {queue.actors} actors" if queue.actors else ""
         print(f"# job {number}: bash run_learner.sh {shlex.join([*words, *_node_words(queue)])}{beside}")
     if queue.dry_run:
-        print(
-            script(queue, folder, len(jobs))
-            if queue.cluster == "slurm"
-            else f"# processes here, {queue.parallel} at a time"
-        )
+        slurm = queue.cluster == "slurm"
+        print(script(queue, folder, len(jobs)) if slurm else f"# processes here, {queue.parallel} at a time")
         return 0
     return submit(queue, folder, jobs)
 
 
 def _node_words(queue: DictConfig) -> list[str]:
     """What job.py adds on the first of several nodes, for the check and the print."""
-    return [] if queue.nodes == 1 else [f"launch.num_machines={queue.nodes}", "launch.main_host=FIRST-NODE"]
+    nodes = queue.get("nodes", 1)
+    return [] if nodes == 1 else [f"launch.num_machines={nodes}", "launch.main_host=FIRST-NODE"]
 
 
 def submit(queue: DictConfig, folder: Path, jobs: Sequence[Job]) -> int:

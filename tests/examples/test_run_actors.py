@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from flowserl_cli.several import Asked, commands, named, names
+from flowserl_cli.actors import Asked, commands, named, names
 
 
 def run(repo_root, *words, timeout=60):

@@ -21,6 +21,7 @@ import sys
 import time
 from typing import Any
 
+from serl_config.process import free_port
 from serl_launcher.run.alive import BEAT_FILE
 from serl_launcher.run.ready import STARTING_FILE
 
@@ -32,7 +33,7 @@ FOLLOW_S = 60.0  # for the others to end after rank 0 did
 def main(argv: list[str]) -> int:
     """Start the ranks of this host and wait; returns the exit code of the trainer."""
     plan, command = json.loads(argv[0]), [sys.executable, "-m", "serl_launcher.supervisor.lifeline", *argv[1:]]
-    port = plan["port"] or _free_port()
+    port = plan["port"] or free_port()
     ranks = [subprocess.Popen(command, env=_environment(plan, local, port)) for local in range(plan["here"])]
     stops: list[int] = []
 
@@ -121,11 +122,6 @@ def _send(ranks: list[subprocess.Popen], signum: signal.Signals) -> None:
 
 def _cause(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     run_actors.sh 8 ip=gpu-box            ─▶ <name>-0 … <name>-7, started again when they die, lines prefixed
     run_actors.sh 8 --hosts sim1,sim2 …   ─▶ 8 on each, by ssh in a tmux session there; --stop ends them
 
-One terminal has no keys for many robots: an actor whose operator is a person's device is refused. A host needs this
+One terminal has no keys for many robots: `operator=` of a person's device is refused. A host needs this
 checkout at the same place, ssh without a password, tmux, and with security.keys_dir its keys: nothing is copied there.
 """
 
