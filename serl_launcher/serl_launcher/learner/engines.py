@@ -212,7 +212,7 @@ class Sharded(Engine):
 
 
 def make_accelerator(cfg: DictConfig) -> Accelerator:
-    """What knows the device and the ranks that accelerate's launcher started."""
+    """What knows the device, and of several ranks which one this is (supervisor.several)."""
     return Accelerator(cpu=cfg.trainer.device == "cpu")
 
 

@@ -1,6 +1,6 @@
 """The trainer's loop: follow the schedule, sample, step, publish, checkpoint, report.
 
-A role of its own, started by the supervisor as `python -m serl_launcher.learner <run_dir>` under accelerate's launcher;
+A role of its own, started by the supervisor as `python -m serl_launcher.learner <run_dir>`, a process for each rank;
 learner.wiring builds it from the run's config.
 
     gateway status ─▶ stage due? ─▶ data ready? ─▶ limiter ─▶ sample ─▶ step ─▶ log, publish, checkpoint when due

@@ -1,4 +1,4 @@
-"""Ranks of a training job as forked processes on this machine, over gloo, as accelerate's launcher would start them."""
+"""Ranks of a training job as forked processes on this machine, over gloo, as the supervisor starts them."""
 
 import io
 import os

@@ -130,7 +130,7 @@ def test_the_memory_of_the_last_life_does_not_count(memory, role):
 
 
 def test_a_process_below_one_that_closes_what_it_inherited_reaches_the_memory(memory):
-    """As the trainer under accelerate's launcher."""
+    """As a rank of the trainer under what starts several of them."""
     wrapper = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:], close_fds=True).returncode)"
     role = Role(memory, sys.executable, "-c", wrapper)
     try:
